@@ -1,0 +1,1 @@
+"""CALCULATES: the mathematics of experts, on whichever device. Does not know where weights live."""

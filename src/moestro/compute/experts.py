@@ -1,0 +1,73 @@
+"""The expert FFN of one layer step in plain torch: the reference that every kernel is tested against.
+
+Computes down(activation(gate(x), up(x))) for any share of an expert's neurons and adds it, times the
+routing weight, into a float32 result. An FFN is a sum over neurons, so shares computed in different
+places add up exactly. Does not know where the bytes came from or which device it runs on.
+
+Legend: T tokens, D model width, F expert neurons, f neurons of a share, n tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..memory.formats import ExpertFormat, ExpertShape
+
+# Tokens of one expert that go through the FFN at once: bounds the intermediate [n, F] in memory.
+TOKENS_AT_ONCE = 1024
+
+Activation = Callable[[Tensor | None, Tensor], Tensor]  # gate [n, f] or None, up [n, f] -> [n, f]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMath:
+    """What the experts of one layer compute.
+
+    activation: joins gate and up, neuron by neuron.
+    post_norm: what the family applies to an expert's whole output; such experts cannot be split.
+    """
+
+    shape: ExpertShape
+    format: ExpertFormat
+    activation: Activation
+    post_norm: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWork:
+    """One expert's share of one layer step.
+
+    packed: uint8 bytes of the whole expert. neurons: the share of [0, F). rows: int64 [n], the tokens
+    routed to it. weights: float32 [n], their routing weights.
+    """
+
+    packed: Tensor
+    neurons: range
+    rows: Tensor
+    weights: Tensor
+
+
+@torch.no_grad()
+def run_experts(math: ExpertMath, x: Tensor, work: Iterable[ExpertWork], out: Tensor) -> None:
+    """Add the work's result to `out`, one expert at a time, in the order given.
+
+    Args:
+        x: hidden states [T, D], any float dtype, on the device of the packed bytes.
+        out: float32 [T, D]; added to.
+    """
+    for item in work:
+        expert = math.format.unpack(item.packed, math.shape, item.neurons, torch.float32)
+        for rows, weights in zip(item.rows.split(TOKENS_AT_ONCE), item.weights.split(TOKENS_AT_ONCE), strict=True):
+            h = x[rows].float()  # [n, D]
+            up = linear(h, expert.up, expert.up_bias)  # [n, f]
+            gate = None if expert.gate is None else linear(h, expert.gate, expert.gate_bias)  # [n, f]
+            y = linear(math.activation(gate, up), expert.down, expert.down_bias)  # [n, D]
+            if math.post_norm is not None:
+                y = math.post_norm(y)
+            out.index_add_(0, rows, y.float() * weights[:, None])
+        del expert  # before the next one is unpacked

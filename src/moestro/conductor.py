@@ -1,0 +1,273 @@
+"""The conductor: one MoE layer step, from the router's choice to the combined output.
+
+Asks the policy, checks its decision, starts copies, lets the device compute what is in slots while the
+CPU computes the rest, and adds the parts in float32. Nothing else in the package moves weights. Does not
+know families or checkpoints: `plug.py` builds it and calls `run_layer`.
+
+Legend: T tokens, K top-k, D model width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .compute.devices import Device, Queued
+from .compute.experts import ExpertMath, ExpertWork, run_experts
+from .memory.formats import BLOCK
+from .memory.slots import SlotPool, Transfer
+from .memory.store import ExpertStore
+from .planning.contract import (
+    GPU0,
+    RAM,
+    Costs,
+    Decision,
+    Expert,
+    Lane,
+    ModelSpec,
+    Move,
+    Outcome,
+    Phase,
+    Place,
+    Placement,
+    Policy,
+    Step,
+    check,
+)
+
+PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was done so far. Hits, joins and misses count (expert, step) pairs of decode."""
+
+    layer_steps: int = 0
+    tokens: int = 0  # summed over layer steps
+    hits: int = 0
+    joined: int = 0
+    misses: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The tokens of one expert in a step: rows int64 [n] and routing weights float32 [n]."""
+
+    rows: Tensor
+    weights: Tensor
+
+
+def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
+    """Sort a router's choice by expert; an index of `experts` or more is not ours and is skipped.
+
+    Args:
+        index: int64 [T, K] on the host. weights: float32 [T, K].
+
+    Returns:
+        expert -> its tokens, in ascending order of expert, only experts with at least one token.
+    """
+    top_k = index.shape[-1]
+    flat = index.reshape(-1)
+    order = torch.argsort(flat, stable=True)  # [T*K]
+    counts = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
+    rows, sorted_weights = order // top_k, weights.reshape(-1)[order]
+    groups: dict[int, Routed] = {}
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            groups[expert] = Routed(rows[start : start + count], sorted_weights[start : start + count])
+            start += count
+    return groups
+
+
+@dataclass
+class Conductor:
+    """Carries out a policy's decisions for one model.
+
+    math: for each MoE layer, what its experts compute.
+    """
+
+    spec: ModelSpec
+    placement: Placement
+    math: Sequence[ExpertMath]
+    policy: Policy
+    device: Device
+    store: ExpertStore
+    slots: SlotPool
+    costs: Costs = field(default_factory=Costs)
+    counters: Counters = field(default_factory=Counters)
+
+    def __post_init__(self) -> None:
+        self.view = LiveView(self)
+        self.phase = Phase.PREFILL
+        self.link_free_s = 0.0
+
+    def begin(self, tokens: int, phase: Phase) -> None:
+        """Before the first layer of a step that adds `tokens` tokens to each sequence."""
+        self.phase = phase
+        self._start(self.policy.begin(tokens, self.view, self.costs))
+
+    def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The experts of one layer, weighted and summed.
+
+        Args:
+            x: hidden states [T, D]. index: int [T, K], chosen experts. weights: float [T, K].
+
+        Returns:
+            [T, D] in the dtype and on the device of x.
+
+        Raises:
+            ContractError: the policy's decision cannot be carried out.
+        """
+        start_s = time.perf_counter()
+        host = self.device.read_router(index, weights, x)
+        groups = group_by_expert(host.index, host.weights, self.spec.layers[layer].experts)
+        step = Step(
+            layer=layer,
+            phase=self.phase,
+            tokens={expert: len(routed.rows) for expert, routed in groups.items()},
+            mass={expert: float(routed.weights.sum()) for expert, routed in groups.items()},
+        )
+        decision = self.policy.decide(step, self.view, self.costs)
+        check(decision, step, self.view, self.spec.layers[layer], BLOCK)
+        found = self._classify(step)
+        self._drop(decision.cancel)
+        moved_bytes = self._start(decision.moves)
+        try:
+            queued = self._run_on_device(step, decision, x, groups)
+            cpu_start_s = time.perf_counter()
+            on_cpu = self._run_on_cpu(step, decision, host.x, groups)
+            cpu_s = time.perf_counter() - cpu_start_s
+            out = self.device.combine(x, on_cpu, queued)
+        finally:
+            self._release(step, decision)
+        self._account(step, found, moved_bytes, cpu_s, time.perf_counter() - start_s)
+        return out
+
+    def _classify(self, step: Step) -> dict[str, tuple[int, ...]]:
+        """Active experts by where they were when the step was decided: hits, joined, misses."""
+        found: dict[str, list[int]] = {"hits": [], "joined": [], "misses": []}
+        for expert in step.tokens:
+            slot = self.slots.find((step.layer, expert))
+            ready = slot is not None and self.slots.ready((step.layer, expert))
+            found["misses" if slot is None else "hits" if ready else "joined"].append(expert)
+        return {kind: tuple(experts) for kind, experts in found.items()}
+
+    def _start(self, moves: Iterable[Move]) -> int:
+        """Start copies; returns the bytes queued on the link."""
+        queued_bytes = 0
+        for move in moves:
+            if self.slots.find(move.expert) is not None:
+                continue
+            math = self.math[move.expert[0]]
+            neurons = move.neurons or range(math.shape.neurons)
+            span = math.format.byte_range(math.shape, neurons)
+            source = self.store[move.expert][span.start : span.stop]
+            if self.costs.link_gbps:
+                now_s = time.perf_counter()
+                self.link_free_s = max(now_s, self.link_free_s) + len(span) / (self.costs.link_gbps * 1e9)
+
+            def start(target: Tensor, source: Tensor = source, span: range = span) -> Transfer:
+                return self.device.copy(source, target[span.start : span.stop])
+
+            self.slots.load(move.expert, move.evict, start, self.link_free_s, move.neurons)
+            queued_bytes += len(span)
+        return queued_bytes
+
+    def _drop(self, cancel: Iterable[Expert]) -> None:
+        for expert in cancel:
+            slot = self.slots.find(expert)
+            if slot is not None and slot.filling is not None and slot.filling.cancel():
+                self.slots.forget(expert)
+
+    def _run_on_device(
+        self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]
+    ) -> list[Queued]:
+        """Queue experts that are ready as one piece of work, then each that a copy is still bringing."""
+        ready: list[ExpertWork] = []
+        arriving: list[tuple[ExpertWork, Transfer | None]] = []
+        for expert, neurons in sorted(decision.gpu.items()):
+            key = (step.layer, expert)
+            slot = self.slots.find(key)
+            assert slot is not None
+            slot.pinned = True
+            work = ExpertWork(self.slots[key], neurons, groups[expert].rows, groups[expert].weights)
+            if self.slots.ready(key):
+                ready.append(work)
+            else:
+                arriving.append((work, slot.filling))
+        math = self.math[step.layer]
+        queued = [self.device.run(math, x, ready)] if ready else []
+        return queued + [self.device.run(math, x, [work], after=copy) for work, copy in arriving]
+
+    def _run_on_cpu(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> Tensor | None:
+        if not decision.cpu:
+            return None
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        work = (
+            ExpertWork(self.store[step.layer, expert], neurons, groups[expert].rows, groups[expert].weights)
+            for expert, neurons in sorted(decision.cpu.items())
+        )
+        run_experts(self.math[step.layer], x, work, out)
+        return out
+
+    def _release(self, step: Step, decision: Decision) -> None:
+        """Unpin what the step used and empty the slots that were only borrowed for it."""
+        for expert in decision.gpu:
+            if (slot := self.slots.find((step.layer, expert))) is not None:
+                slot.pinned = False
+        for move in decision.moves:
+            if (not move.keep or move.neurons is not None) and self.slots.find(move.expert) is not None:
+                self.slots.forget(move.expert)
+
+    def _account(
+        self, step: Step, found: dict[str, tuple[int, ...]], moved_bytes: int, cpu_s: float, wall_s: float
+    ) -> None:
+        counters = self.counters
+        counters.layer_steps += 1
+        counters.tokens += sum(step.tokens.values())
+        counters.moved_bytes += moved_bytes
+        if step.phase is Phase.DECODE:
+            counters.hits += len(found["hits"])
+            counters.joined += len(found["joined"])
+            counters.misses += len(found["misses"])
+        self.policy.observe(
+            Outcome(step.layer, step.phase, **found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
+        )
+
+    def close(self) -> None:
+        """Stop the device's threads. The model cannot be used after."""
+        self.device.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LiveView:
+    """Where experts are now, on the wall clock."""
+
+    conductor: Conductor
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    def ready_s(self, expert: Expert, at: Place) -> float:
+        if at == RAM:
+            return self.now_s if expert in self.conductor.store else float("inf")
+        slot = self.conductor.slots.find(expert) if at == GPU0 else None
+        if slot is None:
+            return float("inf")
+        return self.now_s if self.conductor.slots.ready(expert) else max(slot.eta_s, self.now_s)
+
+    def evictable(self, at: Place, layer: int) -> Collection[Expert]:
+        return self.conductor.slots.evictable() if at == GPU0 else ()
+
+    def free_slots(self, at: Place, layer: int) -> int:
+        return self.conductor.slots.empty() if at == GPU0 else 0
+
+    def lane_free_s(self, lane: Lane) -> float:
+        return self.conductor.link_free_s if lane is Lane.LINK else self.now_s

@@ -1,0 +1,62 @@
+"""What a user sets, and how it rides through `from_pretrained`.
+
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=MoestroConfig(ram="48GiB"),
+                                         experts_implementation="moestro")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .compute.devices import DEVICE_NAMES
+from .errors import RequestError
+from .planning.budget import Budget
+from .planning.policies import DEFAULT_POLICY, POLICIES
+
+METHOD = "moestro"
+
+
+@register_quantization_config(METHOD)
+class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+    """Where a model's experts may live and who decides about them.
+
+    Args:
+        gpu_memory: the most GPU memory to use, like "12GiB"; None for what is free.
+        ram: the most RAM to use for weights; None for what is free.
+        policy: a name from `moestro.planning.policies`.
+        device: "auto", "cpu", "cuda" or "emulated".
+
+    Raises:
+        RequestError: an amount, policy or device that is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpu_memory: str | int | None = None,
+        ram: str | int | None = None,
+        policy: str = DEFAULT_POLICY,
+        device: str = "auto",
+        quant_method: str = METHOD,
+    ) -> None:
+        if policy not in POLICIES:
+            raise RequestError(f"no policy {policy!r}; there are: {', '.join(sorted(POLICIES))}")
+        if device not in DEVICE_NAMES:
+            raise RequestError(f"no device {device!r}; there are: {', '.join(DEVICE_NAMES)}")
+        self.budget = Budget.parse(gpu_memory=gpu_memory, ram=ram)
+        self.policy = policy
+        self.device = device
+        self.quant_method = METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make an equal config, for `config.json`."""
+        return {
+            "quant_method": METHOD,
+            "gpu_memory": self.budget.gpu_bytes,
+            "ram": self.budget.ram_bytes,
+            "policy": self.policy,
+            "device": self.device,
+        }

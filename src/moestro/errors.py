@@ -1,0 +1,35 @@
+"""What Moestro raises. Each message is one line: what was found, what was needed, what to do.
+
+    MoestroError
+    ├── ModelError        the model cannot be run: no such id, dense, quantized otherwise, experts out of reach
+    ├── CheckpointError   the files are not what their index or config says: truncated, missing a tensor
+    ├── BudgetError       it does not fit the memory that was named; carries the numbers
+    ├── RequestError      the request cannot be served: prompt longer than the context, a bad option
+    └── ContractError     a policy broke the contract with the conductor (a defect in the policy)
+
+The command line prints the line and exits with status 2; a traceback means a defect of Moestro.
+"""
+
+
+class MoestroError(Exception):
+    """Base of every error that Moestro raises on purpose."""
+
+
+class ModelError(MoestroError):
+    """The model cannot be run, whatever the memory."""
+
+
+class CheckpointError(MoestroError):
+    """The checkpoint's files are damaged or incomplete."""
+
+
+class BudgetError(MoestroError):
+    """The model does not fit the memory that was named."""
+
+
+class RequestError(MoestroError):
+    """The request cannot be served as it was made."""
+
+
+class ContractError(MoestroError):
+    """A policy returned a decision that cannot be carried out."""

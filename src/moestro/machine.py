@@ -1,0 +1,55 @@
+"""What this machine has: RAM, cores, CPU features. Asks the operating system; measures nothing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def total_ram_bytes() -> int:
+    """RAM of the machine."""
+    return int(psutil.virtual_memory().total)
+
+
+def available_ram_bytes() -> int:
+    """RAM that can be taken without swapping, within the control group's limit where there is one."""
+    free_bytes = int(psutil.virtual_memory().available)
+    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.exists() or not current.exists() or limit.read_text().strip() == "max":
+        return free_bytes
+    return min(free_bytes, max(0, int(limit.read_text()) - int(current.read_text())))
+
+
+def peak_ram_bytes() -> int:
+    """The most RAM that this process held at once."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def physical_cores() -> int:
+    """Cores of the machine, hyperthreads of one core counted once."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The CPU's own name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> frozenset[str]:
+    """The instruction sets that the CPU says it has, as the Linux kernel spells them; empty elsewhere."""
+    cpuinfo = _cpuinfo()
+    return frozenset(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

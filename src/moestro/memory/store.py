@@ -1,0 +1,51 @@
+"""The store: every expert's packed weights in RAM, one copy each, in one mapping.
+
+Decides where in the mapping an expert's bytes are. Knows neither formats nor devices: bytes in, bytes
+out. Weights never change once loaded, so there is no dirty state and nothing is ever written back.
+Experts that are held on the GPU for good have no bytes here.
+
+    store = ExpertStore([[4096] * 8] * 2, absent={(0, 3)})
+    store[1, 5]        # uint8 [4096], a view
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+
+class ExpertStore:
+    """One anonymous mapping with a view for each expert.
+
+    Args:
+        expert_bytes: for each MoE layer, the packed bytes of each of its experts.
+        absent: experts that live elsewhere and get no bytes.
+    """
+
+    def __init__(
+        self, expert_bytes: Sequence[Sequence[int]], absent: Collection[tuple[int, int]] = frozenset()
+    ) -> None:
+        self._spans: dict[tuple[int, int], tuple[int, int]] = {}
+        self.n_bytes = 0
+        for layer, sizes in enumerate(expert_bytes):
+            for expert, size in enumerate(sizes):
+                if (layer, expert) not in absent:
+                    self._spans[layer, expert] = (self.n_bytes, size)
+                    self.n_bytes += size
+        # Untouched pages cost nothing, so the mapping grows as experts arrive. Huge pages, because the
+        # CPU kernels walk it end to end.
+        self._mapping = mmap.mmap(-1, max(self.n_bytes, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    def __contains__(self, expert: tuple[int, int]) -> bool:
+        return expert in self._spans
+
+    def __getitem__(self, expert: tuple[int, int]) -> Tensor:
+        """The packed bytes of an expert: uint8, contiguous, a view of the mapping."""
+        start, size = self._spans[expert]
+        return self._bytes[start : start + size]

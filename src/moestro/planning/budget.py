@@ -1,0 +1,98 @@
+"""Amounts of memory as people write them, and whether a model fits in them.
+
+    Budget.parse(gpu_memory="12GiB", ram="48GiB")
+
+Sizes are ints in bytes everywhere inside; GiB = 2**30, GB = 10**9. Knows nothing of the machine: what
+it has is passed in.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import BudgetError, RequestError
+from .contract import ModelSpec, Placement
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+
+
+def parse_bytes(text: str | int, option: str = "size") -> int:
+    """Bytes of "12GiB", "500MB", "0.5 GiB" or a plain number of bytes.
+
+    Raises:
+        RequestError: when the text is no amount of memory.
+    """
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise RequestError(f"{option} {text!r} is no amount of memory; write it like 12GiB, 500MB or 1073741824")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Bytes for people: "1.5 GiB", "22.9 MiB"."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The memory that Moestro may use, in bytes; None means all that the machine has to give."""
+
+    gpu_bytes: int | None = None
+    ram_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, *, gpu_memory: str | int | None = None, ram: str | int | None = None) -> Budget:
+        """Read the two amounts that a user names."""
+        return cls(
+            gpu_bytes=None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
+            ram_bytes=None if ram is None else parse_bytes(ram, "--ram"),
+        )
+
+
+def check_fits(
+    spec: ModelSpec, placement: Placement, *, gpu_bytes: int, ram_bytes: int, dense_on_gpu: bool, named: bool
+) -> None:
+    """Refuse a model that does not fit, with the numbers and what would fit.
+
+    Args:
+        gpu_bytes, ram_bytes: the budget, or what is free where the user named none.
+        named: whether the user named the RAM (the message says where the limit comes from).
+
+    Raises:
+        BudgetError: one line with what is needed, what there is and what to ask for.
+    """
+    held_bytes = sum(spec.layers[layer].expert_bytes for layer, _ in placement.held)
+    slot_bytes = placement.slots * max(layer.expert_bytes for layer in spec.layers)
+    gpu_needed = held_bytes + slot_bytes + (spec.dense_bytes if dense_on_gpu else 0)
+    if gpu_needed > gpu_bytes:
+        raise BudgetError(
+            f"the GPU needs {format_bytes(gpu_needed)} (dense weights {format_bytes(spec.dense_bytes)}), but "
+            f"--gpu-memory allows {format_bytes(gpu_bytes)}; give it at least {_round_up(gpu_needed)}"
+        )
+    experts_in_ram = spec.expert_bytes - held_bytes
+    ram_needed = experts_in_ram + (0 if dense_on_gpu else spec.dense_bytes)
+    if ram_needed > ram_bytes:
+        limit = "--ram allows" if named else "this machine has free"
+        remedy = f"give --ram at least {_round_up(ram_needed)}" if named else "free memory or choose a smaller model"
+        raise BudgetError(
+            f"the model needs {format_bytes(ram_needed)} of RAM (experts {format_bytes(experts_in_ram)}), but "
+            f"{limit} {format_bytes(ram_bytes)}; {remedy}"
+        )
+
+
+def _round_up(n_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= size:
+            return f"{-(-n_bytes * 10 // size) / 10:g}{unit}"
+    return f"{n_bytes}B"
