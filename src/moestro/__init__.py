@@ -1,1 +1,39 @@
+"""Moestro: Mixture-of-Experts models larger than the GPU's memory, conducted expert by expert.
+
+    import moestro
+    model = moestro.load("mistralai/Mixtral-8x7B-Instruct-v0.1", gpu_memory="12GiB")
+    tokenizer = moestro.load_tokenizer("mistralai/Mixtral-8x7B-Instruct-v0.1")
+
+The names below are loaded when they are first used, so that `moestro --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import MoestroConfig
+    from .errors import MoestroError
+    from .loading import load, load_tokenizer
+
+_HOMES = {
+    "MoestroConfig": "moestro.plug",  # which registers what the config needs
+    "MoestroError": "moestro.errors",
+    "load": "moestro.loading",
+    "load_tokenizer": "moestro.loading",
+}
+
+__all__ = ["MoestroConfig", "MoestroError", "__version__", "load", "load_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moestro' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -33,13 +33,10 @@ from .planning.contract import (
     Outcome,
     Phase,
     Place,
-    Placement,
     Policy,
     Step,
     check,
 )
-
-PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 
 
 @dataclass(slots=True)
@@ -93,7 +90,6 @@ class Conductor:
     """
 
     spec: ModelSpec
-    placement: Placement
     math: Sequence[ExpertMath]
     policy: Policy
     device: Device
@@ -112,6 +108,7 @@ class Conductor:
         self.phase = phase
         self._start(self.policy.begin(tokens, self.view, self.costs))
 
+    @torch.no_grad()
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer, weighted and summed.
 
@@ -185,9 +182,7 @@ class Conductor:
             if slot is not None and slot.filling is not None and slot.filling.cancel():
                 self.slots.forget(expert)
 
-    def _run_on_device(
-        self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]
-    ) -> list[Queued]:
+    def _run_on_device(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> list[Queued]:
         """Queue experts that are ready as one piece of work, then each that a copy is still bringing."""
         ready: list[ExpertWork] = []
         arriving: list[tuple[ExpertWork, Transfer | None]] = []

@@ -1,7 +1,7 @@
 """What a user sets, and how it rides through `from_pretrained`.
 
-    AutoModelForCausalLM.from_pretrained(path, quantization_config=MoestroConfig(ram="48GiB"),
-                                         experts_implementation="moestro")
+AutoModelForCausalLM.from_pretrained(path, quantization_config=MoestroConfig(ram="48GiB"),
+                                     experts_implementation="moestro")
 """
 
 from __future__ import annotations

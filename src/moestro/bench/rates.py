@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moestro.bench.rates_cuda import PIECE_BYTES, Link, gpu_memory_gbps, registered
+from ..machine import available_ram_bytes
+from .rates_cuda import PIECE_BYTES, Link, gpu_memory_gbps, registered
 
 GIB = 1 << 30
 FULL_BYTES = 8 * GIB  # two registrations of 4 GiB, and far past any last-level cache
@@ -96,7 +97,7 @@ def measure_rates(
         cores: logical CPUs to read from, one a physical core. Default: all that this process may use.
     """
     found = _Findings()
-    cores = physical_cores() if cores is None else cores
+    cores = core_cpus() if cores is None else cores
     size_bytes = min(FULL_BYTES, available_ram_bytes() // 2) if size_bytes is None else size_bytes
     size_bytes = max(size_bytes // PIECE_BYTES, 4) * PIECE_BYTES
     if size_bytes < HONEST_BYTES:
@@ -140,9 +141,7 @@ class _Findings:
         self.rates[name] = self.attempt((name,), measure)
 
 
-def _measure_gpu(
-    found: _Findings, host: torch.Tensor, cores: Sequence[int], window_s: float, repeats: int
-) -> None:
+def _measure_gpu(found: _Findings, host: torch.Tensor, cores: Sequence[int], window_s: float, repeats: int) -> None:
     found.rate("gpu_memory_gbps", lambda: gpu_memory_gbps(host.numel(), repeats=2 * repeats))
     link = found.attempt((*PAGEABLE, *REGISTERED), lambda: Link(host.view(-1, PIECE_BYTES)))
     if link is not None:
@@ -220,7 +219,7 @@ class Readers:
         words: NDArray[np.int64] = buffer.view(torch.int64).numpy()
         self._progress: list[tuple[int, float]] = [(0, 0.0)] * len(cores)  # bytes read, and when
         self._stop = threading.Event()
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         slices = np.array_split(words, len(cores))
         self._threads = [
             threading.Thread(target=self._read, args=(index, core, part), daemon=True)
@@ -264,12 +263,14 @@ class Readers:
     def _read(self, index: int, core: int, words: NDArray[np.int64]) -> None:
         try:
             os.sched_setaffinity(0, {core})  # 0: this thread alone
-        except OSError as error:
+            self._sum(index, words)
+        except Exception as error:  # raised again by whoever waits for progress
             self._error = error
-            return
+
+    def _sum(self, index: int, words: NDArray[np.int64]) -> None:
         step = max(1, min(READ_BYTES, words.nbytes // 4) // words.itemsize)
         done_bytes = 0
-        while not self._stop.is_set():
+        while True:
             for start in range(0, len(words), step):
                 part = words[start : start + step]
                 part.sum()
@@ -295,7 +296,7 @@ def host_buffer(size_bytes: int, notes: list[str]) -> torch.Tensor:
     return buffer
 
 
-def physical_cores() -> list[int]:
+def core_cpus() -> list[int]:
     """One logical CPU of each physical core that we may use; every logical CPU where Linux hides which."""
     first: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
@@ -304,30 +305,11 @@ def physical_cores() -> list[int]:
     return list(first.values())
 
 
-def available_ram_bytes() -> int:
-    """What Linux calls available, or what the control group still allows where that is less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        reclaimable = next(
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-    except OSError:  # no version 2 control group of our own here
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - int(used) + reclaimable))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the rates as one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m moestro.bench.rates", description=main.__doc__)
     parser.add_argument("--toy", action="store_true", help="64 MiB and short readings, to try the code")
-    parser.add_argument(
-        "--size-bytes", type=int, help="host buffer (default: 8 GiB, half of the RAM at most)"
-    )
+    parser.add_argument("--size-bytes", type=int, help="host buffer (default: 8 GiB, half of the RAM at most)")
     options = parser.parse_args(argv)
     if options.toy:
         print(measure_rates(size_bytes=TOY_BYTES, window_s=0.02, repeats=3).to_json())

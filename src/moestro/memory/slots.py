@@ -99,10 +99,8 @@ class SlotPool:
         """Give `expert` a slot and start filling it; joins a load of it that is in flight."""
         if (slot := self._where.get(expert)) is not None:
             return slot
-        if evict is None:
-            slot = next(slot for slot in self._slots if slot.expert is None)
-        else:
-            slot = self._where.pop(evict)
+        empty = (slot for slot in self._slots if slot.expert is None)
+        slot = next(empty) if evict is None else self._where.pop(evict)
         slot.expert, slot.eta_s, slot.neurons = expert, eta_s, neurons
         self._where[expert] = slot
         slot.filling = start(self._memory[slot.index])

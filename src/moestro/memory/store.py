@@ -35,11 +35,7 @@ class ExpertStore:
                 if (layer, expert) not in absent:
                     self._spans[layer, expert] = (self.n_bytes, size)
                     self.n_bytes += size
-        # Untouched pages cost nothing, so the mapping grows as experts arrive. Huge pages, because the
-        # CPU kernels walk it end to end.
-        self._mapping = mmap.mmap(-1, max(self.n_bytes, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._mapping = _map(max(self.n_bytes, 1))
         self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
 
     def __contains__(self, expert: tuple[int, int]) -> bool:
@@ -49,3 +45,14 @@ class ExpertStore:
         """The packed bytes of an expert: uint8, contiguous, a view of the mapping."""
         start, size = self._spans[expert]
         return self._bytes[start : start + size]
+
+
+def _map(n_bytes: int) -> mmap.mmap:
+    """Zeroed memory of the process. Untouched pages cost nothing, so it grows as experts arrive."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, n_bytes)
+    # Private, because a shared mapping gets no transparent huge pages, which walking it end to end wants.
+    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping

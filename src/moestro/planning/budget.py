@@ -61,13 +61,13 @@ class Budget:
 
 
 def check_fits(
-    spec: ModelSpec, placement: Placement, *, gpu_bytes: int, ram_bytes: int, dense_on_gpu: bool, named: bool
+    spec: ModelSpec, placement: Placement, *, gpu_bytes: int, ram_bytes: int, dense_on_gpu: bool, ram_named: bool
 ) -> None:
     """Refuse a model that does not fit, with the numbers and what would fit.
 
     Args:
         gpu_bytes, ram_bytes: the budget, or what is free where the user named none.
-        named: whether the user named the RAM (the message says where the limit comes from).
+        ram_named: whether the user named the RAM (the message says where the limit comes from).
 
     Raises:
         BudgetError: one line with what is needed, what there is and what to ask for.
@@ -83,8 +83,10 @@ def check_fits(
     experts_in_ram = spec.expert_bytes - held_bytes
     ram_needed = experts_in_ram + (0 if dense_on_gpu else spec.dense_bytes)
     if ram_needed > ram_bytes:
-        limit = "--ram allows" if named else "this machine has free"
-        remedy = f"give --ram at least {_round_up(ram_needed)}" if named else "free memory or choose a smaller model"
+        limit = "--ram allows" if ram_named else "this machine has free"
+        remedy = (
+            f"give --ram at least {_round_up(ram_needed)}" if ram_named else "free memory or choose a smaller model"
+        )
         raise BudgetError(
             f"the model needs {format_bytes(ram_needed)} of RAM (experts {format_bytes(experts_in_ram)}), but "
             f"{limit} {format_bytes(ram_bytes)}; {remedy}"

@@ -81,8 +81,7 @@ class CudaDevice:
             after.wait()
         out = torch.zeros(x.shape, dtype=torch.float32, device=self.torch_device)
         on_device = (
-            ExpertWork(w.packed, w.neurons, w.rows.to(self.torch_device), w.weights.to(self.torch_device))
-            for w in work
+            ExpertWork(w.packed, w.neurons, w.rows.to(self.torch_device), w.weights.to(self.torch_device)) for w in work
         )
         run_experts(math, x, on_device, out)
         return _Queued(out)

@@ -47,9 +47,7 @@ class EmulatedDevice(HostDevice):
 
     name = "emulated"
 
-    def __init__(
-        self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS
-    ) -> None:
+    def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
         self._memory_bytes = memory_bytes
         self._link_gbps = link_gbps
         self._pool_bytes = 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 from .base import BLOCK, ExpertFormat, ExpertShape, UnpackedExpert
 from .floats import FloatFormat
 
-FORMATS: dict[str, ExpertFormat] = {fmt.name: fmt for fmt in (FloatFormat("fp32"), FloatFormat("fp16"), FloatFormat("bf16"))}
+FORMATS: dict[str, ExpertFormat] = {
+    fmt.name: fmt for fmt in (FloatFormat("fp32"), FloatFormat("fp16"), FloatFormat("bf16"))
+}
 
 __all__ = ["BLOCK", "FORMATS", "ExpertFormat", "ExpertShape", "UnpackedExpert"]

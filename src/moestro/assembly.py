@@ -1,0 +1,148 @@
+"""Plans for a model that has no weights yet, builds its conductor, and tells its expert modules.
+
+Reads sizes off the model, asks the policy where experts start, refuses what does not fit, and allocates
+the store and the slots. Does not load: `plug.py` fills the homes from a checkpoint, `random_model.py`
+with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compute.devices import Device
+from .compute.experts import ExpertMath
+from .conductor import Conductor
+from .errors import BudgetError, ModelError, RequestError
+from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
+from .machine import available_ram_bytes
+from .memory.formats import FORMATS, ExpertFormat
+from .memory.slots import SlotPool
+from .memory.store import ExpertStore
+from .planning.budget import Budget, check_fits, format_bytes
+from .planning.contract import LayerSpec, ModelSpec, Phase
+from .planning.policies import make_policy
+
+PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
+
+_FORMAT_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """What our experts function finds on an experts module: its number and its conductor."""
+
+    index: int
+    layout: FamilyLayout
+    conductor: Conductor
+
+
+def attach(model: Any, budget: Budget, policy_name: str, device: Device) -> Conductor:
+    """Plan for a Transformers model on the meta device and make its conductor, `model.moestro`.
+
+    Raises:
+        ModelError: no experts that we could take. BudgetError: it does not fit. RequestError: a GPU
+        budget without a GPU.
+    """
+    modules = expert_modules(model)
+    if not modules:
+        raise ModelError(why_no_experts(model.config))
+    layouts = {name: FamilyLayout.of(name, module) for name, module in modules.items()}
+    fmt = _format_of(model.config.dtype)
+    spec = _spec_of(model, modules, layouts, fmt)
+    policy = make_policy(policy_name)
+    on_gpu = device.torch_device.type != "cpu"
+    gpu_bytes = _gpu_bytes(budget, device)
+    placement = policy.place(spec, max(0, gpu_bytes - (spec.dense_bytes if on_gpu else 0)), {})
+    check_fits(
+        spec,
+        placement,
+        gpu_bytes=gpu_bytes,
+        ram_bytes=available_ram_bytes() if budget.ram_bytes is None else budget.ram_bytes,
+        dense_on_gpu=on_gpu,
+        ram_named=budget.ram_bytes is not None,
+    )
+    slots = device.pool(len(placement.held) + placement.slots, max(layer.expert_bytes for layer in spec.layers))
+    conductor = Conductor(
+        spec=spec,
+        math=[
+            ExpertMath(layouts[name].shape, fmt, activation_of(module, layouts[name]), post_norm_of(module))
+            for name, module in modules.items()
+        ],
+        policy=policy,
+        device=device,
+        store=ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held),
+        slots=SlotPool(slots, placement.held),
+    )
+    for index, (name, module) in enumerate(modules.items()):
+        module._moestro = ExpertLayer(index, layouts[name], conductor)
+        module._is_hf_initialized = True  # there is nothing in it for Transformers to initialize
+    model.register_forward_pre_hook(_begin_step(conductor), with_kwargs=True)
+    model.moestro = conductor
+    return conductor
+
+
+def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
+    """The bytes where an expert lives from the start: uint8 in RAM, or in the slot that holds it."""
+    if (layer, expert) in conductor.store:
+        return conductor.store[layer, expert]
+    return conductor.slots[layer, expert][: conductor.spec.layers[layer].expert_bytes]
+
+
+def _spec_of(
+    model: Any, modules: Mapping[str, Any], layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat
+) -> ModelSpec:
+    expert_ids = {id(getattr(module, part)) for name, module in modules.items() for part in layouts[name].parameters}
+    tensors = [*model.parameters(), *model.buffers()]
+    return ModelSpec(
+        layers=tuple(
+            LayerSpec(
+                experts=layouts[name].experts,
+                neurons=layouts[name].shape.neurons,
+                expert_bytes=fmt.expert_bytes(layouts[name].shape),
+                splittable=not module.has_post_expert_norm,
+            )
+            for name, module in modules.items()
+        ),
+        dense_bytes=sum(t.numel() * t.element_size() for t in tensors if id(t) not in expert_ids),
+    )
+
+
+def _begin_step(conductor: Conductor) -> Callable[..., None]:
+    """A hook that tells the conductor that a step begins, and whether it reads a prompt."""
+
+    def hook(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        count = 1 if tokens is None else int(tokens.shape[1])
+        cache = kwargs.get("past_key_values")
+        reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
+        conductor.begin(count, Phase.PREFILL if reads_prompt else Phase.DECODE)
+
+    return hook
+
+
+def _format_of(dtype: torch.dtype | None) -> ExpertFormat:
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in _FORMAT_OF:
+        raise RequestError(f"experts cannot be stored as {dtype}; use float32, float16 or bfloat16")
+    return FORMATS[_FORMAT_OF[dtype]]
+
+
+def _gpu_bytes(budget: Budget, device: Device) -> int:
+    free_bytes = device.memory_bytes()
+    if budget.gpu_bytes is None:
+        return free_bytes
+    if device.name == "cpu":
+        raise RequestError("--gpu-memory was given, but there is no GPU here; leave it out or use --device emulated")
+    if device.name == "cuda" and budget.gpu_bytes > free_bytes:
+        raise BudgetError(
+            f"--gpu-memory asks for {format_bytes(budget.gpu_bytes)}, but {format_bytes(free_bytes)} are free on the "
+            "GPU; ask for less or free some"
+        )
+    return budget.gpu_bytes

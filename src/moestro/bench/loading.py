@@ -1,0 +1,163 @@
+"""How much memory loading a checkpoint takes, watched from outside every 10 ms.
+
+Writes a random Mixtral checkpoint in that family's own format (one tensor a matrix and expert, one file a
+layer), loads it in a fresh process and samples that process's anonymous memory (RssAnon: what the page
+cache cannot give back). Linux only, since it reads /proc.
+
+    moestro bench load --size 2GiB
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+from ..errors import RequestError
+from ..planning.budget import format_bytes
+
+SAMPLE_S = 0.010
+PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + three layers' experts
+
+_CHILD = """
+import sys
+from moestro.loading import load
+print("imported", flush=True)
+sys.stdin.readline()
+model = load(sys.argv[1], device="cpu")
+print("loaded", flush=True)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Bytes of a load: the packed experts, one layer of them, and the peak above the imports."""
+
+    packed_bytes: int
+    layer_bytes: int
+    peak_bytes: int
+    samples: int
+    seconds: float
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the peak must stay under."""
+        return int(PACKED_FACTOR * self.packed_bytes) + SPARE_LAYERS * self.layer_bytes
+
+    @property
+    def within_limit(self) -> bool:
+        """Whether it did."""
+        return self.peak_bytes < self.limit_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, for `--json`."""
+        return asdict(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit}
+
+    def __str__(self) -> str:
+        return (
+            f"packed experts   {format_bytes(self.packed_bytes)} ({format_bytes(self.layer_bytes)} a layer)\n"
+            f"peak of loading  {format_bytes(self.peak_bytes)} above the imports: "
+            f"{self.peak_bytes / self.packed_bytes:.3f} x packed\n"
+            f"limit            {format_bytes(self.limit_bytes)} ({PACKED_FACTOR} x packed + {SPARE_LAYERS} layers): "
+            f"{'kept' if self.within_limit else 'EXCEEDED'}\n"
+            f"{self.samples} samples in {self.seconds:.1f} s"
+        )
+
+
+def measure_load(expert_bytes: int) -> LoadReport:
+    """Load a checkpoint of at least `expert_bytes` of experts and watch the memory.
+
+    Raises:
+        RequestError: there is no /proc here, or the load failed.
+    """
+    if not Path("/proc/self/status").exists():
+        raise RequestError("memory is watched through /proc, which this system does not have; use Linux")
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        dtype=torch.bfloat16,
+    )
+    one_layer_bytes = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size * 2
+    config.num_hidden_layers = max(4, -(-expert_bytes // one_layer_bytes))
+    with tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
+        write_mixtral(Path(folder), config)
+        peak_bytes, samples, seconds = _watch(folder)
+    return LoadReport(config.num_hidden_layers * one_layer_bytes, one_layer_bytes, peak_bytes, samples, seconds)
+
+
+def write_mixtral(folder: Path, config: MixtralConfig) -> None:
+    """Write a random bf16 checkpoint as Mixtral's authors did: w1, w2, w3 for each expert, in shards."""
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv_rows = d // heads * config.num_key_value_heads
+    weight_map: dict[str, str] = {}
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03)
+
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        tensors = {f"{layer}.self_attn.{name}_proj.weight": random(d, d) for name in ("q", "o")}
+        tensors |= {f"{layer}.self_attn.{name}_proj.weight": random(kv_rows, d) for name in ("k", "v")}
+        tensors |= {f"{layer}.{name}_layernorm.weight": random(d) for name in ("input", "post_attention")}
+        tensors[f"{layer}.block_sparse_moe.gate.weight"] = random(config.num_local_experts, d)
+        for expert in range(config.num_local_experts):
+            for name, shape in (("w1", (f, d)), ("w2", (d, f)), ("w3", (f, d))):
+                tensors[f"{layer}.block_sparse_moe.experts.{expert}.{name}.weight"] = random(*shape)
+        save(f"model-layer-{i:03}.safetensors", tensors)
+    ends = {"model.embed_tokens.weight": random(config.vocab_size, d), "model.norm.weight": random(d)}
+    save("model-ends.safetensors", ends | {"lm_head.weight": random(config.vocab_size, d)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def _watch(folder: str) -> tuple[int, int, float]:
+    """Load in a child process; returns the peak above its imports, the samples taken and the seconds."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with child:
+        if child.stdout.readline().strip() != "imported":
+            raise RequestError("the loading process could not import moestro; run moestro doctor")
+        before_bytes = _anonymous_bytes(child.pid)
+        start_s = time.perf_counter()
+        child.stdin.write("go\n")
+        child.stdin.close()
+        peak_bytes, samples = before_bytes, 0
+        while child.poll() is None:
+            peak_bytes = max(peak_bytes, _anonymous_bytes(child.pid))
+            samples += 1
+            time.sleep(SAMPLE_S)
+        seconds = time.perf_counter() - start_s
+        if child.stdout.readline().strip() != "loaded":
+            raise RequestError(f"the loading process failed with status {child.returncode}")
+    return peak_bytes - before_bytes, samples, seconds
+
+
+def _anonymous_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0  # it ended between two samples

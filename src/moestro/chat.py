@@ -1,0 +1,88 @@
+"""A conversation of several turns over one KV cache.
+
+Each turn renders the whole conversation and reuses the cache for the tokens that did not change, so a
+turn costs its own tokens and not the history's. Uses the tokenizer's chat template; without one, the
+conversation is a plain text that the model continues.
+
+    chat = ChatSession(model, tokenizer, TextOptions(), system="Answer briefly.")
+    chat.ask("Who wrote Heidi?", on_text=print)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .generation import OnText, TextOptions, TextResult, encode, generate_text
+
+
+class ChatSession:
+    """The turns so far and the KV cache that has read them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: TextOptions,
+        system: str | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._options, self._system = model, tokenizer, options, system
+        self.has_template = bool(tokenizer.chat_template)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation; the system prompt stays."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._cache: Any = None
+        self._cached_ids: Tensor | None = None  # the tokens that the cache has read
+
+    def ask(
+        self, text: str, *, on_text: OnText | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> TextResult:
+        """Answer one message. A turn that fails or is refused leaves the conversation as it was.
+
+        Raises:
+            RequestError: the conversation no longer fits the model's context.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._render(messages)
+        cache, self._cache = self._usable_cache(ids), None  # a failed turn leaves a cache of unknown length
+        result = generate_text(
+            self._model,
+            self._tokenizer,
+            ids,
+            self._options,
+            on_text=on_text,
+            should_stop=should_stop,
+            cache=cache,
+        )
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        self._cache = result.cache
+        self._cached_ids = None if result.cache is None else result.sequence[: result.cache.get_seq_length()]
+        return result
+
+    def _render(self, messages: list[dict[str, str]]) -> Tensor:
+        if not self.has_template:
+            return encode(self._tokenizer, "\n".join(message["content"] for message in messages))
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return encode(self._tokenizer, text, add_special_tokens=False)
+
+    def _usable_cache(self, ids: Tensor) -> Any:
+        """The cache, cut to the tokens that it shares with `ids`; a new one where it cannot be cut."""
+        if self._cache is None or self._cached_ids is None:
+            return DynamicCache(config=self._model.config)
+        length = min(len(ids) - 1, len(self._cached_ids))  # at least one token is left to compute
+        differs = (ids[:length] != self._cached_ids[:length]).nonzero()
+        shared = int(differs[0]) if len(differs) else length
+        if shared < len(self._cached_ids):
+            try:
+                self._cache.crop(shared)
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+                # Recurrent states and sliding windows cannot go back, so the history is read again.
+                return DynamicCache(config=self._model.config)
+            if self._cache.get_seq_length() != shared:
+                return DynamicCache(config=self._model.config)
+        return self._cache

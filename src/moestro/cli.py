@@ -1,0 +1,345 @@
+"""The command line: parses and prints, nothing else. Imports torch only inside a command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import MoestroError, RequestError
+from .planning.budget import format_bytes
+from .planning.policies import DEFAULT_POLICY, POLICIES
+from .planning.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from .generation import TextResult
+
+app = typer.Typer(
+    name="moestro",
+    help="Run Mixture-of-Experts models larger than the GPU's memory, conducted expert by expert.",
+    epilog='Example: moestro run demo "Once upon a time"',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would take the square brackets of a default for markup
+)
+bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Instead of MODEL: random weights of a real shape, {', '.join(SHAPES)}. [default: none]",
+        show_default=False,
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most GPU memory to use, like 12GiB. [default: what is free]",
+        show_default=False,
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most RAM to use for weights, like 48GiB. [default: what is free]",
+        show_default=False,
+    ),
+]
+PolicyName = Annotated[
+    str,
+    typer.Option("--policy", metavar="NAME", help=f"Who decides where experts run: {', '.join(sorted(POLICIES))}."),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto (a GPU where there is one), cpu, cuda, or emulated (for tests).",
+    ),
+]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, float16 or bfloat16.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", help="CPU threads. [default: one for each physical core]", show_default=False),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0 always takes the likeliest token. [default: 0.7; plain beam search with --num-beams]",
+        show_default=False,
+    ),
+]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this much probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")]
+Seed = Annotated[int, typer.Option(help="Of sampling and of random shapes; the same seed gives the same text.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End at this text; may be given several times. [default: none]", show_default=False),
+]
+NumBeams = Annotated[int, typer.Option(help="Beams of a beam search; the text then comes at the end.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"moestro {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog='Example: moestro run demo "Once upon a time" -n 64 --temperature 0')
+def run(
+    model: Model = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
+    ] = None,
+    shape: Shape = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = None,
+    top_p: TopP = 0.95,
+    top_k: TopK = 50,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    num_beams: NumBeams = 1,
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    policy: PolicyName = DEFAULT_POLICY,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue one prompt, streaming, and print how fast it went."""
+    if shape is not None:  # then there is no MODEL, and what stands in its place is the prompt
+        if prompt is not None:
+            raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
+        model, prompt = None, model
+    from .generation import TextOptions, generate_text
+
+    options = TextOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        num_beams=num_beams,
+    )
+    text = _read_prompt(prompt)
+    loaded, tokenizer = _load(
+        model,
+        shape,
+        gpu_memory=gpu_memory,
+        ram=ram,
+        policy=policy,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    if not as_json:
+        print(text, end="", flush=True)
+    result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        print()
+        _print_figures(result)
+
+
+@app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
+def chat(
+    model: Model = None,
+    shape: Shape = None,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told first. [default: nothing]", show_default=False)
+    ] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = 0.95,
+    top_k: TopK = 50,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    policy: PolicyName = DEFAULT_POLICY,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
+    from .chat import ChatSession
+    from .generation import TextOptions
+
+    options = TextOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
+    loaded, tokenizer = _load(
+        model,
+        shape,
+        gpu_memory=gpu_memory,
+        ram=ram,
+        policy=policy,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    session = ChatSession(loaded, tokenizer, options, system)
+    if not session.has_template:
+        _say("this tokenizer has no chat template: the conversation is one text that the model continues")
+    _say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
+    while (text := _read_line()) is not None:
+        if text.strip() == "/new":
+            session.reset()
+        elif text.strip():
+            try:
+                with _stop_on_interrupt() as stopped:
+                    result = session.ask(text, on_text=_print_piece, should_stop=stopped.is_set)
+                print()
+                _print_figures(result)
+            except RequestError as error:
+                _say(f"{error}; /new starts over")
+
+
+@app.command(epilog="Example: moestro doctor")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")] = False,
+) -> None:
+    """Say what this machine has and what Moestro will use of it."""
+    from .doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings))
+        return
+    width = max(map(len, findings))
+    for name, value in findings.items():
+        print(f"{name:<{width}}  {value}")
+
+
+@bench.command("load", epilog="Example: moestro bench load --size 2GiB")
+def bench_load(
+    size: Annotated[str, typer.Option(help="Bytes of experts in the checkpoint that is made for it.")] = "2GiB",
+    as_json: Json = False,
+) -> None:
+    """Load a checkpoint that is made on the spot and watch the process's memory every 10 ms."""
+    from .bench.loading import measure_load
+    from .planning.budget import parse_bytes
+
+    report = measure_load(parse_bytes(size, "--size"))
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        print(report)
+    if not report.within_limit:
+        raise typer.Exit(1)
+
+
+def _load(model: str | None, shape: str | None, **options: Any) -> tuple[Any, Any]:
+    from .loading import load, load_tokenizer
+
+    tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
+    return load(model, shape=shape, **options), tokenizer
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
+    return sys.stdin.read() if prompt in (None, "-") else str(prompt)
+
+
+def _read_line() -> str | None:
+    """One message from the user; None at the end of input. Ctrl-C clears the line."""
+    while True:
+        try:
+            return input("> ")
+        except KeyboardInterrupt:
+            _say("\nCtrl-D leaves")
+        except EOFError:
+            print()
+            return None
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Event]:
+    """Within it, Ctrl-C sets an event instead of raising."""
+    stopped = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _print_figures(result: TextResult) -> None:
+    """The closing figures, on standard error so that standard output is the text alone."""
+    new_prompt_tokens = result.prompt_tokens - result.reused_tokens
+    kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
+    decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
+    full = " (the context is full)" if result.context_full else ""
+    memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
+    _say(
+        f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
+        f"first token after {result.ttft_s:.3f} s\n"
+        f"decode  {decode}   {result.new_tokens} tokens{full}\n"
+        f"peak memory   {memory}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: a MoestroError is one line and status 2, Ctrl-C is status 130."""
+    try:
+        app()
+    except MoestroError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What this machine has and what Moestro will use of it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import transformers
+
+from . import __version__
+from .machine import available_ram_bytes, cpu_features, cpu_model, physical_cores, total_ram_bytes
+from .planning.budget import format_bytes
+from .planning.policies import DEFAULT_POLICY
+
+# The instruction sets that expert kernels care about, strongest last.
+_FEATURES = (
+    "f16c",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+)
+
+
+def examine() -> dict[str, str]:
+    """Finding -> what was found, in the order to print."""
+    features = cpu_features()
+    return {
+        "moestro": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": cpu_model(),
+        "threads": f"{physical_cores()} (one for each physical core)",
+        "cpu features": " ".join(f for f in _FEATURES if f in features) or "unknown",
+        "ram": f"{format_bytes(total_ram_bytes())}, {format_bytes(available_ram_bytes())} free for weights",
+        "gpu": _gpu(),
+        "expert kernels": "plain torch, float32 arithmetic",
+        "default policy": f"{DEFAULT_POLICY}: experts stay in RAM and run on the CPU",
+    }
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use; the dense part runs on the CPU too"
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    name = torch.cuda.get_device_name()
+    return f"{name}, {format_bytes(total_bytes)}, {format_bytes(free_bytes)} free; runs the dense part"

@@ -1,0 +1,169 @@
+"""Models of real shapes with random weights, built in memory straight into the store.
+
+No state dict and no checkpoint: the dense part is initialized where it will run, and one random layer of
+experts is packed and then copied with changes into all layers. For measuring speed; the text is noise.
+
+Routing is skewed as measured on Mixtral (Fiddler's published popularity profiles: most popular expert
+1.35 x the mean, least popular 0.25 x). A random router would not do: its choice would follow whatever
+direction random hidden states share. So the embedding is given one shared direction and a part of each
+token's own, and each router row a component along the shared one, solved so that the top-k of
+bias + noise has the wanted frequencies.
+
+    model = build_random_model("olmoe-1b-7b", MoestroConfig(), dtype=torch.bfloat16, seed=0)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from .assembly import attach, home
+from .compute.devices import make_device
+from .compute.experts import ExpertMath
+from .conductor import Conductor
+from .config import METHOD, MoestroConfig
+from .errors import RequestError
+from .families import expert_modules
+from .memory.formats import BLOCK
+from .planning.shapes import SHAPES
+from .routers import find_router
+
+# Popularity against rank, both as fractions: the densities of the cumulative figures of Fiddler's
+# profiles (10 % of the experts take 12.4 % of the tokens, 25 % 28.8 %, 75 % 78.9 %), extremes 1.35, 0.25.
+_RANKS = (0.0, 0.05, 0.16, 0.37, 0.62, 0.85, 0.95, 1.0)
+_POPULARITY = (1.35, 1.22, 1.11, 1.04, 0.97, 0.87, 0.70, 0.25)
+_SHARED = 0.5  # part of a normalized hidden state along the shared direction
+_LOGIT_STD = 1.5  # of router logits, over tokens
+_INITIALIZER_STD = 0.006  # small, so that a token's own embedding outlives the layers
+
+
+def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: int) -> PreTrainedModel:
+    """A random model of a real shape, its experts in the store.
+
+    Args:
+        dtype: a torch dtype, or "auto" for bfloat16.
+
+    Raises:
+        RequestError: no such shape. BudgetError: it does not fit.
+    """
+    shape = _shape_config(name)
+    shape.initializer_range = _INITIALIZER_STD
+    shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
+    device = make_device(config.device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
+        model.set_experts_implementation(METHOD)
+    conductor = attach(model, config.budget, config.policy, device)
+    modules = expert_modules(model)
+    for module in modules.values():
+        for part in module._moestro.layout.parameters:
+            del module._parameters[part]
+    model.to_empty(device=device.torch_device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.initialize_weights()
+        model.tie_weights()
+        _fill_experts(conductor)
+        _skew_routing(model, shape)
+    return model.eval()
+
+
+def shape_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Bytes are the first 256 tokens; the others are written as <id>, since they mean nothing."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = _shape_config(name).vocab_size
+    vocab = {char: i for i, char in enumerate(alphabet)} | {f"<{i}>": i for i in range(len(alphabet), size)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def _shape_config(name: str) -> Any:
+    if name not in SHAPES:
+        raise RequestError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
+    return AutoConfig.for_model(**SHAPES[name], tie_word_embeddings=False)
+
+
+def _fill_experts(conductor: Conductor) -> None:
+    """Pack one random layer; expert e of layer l is its expert e + l with its blocks rotated by l.
+
+    Rotating blocks reorders neurons and changes no result, but no two experts' bytes are equal.
+    """
+    math, count = conductor.math[0], conductor.spec.layers[0].experts
+    base = [_random_expert(math) for _ in range(count)]
+    for layer in range(len(conductor.spec.layers)):
+        turn = math.format.byte_range(math.shape, range(layer % math.shape.blocks * BLOCK)).stop
+        end = math.format.byte_range(math.shape, range(math.shape.neurons // BLOCK * BLOCK)).stop
+        for expert in range(count):
+            source, target = base[(expert + layer) % count], home(conductor, layer, expert)
+            if math.shape.neurons % BLOCK or not turn:
+                target.copy_(source)
+                continue
+            target[: end - turn].copy_(source[turn:end])
+            target[end - turn : end].copy_(source[:turn])
+            target[end:].copy_(source[end:])
+
+
+def _random_expert(math: ExpertMath) -> Tensor:
+    """The packed bytes of an expert with uniform weights of the initializer's spread."""
+    packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
+    bound = _INITIALIZER_STD * 3**0.5
+    parts = {name: torch.empty(size).uniform_(-bound, bound) for name, size in math.shape.parts.items()}
+    math.format.pack(packed, math.shape, parts)
+    return packed
+
+
+@torch.no_grad()
+def _skew_routing(model: PreTrainedModel, shape: Any) -> None:
+    """Set the embedding and the routers so that experts are as unevenly popular as in a real model."""
+    embedding: Tensor = model.get_input_embeddings().weight
+    d = shape.hidden_size
+    shared = torch.nn.functional.normalize(torch.randn(d, device=embedding.device), dim=0)
+    own = torch.randn_like(embedding, dtype=torch.float32) * (1 - _SHARED**2) ** 0.5
+    embedding.copy_(own.add_(shared * (_SHARED * d**0.5)))
+
+    routers = [_router_weight(model, name) for name in expert_modules(model)]
+    experts, top_k = routers[0].shape[0], shape.num_experts_per_tok
+    popularity = _popularity(len(routers), experts)  # [L, E]
+    noise = torch.randn(4096, experts)
+    for weight, wanted in zip(routers, popularity, strict=True):
+        bias = _solve_bias(wanted, noise, top_k).to(weight.device)
+        along = shared * (_LOGIT_STD / (_SHARED * d**0.5))
+        across = torch.randn(experts, d, device=weight.device)
+        across -= (across @ shared)[:, None] * shared
+        across *= _LOGIT_STD / (d * (1 - _SHARED**2)) ** 0.5
+        weight.copy_(bias[:, None] * along + across)
+
+
+def _router_weight(model: nn.Module, experts_name: str) -> Tensor:
+    router = find_router(model, experts_name)
+    assert router is not None, "every shape's family has a router that is found"
+    weight: Tensor = router.get_parameter("weight")
+    return weight
+
+
+def _popularity(layers: int, experts: int) -> Tensor:
+    """Wanted popularity [L, E], mean 1 in each layer, the ranks of all layers' experts shuffled."""
+    ranks = (torch.arange(layers * experts) + 0.5) / (layers * experts)
+    knots, values = torch.tensor(_RANKS), torch.tensor(_POPULARITY)
+    right = torch.searchsorted(knots, ranks).clamp(1, len(_RANKS) - 1)
+    part = (ranks - knots[right - 1]) / (knots[right] - knots[right - 1])
+    popularity = torch.lerp(values[right - 1], values[right], part)
+    popularity = popularity[torch.randperm(layers * experts)].view(layers, experts)
+    return popularity / popularity.mean(1, keepdim=True)
+
+
+def _solve_bias(wanted: Tensor, noise: Tensor, top_k: int) -> Tensor:
+    """Biases [E] such that expert e is in the top k of bias + noise `wanted[e]` times as often as the mean."""
+    experts = len(wanted)
+    bias = torch.zeros(experts)
+    for _ in range(12):
+        chosen = torch.topk(noise + bias, top_k, dim=1).indices
+        counts = torch.bincount(chosen.flatten(), minlength=experts).float()
+        bias += 0.6 * torch.log(wanted / (counts / counts.mean()).clamp(min=0.02))
+    return bias - bias.mean()
