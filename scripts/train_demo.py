@@ -84,9 +84,7 @@ class RouterTap:
         for index, layer in enumerate(model.model.layers):
             layer.mlp.gate.register_forward_hook(partial(self._keep, index))
 
-    def _keep(
-        self, layer: int, _router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def _keep(self, layer: int, _router: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
         self.layers[layer] = (output[0], output[2])
 
     def counts(self) -> Tensor:
@@ -100,9 +98,7 @@ class RouterTap:
         # layers first, so it is content once the layers favour different experts, however few each uses.
         # With it, 2-4 of the 8 experts of each layer came to do most of the work.
         shares = self.counts().float() / self.layers[0][1].numel()  # [layers, E]
-        probabilities = torch.stack(
-            [logits.float().softmax(-1).mean(0) for logits, _ in self.layers.values()]
-        )
+        probabilities = torch.stack([x.float().softmax(-1).mean(0) for x, _ in self.layers.values()])
         return shares.shape[-1] * (shares * probabilities).sum()
 
 
@@ -280,9 +276,8 @@ def run_steps(training: Training, tokens: Tensor, out: Path, minutes: float) -> 
 def export(training: Training, out: Path) -> None:
     """Writes the Hugging Face format, each file whole or not at all; leaves the model in bf16."""
     special = {"bos_token": BOOK, "eos_token": BOOK, "pad_token": PAD, "unk_token": UNKNOWN}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=training.tokenizer, model_max_length=MAX_CONTEXT, **special
-    )
+    bare = training.tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, model_max_length=MAX_CONTEXT, **special)
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{CHECKPOINT}.export-") as folder:
         training.model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -307,9 +302,8 @@ def figures(folder: Path, heldout: str, context: int, device: torch.device) -> l
         raise UserError(f"{folder} has no config.json and tokenizer.json: not a Hugging Face checkpoint")
     if AutoConfig.from_pretrained(folder).model_type != "mixtral":
         raise UserError(f"{folder} is not a Mixtral")
-    tokens = encode(
-        Tokenizer.from_file(str(folder / "tokenizer.json")), heldout, context, "the held-out text"
-    )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens = encode(tokenizer, heldout, context, "the held-out text")
     model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     tap = RouterTap(model.to(device).eval())
     cut = tokens[: len(tokens) // context * context].view(-1, context)
@@ -340,10 +334,8 @@ def train(
         training = begin(settings, text, state, on)
         tokens = encode(training.tokenizer, text, settings.context, "the corpus")
         encode(training.tokenizer, heldout, settings.context, "the held-out text")
-    parameters = f"{training.model.num_parameters() / 1e6:.1f} M parameters on {on.type}"
-    console.print(
-        f"{parameters}, text of {len(tokens):,} tokens, step {training.step:,} of {settings.steps:,}"
-    )
+    model = f"{training.model.num_parameters() / 1e6:.1f} M parameters on {on.type}"
+    console.print(f"{model}, text of {len(tokens):,} tokens, step {training.step:,} of {settings.steps:,}")
     finished = run_steps(training, tokens, out, minutes)
     if training.step < settings.steps:
         console.print(f"stopped and saved at step {training.step:,}; the same command goes on from there")
@@ -357,9 +349,7 @@ def main(
     out: Annotated[Path | None, Option(help="Directory for model and checkpoint; needed to train.")] = None,
     corpus: Annotated[Path, Option(help="Text to train on.")] = Path("data/stories/train.txt"),
     heldout: Annotated[Path, Option(help="Text to evaluate on.")] = Path("data/stories/heldout.txt"),
-    tokens: Annotated[
-        int, Option(min=1, help="To train on; the learning rate falls till then.")
-    ] = 12_500_000,
+    tokens: Annotated[int, Option(min=1, help="To train on; the schedule's length.")] = 12_500_000,
     batch_tokens: Annotated[int, Option(min=1, help="Tokens a step, a multiple of --context.")] = 4096,
     context: Annotated[int, Option(min=2, max=MAX_CONTEXT, help="Tokens a window.")] = 256,
     lr: Annotated[float, Option(min=0, help="Peak learning rate.")] = 2e-3,

@@ -145,7 +145,6 @@ class Family:
     outer: Values = field(default_factory=dict)  # of the configuration around text and towers
     tower: Values = field(default_factory=dict)  # of those towers that have such a field
     idle: int = 0  # experts modules that token ids alone never reach
-    ids_too: tuple[str, ...] = ()  # further arguments of forward that take the input ids
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -227,13 +226,12 @@ FAMILIES: tuple[Family, ...] = (
 
 # Their forward goes through the interface like any other, but they have no greedy text to compare.
 FORWARD_ONLY: tuple[Family, ...] = (
-    Family("diffusion_gemma", {}, IMAGE_TEXT, ids_too=("decoder_input_ids",)),
     Family("openai_privacy_filter", auto="AutoModelForTokenClassification"),
 )
 
 _UNDECORATED = "its experts class is not decorated with use_experts_implementation"
 UNSUPPORTED: dict[str, str] = {
-    "diffusion_gemma": "not autoregressive: generate denoises whole canvases that start from random tokens",
+    "diffusion_gemma": "not autoregressive, and its encoder and decoder share their experts, which Moestro refuses",
     "openai_privacy_filter": "not autoregressive: it classifies tokens and has no generate",
     "qwen3_omni_moe with its talker": "the whole has no forward of its own, and its talker answers in audio",
     **dict.fromkeys(("dbrx", "doge", "jetmoe", "llama4", "longcat_flash"), _UNDECORATED),
@@ -305,10 +303,6 @@ def random_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY - 28, (batch, length), generator=generator)
 
 
-def forward_inputs(family: Family, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return dict.fromkeys(("input_ids", *family.ids_too), input_ids)
-
-
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """By name, the modules whose class `use_experts_implementation` decorates."""
     marks = ("has_gate", "is_transposed", "num_experts")
@@ -327,5 +321,5 @@ def reference_logits(family: Family, model: PreTrainedModel, input_ids: torch.Te
     The model is left with that implementation, so give it a model of its own.
     """
     model.set_experts_implementation("eager")
-    logits: torch.Tensor = model(**forward_inputs(family, input_ids)).logits
+    logits: torch.Tensor = model(input_ids).logits
     return logits

@@ -52,6 +52,9 @@ def attach(model: Any, budget: Budget, policy_name: str, device: Device) -> Cond
     if not modules:
         raise ModelError(why_no_experts(model.config))
     layouts = {name: FamilyLayout.of(name, module) for name, module in modules.items()}
+    shared = [tied for tied in getattr(model, "all_tied_weights_keys", {}) if tied.rpartition(".")[0] in modules]
+    if shared:
+        raise ModelError(f"{shared[0]} is shared with another layer's experts, which Moestro does not support")
     fmt = _format_of(model.config.dtype)
     spec = _spec_of(model, modules, layouts, fmt)
     policy = make_policy(policy_name)

@@ -60,7 +60,10 @@ class Routed:
 
 
 def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
-    """Sort a router's choice by expert; an index of `experts` or more is not ours and is skipped.
+    """Sort a router's choice by expert.
+
+    Skipped are an index of `experts` or more, which is not ours (expert parallelism), and a weight of
+    exactly 0, by which some families say "no expert".
 
     Args:
         index: int64 [T, K] on the host. weights: float32 [T, K].
@@ -69,9 +72,9 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
         expert -> its tokens, in ascending order of expert, only experts with at least one token.
     """
     top_k = index.shape[-1]
-    flat = index.reshape(-1)
+    flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
     order = torch.argsort(flat, stable=True)  # [T*K]
-    counts = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
+    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
     rows, sorted_weights = order // top_k, weights.reshape(-1)[order]
     groups: dict[int, Routed] = {}
     start = 0
@@ -141,6 +144,9 @@ class Conductor:
             on_cpu = self._run_on_cpu(step, decision, host.x, groups)
             cpu_s = time.perf_counter() - cpu_start_s
             out = self.device.combine(x, on_cpu, queued)
+        except BaseException:
+            self._forget(move.expert for move in decision.moves)  # nobody knows what arrived
+            raise
         finally:
             self._release(step, decision)
         self._account(step, found, moved_bytes, cpu_s, time.perf_counter() - start_s)
@@ -216,9 +222,12 @@ class Conductor:
         for expert in decision.gpu:
             if (slot := self.slots.find((step.layer, expert))) is not None:
                 slot.pinned = False
-        for move in decision.moves:
-            if (not move.keep or move.neurons is not None) and self.slots.find(move.expert) is not None:
-                self.slots.forget(move.expert)
+        self._forget(move.expert for move in decision.moves if not move.keep or move.neurons is not None)
+
+    def _forget(self, experts: Iterable[Expert]) -> None:
+        for expert in experts:
+            if self.slots.find(expert) is not None:
+                self.slots.forget(expert)
 
     def _account(
         self, step: Step, found: dict[str, tuple[int, ...]], moved_bytes: int, cpu_s: float, wall_s: float

@@ -163,12 +163,10 @@ def _read_config(model: str, source: str) -> Any:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that generates text from such a config."""
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in mapping:
-            return mapping[type(config)]
-    named = (getattr(transformers, name, None) for name in config.architectures or ())
-    for candidate in named:
+    """The class that generates text from such a config: the one that the checkpoint names, if it is known."""
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    for candidate in (*named, *(mapping[type(config)] for mapping in mappings if type(config) in mapping)):
         if candidate is not None and candidate.can_generate():
             return candidate
     raise ModelError(f"Transformers has no class that generates text from a {config.model_type} checkpoint")

@@ -1,0 +1,37 @@
+"""What all tests share: options, quiet libraries, and fresh random numbers that can be had again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-docs", action="store_true", help="write the documents that tests generate")
+    parser.addoption("--seed", type=int, default=None, help="the random numbers of an earlier run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if config.getoption("--seed") is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random numbers: --seed {config.getoption('--seed')}"
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(request.config.getoption("--seed"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))

@@ -1,0 +1,281 @@
+"""The conductor on an emulated device: any lawful decision gives the reference's result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moestro.compute.devices.emulated import EmulatedDevice
+from moestro.compute.devices.host import HostDevice
+from moestro.compute.experts import ExpertMath
+from moestro.conductor import Conductor, group_by_expert
+from moestro.errors import ContractError
+from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+from moestro.memory.slots import SlotPool
+from moestro.memory.store import ExpertStore
+from moestro.planning.contract import (
+    GPU0,
+    Costs,
+    Decision,
+    Expert,
+    LayerSpec,
+    ModelSpec,
+    Move,
+    Outcome,
+    Phase,
+    Placement,
+    Step,
+    View,
+)
+
+SHAPE, FORMAT, LAYERS, EXPERTS, TOP_K = ExpertShape(hidden=24, neurons=160), FORMATS["fp32"], 3, 6, 2
+
+
+def _gate(gate: Tensor | None, up: Tensor) -> Tensor:
+    assert gate is not None
+    return torch.nn.functional.silu(gate) * up
+
+
+class Drawn:
+    """A policy whose decisions a test draws: who computes, what is copied, split and evicted."""
+
+    name = "drawn"
+
+    def __init__(self, choose: st.DataObject) -> None:
+        self._choose = choose
+        self.outcomes: list[Outcome] = []
+
+    def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
+        raise NotImplementedError
+
+    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        return ()
+
+    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
+        gpu, cpu, moves = {}, {}, []
+        in_use = {(step.layer, e) for e in step.tokens}
+        victims = sorted(set(view.evictable(GPU0, step.layer)) - in_use)
+        empty = view.free_slots(GPU0, step.layer)
+        for expert in step.tokens:
+            key = (step.layer, expert)
+            there = view.ready_s(key, GPU0) < float("inf")
+            how = self._choose.draw(st.sampled_from(["cpu", "gpu", "split"]))
+            if how != "cpu" and not there:
+                evict = None
+                if empty:
+                    empty -= 1
+                elif victims:
+                    evict = victims.pop(self._choose.draw(st.integers(0, len(victims) - 1)))
+                else:
+                    how = "cpu"
+            edge = self._choose.draw(st.sampled_from([BLOCK, 2 * BLOCK]))
+            if how == "cpu":
+                cpu[expert] = range(SHAPE.neurons)
+                continue
+            gpu[expert] = range(SHAPE.neurons) if how == "gpu" else range(edge)
+            if how == "split":
+                cpu[expert] = range(edge, SHAPE.neurons)
+            if not there:
+                whole = how == "gpu"
+                keep = whole and self._choose.draw(st.booleans())
+                moves.append(Move(key, evict=evict, neurons=None if whole else range(edge), keep=keep))
+        return Decision(gpu=gpu, cpu=cpu, moves=tuple(moves))
+
+    def observe(self, done: Outcome) -> None:
+        self.outcomes.append(done)
+
+
+def _conductor(policy: object, slots: int, device: HostDevice) -> tuple[Conductor, list[list[dict[str, Tensor]]]]:
+    """A conductor over random experts, and their parts."""
+    size = FORMAT.expert_bytes(SHAPE)
+    store = ExpertStore([[size] * EXPERTS] * LAYERS)
+    parts = [
+        [{name: torch.randn(s) / s[-1] ** 0.5 for name, s in SHAPE.parts.items()} for _ in range(EXPERTS)]
+        for _ in range(LAYERS)
+    ]
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            FORMAT.pack(store[layer, expert], SHAPE, parts[layer][expert])
+    spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size),) * LAYERS, 0)
+    memory = device.pool(slots, size).fill_(0xFF)
+    math = [ExpertMath(SHAPE, FORMAT, _gate)] * LAYERS
+    return Conductor(spec, math, policy, device, store, SlotPool(memory)), parts  # type: ignore[arg-type]
+
+
+def _reference(parts: list[dict[str, Tensor]], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        for k in range(index.shape[1]):
+            if (e := int(index[t, k])) < EXPERTS:
+                p = parts[e]
+                out[t] += weights[t, k] * (p["down"] @ (torch.nn.functional.silu(p["gate"] @ x[t]) * (p["up"] @ x[t])))
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    choose=st.data(),
+    seed=st.integers(0, 2**32 - 1),
+    slots=st.sampled_from([0, 1, 3, EXPERTS * LAYERS]),
+    tokens=st.sampled_from([1, 3, 17]),
+)
+def test_any_lawful_decision_gives_the_reference_result(
+    choose: st.DataObject, seed: int, slots: int, tokens: int
+) -> None:
+    torch.manual_seed(seed)
+    policy, device = Drawn(choose), EmulatedDevice(link_gbps=None)
+    conductor, parts = _conductor(policy, slots, device)
+    try:
+        for step in range(2):
+            conductor.begin(tokens, Phase.PREFILL if step == 0 else Phase.DECODE)
+            for layer in range(LAYERS):
+                x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
+                index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))  # EXPERTS is the sentinel
+                out = conductor.run_layer(layer, x, index, weights)
+                torch.testing.assert_close(out, _reference(parts[layer], x, index, weights), rtol=1e-4, atol=1e-5)
+    finally:
+        conductor.close()
+    decode = [o for o in policy.outcomes if o.phase is Phase.DECODE]
+    counters = conductor.counters
+    assert counters.layer_steps == 2 * LAYERS == len(policy.outcomes)
+    assert counters.hits == sum(len(o.hits) for o in decode)
+    assert counters.hits + counters.joined + counters.misses == sum(
+        len(o.hits) + len(o.joined) + len(o.misses) for o in decode
+    )
+    assert counters.moved_bytes == sum(o.moved_bytes for o in policy.outcomes)
+
+
+class Fixed:
+    """A policy that always says the same."""
+
+    name = "fixed"
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        return ()
+
+    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
+        return self.decision
+
+    def observe(self, done: Outcome) -> None:
+        pass
+
+
+FULL = range(SHAPE.neurons)
+
+
+def test_a_kept_expert_is_a_hit_next_time_and_is_not_copied_again() -> None:
+    conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, EmulatedDevice(link_gbps=None))
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
+    conductor.begin(1, Phase.DECODE)
+    first = conductor.run_layer(0, x, index, weights)
+    conductor.policy.decision = Decision(gpu={2: FULL})  # type: ignore[attr-defined]
+    second = conductor.run_layer(0, x, index, weights)
+    assert torch.equal(first, second)
+    assert (conductor.counters.misses, conductor.counters.hits) == (1, 1)
+    assert conductor.counters.moved_bytes == FORMAT.expert_bytes(SHAPE)
+    conductor.close()
+
+
+def test_an_unlawful_decision_stops_before_anything_moves() -> None:
+    conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL})), 1, EmulatedDevice(link_gbps=None))
+    with pytest.raises(ContractError, match="not there nor on its way"):
+        conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1))
+    assert conductor.counters.layer_steps == 0
+    conductor.close()
+
+
+class _SlowLink(EmulatedDevice):
+    """A device whose copies wait for the test."""
+
+    def __init__(self) -> None:
+        super().__init__(link_gbps=None)
+        self.go: Future[None] = Future()
+
+    def _copy_pieces(self, source: Tensor, target: Tensor) -> None:
+        self.go.result()
+        super()._copy_pieces(source, target)
+
+
+def test_a_second_request_joins_a_copy_in_flight() -> None:
+    device = _SlowLink()
+    conductor, parts = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),))), 1, device)
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
+    conductor.begin(1, Phase.DECODE)
+    conductor.run_layer(0, x, index, weights)  # starts a guess for layer 1 and does not wait for it
+    assert not conductor.slots.ready((1, 4))
+    assert not conductor.slots.evictable()
+    conductor.policy.decision = Decision(gpu={4: FULL})  # type: ignore[attr-defined]
+    device._compute.submit(lambda: device.go.set_result(None))
+    index = torch.tensor([[4]])
+    out = conductor.run_layer(1, x, index, weights)
+    torch.testing.assert_close(out, _reference(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
+    assert conductor.counters.joined == 1
+    assert conductor.counters.moved_bytes == FORMAT.expert_bytes(SHAPE)
+    conductor.close()
+
+
+def test_a_queued_guess_can_be_dropped() -> None:
+    device = _SlowLink()
+    policy = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)), Move((2, 4)))))
+    conductor, _ = _conductor(policy, 2, device)
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
+    conductor.run_layer(0, x, index, weights)
+    policy.decision = Decision(cpu={1: FULL}, cancel=((1, 4), (2, 4)))
+    conductor.run_layer(0, x, index, weights)
+    assert conductor.slots.find((1, 4)) is not None  # was running: cannot be dropped
+    assert conductor.slots.find((2, 4)) is None
+    device.go.set_result(None)
+    conductor.close()
+
+
+def test_a_failed_copy_is_raised_and_its_slot_is_usable_again() -> None:
+    class Broken(EmulatedDevice):
+        broken = True
+
+        def _copy_pieces(self, source: Tensor, target: Tensor) -> None:
+            if self.broken:
+                raise OSError("the link is down")
+            super()._copy_pieces(source, target)
+
+    device = Broken(link_gbps=None)
+    conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
+    with pytest.raises(OSError, match="link is down"):
+        conductor.run_layer(0, x, index, weights)
+    device.broken = False
+    out = conductor.run_layer(0, x, index, weights)
+    torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    conductor.close()
+
+
+def test_grouping_skips_the_sentinel_and_keeps_order() -> None:
+    index = torch.tensor([[1, 6], [6, 6], [0, 1]])
+    weights = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    groups = group_by_expert(index, weights, 6)
+    assert list(groups) == [0, 1]
+    assert groups[0].rows.tolist() == [2]
+    assert groups[1].rows.tolist() == [0, 2]
+    assert groups[1].weights.tolist() == pytest.approx([0.1, 0.6])
+
+
+def test_no_token_for_us_gives_zeros() -> None:
+    conductor, _ = _conductor(Fixed(Decision()), 0, HostDevice())
+    out = conductor.run_layer(0, torch.randn(2, SHAPE.hidden), torch.full((2, TOP_K), EXPERTS), torch.rand(2, TOP_K))
+    assert torch.equal(out, torch.zeros(2, SHAPE.hidden))
+
+
+def test_held_experts_have_no_copy_in_ram() -> None:
+    store = ExpertStore([[64, 64], [128, 128]], absent={(0, 1), (1, 0)})
+    assert store.n_bytes == 64 + 128
+    assert (0, 0) in store
+    assert (0, 1) not in store
+    assert store[1, 1].numel() == 128

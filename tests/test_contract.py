@@ -1,0 +1,171 @@
+"""Budgets, policies and the check of their decisions: pure Python, with a view that is a fake."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+
+from moestro.errors import BudgetError, ContractError, RequestError
+from moestro.planning.budget import Budget, check_fits, format_bytes, parse_bytes
+from moestro.planning.contract import (
+    GPU0,
+    RAM,
+    Costs,
+    Decision,
+    Expert,
+    Lane,
+    LayerSpec,
+    ModelSpec,
+    Move,
+    Phase,
+    Place,
+    Placement,
+    Step,
+    check,
+)
+from moestro.planning.policies import POLICIES, make_policy
+
+LAYER = LayerSpec(experts=4, neurons=160, expert_bytes=1000)
+SPEC = ModelSpec(layers=(LAYER,) * 3, dense_bytes=5000)
+STEP = Step(layer=1, phase=Phase.DECODE, tokens={0: 1, 3: 2}, mass={0: 0.5, 3: 1.5})
+FULL = range(160)
+
+
+class FakeView:
+    """Everything is in RAM; `on_gpu` is ready there; `empty` slots are free."""
+
+    now_s = 0.0
+
+    def __init__(self, on_gpu: Collection[Expert] = (), in_ram: bool = True, empty: int = 0) -> None:
+        self.on_gpu, self.in_ram, self.empty = set(on_gpu), in_ram, empty
+
+    def ready_s(self, expert: Expert, at: Place) -> float:
+        here = self.in_ram if at == RAM else expert in self.on_gpu
+        return 0.0 if here else float("inf")
+
+    def evictable(self, at: Place, layer: int) -> Collection[Expert]:
+        return self.on_gpu
+
+    def free_slots(self, at: Place, layer: int) -> int:
+        return self.empty
+
+    def lane_free_s(self, lane: Lane) -> float:
+        return 0.0
+
+
+def test_a_whole_decision_passes() -> None:
+    check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(), LAYER, 64)
+    check(Decision(cpu={0: FULL}, gpu={3: FULL}), STEP, FakeView({(1, 3)}), LAYER, 64)
+
+
+def test_an_expert_may_be_split_at_a_block_with_its_copy() -> None:
+    split = Decision(
+        cpu={0: FULL, 3: range(64, 160)}, gpu={3: range(64)}, moves=(Move((1, 3), neurons=range(64), keep=False),)
+    )
+    check(split, STEP, FakeView(empty=1), LAYER, 64)
+    with pytest.raises(ContractError, match="fewer are empty"):
+        check(split, STEP, FakeView(), LAYER, 64)
+
+
+@pytest.mark.parametrize(
+    ("decision", "says"),
+    [
+        (Decision(cpu={0: FULL}), "neurons 0..160 have no computer"),
+        (Decision(cpu={0: FULL, 3: range(64)}), "neurons 64..160 have no computer"),
+        (Decision(cpu={0: FULL, 3: FULL}, gpu={3: FULL}), "every neuron needs one computer"),
+        (Decision(cpu={0: FULL, 3: range(70)}, gpu={3: range(70, 160)}), "not at a multiple of the block"),
+        (Decision(cpu={0: FULL, 3: FULL, 2: FULL}), "no token was routed"),
+        (Decision(cpu={0: FULL}, gpu={3: FULL}), "not there nor on its way"),
+        (Decision(cpu={0: FULL, 3: FULL}, moves=(Move((2, 0), evict=(0, 0)),)), "not evictable"),
+        (Decision(cpu={0: FULL, 3: FULL}, moves=(Move((2, 0), to=RAM),)), "only moves to gpu:0"),
+    ],
+)
+def test_a_broken_decision_is_refused(decision: Decision, says: str) -> None:
+    with pytest.raises(ContractError, match=says):
+        check(decision, STEP, FakeView(), LAYER, 64)
+
+
+def test_experts_behind_a_norm_are_not_split() -> None:
+    whole = LayerSpec(experts=4, neurons=160, expert_bytes=1000, splittable=False)
+    decision = Decision(cpu={0: FULL, 3: range(64)}, gpu={3: range(64, 160)})
+    with pytest.raises(ContractError, match="no sum over neurons"):
+        check(decision, STEP, FakeView({(1, 3)}), whole, 64)
+
+
+def test_an_expert_without_ram_copy_cannot_run_on_the_cpu() -> None:
+    with pytest.raises(ContractError, match="no copy in RAM"):
+        check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(in_ram=False), LAYER, 64)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("gpu_bytes", [0, 3_999, 4_000, 9_000, 10**9])
+def test_every_policy_decides_for_every_layer(name: str, gpu_bytes: int) -> None:
+    policy = make_policy(name)
+    placement = policy.place(SPEC, gpu_bytes, {})
+    assert sum(SPEC.layers[layer].expert_bytes for layer, _ in placement.held) <= gpu_bytes
+    for layer in range(3):
+        step = Step(layer, Phase.DECODE, {1: 1, 2: 4}, {1: 1.0, 2: 2.0})
+        view = FakeView(placement.held)
+        check(policy.decide(step, view, Costs()), step, view, LAYER, 64)
+
+
+def test_layer_split_holds_the_last_whole_layers() -> None:
+    policy = make_policy("layer-split")
+    held = policy.place(SPEC, 9_000, {}).held
+    assert held == {(layer, expert) for layer in (1, 2) for expert in range(4)}
+    assert not policy.place(SPEC, 3_999, {}).held
+
+
+def test_no_such_policy() -> None:
+    with pytest.raises(RequestError, match="cpu-only, layer-split"):
+        make_policy("wishful")
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("12GiB", 12 * 2**30), ("500MB", 500_000_000), ("0.5 gib", 2**29), ("17", 17), (17, 17), ("1k" + "b", 1000)],
+)
+def test_amounts_of_memory(text: str | int, n_bytes: int) -> None:
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 GiG", "-3GiB", "1e9", "twelve"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(RequestError, match=r"--ram .* is no amount of memory"):
+        Budget.parse(ram=text)
+
+
+def test_format_bytes() -> None:
+    assert [format_bytes(n) for n in (5, 2048, 3 * 2**20, 2**30, 2**41)] == [
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "1.0 GiB",
+        "2.0 TiB",
+    ]
+
+
+NOTHING_HELD = Placement()
+
+
+def _fits(placement: Placement = NOTHING_HELD, gpu: int = 0, ram: int = 17_000, dense_on_gpu: bool = False) -> None:
+    check_fits(SPEC, placement, gpu_bytes=gpu, ram_bytes=ram, dense_on_gpu=dense_on_gpu, ram_named=True)
+
+
+def test_what_fits_exactly_is_taken() -> None:
+    _fits()
+    _fits(ram=12_000, gpu=5_000, dense_on_gpu=True)
+    _fits(Placement(frozenset({(0, 0)})), ram=16_000, gpu=1_000)
+
+
+def test_what_does_not_fit_is_refused_with_numbers_that_would() -> None:
+    with pytest.raises(BudgetError, match=r"needs 16\.6 KiB of RAM.*allows 16\.6 KiB; give --ram at least 16\.7KiB"):
+        _fits(ram=16_999)
+    assert parse_bytes("16.7KiB") >= 17_000
+    with pytest.raises(BudgetError, match=r"the GPU needs 4\.9 KiB"):
+        _fits(ram=12_000, gpu=4_999, dense_on_gpu=True)
+    with pytest.raises(BudgetError, match="the GPU needs"):
+        _fits(Placement(slots=2), gpu=1_999)
+    assert GPU0.tier == "gpu"
+    assert str(GPU0) == "gpu:0"

@@ -1,0 +1,142 @@
+"""Formats and the plain-torch expert FFN, against float64 arithmetic on the unpacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
+from moestro.memory.formats import BLOCK, FORMATS, ExpertFormat, ExpertShape
+
+SHAPES = [
+    ExpertShape(hidden=32, neurons=64),
+    ExpertShape(hidden=48, neurons=200),
+    ExpertShape(hidden=17, neurons=24, has_gate=False),
+    ExpertShape(hidden=40, neurons=130, has_bias=True),
+    ExpertShape(hidden=40, neurons=96, has_gate=False, has_bias=True),
+]
+TOLERANCE = {"fp32": 1e-6, "fp16": 1e-6, "bf16": 1e-6}  # against weights already rounded to the format
+
+
+def _silu_gate(gate: Tensor | None, up: Tensor) -> Tensor:
+    return torch.relu(up) ** 2 if gate is None else torch.nn.functional.silu(gate) * up
+
+
+def _expert(shape: ExpertShape, fmt: ExpertFormat) -> tuple[Tensor, dict[str, Tensor]]:
+    """A random expert: its packed bytes (poisoned before) and its parts as the format rounds them."""
+    parts = {name: torch.randn(size) for name, size in shape.parts.items()}
+    packed = torch.full((fmt.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
+    fmt.pack(packed, shape, parts)
+    rounded = {n: p if n.endswith("bias") else p.to(fmt.dtype).float() for n, p in parts.items()}  # type: ignore[attr-defined]
+    return packed, rounded
+
+
+def _float64(shape: ExpertShape, parts: dict[str, Tensor], x: Tensor, gate: Callable[..., Tensor]) -> Tensor:
+    p = {name: part.double() for name, part in parts.items()}
+    up = x.double() @ p["up"].T + p.get("up_bias", 0)
+    g = x.double() @ p["gate"].T + p.get("gate_bias", 0) if shape.has_gate else None
+    return gate(g, up) @ p["down"].T + p.get("down_bias", 0)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_unpacking_gives_back_what_was_packed(name: str, shape: ExpertShape) -> None:
+    fmt = FORMATS[name]
+    packed, parts = _expert(shape, fmt)
+    assert packed.numel() % 64 == 0
+    expert = fmt.unpack(packed, shape, range(shape.neurons), torch.float32)
+    for part, tensor in parts.items():
+        torch.testing.assert_close(getattr(expert, part), tensor, rtol=0, atol=0)
+    assert (expert.gate is None) != shape.has_gate
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parts_may_come_one_by_one_and_transposed(shape: ExpertShape) -> None:
+    fmt = FORMATS["fp32"]
+    packed, parts = _expert(shape, fmt)
+    again = torch.full_like(packed, 0xFF)
+    for name, tensor in reversed(parts.items()):
+        strided = tensor.T.contiguous().T if tensor.dim() == 2 else tensor
+        fmt.pack(again, shape, {name: strided})
+    full = range(shape.neurons)
+    a, b = (fmt.unpack(p, shape, full, torch.float32) for p in (packed, again))
+    for name in parts:
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_range_of_neurons_is_one_run_of_bytes(shape: ExpertShape) -> None:
+    """Bytes outside `byte_range` may be anything: the neurons inside come out the same."""
+    fmt = FORMATS["bf16"]
+    packed, _ = _expert(shape, fmt)
+    edges = [*range(0, shape.neurons, BLOCK), shape.neurons]
+    covered = 0
+    for start, stop in pairwise(edges):
+        neurons = range(start, stop)
+        span = fmt.byte_range(shape, neurons)
+        assert span.start == covered
+        covered = span.stop
+        alone = torch.full_like(packed, 0x7F)
+        alone[span.start : span.stop] = packed[span.start : span.stop]
+        a, b = (fmt.unpack(p, shape, neurons, torch.float32) for p in (packed, alone))
+        assert torch.equal(a.up, b.up)
+        assert torch.equal(a.down, b.down)
+        assert (b.down_bias is not None) == (shape.has_bias and stop == shape.neurons)
+    assert covered == packed.numel()
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_expert_ffn_against_float64(name: str, shape: ExpertShape, tokens: int) -> None:
+    fmt = FORMATS[name]
+    math = ExpertMath(shape, fmt, _silu_gate)
+    packed, parts = _expert(shape, fmt)
+    x, weights = torch.randn(tokens + 2, shape.hidden), torch.rand(tokens)
+    rows = torch.randperm(tokens + 2)[:tokens]
+    out = torch.randn(tokens + 2, shape.hidden)
+    expected = out.double().index_add(0, rows, _float64(shape, parts, x[rows], _silu_gate) * weights[:, None])
+    run_experts(math, x, [ExpertWork(packed, range(shape.neurons), rows, weights)], out)
+    error = (out - expected).norm() / expected.norm()
+    assert error <= TOLERANCE[name], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shares_of_an_expert_add_up(shape: ExpertShape) -> None:
+    fmt = FORMATS["fp32"]
+    math = ExpertMath(shape, fmt, _silu_gate)
+    packed, _ = _expert(shape, fmt)
+    x, weights, rows = torch.randn(5, shape.hidden), torch.rand(5), torch.arange(5)
+    whole, split = torch.zeros(5, shape.hidden), torch.zeros(5, shape.hidden)
+    run_experts(math, x, [ExpertWork(packed, range(shape.neurons), rows, weights)], whole)
+    edges = sorted({0, BLOCK, shape.neurons} & set(range(shape.neurons + 1)))
+    shares = [range(a, b) for a, b in pairwise(edges)]
+    run_experts(math, x, [ExpertWork(packed, share, rows, weights) for share in shares], split)
+    assert (split - whole).norm() / whole.norm() < 1e-6
+
+
+def test_a_norm_behind_the_expert_sees_its_whole_output() -> None:
+    shape, fmt = ExpertShape(16, 64), FORMATS["fp32"]
+    math = ExpertMath(shape, fmt, _silu_gate, post_norm=lambda y: y / y.norm(dim=-1, keepdim=True))
+    packed, parts = _expert(shape, fmt)
+    x = torch.randn(3, 16)
+    out = torch.zeros(3, 16)
+    run_experts(math, x, [ExpertWork(packed, range(64), torch.arange(3), torch.full((3,), 2.0))], out)
+    y = _float64(shape, parts, x, _silu_gate)
+    torch.testing.assert_close(out.double(), 2 * y / y.norm(dim=-1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+def test_many_tokens_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, fmt = ExpertShape(16, 64), FORMATS["fp32"]
+    packed, _ = _expert(shape, fmt)
+    x, rows, weights = torch.randn(50, 16), torch.arange(50), torch.rand(50)
+    whole, pieces = torch.zeros(50, 16), torch.zeros(50, 16)
+    math = ExpertMath(shape, fmt, _silu_gate)
+    run_experts(math, x, [ExpertWork(packed, range(64), rows, weights)], whole)
+    monkeypatch.setattr("moestro.compute.experts.TOKENS_AT_ONCE", 7)
+    run_experts(math, x, [ExpertWork(packed, range(64), rows, weights)], pieces)
+    torch.testing.assert_close(pieces, whole)

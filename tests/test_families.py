@@ -1,0 +1,173 @@
+"""Every family against Transformers alone: one runner, one line a family in `families.py`.
+
+What the runs showed is the table of docs/models.md; the last test compares it with the file, and
+`pytest tests/test_families.py --update-docs` writes it.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from families import (
+    FAMILIES,
+    FORWARD_ONLY,
+    UNSUPPORTED,
+    Family,
+    build_model,
+    decorated_folders,
+    experts_calls,
+    random_ids,
+    reference_logits,
+)
+from moestro import MoestroConfig, load
+from moestro.assembly import home
+from moestro.families import expert_modules
+from moestro.memory.formats import UnpackedExpert
+from moestro.memory.formats.floats import FloatFormat
+from moestro.routers import find_router
+
+DOC = Path(__file__).parents[1] / "docs" / "models.md"
+NEW_TOKENS = 6
+TOLERANCE = 1e-5
+
+# family -> (MoE layers, kernel, layers whose next gate was found), filled by the runs below
+RAN: dict[str, tuple[int, str, int]] = {}
+
+
+class OneUnpacked:
+    """Watches that an unpacked expert is gone before the next one is unpacked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self._last: weakref.ref[torch.Tensor] | None = None
+        unpack = FloatFormat.unpack
+
+        def watched(*args: Any) -> UnpackedExpert:
+            assert self._last is None or self._last() is None, "two experts are unpacked at once"
+            expert = unpack(*args)
+            self.count += 1
+            self._last = weakref.ref(expert.up)
+            return expert
+
+        monkeypatch.setattr(FloatFormat, "unpack", watched)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _load(family: Family, path: Path) -> Any:
+    if family.auto == "AutoModelForTokenClassification":  # nothing that `load` would run
+        auto = getattr(transformers, family.auto)
+        return auto.from_pretrained(path, dtype=torch.float32, quantization_config=MoestroConfig())
+    return load(str(path), dtype="float32", threads=1)
+
+
+def _zero_a_used_expert(model: Any) -> None:
+    conductor = model.moestro
+    seen: dict[tuple[int, int], int] = {}
+    decide = conductor.policy.decide
+
+    def spy(step: Any, view: Any, costs: Any) -> Any:
+        for expert, tokens in step.tokens.items():
+            seen[step.layer, expert] = seen.get((step.layer, expert), 0) + tokens
+        return decide(step, view, costs)
+
+    conductor.policy.decide = spy
+    yield
+    del conductor.policy.decide
+    layer, expert = max(seen, key=lambda key: seen[key])
+    home(conductor, layer, expert).zero_()
+    yield
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *FORWARD_ONLY], ids=lambda family: family.name)
+@torch.no_grad()
+def test_parity(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = build_model(family)
+    reference.save_pretrained(tmp_path)
+    ids = random_ids()
+    generates = family not in FORWARD_ONLY
+    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    expected_tokens = reference.generate(ids, **greedy) if generates else None
+    expected = reference_logits(family, reference, ids)
+
+    model = _load(family, tmp_path)
+    conductor = model.moestro
+    assert not [n for n, _ in model.named_parameters() if re.search(r"\bexperts\.(gate_up|up|down)_proj", n)]
+    assert not any(p.device.type == "meta" for p in model.parameters())
+    watch = OneUnpacked(monkeypatch)
+    zeroing = _zero_a_used_expert(model)
+    next(zeroing)
+    logits = model(ids).logits
+    assert _difference(logits, expected) <= TOLERANCE
+    assert watch.count > 0
+    assert conductor.counters.layer_steps == experts_calls(family, reference)
+    if generates:
+        assert torch.equal(model.generate(ids, **greedy), expected_tokens)
+        assert conductor.counters.layer_steps == experts_calls(family, reference) * (1 + NEW_TOKENS)
+
+    next(zeroing)
+    broken = model(ids).logits
+    assert _difference(broken, expected) > 100 * TOLERANCE, "a lost expert would go unnoticed"
+
+    names = list(expert_modules(model))
+    gates = sum(find_router(model, name) is not None for name in names)
+    RAN[family.name] = (len(names), "torch", gates)
+
+
+def test_every_family_behind_the_interface_is_in_the_table() -> None:
+    names = [family.name for family in (*FAMILIES, *FORWARD_ONLY)]
+    assert len(FAMILIES) >= 40
+    assert len(set(names)) == len(names)
+    assert not decorated_folders() - set(names) - set(UNSUPPORTED)
+
+
+def _document() -> str:
+    rows = "\n".join(
+        f"| {name} | {layers} | {kernel} | {'yes' if gates == layers else 'no' if not gates else f'{gates} layers'} |"
+        for name, (layers, kernel, gates) in sorted(RAN.items())
+    )
+    folders = len(decorated_folders())
+    broken = "\n".join(f"- **{name}**: {reason}." for name, reason in sorted(UNSUPPORTED.items()))
+    forward_only = ", ".join(family.name for family in FORWARD_ONLY)
+    version = transformers.__version__
+    return f"""# Models
+
+Written by `pytest tests/test_families.py --update-docs` from what the tests ran; not edited by hand.
+
+Each line is a tiny random model of that family in its own checkpoint format, loaded by Moestro and compared
+with Transformers {version} alone: relative difference of the logits at most {TOLERANCE:g} in float32, equal greedy
+tokens, no expert parameter left in the model, one call of the conductor for each MoE layer and step, and the
+comparison fails when one used expert is zeroed. All {folders} folders of Transformers whose experts go through its
+experts interface are on this page; a name with something appended is a second way to build that family.
+
+- **MoE layers**: of the tiny model, not of the real ones.
+- **kernel**: what computed its experts. `torch` is the plain torch reference in float32 arithmetic.
+- **next gate**: whether the router that feeds the experts was found in the model, which speculative loading needs.
+
+| family | MoE layers | kernel | next gate |
+| --- | --- | --- | --- |
+{rows}
+
+Only their forward pass was compared, because they do not generate text token by token: {forward_only}.
+
+## What does not work
+
+{broken}
+"""
+
+
+def test_models_doc_is_what_ran(request: pytest.FixtureRequest) -> None:
+    if len(RAN) < len(FAMILIES) + len(FORWARD_ONLY):
+        pytest.skip("not all families ran, or not all passed")
+    if request.config.getoption("--update-docs"):
+        DOC.write_text(_document())
+    assert DOC.read_text() == _document(), "docs/models.md is old: run pytest tests/test_families.py --update-docs"
