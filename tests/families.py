@@ -225,9 +225,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 # Their forward goes through the interface like any other, but they have no greedy text to compare.
-FORWARD_ONLY: tuple[Family, ...] = (
-    Family("openai_privacy_filter", auto="AutoModelForTokenClassification"),
-)
+FORWARD_ONLY: tuple[Family, ...] = (Family("openai_privacy_filter", auto="AutoModelForTokenClassification"),)
 
 _UNDECORATED = "its experts class is not decorated with use_experts_implementation"
 UNSUPPORTED: dict[str, str] = {

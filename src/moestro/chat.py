@@ -66,7 +66,10 @@ class ChatSession:
 
     def _render(self, messages: list[dict[str, str]]) -> Tensor:
         if not self.has_template:
-            return encode(self._tokenizer, "\n".join(message["content"] for message in messages))
+            # Answers continue what was said before them; each message begins a line of its own.
+            joints = ["" if i == 0 or m["role"] == "assistant" else "\n" for i, m in enumerate(messages)]
+            text = "".join(joint + message["content"] for joint, message in zip(joints, messages, strict=True))
+            return encode(self._tokenizer, text)
         text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return encode(self._tokenizer, text, add_special_tokens=False)
 
@@ -79,10 +82,8 @@ class ChatSession:
         shared = int(differs[0]) if len(differs) else length
         if shared < len(self._cached_ids):
             try:
-                self._cache.crop(shared)
+                self._cache.crop(shared - len(self._cached_ids))  # negative: how many to drop
             except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-                # Recurrent states and sliding windows cannot go back, so the history is read again.
-                return DynamicCache(config=self._model.config)
-            if self._cache.get_seq_length() != shared:
+                # Recurrent states and full sliding windows cannot go back, so the history is read again.
                 return DynamicCache(config=self._model.config)
         return self._cache

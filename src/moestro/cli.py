@@ -82,7 +82,7 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop 
 Temperature = Annotated[
     float | None,
     typer.Option(
-        help="0 always takes the likeliest token. [default: 0.7; plain beam search with --num-beams]",
+        help="0 always takes the likeliest token. [default: 0.7; plain beam search with several beams]",
         show_default=False,
     ),
 ]
@@ -330,15 +330,12 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point: a MoestroError is one line and status 2, Ctrl-C is status 130."""
+    """Entry point: a MoestroError is one line and status 2; Ctrl-C is status 130, by typer."""
     try:
         app()
     except MoestroError as error:
         _say(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

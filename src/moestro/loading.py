@@ -95,6 +95,7 @@ def load_tokenizer(model: str | None = None, *, shape: str | None = None) -> Pre
         return shape_tokenizer(shape)
     assert model is not None
     source = _resolve(model)
+    _read_config(model, source)  # first, since a model that is not there has no tokenizer either
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,19 +205,22 @@ def _loading_report() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: report.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers.modeling_utils")
-    propagate, logger.propagate = logger.propagate, False
+    propagate, level = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield report
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
         logger.propagate = propagate
 
 
 def _explain(model: str, report: list[str], error: Exception) -> str:
     """One line from a loading report of many, or from the error where there is none."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(report))
-    broken = re.findall(r"^(\S+)\s*\|\s*(CONVERSION|MISMATCH)", text, re.MULTILINE)
+    broken = re.findall(r"^(\S.*?)\s*\|\s*(CONVERSION|MISMATCH)", text, re.MULTILINE)
     if not broken:
         return f"{model} cannot be loaded: {_first_line(error)}"
     name, kind = broken[0]
