@@ -28,11 +28,10 @@ PROMPT = "Once upon a time"
 
 def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:
     monkeypatch.setattr(sys, "argv", ["moestro", *arguments])
-    try:
+    with pytest.raises(SystemExit) as end:
         cli.main()
-    except SystemExit as end:
-        assert not end.code, capsys.readouterr().err
     printed = capsys.readouterr()
+    assert not end.value.code, printed.err
     return printed.out, printed.err
 
 

@@ -50,7 +50,7 @@ def _popularity_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_routing_is_skewed_as_measured_on_mixtral(seed: int) -> None:
-    """FIELD: most popular 1.35 x the mean, least 0.25 x; the most popular quarter takes 28.8 %."""
+    """Most popular 1.35 x the mean, least 0.25 x; the most popular quarter takes 28.8 %."""
     popularity = _popularity_of(load(shape="tiny", threads=1, seed=seed)).flatten().sort(descending=True).values
     assert 1.2 < popularity[0] < 1.6
     assert 0.15 < popularity[-1] < 0.5
@@ -62,7 +62,7 @@ def test_the_wanted_popularity_is_the_published_one() -> None:
     wanted = _popularity(32, 8).flatten().sort(descending=True).values
     total = wanted.sum()
     for experts, share in ((26, 0.124), (56, 0.254), (125, 0.535), (192, 0.789)):
-        assert abs(float(wanted[:experts].sum() / total) - share) < 0.015
+        assert abs(float(wanted[:experts].sum() / total) - share) < 0.02
 
 
 def test_the_same_seed_gives_the_same_model(tiny: Any) -> None:

@@ -34,8 +34,8 @@ from .routers import find_router
 
 # Popularity against rank, both as fractions: the densities of the cumulative figures of Fiddler's
 # profiles (10 % of the experts take 12.4 % of the tokens, 25 % 28.8 %, 75 % 78.9 %), extremes 1.35, 0.25.
-_RANKS = (0.0, 0.05, 0.16, 0.37, 0.62, 0.85, 0.95, 1.0)
-_POPULARITY = (1.35, 1.22, 1.11, 1.04, 0.97, 0.87, 0.70, 0.25)
+_RANKS = (0.0, 0.05, 0.16, 0.37, 0.62, 0.75, 0.85, 0.96, 1.0)
+_POPULARITY = (1.35, 1.22, 1.11, 1.043, 0.97, 0.945, 0.90, 0.83, 0.25)
 _SHARED = 0.5  # part of a normalized hidden state along the shared direction
 _LOGIT_STD = 1.5  # of router logits, over tokens
 _INITIALIZER_STD = 0.006  # small, so that a token's own embedding outlives the layers
