@@ -38,7 +38,7 @@ _RANKS = (0.0, 0.05, 0.16, 0.37, 0.62, 0.75, 0.85, 0.96, 1.0)
 _POPULARITY = (1.35, 1.22, 1.11, 1.043, 0.97, 0.945, 0.90, 0.83, 0.25)
 _SHARED = 0.5  # part of a normalized hidden state along the shared direction
 _LOGIT_STD = 1.5  # of router logits, over tokens
-_INITIALIZER_STD = 0.006  # small, so that a token's own embedding outlives the layers
+_INITIALIZER_STD = 0.003  # small, so that a token's own embedding outlives the layers: see docs/log.md
 
 
 def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: int) -> PreTrainedModel:
