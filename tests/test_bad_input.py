@@ -87,6 +87,16 @@ def _drop_all_shards(folder: Path) -> None:
         path.unlink()
 
 
+def _not_numbers(folder: Path) -> None:
+    path = next(p for p in sorted(folder.glob("*.safetensors")) if any("lm_head" in k for k in load_file(p)))
+    save_file({k: v * float("nan") for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def _empty_pickle(folder: Path) -> None:
+    _drop_all_shards(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -104,6 +114,14 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "config says more experts": (lambda f: _edit_config(f, num_local_experts=5), "gate.weight have shapes other"),
     "config says more layers": (lambda f: _edit_config(f, num_hidden_layers=3), "model.layers.2"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "config has no numbers": (lambda f: _edit_config(f, hidden_size="big"), "error"),
+    "config divides by zero": (lambda f: _edit_config(f, num_attention_heads=0), "error"),
+    "config has no such dtype": (lambda f: _edit_config(f, dtype="foo"), "error"),
+    "config asks for too many experts": (lambda f: _edit_config(f, num_experts_per_tok=9), "to 9 of 4 experts"),
+    "index is no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "is no index of weights"),
+    "index is a list": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is no index of weights"),
+    "weights are not numbers": (_not_numbers, "the model's output is not a number"),
+    "an empty pickle": (_empty_pickle, "cannot be loaded"),
     "config absent": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "unknown family": (lambda f: _edit_config(f, model_type="nosuchmodel"), "nosuchmodel"),
     "quantized already": (
@@ -170,15 +188,18 @@ def test_experts_that_do_not_pass_through_the_interface(
         (["run", "", "--shape", "tiny"], "the prompt is empty, and this model's tokenizer has no token to begin"),
         (
             ["run", "demo", "x", "--ram", "20MiB"],
-            "the model needs 24.4 MiB of RAM (experts 20.2 MiB), but --ram allows",
+            "the model needs 22.9 MiB of RAM (experts 20.2 MiB), but --ram allows",
         ),
         (["run", "demo", "x", "--ram", "lots"], "--ram 'lots' is no amount of memory"),
         (["run", "demo", "x", "--policy", "wishful"], "no policy 'wishful'; there are: cpu-only, layer-split"),
         (["run", "demo", "x", "--device", "tpu"], "no device 'tpu'"),
         (["run", "demo", "x", "--dtype", "int3"], "no dtype 'int3'"),
-        (["run", "demo", "x", "--threads", "0"], "--threads 0: needs at least 1"),
+        (["run", "demo", "x", "--threads", "0"], "--threads 0: needs 1 to "),
+        (["run", "demo", "x", "--threads", "100000"], "--threads 100000: needs 1 to "),
+        (["run", "demo", "x", "--seed", "-1"], "--seed -1: needs 0 or more"),
+        (["run", "demo", "x", "--temperature", "1e-300"], "needs 0, or at least 0.01"),
         (["run", "demo", "x", "-n", "0"], "--max-new-tokens 0: needs at least 1"),
-        (["run", "demo", "x", "--temperature", "-1"], "--temperature -1.0: needs 0 or more"),
+        (["run", "demo", "x", "--temperature", "-1"], "--temperature -1.0: needs 0, or at least 0.01"),
         (["run", "demo", "x", "--top-p", "1.5"], "--top-p 1.5: needs above 0 and at most 1"),
         (["run", "demo", "x", "--num-beams", "0"], "--num-beams 0: needs at least 1"),
         (["run", "demo", "x", "--shape", "tiny"], "both MODEL (demo) and --shape (tiny)"),
@@ -220,3 +241,22 @@ def test_a_hub_id_that_is_not_there_in_a_fresh_process() -> None:
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: no model no-such-org/no-such-model: no folder")
     assert "Traceback" not in done.stderr
+
+
+def test_tensors_that_the_config_has_no_place_for_are_said(
+    demo_copy: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _edit_config(demo_copy, num_hidden_layers=1)
+    monkeypatch.setattr(sys, "argv", ["moestro", "run", str(demo_copy), "Once", "-n", "2"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert "tensors that its config has no place for, such as model.layers.1" in caplog.text
+
+
+def test_a_damaged_file_that_is_not_read_does_no_harm(demo_copy: Path) -> None:
+    (demo_copy / "extra.safetensors").write_bytes(b"x")
+    assert moestro.load(str(demo_copy), threads=1, device="cpu").moestro.store.n_bytes

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from typing import Any
 
 import pytest
 import torch
@@ -199,10 +202,15 @@ class _SlowLink(EmulatedDevice):
     def __init__(self) -> None:
         super().__init__(link_gbps=None)
         self.go: Future[None] = Future()
+        self.order: list[int] = []
+        copy_piece = self._link.copy_piece
 
-    def _copy_pieces(self, source: Tensor, target: Tensor) -> None:
-        self.go.result()
-        super()._copy_pieces(source, target)
+        def wait_and_copy(job: Any) -> int:
+            self.go.result()
+            self.order.append(job.rank[1])
+            return copy_piece(job)
+
+        self._link.copy_piece = wait_and_copy  # type: ignore[method-assign]
 
 
 def test_a_second_request_joins_a_copy_in_flight() -> None:
@@ -214,7 +222,7 @@ def test_a_second_request_joins_a_copy_in_flight() -> None:
     assert not conductor.slots.ready((1, 4))
     assert not conductor.slots.evictable()
     conductor.policy.decision = Decision(gpu={4: FULL})  # type: ignore[attr-defined]
-    device._compute.submit(lambda: device.go.set_result(None))
+    threading.Timer(0.3, device.go.set_result, [None]).start()
     index = torch.tensor([[4]])
     out = conductor.run_layer(1, x, index, weights)
     torch.testing.assert_close(out, _reference(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
@@ -229,6 +237,9 @@ def test_a_queued_guess_can_be_dropped() -> None:
     conductor, _ = _conductor(policy, 2, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
     conductor.run_layer(0, x, index, weights)
+    running = conductor.slots.find((1, 4))
+    while not running.filling.future.running():  # type: ignore[union-attr]
+        time.sleep(0.001)
     policy.decision = Decision(cpu={1: FULL}, cancel=((1, 4), (2, 4)))
     conductor.run_layer(0, x, index, weights)
     assert conductor.slots.find((1, 4)) is not None  # was running: cannot be dropped
@@ -238,23 +249,113 @@ def test_a_queued_guess_can_be_dropped() -> None:
 
 
 def test_a_failed_copy_is_raised_and_its_slot_is_usable_again() -> None:
-    class Broken(EmulatedDevice):
-        broken = True
+    device = EmulatedDevice(link_gbps=None)
+    copy_piece = device._link.copy_piece
 
-        def _copy_pieces(self, source: Tensor, target: Tensor) -> None:
-            if self.broken:
-                raise OSError("the link is down")
-            super()._copy_pieces(source, target)
+    def fail(job: Any) -> int:
+        raise OSError("the link is down")
 
-    device = Broken(link_gbps=None)
+    device._link.copy_piece = fail  # type: ignore[method-assign]
     conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
     with pytest.raises(OSError, match="link is down"):
         conductor.run_layer(0, x, index, weights)
-    device.broken = False
+    device._link.copy_piece = copy_piece  # type: ignore[method-assign]
     out = conductor.run_layer(0, x, index, weights)
     torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
     conductor.close()
+
+
+def test_a_failed_guess_does_not_poison_its_slot() -> None:
+    device = EmulatedDevice(link_gbps=None)
+    copy_piece = device._link.copy_piece
+
+    def fail(job: Any) -> int:
+        raise OSError("the link is down")
+
+    device._link.copy_piece = fail  # type: ignore[method-assign]
+    policy = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),)))
+    conductor, parts = _conductor(policy, 1, device)
+    x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+    conductor.run_layer(0, x, torch.tensor([[1]]), weights)
+    policy.decision = Decision(gpu={4: FULL})
+    with pytest.raises(OSError, match="link is down"):
+        conductor.run_layer(1, x, torch.tensor([[4]]), weights)
+    device._link.copy_piece = copy_piece  # type: ignore[method-assign]
+    policy.decision = Decision(gpu={4: FULL}, moves=(Move((1, 4)),))
+    out = conductor.run_layer(1, x, torch.tensor([[4]]), weights)
+    torch.testing.assert_close(out, _reference(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
+    conductor.close()
+
+
+def test_an_urgent_copy_overtakes_guesses() -> None:
+    device = _SlowLink()
+    guesses = Fixed(Decision(cpu={1: FULL}, moves=tuple(Move((1, e), urgent=False) for e in (3, 4, 5))))
+    conductor, _ = _conductor(guesses, 4, device)
+    x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+    conductor.run_layer(0, x, torch.tensor([[1]]), weights)
+    conductor.policy.decision = Decision(gpu={2: FULL}, moves=(Move((1, 2)),))  # type: ignore[attr-defined]
+    threading.Timer(0.3, device.go.set_result, [None]).start()
+    conductor.run_layer(1, x, torch.tensor([[2]]), weights)
+    assert device.order.index(3) <= 1  # behind the piece that was running, before the other guesses
+    conductor.close()
+
+
+def test_a_borrowed_guess_stays_until_its_layer_has_run() -> None:
+    guess = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), keep=False, urgent=False),)))
+    conductor, _ = _conductor(guess, 1, EmulatedDevice(link_gbps=None))
+    x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+    conductor.run_layer(0, x, torch.tensor([[1]]), weights)
+    assert conductor.slots.find((1, 4)) is not None
+    assert conductor.view.ready_s((1, 4), GPU0) < float("inf")
+    guess.decision = Decision(gpu={4: FULL})
+    conductor.run_layer(1, x, torch.tensor([[4]]), weights)
+    assert conductor.slots.find((1, 4)) is None
+    assert conductor.slots.empty() == 1
+    conductor.close()
+
+
+def test_a_copy_in_flight_is_later_than_now() -> None:
+    device = _SlowLink()
+    conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)),))), 1, device)
+    conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1))
+    before_s = conductor.view.now_s
+    assert before_s < conductor.view.ready_s((1, 4), GPU0) < float("inf")
+    device.go.set_result(None)
+    conductor.close()
+
+
+def test_moves_before_the_first_layer_are_checked() -> None:
+    class Eager(Fixed):
+        moves: tuple[Move, ...] = ()
+
+        def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+            return self.moves
+
+    policy = Eager(Decision(cpu={1: FULL}))
+    conductor, _ = _conductor(policy, 1, EmulatedDevice(link_gbps=None))
+    for moves, says in (
+        ((Move((0, 1)), Move((0, 2))), "fewer are empty"),
+        ((Move((0, 1), neurons=range(64), keep=False),), "needs keep=False and a GPU share"),
+        ((Move((9, 1)),), "which the model does not have"),
+    ):
+        policy.moves = moves
+        with pytest.raises(ContractError, match=says):
+            conductor.begin(1, Phase.DECODE)
+    conductor.close()
+
+
+def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
+    device = _SlowLink()
+    conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)), Move((1, 5))))), 2, device)
+    conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1))
+    waiting = conductor.slots.find((1, 5)).filling  # type: ignore[union-attr]
+    conductor.close()
+    with pytest.raises(CancelledError):
+        waiting.wait()  # type: ignore[union-attr]
+    device.go.set_result(None)
+    with pytest.raises(RuntimeError, match="the device is closed"):
+        device.copy(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), urgent=True)
 
 
 def test_grouping_skips_the_sentinel_and_keeps_order() -> None:

@@ -55,17 +55,17 @@ class FakeView:
 
 
 def test_a_whole_decision_passes() -> None:
-    check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(), LAYER, 64)
-    check(Decision(cpu={0: FULL}, gpu={3: FULL}), STEP, FakeView({(1, 3)}), LAYER, 64)
+    check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(), SPEC, 64)
+    check(Decision(cpu={0: FULL}, gpu={3: FULL}), STEP, FakeView({(1, 3)}), SPEC, 64)
 
 
 def test_an_expert_may_be_split_at_a_block_with_its_copy() -> None:
     split = Decision(
         cpu={0: FULL, 3: range(64, 160)}, gpu={3: range(64)}, moves=(Move((1, 3), neurons=range(64), keep=False),)
     )
-    check(split, STEP, FakeView(empty=1), LAYER, 64)
+    check(split, STEP, FakeView(empty=1), SPEC, 64)
     with pytest.raises(ContractError, match="fewer are empty"):
-        check(split, STEP, FakeView(), LAYER, 64)
+        check(split, STEP, FakeView(), SPEC, 64)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,12 @@ def test_an_expert_may_be_split_at_a_block_with_its_copy() -> None:
 )
 def test_a_broken_decision_is_refused(decision: Decision, says: str) -> None:
     with pytest.raises(ContractError, match=says):
-        check(decision, STEP, FakeView(), LAYER, 64)
+        check(decision, STEP, FakeView(), SPEC, 64)
 
 
 def test_experts_behind_a_norm_are_not_split() -> None:
-    whole = LayerSpec(experts=4, neurons=160, expert_bytes=1000, splittable=False)
+    layer = LayerSpec(experts=4, neurons=160, expert_bytes=1000, splittable=False)
+    whole = ModelSpec((layer,) * 3, 0)
     decision = Decision(cpu={0: FULL, 3: range(64)}, gpu={3: range(64, 160)})
     with pytest.raises(ContractError, match="no sum over neurons"):
         check(decision, STEP, FakeView({(1, 3)}), whole, 64)
@@ -95,7 +96,27 @@ def test_experts_behind_a_norm_are_not_split() -> None:
 
 def test_an_expert_without_ram_copy_cannot_run_on_the_cpu() -> None:
     with pytest.raises(ContractError, match="no copy in RAM"):
-        check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(in_ram=False), LAYER, 64)
+        check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(in_ram=False), SPEC, 64)
+
+
+@pytest.mark.parametrize(
+    ("decision", "says"),
+    [
+        (Decision(cpu={0: FULL}, gpu={3: FULL}, cancel=((1, 3),)), "given to the GPU and taken from it"),
+        (Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(Move((2, 0), evict=(1, 3)),)), "given to the GPU and taken"),
+        (Decision(cpu={0: FULL, 3: FULL}, moves=(Move((1, 9)),)), "which the model does not have"),
+        (Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(Move((2, 0), neurons=range(64), keep=False),)), "keep=False"),
+    ],
+)
+def test_a_decision_that_takes_what_it_uses_is_refused(decision: Decision, says: str) -> None:
+    with pytest.raises(ContractError, match=says):
+        check(decision, STEP, FakeView({(1, 3)}, empty=2), SPEC, 64)
+
+
+def test_a_gpu_share_must_lie_within_the_neurons_that_move() -> None:
+    move = Move((1, 3), neurons=range(64), keep=False)
+    with pytest.raises(ContractError, match="a GPU share of this step within them"):
+        check(Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(move,)), STEP, FakeView(empty=1), SPEC, 64)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -107,7 +128,7 @@ def test_every_policy_decides_for_every_layer(name: str, gpu_bytes: int) -> None
     for layer in range(3):
         step = Step(layer, Phase.DECODE, {1: 1, 2: 4}, {1: 1.0, 2: 2.0})
         view = FakeView(placement.held)
-        check(policy.decide(step, view, Costs()), step, view, LAYER, 64)
+        check(policy.decide(step, view, Costs()), step, view, SPEC, 64)
 
 
 def test_layer_split_holds_the_last_whole_layers() -> None:

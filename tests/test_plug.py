@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
+import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,9 @@ PLACES = [
     pytest.param({"device": "cuda"}, id="cuda", marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "policy": "layer-split"}, id="cuda-layer-split", marks=pytest.mark.gpu),
 ]
+
+
+ON_CPU = {"threads": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -99,26 +107,27 @@ def test_layer_split_runs_its_layers_where_it_says() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @torch.no_grad()
 def test_dtypes_agree_with_transformers_in_the_same_dtype(dtype: str) -> None:
-    """In half precision the reference itself rounds: both stay near it in float32, ours not farther."""
+    """In half precision the reference itself rounds: both stay near it in float32, ours about as much."""
     ids = _ids(2, 100)
     exact = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)(ids).logits
     theirs = AutoModelForCausalLM.from_pretrained(DEMO, dtype=getattr(torch, dtype))(ids).logits.float()
-    model = load("demo", dtype=dtype, threads=1)
+    model = load("demo", dtype=dtype, **ON_CPU)
     assert model.dtype == getattr(torch, dtype)
     assert model.moestro.math[0].format.name == {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
     ours = model(ids).logits.float()
     error, theirs_error = ((x - exact).norm() / exact.norm() for x in (ours, theirs))
-    assert error <= max(1e-5, 1.3 * theirs_error), f"{error:.2e} against {theirs_error:.2e}"
+    assert error <= max(1e-5, 2 * theirs_error), f"{error:.2e} against {theirs_error:.2e}"
 
 
 def test_auto_dtype_is_the_checkpoints() -> None:
-    assert load("demo", threads=1).dtype == torch.bfloat16
+    assert load("demo", **ON_CPU).dtype == torch.bfloat16
+    assert load("demo", dtype=torch.float16, **ON_CPU).dtype == torch.float16
 
 
 @torch.no_grad()
 def test_the_plain_transformers_line(reference: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(
-        DEMO, dtype=torch.float32, quantization_config=MoestroConfig(), experts_implementation="moestro"
+        DEMO, dtype=torch.float32, quantization_config=MoestroConfig(device="cpu"), experts_implementation="moestro"
     )
     ids = _ids(2, 9)
     assert (model(ids).logits - reference(ids).logits).norm() / reference(ids).logits.norm() <= 1e-5
@@ -142,7 +151,7 @@ def test_expert_tensors_stay_off_the_gpu_while_loading() -> None:
     for family in (f for f in FAMILIES if f.name in ("mixtral", "gpt_oss", "granitemoe", "nemotron_h")):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(build_config(family))
-        quantizer = MoestroQuantizer(MoestroConfig(), pre_quantized=False)
+        quantizer = MoestroQuantizer(MoestroConfig(device="cpu"), pre_quantized=False)
         quantizer.preprocess_model(model)
         converters = [c for c in get_model_conversion_mapping(model, None, quantizer) if hasattr(c, "force_cpu")]
         for name, _ in model.named_parameters():
@@ -152,6 +161,7 @@ def test_expert_tensors_stay_off_the_gpu_while_loading() -> None:
                 assert suits, name
                 assert all(c.force_cpu for c in suits), name
             else:
+                assert not [c for c in converters if c.force_cpu and c.compiled_sources.search(name)], name
                 assert quantizer.param_element_size(model, name, torch.empty(1)) == 4
 
 
@@ -169,10 +179,59 @@ def test_every_policy_has_a_docstring_that_says_what_it_is() -> None:
 
 
 def test_two_models_at_once_do_not_share_experts(reference: Any) -> None:
-    a, b = load("demo", dtype="float32", threads=1), load(shape="tiny", threads=1)
+    a, b = load("demo", dtype="float32", **ON_CPU), load(shape="tiny", **ON_CPU)
     ids = _ids(1, 5)
     with torch.no_grad():
         b(ids % 512)
-        assert torch.equal(a(ids).logits, load("demo", dtype="float32", threads=1)(ids).logits)
+        assert torch.equal(a(ids).logits, load("demo", dtype="float32", **ON_CPU)(ids).logits)
     assert a.moestro.counters.layer_steps == 6
     assert b.moestro.counters.layer_steps == 4
+
+
+def test_a_model_gives_its_memory_back_when_it_goes() -> None:
+    """Without waiting for the garbage collector: the next model needs the room."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = load("demo", **ON_CPU)
+        store = weakref.ref(model.moestro.store)
+        del model
+        assert store() is None
+    finally:
+        gc.enable()
+
+
+def test_gradients_are_refused_and_not_wrong(reference: Any) -> None:
+    model = load("demo", dtype="float32", **ON_CPU)
+    assert not any(p.requires_grad for p in model.parameters())
+    embeds = model.get_input_embeddings()(_ids(1, 3)).requires_grad_()
+    with pytest.raises(ModelError, match="Moestro is for inference"):
+        model(inputs_embeds=embeds)
+
+
+def test_what_cannot_be_done_says_so() -> None:
+    model = load("demo", **ON_CPU)
+    for action in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            action(model.moestro)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained("/nonexistent")
+
+
+def test_tied_embeddings_count_once_in_the_plan() -> None:
+    model = load("demo", **ON_CPU)
+    dense = {p.data_ptr(): p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()]}
+    assert model.moestro.spec.dense_bytes == sum(dense.values())
+
+
+def test_the_gpu_budget_holds_where_layers_have_experts_of_two_sizes(tmp_path: Path) -> None:
+    from families import FAMILIES, build_model
+
+    family = next(f for f in FAMILIES if f.name == "ernie4_5_vl_moe")
+    sizes = {**family.config, "moe_intermediate_size": [200, 16]}
+    build_model(dataclasses.replace(family, config=sizes)).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"device": "emulated", "policy": "layer-split", "threads": 1}
+    conductor = load(str(tmp_path), gpu_memory=900_000, **options).moestro
+    assert len({layer.expert_bytes for layer in conductor.spec.layers}) == 2
+    assert 0 < conductor.slots.n_bytes <= 900_000
+    conductor.close()

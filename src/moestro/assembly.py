@@ -29,6 +29,8 @@ from .planning.policies import make_policy
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 
+_GPU_SHARE = 0.85  # of free GPU memory, where none was named: the rest is for the KV cache and activations
+
 _FORMAT_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -69,7 +71,7 @@ def attach(model: Any, budget: Budget, policy_name: str, device: Device) -> Cond
         dense_on_gpu=on_gpu,
         ram_named=budget.ram_bytes is not None,
     )
-    slots = device.pool(len(placement.held) + placement.slots, max(layer.expert_bytes for layer in spec.layers))
+    slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
         math=[
@@ -99,8 +101,9 @@ def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
 def _spec_of(
     model: Any, modules: Mapping[str, Any], layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat
 ) -> ModelSpec:
-    expert_ids = {id(getattr(module, part)) for name, module in modules.items() for part in layouts[name].parameters}
-    tensors = [*model.parameters(), *model.buffers()]
+    not_dense = {f"{name}.{part}" for name in modules for part in layouts[name].parameters}
+    not_dense |= getattr(model, "all_tied_weights_keys", {}).keys()  # counted once, under their other name
+    dense = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return ModelSpec(
         layers=tuple(
             LayerSpec(
@@ -111,7 +114,7 @@ def _spec_of(
             )
             for name, module in modules.items()
         ),
-        dense_bytes=sum(t.numel() * t.element_size() for t in tensors if id(t) not in expert_ids),
+        dense_bytes=sum(t.numel() * t.element_size() for name, t in dense.items() if name not in not_dense),
     )
 
 
@@ -140,7 +143,7 @@ def _format_of(dtype: torch.dtype | None) -> ExpertFormat:
 def _gpu_bytes(budget: Budget, device: Device) -> int:
     free_bytes = device.memory_bytes()
     if budget.gpu_bytes is None:
-        return free_bytes
+        return int(free_bytes * _GPU_SHARE)
     if device.name == "cpu":
         raise RequestError("--gpu-memory was given, but there is no GPU here; leave it out or use --device emulated")
     if device.name == "cuda" and budget.gpu_bytes > free_bytes:

@@ -14,9 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import OnText, TextOptions, TextResult, encode, generate_text
+
+# Families that give wrong logits in Transformers 5.23 itself when several tokens are appended to a filled cache
+# (mistral_large4 from 20 tokens on): their history is read again each turn. The family tests try them all.
+REREAD = frozenset({"jamba", "mistral_large4", "unlimited_ocr"})
 
 
 class ChatSession:
@@ -74,9 +78,9 @@ class ChatSession:
         return encode(self._tokenizer, text, add_special_tokens=False)
 
     def _usable_cache(self, ids: Tensor) -> Any:
-        """The cache, cut to the tokens that it shares with `ids`; a new one where it cannot be cut."""
-        if self._cache is None or self._cached_ids is None:
-            return DynamicCache(config=self._model.config)
+        """The cache, cut to the tokens that it shares with `ids`; None where it cannot be used."""
+        if self._cache is None or self._cached_ids is None or self._model.config.model_type in REREAD:
+            return None
         length = min(len(ids) - 1, len(self._cached_ids))  # at least one token is left to compute
         differs = (ids[:length] != self._cached_ids[:length]).nonzero()
         shared = int(differs[0]) if len(differs) else length
@@ -85,5 +89,5 @@ class ChatSession:
                 self._cache.crop(shared - len(self._cached_ids))  # negative: how many to drop
             except (AttributeError, NotImplementedError, RuntimeError, ValueError):
                 # Recurrent states and full sliding windows cannot go back, so the history is read again.
-                return DynamicCache(config=self._model.config)
+                return None
         return self._cache

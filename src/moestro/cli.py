@@ -234,6 +234,8 @@ def chat(
                 _print_figures(result)
             except RequestError as error:
                 _say(f"{error}; /new starts over")
+            except KeyboardInterrupt:
+                _say("\nstopped; that message is forgotten")
 
 
 @app.command(epilog="Example: moestro doctor")
@@ -272,7 +274,10 @@ def bench_load(
 
 def _load(model: str | None, shape: str | None, **options: Any) -> tuple[Any, Any]:
     from .loading import load, load_tokenizer
+    from .machine import physical_cores
 
+    if options["threads"] is None:
+        options["threads"] = physical_cores()
     tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
     return load(model, shape=shape, **options), tokenizer
 
@@ -297,9 +302,15 @@ def _read_line() -> str | None:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Event]:
-    """Within it, Ctrl-C sets an event instead of raising."""
+    """Within it, the first Ctrl-C sets an event; the second raises, should a long prompt still be read."""
     stopped = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+
+    def interrupt(*_: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield stopped
     finally:

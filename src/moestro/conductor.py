@@ -9,9 +9,12 @@ Legend: T tokens, K top-k, D model width.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +39,7 @@ from .planning.contract import (
     Policy,
     Step,
     check,
+    check_moves,
 )
 
 
@@ -53,10 +57,11 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The tokens of one expert in a step: rows int64 [n] and routing weights float32 [n]."""
+    """The tokens of one expert in a step: rows int64 [n], routing weights float32 [n] and their sum."""
 
     rows: Tensor
     weights: Tensor
+    mass: float
 
 
 def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
@@ -75,12 +80,14 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
     flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
     order = torch.argsort(flat, stable=True)  # [T*K]
     counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
+    masses = torch.bincount(flat, weights.reshape(-1), minlength=experts + 1).tolist()
     rows, sorted_weights = order // top_k, weights.reshape(-1)[order]
     groups: dict[int, Routed] = {}
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            groups[expert] = Routed(rows[start : start + count], sorted_weights[start : start + count])
+            part = slice(start, start + count)
+            groups[expert] = Routed(rows[part], sorted_weights[part], masses[expert])
             start += count
     return groups
 
@@ -102,14 +109,25 @@ class Conductor:
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
-        self.view = LiveView(self)
         self.phase = Phase.PREFILL
         self.link_free_s = 0.0
+        self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model in Moestro's hands cannot be copied or pickled; load it again")
+
+    @property
+    def view(self) -> LiveView:
+        """What a policy sees. Made anew, since keeping it would be a cycle that keeps the store alive."""
+        return LiveView(self)
 
     def begin(self, tokens: int, phase: Phase) -> None:
         """Before the first layer of a step that adds `tokens` tokens to each sequence."""
-        self.phase = phase
-        self._start(self.policy.begin(tokens, self.view, self.costs))
+        with self._lock:
+            self.phase = phase
+            moves = self.policy.begin(tokens, self.view, self.costs)
+            check_moves(moves, self.view, self.spec, "before the first layer")
+            self._start(moves)
 
     @torch.no_grad()
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -124,6 +142,10 @@ class Conductor:
         Raises:
             ContractError: the policy's decision cannot be carried out.
         """
+        with self._lock:
+            return self._run_layer(layer, x, index, weights)
+
+    def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         start_s = time.perf_counter()
         host = self.device.read_router(index, weights, x)
         groups = group_by_expert(host.index, host.weights, self.spec.layers[layer].experts)
@@ -131,10 +153,10 @@ class Conductor:
             layer=layer,
             phase=self.phase,
             tokens={expert: len(routed.rows) for expert, routed in groups.items()},
-            mass={expert: float(routed.weights.sum()) for expert, routed in groups.items()},
+            mass={expert: routed.mass for expert, routed in groups.items()},
         )
         decision = self.policy.decide(step, self.view, self.costs)
-        check(decision, step, self.view, self.spec.layers[layer], BLOCK)
+        check(decision, step, self.view, self.spec, BLOCK)
         found = self._classify(step)
         self._drop(decision.cancel)
         moved_bytes = self._start(decision.moves)
@@ -145,7 +167,9 @@ class Conductor:
             cpu_s = time.perf_counter() - cpu_start_s
             out = self.device.combine(x, on_cpu, queued)
         except BaseException:
-            self._forget(move.expert for move in decision.moves)  # nobody knows what arrived
+            # Nobody knows what arrived: forget what was on its way for this step, so that the next one copies.
+            self._forget((layer, expert) for expert in step.tokens if not self.slots.ready((layer, expert)))
+            self._forget(move.expert for move in decision.moves if not self.slots.ready(move.expert))
             raise
         finally:
             self._release(step, decision)
@@ -167,18 +191,20 @@ class Conductor:
         for move in moves:
             if self.slots.find(move.expert) is not None:
                 continue
-            math = self.math[move.expert[0]]
-            neurons = move.neurons or range(math.shape.neurons)
-            span = math.format.byte_range(math.shape, neurons)
+            experts = self.math[move.expert[0]]
+            neurons = move.neurons or range(experts.shape.neurons)
+            span = experts.format.byte_range(experts.shape, neurons)
             source = self.store[move.expert][span.start : span.stop]
             if self.costs.link_gbps:
                 now_s = time.perf_counter()
                 self.link_free_s = max(now_s, self.link_free_s) + len(span) / (self.costs.link_gbps * 1e9)
 
-            def start(target: Tensor, source: Tensor = source, span: range = span) -> Transfer:
-                return self.device.copy(source, target[span.start : span.stop])
+            def start(
+                target: Tensor, source: Tensor = source, span: range = span, urgent: bool = move.urgent
+            ) -> Transfer:
+                return self.device.copy(source, target[span.start : span.stop], urgent)
 
-            self.slots.load(move.expert, move.evict, start, self.link_free_s, move.neurons)
+            self.slots.load(move.expert, move.evict, start, self.link_free_s, move.keep)
             queued_bytes += len(span)
         return queued_bytes
 
@@ -202,9 +228,9 @@ class Conductor:
                 ready.append(work)
             else:
                 arriving.append((work, slot.filling))
-        math = self.math[step.layer]
-        queued = [self.device.run(math, x, ready)] if ready else []
-        return queued + [self.device.run(math, x, [work], after=copy) for work, copy in arriving]
+        experts = self.math[step.layer]
+        queued = [self.device.run(experts, x, ready)] if ready else []
+        return queued + [self.device.run(experts, x, [work], after=copy) for work, copy in arriving]
 
     def _run_on_cpu(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> Tensor | None:
         if not decision.cpu:
@@ -222,7 +248,7 @@ class Conductor:
         for expert in decision.gpu:
             if (slot := self.slots.find((step.layer, expert))) is not None:
                 slot.pinned = False
-        self._forget(move.expert for move in decision.moves if not move.keep or move.neurons is not None)
+        self._forget(self.slots.borrowed(step.layer))
 
     def _forget(self, experts: Iterable[Expert]) -> None:
         for expert in experts:
@@ -265,7 +291,9 @@ class LiveView:
         slot = self.conductor.slots.find(expert) if at == GPU0 else None
         if slot is None:
             return float("inf")
-        return self.now_s if self.conductor.slots.ready(expert) else max(slot.eta_s, self.now_s)
+        now_s = self.now_s
+        # Later than now while it is in flight, also where no rate is known to say when.
+        return now_s if self.conductor.slots.ready(expert) else max(slot.eta_s, math.nextafter(now_s, math.inf))
 
     def evictable(self, at: Place, layer: int) -> Collection[Expert]:
         return self.conductor.slots.evictable() if at == GPU0 else ()

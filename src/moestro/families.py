@@ -9,6 +9,7 @@ Legend: E experts, D model width, F expert neurons, f neurons of a share.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +96,13 @@ class FamilyLayout:
 def activation_of(module: Any, layout: FamilyLayout) -> Activation:
     """The family's own gate, called with gate and up in the order that it expects them."""
 
+    owner: Any = weakref.ref(module)  # the module knows its conductor, which keeps this function
+
     def apply(gate: Tensor | None, up: Tensor) -> Tensor:
         if gate is None:
-            return module.act_fn(up)  # type: ignore[no-any-return]
+            return owner().act_fn(up)  # type: ignore[no-any-return]
         both = torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
-        return module._apply_gate(both)  # type: ignore[no-any-return]
+        return owner()._apply_gate(both)  # type: ignore[no-any-return]
 
     return apply
 
@@ -109,9 +112,11 @@ def post_norm_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     if not module.has_post_expert_norm:
         return None
 
+    inner = module.post_expert_norm  # a module below the experts, which does not know the conductor
+
     def norm(y: Tensor) -> Tensor:
-        weights = next(module.post_expert_norm.parameters(), y)
-        return module.post_expert_norm(y.to(weights.device)).to(y.device)  # type: ignore[no-any-return]
+        weights = next(inner.parameters(), y)
+        return inner(y.to(weights.device)).to(y.device)  # type: ignore[no-any-return]
 
     return norm
 
@@ -119,8 +124,9 @@ def post_norm_of(module: Any) -> Callable[[Tensor], Tensor] | None:
 def why_no_experts(config: Any) -> str:
     """One line on why a model without expert modules cannot be taken."""
     text_config = config.get_text_config()
+    parts = [text_config, *(getattr(text_config, name, None) for name in text_config.sub_configs)]
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if any((getattr(text_config, name, None) or 0) > 1 for name in counts):
+    if any((getattr(part, name, None) or 0) > 1 for part in parts for name in counts):
         return (
             f"the experts of {config.model_type} do not pass through Transformers' experts interface, so Moestro "
             "cannot take them; docs/models.md lists the families that work"

@@ -8,15 +8,16 @@ Generation itself is Transformers'. This file tokenizes, checks the context, str
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from .errors import RequestError
+from .errors import CheckpointError, RequestError
 from .machine import peak_ram_bytes
 
 SAMPLING_TEMPERATURE = 0.7
@@ -42,14 +43,11 @@ class TextOptions:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
+        temperature = SAMPLING_TEMPERATURE if self.temperature is None else self.temperature
         checks = (
             ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            (
-                "--temperature",
-                self.temperature,
-                self.temperature is None or self.temperature >= 0,
-                "0 or more",
-            ),
+            ("--temperature", self.temperature, temperature == 0 or temperature >= 0.01, "0, or at least 0.01"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, "0 or more, below 2**63"),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("--min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -140,23 +138,24 @@ def generate_text(
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens)
     reused_tokens = 0 if cache is None else cache.get_seq_length()
-    set_seed(options.seed)
     clock = _StepClock(should_stop)
     stream = _Stream(tokenizer, on_text or (lambda text: None), options.stop)
     device = model.device
     start_s = time.perf_counter()
-    output = model.generate(
-        ids[None].to(device),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
-        past_key_values=cache,
-        stopping_criteria=[clock],
-        streamer=stream if options.num_beams == 1 else None,
-        stop_strings=list(options.stop) or None,
-        tokenizer=tokenizer,
-        pad_token_id=_pad_token(model, tokenizer),
-        return_dict_in_generate=True,
-        **(options.for_generate() | {"max_new_tokens": max_new_tokens}),
-    )
+    with _seeded(options.seed), _explained():
+        output = model.generate(
+            ids[None].to(device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
+            past_key_values=cache,
+            stopping_criteria=[clock],
+            streamer=stream if options.num_beams == 1 else None,
+            stop_strings=list(options.stop) or None,
+            tokenizer=tokenizer,
+            pad_token_id=_pad_token(model, tokenizer),
+            num_return_sequences=1,
+            return_dict_in_generate=True,
+            **(options.for_generate() | {"max_new_tokens": max_new_tokens}),
+        )
     sequence = output.sequences[0].cpu()
     if options.num_beams > 1:
         stream.on_finalized_text(tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True), stream_end=True)
@@ -208,6 +207,27 @@ def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: in
 def peak_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Tier -> the most memory used at once so far, in bytes."""
     return {"ram": peak_ram_bytes(), "gpu": model.moestro.device.peak_bytes()}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers of a seed within, those of before after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """One line for the one thing that damaged weights make of sampling."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise CheckpointError(
+            "the model's output is not a number: its weights are damaged, or too large for float16; try --dtype float32"
+        ) from error
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

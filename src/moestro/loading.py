@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .config import METHOD, MoestroConfig
-from .errors import CheckpointError, ModelError, RequestError
-from .machine import physical_cores
+from .errors import CheckpointError, ModelError, MoestroError, RequestError
 from .planning.policies import DEFAULT_POLICY
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
+
+logger = logging.getLogger("moestro")
 
 DEMO = "demo"
 _DTYPES = {
@@ -50,7 +52,7 @@ def load(
     ram: str | int | None = None,
     policy: str = DEFAULT_POLICY,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     threads: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -62,8 +64,8 @@ def load(
         gpu_memory, ram: the most memory to use, like "12GiB"; None for what is free.
         policy: who decides which expert runs where; see `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
-        dtype: "auto" (the checkpoint's own), "float32", "float16" or "bfloat16".
-        threads: CPU threads; None for one on each physical core.
+        dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
+        threads: CPU threads of torch, for the whole process; None leaves them as they are.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -73,16 +75,16 @@ def load(
     """
     if (model is None) == (shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
-    if dtype not in _DTYPES:
-        raise RequestError(f"no dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
-    if threads is not None and threads < 1:
-        raise RequestError(f"--threads {threads}: needs at least 1")
     config = MoestroConfig(gpu_memory=gpu_memory, ram=ram, policy=policy, device=device)
-    torch.set_num_threads(threads or physical_cores())
+    torch_dtype = _parse_dtype(dtype)
+    if threads is not None:
+        if not 1 <= threads <= (os.cpu_count() or 1):
+            raise RequestError(f"--threads {threads}: needs 1 to {os.cpu_count()}, the CPUs of this machine")
+        torch.set_num_threads(threads)
     if shape is not None:
-        return build_random_model(shape, config, dtype=_DTYPES[dtype], seed=seed)
+        return build_random_model(shape, config, dtype=torch_dtype, seed=seed)
     assert model is not None
-    return _load_checkpoint(model, config, _DTYPES[dtype])
+    return _load_checkpoint(model, config, torch_dtype)
 
 
 def load_tokenizer(model: str | None = None, *, shape: str | None = None) -> PreTrainedTokenizerBase:
@@ -98,11 +100,19 @@ def load_tokenizer(model: str | None = None, *, shape: str | None = None) -> Pre
     _read_config(model, source)  # first, since a model that is not there has no tokenizer either
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raise all kinds
         raise CheckpointError(
             f"{model} has no tokenizer that Transformers can read; put its tokenizer.json beside the weights "
             f"({_first_line(error)})"
         ) from error
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> Any:
+    if dtype in _DTYPES.values():
+        return dtype
+    if dtype not in _DTYPES:
+        raise RequestError(f"no dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
 
 
 def _resolve(model: str) -> str:
@@ -135,18 +145,22 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any)
                 experts_implementation=METHOD,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except MoestroError:
+            raise
+        except Exception as error:  # whatever Transformers and its file formats make of a damaged checkpoint
             raise CheckpointError(_explain(model, report, error)) from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise CheckpointError(f"{model} has no {missing[0]}{more}; it is incomplete: download it again")
+    if unused := sorted(info["unexpected_keys"]):
+        logger.warning("%s has %d tensors that its config has no place for, such as %s", model, len(unused), unused[0])
     return loaded
 
 
 def _read_config(model: str, source: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config.json may hold anything
         if not Path(source).is_dir():
             raise ModelError(
                 f"no model {model}: no folder of that name here, and the hub gave none ({_first_line(error)})"
@@ -154,12 +168,17 @@ def _read_config(model: str, source: str) -> Any:
         if not (Path(source) / "config.json").exists():
             raise ModelError(f"{model} has no config.json; name the folder of a Hugging Face checkpoint") from error
         raise ModelError(f"{model}: Transformers cannot use its config.json: {_first_line(error)}") from error
-    own = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    text_config = config.get_text_config()
+    own = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
     if own is not None:
-        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
         raise ModelError(
             f"{model} is already quantized ({method}), which Moestro cannot read yet; use the unquantized checkpoint"
         )
+    for part in (config, text_config):
+        experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
+        if isinstance(experts, int) and isinstance(top_k, int) and not 1 <= top_k <= max(experts, 1):
+            raise ModelError(f"{model}: its config.json routes each token to {top_k} of {experts} experts")
     return config
 
 
@@ -179,11 +198,15 @@ def _check_files(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file that is absent or cut short.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    names = [single.name] if single.exists() else []
+    if not names and index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} is no index of weights ({_first_line(error)}); download it again"
+            ) from error
     for name in names:
         path = folder / name
         if not path.exists():
@@ -222,7 +245,7 @@ def _explain(model: str, report: list[str], error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(report))
     broken = re.findall(r"^(\S.*?)\s*\|\s*(CONVERSION|MISMATCH)", text, re.MULTILINE)
     if not broken:
-        return f"{model} cannot be loaded: {_first_line(error)}"
+        return f"{model} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
     name, kind = broken[0]
     what = (
         "have shapes other than its config says" if kind == "MISMATCH" else "are not all there or do not fit together"

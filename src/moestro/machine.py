@@ -16,11 +16,7 @@ def total_ram_bytes() -> int:
 
 def available_ram_bytes() -> int:
     """RAM that can be taken without swapping, within the control group's limit where there is one."""
-    free_bytes = int(psutil.virtual_memory().available)
-    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if not limit.exists() or not current.exists() or limit.read_text().strip() == "max":
-        return free_bytes
-    return min(free_bytes, max(0, int(limit.read_text()) - int(current.read_text())))
+    return min(int(psutil.virtual_memory().available), _cgroup_available_bytes(Path("/sys/fs/cgroup")))
 
 
 def peak_ram_bytes() -> int:
@@ -47,6 +43,19 @@ def cpu_features() -> frozenset[str]:
     """The instruction sets that the CPU says it has, as the Linux kernel spells them; empty elsewhere."""
     cpuinfo = _cpuinfo()
     return frozenset(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+
+
+def _cgroup_available_bytes(root: Path) -> int:
+    """What a container may still take; its page cache can be given back, so it counts as available."""
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        if (root / limit).exists() and (text := (root / limit).read_text().strip()) != "max":
+            stats = dict(line.split() for line in (root / stat).read_text().splitlines())
+            cache_bytes = int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0))
+            return max(0, int(text) - int((root / used).read_text()) + cache_bytes)
+    return sys.maxsize
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -24,6 +25,7 @@ from .errors import CheckpointError, ModelError
 from .families import expert_modules
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Transformers' experts interface: [..., D], [T, K], [T, K] -> [..., D].
 
@@ -36,6 +38,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             'experts_implementation="moestro" needs quantization_config=MoestroConfig(...) in from_pretrained, '
             "or use moestro.load"
         )
+    if hidden_states.requires_grad and torch.is_grad_enabled():
+        raise ModelError("Moestro is for inference: experts give no gradients; call the model under torch.no_grad()")
     x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
     index = top_k_index.reshape(x.shape[0], -1)
     out = layer.conductor.run_layer(layer.index, x, index, top_k_weights.reshape(index.shape))
@@ -82,7 +86,9 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 converter.force_cpu |= any(name.endswith(targets) for name in names)
         # Where a checkpoint has them as the model does, no converter of the family's would match.
         leaves = sorted({".".join(name.split(".")[-2:]) for name in names})
-        return weight_conversions + [WeightConverter(leaf, leaf, [_AsItIs()], force_cpu=True) for leaf in leaves]
+        # The lookbehind keeps `experts.down_proj` from matching `shared_experts.down_proj.weight`.
+        own = [WeightConverter(rf"(?<!\w){leaf}", leaf, [_AsItIs()], force_cpu=True) for leaf in leaves]
+        return weight_conversions + own
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         attach(model, self.quantization_config.budget, self.quantization_config.policy, self._device)
@@ -102,7 +108,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             module = model.get_submodule(name)
             for part in layer.layout.parameters:
                 del module._parameters[part]
-        return model
+        return model.requires_grad_(False)  # experts give no gradients, so no other weight's would be right
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Pack one parameter of all experts of a layer into their homes.

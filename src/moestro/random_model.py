@@ -69,7 +69,7 @@ def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: in
         model.tie_weights()
         _fill_experts(conductor)
         _skew_routing(model, shape)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def shape_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -92,7 +92,8 @@ def _shape_config(name: str) -> Any:
 def _fill_experts(conductor: Conductor) -> None:
     """Pack one random layer; expert e of layer l is its expert e + l with its blocks rotated by l.
 
-    Rotating blocks reorders neurons and changes no result, but no two experts' bytes are equal.
+    Rotating blocks reorders neurons, which changes bytes and no result; equal bytes come back after as many
+    layers as an expert has blocks.
     """
     math, count = conductor.math[0], conductor.spec.layers[0].experts
     base = [_random_expert(math) for _ in range(count)]

@@ -38,7 +38,7 @@ class Slot:
     expert: tuple[int, int] | None = None
     filling: Transfer | None = None
     eta_s: float = 0.0  # when the copy is expected to be done
-    neurons: range | None = None  # which neurons are here; None for all of them
+    keep: bool = True  # False: only borrowed, until its layer's next step is over
     pinned: bool = False  # computed from right now: not evictable until the step is over
 
 
@@ -55,6 +55,8 @@ class SlotPool:
         self._slots = [Slot(i) for i in range(memory.shape[0])]
         self._held = frozenset(held)
         self._where: dict[tuple[int, int], Slot] = {}
+        if len(self._held) > len(self._slots):
+            raise ValueError(f"{len(self._held)} held experts do not fit {len(self._slots)} slots")
         for slot, expert in zip(self._slots, sorted(self._held), strict=False):
             slot.expert = expert
             self._where[expert] = slot
@@ -94,14 +96,14 @@ class SlotPool:
         evict: tuple[int, int] | None,
         start: Callable[[Tensor], Transfer],
         eta_s: float,
-        neurons: range | None = None,
+        keep: bool = True,
     ) -> Slot:
         """Give `expert` a slot and start filling it; joins a load of it that is in flight."""
         if (slot := self._where.get(expert)) is not None:
             return slot
         empty = (slot for slot in self._slots if slot.expert is None)
         slot = next(empty) if evict is None else self._where.pop(evict)
-        slot.expert, slot.eta_s, slot.neurons = expert, eta_s, neurons
+        slot.expert, slot.eta_s, slot.keep = expert, eta_s, keep
         self._where[expert] = slot
         slot.filling = start(self._memory[slot.index])
         return slot
@@ -109,8 +111,12 @@ class SlotPool:
     def forget(self, expert: tuple[int, int]) -> None:
         """Empty an expert's slot: after a failed copy, or when it was not to be kept."""
         slot = self._where.pop(expert)
-        slot.expert = slot.filling = slot.neurons = None
+        slot.expert = slot.filling = None
         slot.pinned = False
+
+    def borrowed(self, layer: int) -> list[tuple[int, int]]:
+        """Experts of a layer that were only to stay for its step."""
+        return [expert for expert, slot in self._where.items() if expert[0] == layer and not slot.keep]
 
     @property
     def n_bytes(self) -> int:

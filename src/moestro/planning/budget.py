@@ -73,8 +73,8 @@ def check_fits(
         BudgetError: one line with what is needed, what there is and what to ask for.
     """
     held_bytes = sum(spec.layers[layer].expert_bytes for layer, _ in placement.held)
-    slot_bytes = placement.slots * max(layer.expert_bytes for layer in spec.layers)
-    gpu_needed = held_bytes + slot_bytes + (spec.dense_bytes if dense_on_gpu else 0)
+    pool_bytes = (len(placement.held) + placement.slots) * spec.slot_bytes
+    gpu_needed = pool_bytes + (spec.dense_bytes if dense_on_gpu else 0)
     if gpu_needed > gpu_bytes:
         raise BudgetError(
             f"the GPU needs {format_bytes(gpu_needed)} (dense weights {format_bytes(spec.dense_bytes)}), but "

@@ -4,7 +4,7 @@ A policy sees a `Step` (what one MoE layer was asked for), a read-only `View` (w
 `Costs` (what this machine was measured to do), and returns a `Decision`. It imports neither torch nor
 anything that moves weights, so the same object runs live and in a replay. It does not know which.
 
-    check(policy.decide(step, view, costs), step, view, neurons=14336, block=64)
+    check(policy.decide(step, view, costs), step, view, spec, block=64)
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ class ModelSpec:
         """Bytes of all experts, packed."""
         return sum(layer.experts * layer.expert_bytes for layer in self.layers)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot: any expert of the model fits it."""
+        return max(layer.expert_bytes for layer in self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -122,7 +127,7 @@ class Move:
     """Bring an expert, or the neurons of it that a step needs, to a place.
 
     evict: whose slot to take; None takes an empty one. neurons: None for all of them.
-    keep: stays after the step. urgent: this step waits for it, so it overtakes guesses.
+    keep: stays after its layer's next step. urgent: this step waits for it, so it overtakes guesses.
     """
 
     expert: Expert
@@ -186,28 +191,73 @@ class Policy(Protocol):
         """Learn what a step did."""
 
 
-def check(decision: Decision, step: Step, view: View, layer: LayerSpec, block: int) -> None:
+def check(decision: Decision, step: Step, view: View, spec: ModelSpec, block: int) -> None:
     """Refuse a decision that would compute a neuron twice, never, or from a slot that is not there.
 
     Raises:
         ContractError: naming the policy's mistake, the layer and the expert.
     """
-    where = f"layer {step.layer}"
+    layer, where = spec.layers[step.layer], f"layer {step.layer}"
     for expert in decision.gpu.keys() | decision.cpu.keys():
         if expert not in step.tokens:
             raise ContractError(f"{where}: expert {expert} is computed, but no token was routed to it")
     for expert in step.tokens:
         shares = [share for side in (decision.gpu, decision.cpu) if (share := side.get(expert)) is not None]
         _check_tiling(shares, layer, block, f"{where}, expert {expert}")
-    _check_moves(decision.moves, step.layer, view)
-    arriving = {(move.expert, move.to) for move in decision.moves}
+    check_moves(decision.moves, view, spec, where, step=step, gpu=decision.gpu)
+    arriving = {move.expert for move in decision.moves}
+    leaving = {move.evict for move in decision.moves} | set(decision.cancel)
     for expert in decision.gpu:
         key = (step.layer, expert)
-        if view.ready_s(key, GPU0) == float("inf") and (key, GPU0) not in arriving:
+        if key in leaving:
+            raise ContractError(f"{where}: expert {expert} is given to the GPU and taken from it in one decision")
+        if view.ready_s(key, GPU0) == float("inf") and key not in arriving:
             raise ContractError(f"{where}: expert {expert} is given to the GPU, but is not there nor on its way")
     for expert in decision.cpu:
         if view.ready_s((step.layer, expert), RAM) == float("inf"):
             raise ContractError(f"{where}: expert {expert} is given to the CPU, but has no copy in RAM")
+
+
+def check_moves(
+    moves: Iterable[Move],
+    view: View,
+    spec: ModelSpec,
+    where: str,
+    step: Step | None = None,
+    gpu: Mapping[int, range] | None = None,
+) -> None:
+    """Refuse moves that cannot be carried out; `step` and `gpu` are the decision's that they belong to.
+
+    Raises:
+        ContractError: naming the policy's mistake.
+    """
+    evicted: set[Expert] = set()
+    into_empty: set[Expert] = set()
+    for move in moves:
+        layer, expert = move.expert
+        if not (0 <= layer < len(spec.layers) and 0 <= expert < spec.layers[layer].experts):
+            raise ContractError(f"{where}: a move of expert {move.expert}, which the model does not have")
+        if move.to != GPU0:
+            raise ContractError(f"{where}: a move to {move.to}, but only moves to gpu:0 can be carried out")
+        if view.ready_s(move.expert, GPU0) == float("inf") and view.ready_s(move.expert, RAM) == float("inf"):
+            raise ContractError(f"{where}: a move of expert {move.expert}, which has no copy in RAM")
+        if move.neurons is not None:
+            share = (gpu or {}).get(expert) if step is not None and layer == step.layer else None
+            if move.keep or share is None or not set(share) <= set(move.neurons):
+                raise ContractError(
+                    f"{where}: some neurons of expert {move.expert} are moved; that needs keep=False and a GPU share "
+                    "of this step within them"
+                )
+        if view.ready_s(move.expert, GPU0) < float("inf"):
+            continue  # it joins, and takes no slot
+        if move.evict is None:
+            into_empty.add(move.expert)
+            if len(into_empty) > view.free_slots(move.to, layer):
+                raise ContractError(f"{where}: {len(into_empty)} moves into empty slots, but fewer are empty")
+        elif move.evict in evicted or move.evict not in view.evictable(move.to, layer):
+            raise ContractError(f"{where}: expert {move.evict} is not evictable from {move.to}")
+        else:
+            evicted.add(move.evict)
 
 
 def _check_tiling(shares: Iterable[range], layer: LayerSpec, block: int, where: str) -> None:
@@ -223,19 +273,3 @@ def _check_tiling(shares: Iterable[range], layer: LayerSpec, block: int, where: 
         edge = stop
     if edge != layer.neurons:
         raise ContractError(f"{where}: neurons {edge}..{layer.neurons} have no computer")
-
-
-def _check_moves(moves: Iterable[Move], layer: int, view: View) -> None:
-    evicted: set[Expert] = set()
-    taken = 0
-    for move in moves:
-        if move.to != GPU0:
-            raise ContractError(f"layer {layer}: a move to {move.to}, but only moves to gpu:0 can be carried out")
-        if move.evict is None:
-            taken += 1
-            if taken > view.free_slots(move.to, move.expert[0]):
-                raise ContractError(f"layer {layer}: {taken} moves into empty slots, but fewer are empty")
-        elif move.evict in evicted or move.evict not in view.evictable(move.to, move.expert[0]):
-            raise ContractError(f"layer {layer}: expert {move.evict} is not evictable from {move.to}")
-        else:
-            evicted.add(move.evict)

@@ -1,7 +1,7 @@
 """What the conductor asks of a device.
 
-Calls return at once where they can: `run` queues, `copy` starts. Two calls wait: `read_router`, the only
-wait on the device in a layer, and `combine`, where results of other places must come together.
+Calls return at once where they can: `run` queues, `copy` starts. Two calls may wait: `read_router` for the
+device, and `combine` for the parts that it adds.
 """
 
 from __future__ import annotations
@@ -60,11 +60,14 @@ class Device(Protocol):
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         """uint8 [slots, slot_bytes] in the device's memory."""
 
-    def copy(self, source: Tensor, target: Tensor) -> Copy:
-        """Start copying bytes of host memory into device memory; both uint8 and of one length."""
+    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
+        """Start copying bytes of host memory into device memory; both uint8 and of one length.
+
+        An urgent copy overtakes those that are not, where the device can order them.
+        """
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor) -> HostBatch:
-        """Bring the routing and the hidden states to the host."""
+        """Bring the routing and the hidden states to the host; waits for the device."""
 
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
         """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes."""

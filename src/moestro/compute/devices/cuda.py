@@ -60,7 +60,7 @@ class CudaDevice:
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
 
-    def copy(self, source: Tensor, target: Tensor) -> Copy:
+    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
         self._link.wait_stream(torch.cuda.current_stream())
         event = torch.cuda.Event()
         with torch.cuda.stream(self._link):
@@ -71,7 +71,6 @@ class CudaDevice:
         return _Copy(event)
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor) -> HostBatch:
-        # Three copies and the last one waits for all: they are on one stream.
         parts = [t.to("cpu", non_blocking=True) for t in (index, weights.float(), x)]
         torch.cuda.current_stream().synchronize()
         return HostBatch(*parts)

@@ -1,4 +1,4 @@
-"""A pretended GPU: a worker thread that computes, another that copies at a paced rate.
+"""A pretended GPU: a thread that computes, another that copies at a paced rate.
 
 For tests of concurrency and for seeing how the conductor works without a GPU: the overlaps, the orders
 and the results are real, the speeds are not and are never quoted. Slots are plain RAM.
@@ -6,10 +6,13 @@ and the results are real, the speeds are not and are never quoted. Slots are pla
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,9 +26,15 @@ DEFAULT_LINK_GBPS = 12.0  # PCIe 3.0 x16
 PIECE_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    future: Future[None]
+@dataclass(order=True, slots=True)
+class _Job:
+    """A copy on the link, ordered: urgent ones first, then as they came."""
+
+    rank: tuple[bool, int]
+    source: Tensor = field(compare=False)
+    target: Tensor = field(compare=False)
+    future: Future[None] = field(compare=False, default_factory=Future)
+    copied_bytes: int = field(compare=False, default=0)
 
     def done(self) -> bool:
         return self.future.done() and not self.future.cancelled() and self.future.exception() is None
@@ -35,6 +44,76 @@ class _Copy:
 
     def cancel(self) -> bool:
         return self.future.cancel()
+
+
+class _Link:
+    """One thread that copies piece by piece, so that an urgent copy overtakes between two pieces."""
+
+    def __init__(self, gbps: float | None) -> None:
+        self._gbps = gbps
+        self._queue: list[_Job] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._closed = False
+        # A daemon, so that a program may end while copies are queued that nobody will read.
+        threading.Thread(target=self._work, name="moestro-emulated-link", daemon=True).start()
+
+    def submit(self, source: Tensor, target: Tensor, urgent: bool) -> _Job:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the device is closed; load the model again")
+            job = _Job((not urgent, next(self._order)), source, target)
+            heapq.heappush(self._queue, job)
+            self._changed.notify()
+        return job
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for job in self._queue:
+                job.future.cancel()
+            self._changed.notify()
+
+    def _work(self) -> None:
+        free_s = 0.0  # when the link will have carried all pieces so far
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    for job in self._queue:
+                        if not job.future.done():
+                            job.future.set_exception(RuntimeError("the device was closed during a copy"))
+                    return
+                job = self._queue[0]
+            if not job.copied_bytes and not job.future.set_running_or_notify_cancel():
+                self._finish(job)
+                continue
+            try:
+                piece_bytes = self.copy_piece(job)
+            except Exception as error:
+                self._finish(job)
+                job.future.set_exception(error)
+                continue
+            if self._gbps is not None:
+                free_s = max(free_s, time.perf_counter()) + piece_bytes / (self._gbps * 1e9)
+                time.sleep(max(0.0, free_s - time.perf_counter()))
+            if job.copied_bytes == job.source.numel():
+                self._finish(job)
+                job.future.set_result(None)
+
+    def copy_piece(self, job: _Job) -> int:
+        """Copy the job's next piece; returns its bytes."""
+        piece = slice(job.copied_bytes, job.copied_bytes + PIECE_BYTES)
+        job.target[piece].copy_(job.source[piece])
+        piece_bytes = len(range(*piece.indices(job.source.numel())))
+        job.copied_bytes += piece_bytes
+        return piece_bytes
+
+    def _finish(self, job: _Job) -> None:
+        with self._changed:
+            self._queue.remove(job)
+            heapq.heapify(self._queue)
 
 
 class EmulatedDevice(HostDevice):
@@ -49,10 +128,9 @@ class EmulatedDevice(HostDevice):
 
     def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
         self._memory_bytes = memory_bytes
-        self._link_gbps = link_gbps
         self._pool_bytes = 0
         self._compute = ThreadPoolExecutor(1, "moestro-emulated-gpu")
-        self._link = ThreadPoolExecutor(1, "moestro-emulated-link")
+        self._link = _Link(link_gbps)
 
     def memory_bytes(self) -> int:
         return self._memory_bytes
@@ -65,24 +143,15 @@ class EmulatedDevice(HostDevice):
         # Named, since models are built under `torch.device("meta")`.
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device="cpu")
 
-    def copy(self, source: Tensor, target: Tensor) -> Copy:
-        return _Copy(self._link.submit(self._copy_pieces, source, target))
+    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
+        return self._link.submit(source, target, urgent)
 
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
         return self._compute.submit(self._run, math, x, work, after)
 
     def close(self) -> None:
+        self._link.close()
         self._compute.shutdown(cancel_futures=True)
-        self._link.shutdown(cancel_futures=True)
-
-    def _copy_pieces(self, source: Tensor, target: Tensor) -> None:
-        start_s = time.perf_counter()
-        for begin in range(0, source.numel(), PIECE_BYTES):
-            piece = slice(begin, begin + PIECE_BYTES)
-            target[piece].copy_(source[piece])
-            if self._link_gbps is not None:
-                due_s = start_s + min(begin + PIECE_BYTES, source.numel()) / (self._link_gbps * 1e9)
-                time.sleep(max(0.0, due_s - time.perf_counter()))
 
     @staticmethod
     def _run(math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None) -> Tensor:

@@ -12,7 +12,7 @@ from .base import Copy, HostBatch, Queued
 
 
 class HostDevice:
-    """The dense part on the CPU, no slots. `run`, `copy` and `pool` are refused: a policy's defect."""
+    """The dense part on the CPU, no slots; `run` and `copy` never come, since `check` refuses what needs them."""
 
     name = "cpu"
     torch_device = torch.device("cpu")
@@ -26,7 +26,7 @@ class HostDevice:
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(0, slot_bytes, dtype=torch.uint8, device="cpu")
 
-    def copy(self, source: Tensor, target: Tensor) -> Copy:
+    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
         raise NotImplementedError("there is no device memory to copy to")
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor) -> HostBatch:

@@ -22,8 +22,7 @@ class LayerSplit:
         self._neurons = [layer.neurons for layer in spec.layers]
         first, free_bytes = len(spec.layers), gpu_bytes
         while first > 0:
-            layer = spec.layers[first - 1]
-            free_bytes -= layer.experts * layer.expert_bytes
+            free_bytes -= spec.layers[first - 1].experts * spec.slot_bytes
             if free_bytes < 0:
                 break
             first -= 1
