@@ -230,7 +230,7 @@ def _loading_report() -> Iterator[list[str]]:
     logger = logging.getLogger("transformers.modeling_utils")
     propagate, level = logger.propagate, logger.level
     logger.propagate = False
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO)  # at WARNING, Transformers also warns of parallel plans that nobody asked for
     logger.addHandler(handler)
     try:
         yield report

@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from ..errors import RequestError
+from ..machine import cpu_model
 from ..planning.budget import format_bytes
+from .device import git_commit
 
 SAMPLE_S = 0.010
 PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + three layers' experts
@@ -59,8 +61,9 @@ class LoadReport:
         return self.peak_bytes < self.limit_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, for `--json`."""
-        return asdict(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit}
+        """All figures, the machine and the commit, for `--json`."""
+        where = {"cpu": cpu_model(), "commit": git_commit()}
+        return asdict(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit} | where
 
     def __str__(self) -> str:
         return (
