@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import tqdm
 
 from .assembly import attach, home
 from .compute.devices import make_device
@@ -97,7 +98,7 @@ def _fill_experts(conductor: Conductor) -> None:
     """
     math, count = conductor.math[0], conductor.spec.layers[0].experts
     base = [_random_expert(math) for _ in range(count)]
-    for layer in range(len(conductor.spec.layers)):
+    for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
         turn = math.format.byte_range(math.shape, range(layer % math.shape.blocks * BLOCK)).stop
         end = math.format.byte_range(math.shape, range(math.shape.neurons // BLOCK * BLOCK)).stop
         for expert in range(count):
