@@ -29,6 +29,7 @@ from families import (
 from moestro import MoestroConfig, load
 from moestro.assembly import home
 from moestro.chat import REREAD
+from moestro.compute.cpu import CpuExperts
 from moestro.families import expert_modules
 from moestro.memory.formats import UnpackedExpert
 from moestro.memory.formats.floats import FloatFormat
@@ -114,12 +115,10 @@ def test_parity(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     conductor = model.moestro
     assert not [n for n, _ in model.named_parameters() if re.search(r"\bexperts\.(gate_up|up|down)_proj", n)]
     assert not any(p.device.type == "meta" for p in model.parameters())
-    watch = OneUnpacked(monkeypatch)
     zeroing = _zero_a_used_expert(model)
     next(zeroing)
     logits = model(ids).logits
     assert _difference(logits, expected) <= TOLERANCE
-    assert watch.count > 0
     assert conductor.counters.layer_steps == experts_calls(family, reference)
     if generates:
         assert torch.equal(model.generate(ids, **greedy), expected_tokens)
@@ -130,9 +129,21 @@ def test_parity(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     broken = model(ids).logits
     assert _difference(broken, expected) > 100 * TOLERANCE, "a lost expert would go unnoticed"
 
+    RAN[family.name] = _row(model)
+
+    watch = OneUnpacked(monkeypatch)
+    conductor.cpu = CpuExperts(level="torch")
+    assert _difference(model(ids).logits, broken) <= TOLERANCE  # the twin agrees
+    assert watch.count > 0
+
+
+def _row(model: Any) -> tuple[int, str, int]:
+    """What docs/models.md says of a model: MoE layers, what computed them, gates found."""
     names = list(expert_modules(model))
     gates = sum(find_router(model, name) is not None for name in names)
-    RAN[family.name] = (len(names), "torch", gates)
+    conductor = model.moestro
+    kernels = (conductor.cpu.kernel(math) for math in conductor.math)
+    return len(names), ", ".join(sorted({"torch" if k is None else k[0] for k in kernels})), gates
 
 
 def test_every_family_behind_the_interface_is_in_the_table() -> None:
@@ -162,7 +173,8 @@ comparison fails when one used expert is zeroed. All {folders} folders of Transf
 experts interface are on this page; a name with something appended is a second way to build that family.
 
 - **MoE layers**: of the tiny model, not of the real ones.
-- **kernel**: what computed its experts. `torch` is the plain torch reference in float32 arithmetic.
+- **kernel**: the gate of the compiled CPU kernels that computed its experts. `torch`: none of theirs is this
+  family's, so its experts run in plain torch, float32 arithmetic.
 - **next gate**: whether the router that feeds the experts was found in the model, which speculative loading needs.
 
 | family | MoE layers | kernel | next gate |

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compute.cpu import CpuExperts
 from .compute.devices import Device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
+from .config import MoestroConfig
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
 from .machine import available_ram_bytes
@@ -43,7 +45,7 @@ class ExpertLayer:
     conductor: Conductor
 
 
-def attach(model: Any, budget: Budget, policy_name: str, device: Device) -> Conductor:
+def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     """Plan for a Transformers model on the meta device and make its conductor, `model.moestro`.
 
     Raises:
@@ -59,7 +61,7 @@ def attach(model: Any, budget: Budget, policy_name: str, device: Device) -> Cond
         raise ModelError(f"{shared[0]} is shared with another layer's experts, which Moestro does not support")
     fmt = _format_of(model.config.dtype)
     spec = _spec_of(model, modules, layouts, fmt)
-    policy = make_policy(policy_name)
+    budget, policy = config.budget, make_policy(config.policy)
     on_gpu = device.torch_device.type != "cpu"
     gpu_bytes = _gpu_bytes(budget, device)
     placement = policy.place(spec, max(0, gpu_bytes - (spec.dense_bytes if on_gpu else 0)), {})
@@ -82,6 +84,7 @@ def attach(model: Any, budget: Budget, policy_name: str, device: Device) -> Cond
         device=device,
         store=ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held),
         slots=SlotPool(slots, placement.held),
+        cpu=CpuExperts(config.threads),
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)

@@ -19,8 +19,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .compute.cpu import CpuExperts
 from .compute.devices import Device, Queued
-from .compute.experts import ExpertMath, ExpertWork, run_experts
+from .compute.experts import ExpertMath, ExpertWork
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool, Transfer
 from .memory.store import ExpertStore
@@ -105,6 +106,7 @@ class Conductor:
     device: Device
     store: ExpertStore
     slots: SlotPool
+    cpu: CpuExperts = field(default_factory=CpuExperts)
     costs: Costs = field(default_factory=Costs)
     counters: Counters = field(default_factory=Counters)
 
@@ -236,11 +238,11 @@ class Conductor:
         if not decision.cpu:
             return None
         out = torch.zeros(x.shape, dtype=torch.float32)
-        work = (
+        work = [
             ExpertWork(self.store[step.layer, expert], neurons, groups[expert].rows, groups[expert].weights)
             for expert, neurons in sorted(decision.cpu.items())
-        )
-        run_experts(self.math[step.layer], x, work, out)
+        ]
+        self.cpu.run(self.math[step.layer], x, work, out)
         return out
 
     def _release(self, step: Step, decision: Decision) -> None:

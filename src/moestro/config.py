@@ -6,6 +6,7 @@ AutoModelForCausalLM.from_pretrained(path, quantization_config=MoestroConfig(ram
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -28,6 +29,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: the most RAM to use for weights; None for what is free.
         policy: a name from `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated".
+        threads: CPU threads of the expert kernels; None for one on each physical core.
 
     Raises:
         RequestError: an amount, policy or device that is none.
@@ -40,6 +42,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: str | int | None = None,
         policy: str = DEFAULT_POLICY,
         device: str = "auto",
+        threads: int | None = None,
         quant_method: str = METHOD,
     ) -> None:
         if policy not in POLICIES:
@@ -48,7 +51,10 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             raise RequestError(f"no device {device!r}; there are: {', '.join(DEVICE_NAMES)}")
         self.budget = Budget.parse(gpu_memory=gpu_memory, ram=ram)
         self.policy = policy
+        if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
+            raise RequestError(f"--threads {threads}: needs 1 to {os.cpu_count()}, the CPUs of this machine")
         self.device = device
+        self.threads = threads
         self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,4 +65,5 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "ram": self.budget.ram_bytes,
             "policy": self.policy,
             "device": self.device,
+            "threads": self.threads,
         }

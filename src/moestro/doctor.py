@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from . import __version__
-from .machine import available_ram_bytes, cpu_features, cpu_model, physical_cores, total_ram_bytes
+from .compute.cpu import core_cpus, levels
+from .machine import available_ram_bytes, cpu_features, cpu_model, total_ram_bytes
 from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
 
@@ -36,13 +37,23 @@ def examine() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cpu": cpu_model(),
-        "threads": f"{physical_cores()} (one for each physical core)",
         "cpu features": " ".join(f for f in _FEATURES if f in features) or "unknown",
         "ram": f"{format_bytes(total_ram_bytes())}, {format_bytes(available_ram_bytes())} free for weights",
         "gpu": _gpu(),
-        "expert kernels": "plain torch, float32 arithmetic",
+        "expert kernels": _kernels(),
         "default policy": f"{DEFAULT_POLICY}: experts stay in RAM and run on the CPU",
     }
+
+
+def _kernels() -> str:
+    compiled = levels()
+    if not compiled:
+        return "plain torch: this package was built without a C++ compiler"
+    usable = [name for name, here in compiled.items() if here]
+    others = [name for name, here in compiled.items() if not here]
+    return f"{usable[0]}, on {len(core_cpus())} threads" + (
+        f" (not on this CPU: {', '.join(others)})" if others else ""
+    )
 
 
 def _gpu() -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +64,8 @@ def load(
         policy: who decides which expert runs where; see `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
-        threads: CPU threads of torch, for the whole process; None leaves them as they are.
+        threads: CPU threads of the expert kernels and of torch, for the whole process; None for one on each
+            physical core in the kernels, and torch's as they are.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -75,11 +75,9 @@ def load(
     """
     if (model is None) == (shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
-    config = MoestroConfig(gpu_memory=gpu_memory, ram=ram, policy=policy, device=device)
+    config = MoestroConfig(gpu_memory=gpu_memory, ram=ram, policy=policy, device=device, threads=threads)
     torch_dtype = _parse_dtype(dtype)
     if threads is not None:
-        if not 1 <= threads <= (os.cpu_count() or 1):
-            raise RequestError(f"--threads {threads}: needs 1 to {os.cpu_count()}, the CPUs of this machine")
         torch.set_num_threads(threads)
     if shape is not None:
         return build_random_model(shape, config, dtype=torch_dtype, seed=seed)

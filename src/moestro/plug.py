@@ -91,7 +91,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         return weight_conversions + own
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        attach(model, self.quantization_config.budget, self.quantization_config.policy, self._device)
+        attach(model, self.quantization_config, self._device)
         self._layers = {name: module._moestro for name, module in expert_modules(model).items()}
         self._not_loaded = {f"{n}.{part}" for n, layer in self._layers.items() for part in layer.layout.parameters}
         model.set_experts_implementation(METHOD)

@@ -58,7 +58,7 @@ def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: in
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
         model.set_experts_implementation(METHOD)
-    conductor = attach(model, config.budget, config.policy, device)
+    conductor = attach(model, config, device)
     modules = expert_modules(model)
     for module in modules.values():
         for part in module._moestro.layout.parameters:

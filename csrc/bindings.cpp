@@ -1,0 +1,75 @@
+// What Python sees. Tensors come as addresses, so that nothing here links against torch.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "run.h"
+
+namespace nb = nanobind;
+using namespace moestro;
+
+namespace {
+
+using WorkTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
+
+void run(Runner& runner, const std::string& level_name, const Shape& shape, uintptr_t x, int64_t tokens,
+         const std::vector<WorkTuple>& works, uintptr_t out) {
+  const Level* level = level_name.empty() ? best_level() : find_level(level_name.c_str());
+  if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + level_name).c_str());
+  std::vector<Work> list;
+  list.reserve(works.size());
+  for (const auto& [packed, begin, end, rows, weights, n] : works) {
+    list.push_back({reinterpret_cast<const uint8_t*>(packed), begin, end, reinterpret_cast<const int64_t*>(rows),
+                    reinterpret_cast<const float*>(weights), n});
+  }
+  nb::gil_scoped_release release;
+  runner.run(*level, shape, reinterpret_cast<const float*>(x), tokens, list.data(), static_cast<int>(list.size()),
+             reinterpret_cast<float*>(out));
+}
+
+std::vector<std::pair<std::string, bool>> levels() {
+  const char* names[8];
+  bool usable[8];
+  const int count = compiled_levels(names, usable, 8);
+  std::vector<std::pair<std::string, bool>> result;
+  for (int i = 0; i < count; ++i) result.emplace_back(names[i], usable[i]);
+  return result;
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  nb::set_leak_warnings(false);  // pools live as long as the process
+  nb::enum_<Format>(m, "Format")
+      .value("fp32", Format::kFp32)
+      .value("fp16", Format::kFp16)
+      .value("bf16", Format::kBf16);
+  nb::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::kSilu)
+      .value("gelu", Activation::kGeluErf)
+      .value("gelu_tanh", Activation::kGeluTanh)
+      .value("relu2", Activation::kRelu2)
+      .value("clamped_swiglu", Activation::kClampedSwiglu);
+  nb::class_<Shape>(m, "Shape")
+      .def(nb::init<>())
+      .def_rw("hidden", &Shape::hidden)
+      .def_rw("neurons", &Shape::neurons)
+      .def_rw("has_gate", &Shape::has_gate)
+      .def_rw("has_bias", &Shape::has_bias)
+      .def_rw("format", &Shape::format)
+      .def_rw("activation", &Shape::activation)
+      .def_rw("alpha", &Shape::alpha)
+      .def_rw("limit", &Shape::limit)
+      .def_rw("offset", &Shape::offset);
+  nb::class_<Runner>(m, "Runner")
+      .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
+      .def_prop_ro("threads", &Runner::threads)
+      .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("tokens"), nb::arg("works"), nb::arg("out"));
+  m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
+}

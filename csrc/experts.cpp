@@ -1,0 +1,115 @@
+// Cuts a layer step into items, runs them on the pool, and adds the partial results in a fixed order.
+#include "experts.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "run.h"
+
+namespace moestro {
+
+int64_t weight_bytes(Format format) { return format == Format::kFp32 ? 4 : 2; }
+
+int64_t block_bytes(const Shape& shape) {
+  const int64_t matrices = shape.has_gate ? 3 : 2;
+  const int64_t biases = shape.has_bias ? (matrices - 1) * kBlock * 4 : 0;
+  return matrices * kBlock * shape.hidden * weight_bytes(shape.format) + biases;
+}
+
+namespace {
+
+// Memory that is kept between calls and only grows, on cache lines.
+class Buffer {
+ public:
+  float* take(int64_t floats) {
+    if (floats > size_) {
+      data_.reset(static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t(64))));
+      size_ = floats;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+
+// What one token takes from one item: partial row, weight.
+struct Part {
+  const float* partial;
+  float weight;
+};
+
+}  // namespace
+
+struct Runner::Memory {
+  Buffer partials;
+  std::vector<Buffer> scratch;
+};
+
+Runner::Runner(int threads, const std::vector<int>& cpus) : pool_(threads, cpus), memory_(new Memory) {
+  memory_->scratch.resize(threads);
+}
+
+Runner::~Runner() = default;
+
+void Runner::run(const Level& level, const Shape& shape, const float* x, int64_t tokens, const Work* works, int count,
+                 float* out) {
+  std::lock_guard<std::mutex> one(one_call_);  // the memory is shared
+  const int64_t D = shape.hidden;
+  const int64_t all_blocks = (shape.neurons + kBlock - 1) / kBlock;
+  const int64_t chunk = chunk_blocks(all_blocks);
+
+  std::vector<Item> items;
+  std::vector<const Work*> owner;
+  std::vector<int64_t> first_row, offset;
+  int64_t floats = 0, widest = 0;
+  for (int w = 0; w < count; ++w) {
+    const Work& work = works[w];
+    const int64_t begin = work.neuron_begin / kBlock, end = (work.neuron_end + kBlock - 1) / kBlock;
+    const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
+    const int64_t tile = work.tokens <= kThinTokens ? kThinTokens : kTileTokens;
+    for (int64_t t = 0; t < work.tokens; t += tile) {
+      const int64_t n = std::min(tile, work.tokens - t);
+      for (int64_t b = begin; b < end; b += chunk) {
+        const int64_t stop = std::min(b + chunk, end);
+        items.push_back({work.packed, b, stop, work.rows + t, n, with_last && stop == end, nullptr});
+        owner.push_back(&work);
+        first_row.push_back(t);
+        offset.push_back(floats);
+        floats += n * D;
+        widest = std::max(widest, n);
+      }
+    }
+  }
+  float* partials = memory_->partials.take(floats);
+  for (size_t i = 0; i < items.size(); ++i) items[i].partial = partials + offset[i];
+
+  const int64_t h_floats = widest * chunk * kBlock;
+  const int64_t w_floats = widest > kThinTokens ? kBlock * std::max<int64_t>(1024, chunk * kBlock) : 0;
+  pool_.run(static_cast<int>(items.size()), [&](int i, int thread) {
+    float* base = memory_->scratch[thread].take(widest * D + h_floats + w_floats);
+    level.run_item(shape, x, items[i], {base, base + widest * D, base + widest * D + h_floats});
+  });
+
+  // Which parts each token takes, in the order of the items.
+  std::vector<std::vector<Part>> parts(tokens);
+  for (size_t i = 0; i < items.size(); ++i) {
+    for (int64_t t = 0; t < items[i].tokens; ++t) {
+      parts[items[i].rows[t]].push_back({items[i].partial + t * D, owner[i]->weights[first_row[i] + t]});
+    }
+  }
+  // Few tokens: cut D, so that all threads have something to add.
+  const int64_t cut = tokens >= 4 * pool_.threads() ? D : std::max<int64_t>(256, D / (4 * pool_.threads()));
+  const int64_t cuts = (D + cut - 1) / cut;
+  pool_.run(static_cast<int>(tokens * cuts), [&](int i, int) {
+    const int64_t t = i / cuts, begin = i % cuts * cut, width = std::min(cut, D - begin);
+    for (const Part& part : parts[t]) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
+  });
+}
+
+}  // namespace moestro

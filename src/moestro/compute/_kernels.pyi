@@ -1,0 +1,43 @@
+"""The compiled kernels of csrc/, as Python sees them. Tensors go in as addresses."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+class Format(Enum):
+    fp32 = 0
+    fp16 = 1
+    bf16 = 2
+
+class Activation(Enum):
+    silu = 0
+    gelu = 1
+    gelu_tanh = 2
+    relu2 = 3
+    clamped_swiglu = 4
+
+class Shape:
+    hidden: int
+    neurons: int
+    has_gate: bool
+    has_bias: bool
+    format: Format
+    activation: Activation
+    alpha: float
+    limit: float
+    offset: float
+
+class Runner:
+    def __init__(self, threads: int, cpus: Sequence[int]) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    def run(
+        self,
+        level: str,
+        shape: Shape,
+        x: int,
+        tokens: int,
+        works: Sequence[tuple[int, int, int, int, int, int]],
+        out: int,
+    ) -> None: ...
+
+def levels() -> list[tuple[str, bool]]: ...

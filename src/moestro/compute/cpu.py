@@ -1,0 +1,159 @@
+"""Experts on the CPU: the compiled kernels where they can, the plain-torch twin where they cannot.
+
+A layer's experts run in the kernels when their format, and their family's gate, is one that the kernels
+have. Which gate it is, is found by trying the family's own function on numbers, not by its name. The twin
+of every kernel is `experts.run_experts`; tests compare the two.
+
+    CpuExperts(threads=8).run(math, x, work, out)
+
+Legend: T tokens, D model width, n tokens of one expert, f neurons of a share.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from .experts import Activation, ExpertMath, ExpertWork, run_experts
+
+try:
+    from . import _kernels
+except ImportError:  # a pure wheel: no compiler was there when it was built
+    _kernels = None  # type: ignore[assignment]
+
+Kernel = tuple[str, float, float, float]  # gate's name in the kernels; alpha, limit and offset of the clamped one
+
+
+class CpuExperts:
+    """Computes a layer step's CPU experts on a pool of threads of its own.
+
+    Args:
+        threads: of the pool, the caller included; None for one on each physical core.
+        level: ISA level to force, or "torch" for the twin: for tests; None for the best that this CPU runs.
+    """
+
+    def __init__(self, threads: int | None = None, level: str | None = None) -> None:
+        self._threads = threads or len(core_cpus())
+        self._level = level or ""
+        self._known: dict[int, tuple[ExpertMath, Kernel | None]] = {}  # by the id of what it holds
+
+    def kernel(self, math: ExpertMath) -> Kernel | None:
+        """Which kernel computes these experts; None for the torch twin."""
+        if id(math) not in self._known:
+            self._known[id(math)] = (math, self._find_kernel(math))
+        return self._known[id(math)][1]
+
+    def _find_kernel(self, math: ExpertMath) -> Kernel | None:
+        if _kernels is None or self._level == "torch" or math.post_norm is not None:
+            return None
+        if math.format.name not in _kernels.Format.__members__:
+            return None
+        return recognize(math.activation, math.shape.has_gate)
+
+    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], out: Tensor) -> None:
+        """As `run_experts`: adds the work's result to `out`, float32 [T, D], on the host."""
+        kernel = self.kernel(math)
+        if kernel is None:
+            run_experts(math, x, work, out)
+            return
+        shape = _kernels.Shape()
+        shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
+        shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
+        shape.format = getattr(_kernels.Format, math.format.name)
+        shape.activation = getattr(_kernels.Activation, kernel[0])
+        _, shape.alpha, shape.limit, shape.offset = kernel
+        x = x.float().contiguous()  # [T, D]
+        # Kept in a list until the call is over: the kernels see addresses only.
+        rows = [w.rows.contiguous() for w in work]
+        weights = [w.weights.float().contiguous() for w in work]
+        _runner(self._threads).run(
+            self._level,
+            shape,
+            x.data_ptr(),
+            x.shape[0],
+            [
+                (w.packed.data_ptr(), w.neurons.start, w.neurons.stop, r.data_ptr(), c.data_ptr(), len(r))
+                for w, r, c in zip(work, rows, weights, strict=True)
+            ],
+            out.data_ptr(),
+        )
+
+
+def levels() -> dict[str, bool]:
+    """ISA levels that are compiled in, best first, and whether this CPU runs each; empty without kernels."""
+    return dict(_kernels.levels()) if _kernels is not None else {}
+
+
+def core_cpus() -> list[int]:
+    """One processor of each physical core that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(psutil.cpu_count(logical=False) or 1))
+    first: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        first.setdefault(siblings.read_text().strip() if siblings.exists() else str(cpu), cpu)
+    return list(first.values())
+
+
+@functools.cache
+def _runner(threads: int) -> _kernels.Runner:
+    """One pool for each number of threads, shared by all models of the process."""
+    cpus = core_cpus()
+    return _kernels.Runner(threads, cpus if threads <= len(cpus) else [])
+
+
+def recognize(activation: Activation, has_gate: bool) -> Kernel | None:
+    """Which of the kernels' gates computes what `activation` does, found by trying it on numbers.
+
+    The numbers go far enough out to meet a clamp. Compared in float32, in which families compute it.
+    """
+    # A dimension of its own for each of the two, and not square, so that nothing is mixed up unnoticed.
+    gate = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([-60.0, -25.0, 25.0, 60.0])])[:, None]
+    up = torch.tensor([-60.0, -8.0, -1.0, -0.1, 0.0, 0.3, 2.0, 7.5, 60.0])[None]
+    gate, up = (part.expand(gate.shape[0], up.shape[1]).contiguous() for part in (gate, up))
+    try:
+        with torch.no_grad():
+            wanted = activation(gate, up) if has_gate else activation(None, gate)
+    except Exception as error:  # a family's function may refuse such input: then the twin calls it in earnest
+        warnings.warn(f"the gate {activation} could not be tried ({error}); it runs in plain torch", stacklevel=2)
+        return None
+    plain = {
+        "silu": torch.nn.functional.silu(gate),
+        "gelu": torch.nn.functional.gelu(gate),
+        "gelu_tanh": torch.nn.functional.gelu(gate, approximate="tanh"),
+        "relu2": torch.relu(gate).square(),
+    }
+    for name, value in plain.items():
+        if _same(wanted, value * up if has_gate else value):
+            return (name, 0.0, 0.0, 0.0)
+    return _recognize_clamped(activation, gate, up, wanted) if has_gate else None
+
+
+def _recognize_clamped(activation: Activation, gate: Tensor, up: Tensor, wanted: Tensor) -> Kernel | None:
+    """gate' * sigmoid(alpha gate') * (up' + offset), both clamped at a limit: solve for the three, then compare."""
+
+    def at(g: float, u: float) -> float:
+        return float(activation(torch.tensor([[g]], dtype=torch.float64), torch.tensor([[u]], dtype=torch.float64)))
+
+    small = 0.0625  # below any clamp
+    slope = (at(small, small) - at(small, 0.0)) / small  # small * sigmoid(alpha * small)
+    if not 0 < slope < small:
+        return None
+    alpha = float(torch.logit(torch.tensor(slope / small, dtype=torch.float64))) / small
+    offset = at(small, 0.0) / slope
+    limit = at(small, 1e6) / slope - offset
+    alpha, offset, limit = (float(f"{value:.6g}") for value in (alpha, offset, limit))
+    clamped = gate.clamp(max=limit)
+    value = clamped * torch.sigmoid(alpha * clamped) * (up.clamp(-limit, limit) + offset)
+    return ("clamped_swiglu", alpha, limit, offset) if _same(wanted, value) else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,188 @@
+"""The compiled CPU kernels against float64 and against their plain-torch twin, at every ISA level of this CPU.
+
+`make sanitize` runs the same mathematics from plain C++ under the sanitizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moestro.compute import cpu
+from moestro.compute.cpu import CpuExperts, levels, recognize
+from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
+from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+
+pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+
+LEVELS = [name for name, usable in levels().items() if usable]
+TOLERANCE = 2e-6  # float32 arithmetic, against weights as the format rounded them
+
+
+def _swiglu(alpha: float, limit: float, offset: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def gate(g: Tensor, u: Tensor) -> Tensor:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+        return g * torch.sigmoid(alpha * g) * (u + offset)
+
+    return gate
+
+
+def _plain(name: str) -> Callable[[Tensor | None, Tensor], Tensor]:
+    function = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu2": lambda x: torch.relu(x).square(),
+    }[name]
+    return lambda g, u: function(u) if g is None else function(g) * u
+
+
+GATES = {name: _plain(name) for name in ("silu", "gelu", "gelu_tanh", "relu2")} | {
+    "gpt_oss": _swiglu(1.702, 0.8, 1.0),
+    "deepseek_v4": _swiglu(1.0, 0.6, 0.0),
+}
+
+
+def _random_step(math: ExpertMath, tokens: int) -> tuple[Tensor, list[ExpertWork], Tensor]:
+    """Hidden states, the work of three experts (one of them in two shares), and the float64 result."""
+    shape, d = math.shape, math.shape.hidden
+    x = torch.randn(tokens + 3, d)
+    expected = torch.zeros(tokens + 3, d, dtype=torch.float64)
+    work: list[ExpertWork] = []
+    for i in range(3):
+        parts = {name: torch.randn(size) / d**0.5 for name, size in shape.parts.items()}
+        packed = torch.full((math.format.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
+        math.format.pack(packed, shape, parts)
+        rows, weights = torch.randperm(tokens + 3)[:tokens], torch.rand(tokens)
+        edge = BLOCK if i == 0 and shape.neurons > BLOCK else 0
+        shares = [range(edge), range(edge, shape.neurons)] if edge else [range(shape.neurons)]
+        work += [ExpertWork(packed, share, rows, weights) for share in shares]
+        p = math.format.unpack(packed, shape, range(shape.neurons), torch.float64)
+        h = x[rows].double()
+        up = torch.nn.functional.linear(h, p.up, p.up_bias)
+        gate = None if p.gate is None else torch.nn.functional.linear(h, p.gate, p.gate_bias)
+        y = torch.nn.functional.linear(math.activation(gate, up), p.down, p.down_bias)
+        expected.index_add_(0, rows, y * weights[:, None].double())
+    return x, work, expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("gate", sorted(GATES))
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 17, 128])
+def test_kernels_against_float64(level: str, name: str, gate: str, tokens: int) -> None:
+    swiglu = gate in ("gpt_oss", "deepseek_v4")
+    shape = ExpertShape(
+        hidden=int(torch.randint(1, 90, ())),
+        neurons=int(torch.randint(1, 200, ())),
+        has_gate=swiglu or bool(torch.rand(()) < 0.7),
+        has_bias=bool(torch.rand(()) < 0.5),
+    )
+    math = ExpertMath(shape, FORMATS[name], GATES[gate])
+    experts = CpuExperts(threads=2, level=level)
+    assert experts.kernel(math) is not None
+    x, work, expected = _random_step(math, tokens)
+    start = torch.randn_like(x)
+    out = start.clone()
+    experts.run(math, x, work, out)
+    error = (out - start - expected).norm() / (expected.norm() + start.norm())
+    assert error <= TOLERANCE, f"{shape}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_results_do_not_depend_on_the_number_of_threads(level: str, tokens: int) -> None:
+    math = ExpertMath(ExpertShape(hidden=300, neurons=1300), FORMATS["bf16"], GATES["silu"])
+    x, work, _ = _random_step(math, tokens)
+    results = []
+    for threads in (1, 2, 3, 7):
+        out = torch.zeros_like(x)
+        CpuExperts(threads, level).run(math, x, work, out)
+        results.append(out)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_twin_agrees_for_every_dtype_of_hidden_states(dtype: torch.dtype) -> None:
+    math = ExpertMath(ExpertShape(hidden=70, neurons=130, has_bias=True), FORMATS["bf16"], GATES["gpt_oss"])
+    x, work, _ = _random_step(math, 9)
+    x = x.to(dtype).T.contiguous().T  # also strided
+    ours, twin = torch.zeros(x.shape), torch.zeros(x.shape)
+    CpuExperts(2).run(math, x, work, ours)
+    run_experts(math, x, work, twin)
+    assert (ours - twin).norm() / twin.norm() <= TOLERANCE
+
+
+def test_more_tokens_than_a_tile_and_more_neurons_than_a_chunk() -> None:
+    math = ExpertMath(ExpertShape(hidden=1200, neurons=2200), FORMATS["bf16"], GATES["silu"])
+    x, work, expected = _random_step(math, 210)
+    out = torch.zeros_like(x)
+    CpuExperts(2).run(math, x, work, out)
+    assert (out - expected).norm() / expected.norm() <= TOLERANCE
+
+
+def test_no_work_and_no_tokens() -> None:
+    math = ExpertMath(ExpertShape(hidden=8, neurons=64), FORMATS["fp32"], GATES["silu"])
+    out = torch.ones(3, 8)
+    CpuExperts(2).run(math, torch.randn(3, 8), [], out)
+    nobody = ExpertWork(
+        torch.zeros(6144, dtype=torch.uint8), range(64), torch.empty(0, dtype=torch.int64), torch.empty(0)
+    )
+    CpuExperts(2).run(math, torch.randn(3, 8), [nobody], out)
+    assert torch.equal(out, torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_a_gate_is_known_by_what_it_computes(gate: str) -> None:
+    found = recognize(GATES[gate], True)
+    assert found is not None
+    if gate in ("gpt_oss", "deepseek_v4"):
+        assert found == ("clamped_swiglu", *((1.702, 0.8, 1.0) if gate == "gpt_oss" else (1.0, 0.6, 0.0)))
+    else:
+        assert found[0] == gate
+        assert recognize(GATES[gate], False) == found
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda g, u: torch.tanh(g) * u,
+        lambda g, u: torch.nn.functional.silu(g.clamp(max=5)) * u,  # clamps one side only
+        lambda g, u: torch.nn.functional.silu(u) * g,  # the other way round
+        lambda g, u: torch.nn.functional.silu(g) * u.tanh(),
+        lambda g, u: torch.nn.functional.silu(g) * u + 0.001,
+        lambda g, u: (torch.nn.functional.silu(g) * u).sum(-1, keepdim=True).expand_as(g),
+    ],
+)
+def test_another_gate_goes_to_the_twin(gate: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert recognize(gate, True) is None
+
+
+def test_a_gate_that_cannot_be_tried_goes_to_the_twin_and_says_so() -> None:
+    def refuse(gate: Tensor | None, up: Tensor) -> Tensor:
+        raise ValueError("only 3-D")
+
+    with pytest.warns(UserWarning, match="could not be tried"):
+        assert recognize(refuse, True) is None
+
+
+def test_a_level_that_is_not_here_is_refused() -> None:
+    math = ExpertMath(ExpertShape(hidden=8, neurons=64), FORMATS["fp32"], GATES["silu"])
+    x, work, _ = _random_step(math, 1)
+    with pytest.raises(ValueError, match="this CPU does not run the kernels for sparc"):
+        CpuExperts(1, "sparc").run(math, x, work, torch.zeros_like(x))
+
+
+def test_without_the_extension_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    math = ExpertMath(ExpertShape(hidden=24, neurons=100), FORMATS["bf16"], GATES["silu"])
+    x, work, expected = _random_step(math, 4)
+    monkeypatch.setattr(cpu, "_kernels", None)
+    assert levels() == {}
+    experts = CpuExperts(2)
+    assert experts.kernel(math) is None
+    out = torch.zeros_like(x)
+    experts.run(math, x, work, out)
+    assert (out - expected).norm() / expected.norm() <= TOLERANCE
