@@ -5,8 +5,9 @@
 #   benchmarks/device.sh [--python PATH] [--wheels DIR] [--out DIR] [--toy] [--shape NAME] ...
 #
 #   --python PATH   Python to use (default: .venv/bin/python where there is one, else python3)
-#   --wheels DIR    first install every wheel of DIR, without the network and without dependencies, into
-#                   build/device-venv: a venv that sees the packages of that Python, the wheels going first
+#   --wheels DIR    first install every wheel of DIR, then this package with its kernels, without the network
+#                   and without dependencies, into build/device-venv: a venv that sees the packages of that
+#                   Python, the wheels going first; else the package must be installed (make install)
 #   --out DIR       folder of the JSON file (default: benchmarks/results)
 #   --toy           toy sizes, to try every step in under a minute
 #   --help          this text and the options that python -m moestro.bench.device adds
@@ -59,9 +60,9 @@ if [[ -n $wheels ]]; then
 for folder in site.getsitepackages(): print(f"import site; site.addsitedir({folder!r})")' >"$site/parent.pth"
   "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
     --no-cache-dir --target "$site" "$wheels"/*.whl
+  # Builds the CPU kernels too, with the wheels' scikit-build-core and nanobind and the compiler that is there.
+  PYTHONPATH=$site "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+    --no-build-isolation --no-compile --no-cache-dir --target "$site" .
   python=$venv/bin/python
 fi
-
-# The package runs from this tree, so that nothing needs a build.
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m moestro.bench.device "${passed_on[@]}"

@@ -18,10 +18,15 @@ namespace {
 
 using WorkTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
 
+const Level& level_of(const std::string& name) {
+  const Level* level = name.empty() ? best_level() : find_level(name.c_str());
+  if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + name).c_str());
+  return *level;
+}
+
 void run(Runner& runner, const std::string& level_name, const Shape& shape, uintptr_t x, int64_t tokens,
          const std::vector<WorkTuple>& works, uintptr_t out) {
-  const Level* level = level_name.empty() ? best_level() : find_level(level_name.c_str());
-  if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + level_name).c_str());
+  const Level& level = level_of(level_name);
   std::vector<Work> list;
   list.reserve(works.size());
   for (const auto& [packed, begin, end, rows, weights, n] : works) {
@@ -29,8 +34,20 @@ void run(Runner& runner, const std::string& level_name, const Shape& shape, uint
                     reinterpret_cast<const float*>(weights), n});
   }
   nb::gil_scoped_release release;
-  runner.run(*level, shape, reinterpret_cast<const float*>(x), tokens, list.data(), static_cast<int>(list.size()),
+  runner.run(level, shape, reinterpret_cast<const float*>(x), tokens, list.data(), static_cast<int>(list.size()),
              reinterpret_cast<float*>(out));
+}
+
+double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  return runner.read_seconds(level, reinterpret_cast<const float*>(memory), bytes / 4, prefetch);
+}
+
+double fma_flops(Runner& runner, const std::string& level_name, int64_t rounds) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  return runner.fma_flops(level, rounds);
 }
 
 std::vector<std::pair<std::string, bool>> levels() {
@@ -70,6 +87,8 @@ NB_MODULE(_kernels, m) {
   nb::class_<Runner>(m, "Runner")
       .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("threads", &Runner::threads)
-      .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("tokens"), nb::arg("works"), nb::arg("out"));
+      .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("tokens"), nb::arg("works"), nb::arg("out"))
+      .def("read_seconds", &read_seconds, nb::arg("level"), nb::arg("memory"), nb::arg("bytes"), nb::arg("prefetch"))
+      .def("fma_flops", &fma_flops, nb::arg("level"), nb::arg("rounds"));
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

@@ -2,7 +2,8 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
+#include <chrono>
 #include <vector>
 
 #include "run.h"
@@ -110,6 +111,36 @@ void Runner::run(const Level& level, const Shape& shape, const float* x, int64_t
     const int64_t t = i / cuts, begin = i % cuts * cut, width = std::min(cut, D - begin);
     for (const Part& part : parts[t]) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
   });
+}
+
+namespace {
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+}  // namespace
+
+double Runner::read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch) {
+  std::lock_guard<std::mutex> one(one_call_);
+  constexpr int64_t kPiece = 4 << 20;  // 16 MiB: a thread reads long runs
+  const int pieces = static_cast<int>((floats + kPiece - 1) / kPiece);
+  std::atomic<int> finite{0};  // reads the sums, so that they are not taken out
+  const double begin = now_s();
+  pool_.run(pieces, [&](int i, int) {
+    const float total = level.sum(memory + i * kPiece, std::min(kPiece, floats - i * kPiece), prefetch);
+    if (total == total) finite.fetch_add(1, std::memory_order_relaxed);
+  });
+  return now_s() - begin;
+}
+
+double Runner::fma_flops(const Level& level, int64_t rounds) {
+  std::lock_guard<std::mutex> one(one_call_);
+  std::vector<double> operations(pool_.threads());
+  const double begin = now_s();
+  pool_.run(pool_.threads(), [&](int i, int) { operations[i] = level.fma(rounds); });
+  const double seconds = now_s() - begin;
+  double total = 0;
+  for (double o : operations) total += o;
+  return total / seconds;
 }
 
 }  // namespace moestro

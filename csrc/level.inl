@@ -306,8 +306,44 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   for (; i < n; ++i) y[i] += a * x[i];
 }
 
+// The two loops that limits are measured with: nothing but reading, nothing but multiplying and adding.
+float sum_of(const float* x, int64_t n, int64_t prefetch) {
+  V acc[8];
+  for (V& a : acc) a = V::zero();
+  constexpr int64_t kStep = 8 * W;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+#if defined(__GNUC__)
+    if (prefetch > 0) {
+      for (int64_t j = 0; j < kStep; j += 16) __builtin_prefetch(x + i + prefetch + j);  // a cache line is 16 floats
+    }
+#endif
+    for (int j = 0; j < 8; ++j) acc[j] = acc[j] + V::load(x + i + j * W);
+  }
+  (void)prefetch;
+  V total = V::zero();
+  for (const V& a : acc) total = total + a;
+  float value = sum(total);
+  for (; i < n; ++i) value += x[i];
+  return value;
+}
+
+double fma_of(int64_t rounds) {
+  constexpr int kChains = 12;  // more than latency x units of any core here, and few enough for 16 registers
+  V acc[kChains];
+  for (int j = 0; j < kChains; ++j) acc[j] = V::set(1.0f + 0.01f * static_cast<float>(j));
+  const V a = V::set(0.999999f), b = V::set(1e-6f);
+  for (int64_t i = 0; i < rounds; ++i)
+    for (int j = 0; j < kChains; ++j) acc[j] = fma(acc[j], a, b);
+  V total = V::zero();
+  for (const V& v : acc) total = total + v;
+  volatile float sink = sum(total);  // so that the loop is not taken out
+  (void)sink;
+  return 2.0 * kChains * W * static_cast<double>(rounds);
+}
+
 }  // namespace
 
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, axpy};
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, axpy, sum_of, fma_of};
 }

@@ -21,6 +21,10 @@ class Runner {
   // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x, out float32 [tokens, D].
   void run(const Level& level, const Shape& shape, const float* x, int64_t tokens, const Work* works, int count, float* out);
 
+  // Limits of this machine with this pool: seconds to sum `floats` of memory, and multiply-adds a second.
+  double read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch);
+  double fma_flops(const Level& level, int64_t rounds);
+
  private:
   struct Memory;
   Pool pool_;

@@ -272,6 +272,22 @@ def bench_load(
         raise typer.Exit(1)
 
 
+@bench.command("kernels", epilog="Example: moestro bench kernels --rounds 3")
+def bench_kernels(
+    rounds: Annotated[int, typer.Option(help="Rounds to take medians of.")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time the CPU kernels at three models' shapes, beside this machine's read and FMA limits."""
+    from .bench.kernels import measure_kernels
+
+    report = measure_kernels(rounds=rounds, threads=threads)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.print()
+
+
 def _load(model: str | None, shape: str | None, **options: Any) -> tuple[Any, Any]:
     from .loading import load, load_tokenizer
     from .machine import physical_cores

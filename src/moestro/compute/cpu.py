@@ -91,6 +91,17 @@ def levels() -> dict[str, bool]:
     return dict(_kernels.levels()) if _kernels is not None else {}
 
 
+def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:
+    """How fast a summing loop reads a float32 tensor, in GB/s (1e9 bytes a second)."""
+    size_bytes = memory.numel() * 4
+    return size_bytes / _runner(threads).read_seconds("", memory.data_ptr(), size_bytes, prefetch_floats) / 1e9
+
+
+def fma_gflops(threads: int) -> float:
+    """How fast a register-only loop multiplies and adds in float32, in 1e9 operations a second."""
+    return _runner(threads).fma_flops("", 20_000_000) / 1e9
+
+
 def core_cpus() -> list[int]:
     """One processor of each physical core that this process may use."""
     if not hasattr(os, "sched_getaffinity"):

@@ -1,0 +1,174 @@
+"""How fast the CPU kernels are, beside the limits of this machine, all in one process and interleaved.
+
+Read limit: the best of plain and prefetching summing loops at 1..N threads over at least 4 GiB. FMA limit:
+a register-only loop of multiply-adds. Each round measures the limits and then every row once; a figure is
+the median of the rounds, and a row's share is taken against the limit of its own round. Weights rotate
+over at least 8 x the last-level cache, so that no row reads a cache. A share above 1 is a failure of the
+measurement.
+
+    moestro bench kernels --json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..compute.cpu import CpuExperts, core_cpus, fma_gflops, levels, read_gbps
+from ..compute.experts import ExpertMath, ExpertWork
+from ..errors import RequestError
+from ..machine import available_ram_bytes, cpu_model
+from ..memory.formats import FORMATS, ExpertShape
+from ..planning.budget import format_bytes
+from .device import git_commit
+
+READ_BYTES = 4 * 2**30
+CACHES = 8  # the weights of a row are at least so many last-level caches
+PREFETCH_FLOATS = (0, 256, 1024)
+TOKENS = (1, 4, 16, 64, 256)
+# One layer: an expert's shape, and how many experts a token is routed to.
+SHAPES: dict[str, tuple[ExpertShape, int]] = {
+    "mixtral-8x7b": (ExpertShape(4096, 14336), 2),
+    "olmoe-1b-7b": (ExpertShape(2048, 1024), 8),
+    "qwen3-30b-a3b": (ExpertShape(2048, 768), 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One case: `tokens` tokens for each of the layer's active experts. share: of the read limit."""
+
+    shape: str
+    format: str
+    tokens: int
+    gbps: float
+    gflops: float
+    share: float
+    fma_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """The limits and the rows of one run."""
+
+    read_limit_gbps: float
+    fma_limit_gflops: float
+    rows: tuple[KernelRow, ...]
+    level: str
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, the machine and the commit."""
+        return asdict(self) | {"cpu": cpu_model(), "commit": git_commit()}
+
+    def print(self) -> None:
+        """The limits and a table of the rows."""
+        print(f"{cpu_model()}, {self.level}, {self.threads} threads")
+        print(f"read limit {self.read_limit_gbps:.1f} GB/s   FMA limit {self.fma_limit_gflops:.0f} GFLOP/s")
+        table = Table("shape", "format", "tokens", "GB/s", "of read limit", "GFLOP/s", "of FMA limit")
+        for row in self.rows:
+            speeds = (f"{row.gbps:.2f}", f"{row.share:.2f}", f"{row.gflops:.1f}", f"{row.fma_share:.2f}")
+            table.add_row(row.shape, row.format, str(row.tokens), *speeds)
+        Console().print(table)
+
+
+def measure_kernels(
+    *,
+    shapes: Sequence[str] = tuple(SHAPES),
+    tokens: Sequence[int] = TOKENS,
+    rounds: int = 5,
+    read_bytes: int = READ_BYTES,
+    threads: int | None = None,
+) -> KernelReport:
+    """Measure all formats at the given shapes and tokens.
+
+    Raises:
+        RequestError: no kernels were built, or too little RAM for weights that no cache holds.
+    """
+    if not levels():
+        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    size_bytes = max(read_bytes, CACHES * last_level_cache_bytes()) if read_bytes == READ_BYTES else read_bytes
+    if size_bytes > 0.8 * available_ram_bytes():
+        raise RequestError(f"needs {format_bytes(size_bytes)} of weights to pass the caches; free some RAM")
+    memory = plausible_weights(size_bytes)
+    count = threads or len(core_cpus())
+    cases = list(product(shapes, FORMATS, tokens))
+    # torch's idle threads spin for a while after each of its operations, on the cores that are measured here.
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure_rounds(cases, memory, rounds, count)
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, rounds: int, count: int) -> KernelReport:
+    reads, fmas = [], []
+    speeds: dict[tuple[str, str, int], list[tuple[float, float, float, float]]] = {case: [] for case in cases}
+    position = 0
+    for _ in range(rounds):
+        # The best of several, since what is wanted is a limit.
+        reads.append(max(read_gbps(memory, n, ahead) for n in range(1, count + 1) for ahead in PREFETCH_FLOATS))
+        fmas.append(max(fma_gflops(count) for _ in range(3)))
+        for case in cases:
+            gbps, gflops, position = _measure_case(case, memory, position, count)
+            speeds[case].append((gbps, gflops, gbps / reads[-1], gflops / fmas[-1]))
+    rows = tuple(KernelRow(*case, *(median(column) for column in zip(*speeds[case], strict=True))) for case in cases)
+    best = next(name for name, usable in levels().items() if usable)
+    return KernelReport(median(reads), median(fmas), rows, best, count)
+
+
+def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:
+    """GB/s and GFLOP/s of one call, and where in the memory the next one continues."""
+    name, format_name, tokens = case
+    shape, top_k = SHAPES[name]
+    math = ExpertMath(shape, FORMATS[format_name], lambda gate, up: torch.nn.functional.silu(gate) * up)  # type: ignore[arg-type]
+    size = math.format.expert_bytes(shape)
+    data = memory.view(torch.uint8)
+    x, rows, weights = torch.randn(tokens, shape.hidden), torch.arange(tokens), torch.rand(tokens)
+    out = torch.zeros(tokens, shape.hidden)
+    work = []
+    for _ in range(top_k):
+        position = position if position + size <= data.numel() else 0
+        work.append(ExpertWork(data[position : position + size], range(shape.neurons), rows, weights))
+        position += size
+    experts = CpuExperts(threads)
+    assert experts.kernel(math) is not None
+    start_s = perf_counter()
+    experts.run(math, x, work, out)
+    seconds = perf_counter() - start_s
+    operations = 6 * tokens * top_k * shape.hidden * shape.neurons  # three matrices, a multiply and an add each
+    return top_k * size / seconds / 1e9, operations / seconds / 1e9, position
+
+
+def plausible_weights(size_bytes: int) -> Tensor:
+    """Memory that reads as weights in every float format: no zeros, no denormals, nothing infinite.
+
+    float32, [size_bytes // 4]. Each 16 bits are a sign, the exponent bits 0x3C00 and 8 random bits: 0.008 to
+    0.03 in bf16 and fp32, 1 to 1.25 in fp16.
+    """
+    bits = torch.randint(0, 2**9, (4 * 2**20,), dtype=torch.int16)  # 8 MiB, repeated
+    piece = (bits & 0xFF) + 0x3C00 - (bits >> 8) * 2**15
+    memory = torch.empty(size_bytes // 4, dtype=torch.float32)
+    flat = memory.view(torch.int16)
+    for start in range(0, flat.numel(), piece.numel()):
+        part = flat[start : start + piece.numel()]
+        part.copy_(piece[: part.numel()])
+    return memory
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache that the kernel reports; 64 MiB where it reports none."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 * 2**20)

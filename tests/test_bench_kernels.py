@@ -1,0 +1,60 @@
+"""`moestro bench kernels` at toy size: limits and rows that can be true, and JSON on the last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from moestro import cli
+from moestro.bench import kernels
+from moestro.bench.kernels import last_level_cache_bytes, measure_kernels, plausible_weights
+from moestro.compute.cpu import levels
+from moestro.errors import RequestError
+
+needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+
+
+@needs_kernels
+def test_rows_and_limits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = measure_kernels(shapes=["qwen3-30b-a3b"], tokens=[1, 20], rounds=1, read_bytes=256 * 2**20, threads=2)
+    assert report.read_limit_gbps > 0.5
+    assert report.fma_limit_gflops > 1
+    assert [(row.format, row.tokens) for row in report.rows] == [
+        (f, n) for f in ("fp32", "fp16", "bf16") for n in (1, 20)
+    ]
+    for row in report.rows:
+        assert row.gbps > 0
+        assert 0 < row.fma_share < 1.2
+        assert row.gflops == pytest.approx(row.gbps * row.tokens * 2 / (4 if row.format == "fp32" else 2), rel=0.01)
+    monkeypatch.setattr(kernels, "measure_kernels", lambda **_: report)
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"read_limit_gbps", "fma_limit_gflops", "rows"} <= printed.keys()
+    assert {"shape", "format", "tokens", "gbps", "gflops", "share"} <= printed["rows"][0].keys()
+    report.print()
+    assert "read limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_plausible_in_every_format(dtype: torch.dtype) -> None:
+    weights = plausible_weights(2**20).view(dtype).float()
+    assert weights.isfinite().all()
+    assert (weights.abs() > 1e-3).all()
+    assert (weights.abs() < 2).all()
+    assert 0.3 < (weights > 0).float().mean() < 0.7
+
+
+def test_too_little_memory_and_no_kernels_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert last_level_cache_bytes() > 2**20
+    monkeypatch.setattr(kernels, "levels", dict)
+    with pytest.raises(RequestError, match="built without its kernels"):
+        measure_kernels()
+    monkeypatch.setattr(kernels, "levels", lambda: {"scalar": True})
+    monkeypatch.setattr(kernels, "available_ram_bytes", lambda: 2**30)
+    with pytest.raises(RequestError, match="of weights to pass the caches; free some RAM"):
+        measure_kernels()
