@@ -1,8 +1,9 @@
 """How fast the CPU kernels are, beside the limits of this machine, all in one process and interleaved.
 
 Read limit: the best of plain and prefetching summing loops at 1..N threads over at least 4 GiB. FMA limit:
-a register-only loop of multiply-adds. Each round measures the limits and then every row once; a figure is
-the median of the rounds, and a row's share is taken against the limit of its own round. Weights rotate
+a register-only loop of multiply-adds. Each round finds the best loops and then measures every row once,
+with a read of all memory between two rows; a figure is the median of the rounds, and a row's share is taken
+against the better of the reads before and after it. Weights rotate
 over at least 8 x the last-level cache, so that no row reads a cache. A share above 1 is a failure of the
 measurement.
 
@@ -117,15 +118,19 @@ def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, round
     speeds: dict[tuple[str, str, int], list[tuple[float, float, float, float]]] = {case: [] for case in cases}
     position = 0
     for _ in range(rounds):
-        # The best of several, since what is wanted is a limit.
-        reads.append(max(read_gbps(memory, n, ahead) for n in range(1, count + 1) for ahead in PREFETCH_FLOATS))
+        loops = [(n, ahead) for n in range(1, count + 1) for ahead in PREFETCH_FLOATS]
+        scanned = {loop: read_gbps(memory, *loop) for loop in loops}
+        best = max(scanned, key=lambda loop: scanned[loop])
+        reads.append(scanned[best])
         fmas.append(max(fma_gflops(count) for _ in range(3)))
         for case in cases:
             gbps, gflops, position = _measure_case(case, memory, position, count)
-            speeds[case].append((gbps, gflops, gbps / reads[-1], gflops / fmas[-1]))
+            reads.append(read_gbps(memory, *best))
+            # The machine's speed drifts, so a row is held against the reads right before and after it.
+            speeds[case].append((gbps, gflops, gbps / max(reads[-2:]), gflops / fmas[-1]))
     rows = tuple(KernelRow(*case, *(median(column) for column in zip(*speeds[case], strict=True))) for case in cases)
-    best = next(name for name, usable in levels().items() if usable)
-    return KernelReport(median(reads), median(fmas), rows, best, count)
+    level = next(name for name, usable in levels().items() if usable)
+    return KernelReport(median(reads), median(fmas), rows, level, count)
 
 
 def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:
