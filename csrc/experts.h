@@ -75,7 +75,8 @@ struct Level {
   const char* name;
   void (*run_item)(const Shape& shape, const float* x, const Item& item, const Scratch& scratch);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
-  float (*sum)(const float* x, int64_t n, int64_t prefetch);   // of n floats, prefetching so many ahead (0: not)
+  // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
+  float (*sum)(const float* x, int64_t n, int64_t prefetch);
   double (*fma)(int64_t rounds);                               // floating-point operations of a register-only loop
 };
 

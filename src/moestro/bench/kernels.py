@@ -1,6 +1,6 @@
 """How fast the CPU kernels are, beside the limits of this machine, all in one process and interleaved.
 
-Read limit: the best of plain and prefetching summing loops at 1..N threads over at least 4 GiB. FMA limit:
+Read limit: the best of plain, prefetching and four-stream summing loops at 1..N threads over at least 4 GiB. FMA limit:
 a register-only loop of multiply-adds. Each round finds the best loops and then measures every row once,
 with a read of all memory between two rows; a figure is the median of the rounds, and a row's share is taken
 against the better of the reads before and after it. Weights rotate
@@ -35,7 +35,7 @@ from .device import git_commit
 
 READ_BYTES = 4 * 2**30
 CACHES = 8  # the weights of a row are at least so many last-level caches
-PREFETCH_FLOATS = (0, 256, 1024)
+PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
 TOKENS = (1, 4, 16, 64, 256)
 # One layer: an expert's shape, and how many experts a token is routed to.
 SHAPES: dict[str, tuple[ExpertShape, int]] = {
