@@ -32,8 +32,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..compute.cpu import core_cpus
 from ..machine import available_ram_bytes, cpu_model, total_ram_bytes
-from .rates import FULL_BYTES, GIB, Rates, core_cpus
+from .rates import FULL_BYTES, GIB, Rates
 
 TOTAL_LIMIT_S = 560.0  # of the steps together; setting up a Python comes before
 TESTS_LIMIT_S = 240.0

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..compute.cpu import core_cpus
 from ..machine import available_ram_bytes
 from .rates_cuda import PIECE_BYTES, Link, gpu_memory_gbps, registered
 
@@ -294,15 +294,6 @@ def host_buffer(size_bytes: int, notes: list[str]) -> torch.Tensor:
     buffer = torch.frombuffer(mapping, dtype=torch.uint8)
     buffer.view(-1, PIECE_BYTES).copy_(torch.randint(0, 256, (PIECE_BYTES,), dtype=torch.uint8))
     return buffer
-
-
-def core_cpus() -> list[int]:
-    """One logical CPU of each physical core that we may use; every logical CPU where Linux hides which."""
-    first: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        first.setdefault(siblings.read_text() if siblings.exists() else str(cpu), cpu)
-    return list(first.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
