@@ -289,11 +289,11 @@ def bench_kernels(
 
 
 def _load(model: str | None, shape: str | None, **options: Any) -> tuple[Any, Any]:
+    from .compute.cpu import core_cpus
     from .loading import load, load_tokenizer
-    from .machine import physical_cores
 
     if options["threads"] is None:
-        options["threads"] = physical_cores()
+        options["threads"] = len(core_cpus())
     tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
     return load(model, shape=shape, **options), tokenizer
 

@@ -29,11 +29,6 @@ def peak_ram_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def physical_cores() -> int:
-    """Cores of the machine, hyperthreads of one core counted once."""
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-
-
 def cpu_model() -> str:
     """The CPU's own name."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
