@@ -24,7 +24,7 @@ const Level& level_of(const std::string& name) {
   return *level;
 }
 
-void run(Runner& runner, const std::string& level_name, const Shape& shape, uintptr_t x, int64_t tokens,
+void run(Runner& runner, const std::string& level_name, const Shape& shape, uintptr_t x, Format x_type, int64_t tokens,
          const std::vector<WorkTuple>& works, uintptr_t out) {
   const Level& level = level_of(level_name);
   std::vector<Work> list;
@@ -34,8 +34,17 @@ void run(Runner& runner, const std::string& level_name, const Shape& shape, uint
                     reinterpret_cast<const float*>(weights), n});
   }
   nb::gil_scoped_release release;
-  runner.run(level, shape, reinterpret_cast<const float*>(x), tokens, list.data(), static_cast<int>(list.size()),
-             reinterpret_cast<float*>(out));
+  runner.run(level, shape, {reinterpret_cast<const void*>(x), x_type, shape.hidden}, tokens, list.data(),
+             static_cast<int>(list.size()), reinterpret_cast<float*>(out));
+}
+
+void run_linear(Runner& runner, const std::string& level_name, uintptr_t packed, Format format, int64_t rows,
+                int64_t columns, uintptr_t bias, uintptr_t x, Format x_type, int64_t tokens, uintptr_t out) {
+  const Level& level = level_of(level_name);
+  const Linear linear{reinterpret_cast<const uint8_t*>(packed), rows, columns, format, reinterpret_cast<const float*>(bias),
+                      reinterpret_cast<void*>(out), x_type};
+  nb::gil_scoped_release release;
+  runner.run_linears(level, {reinterpret_cast<const void*>(x), x_type, columns}, tokens, &linear, 1);
 }
 
 double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {
@@ -66,7 +75,9 @@ NB_MODULE(_kernels, m) {
   nb::enum_<Format>(m, "Format")
       .value("fp32", Format::kFp32)
       .value("fp16", Format::kFp16)
-      .value("bf16", Format::kBf16);
+      .value("bf16", Format::kBf16)
+      .value("int8", Format::kInt8)
+      .value("int4", Format::kInt4);
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::kSilu)
       .value("gelu", Activation::kGeluErf)
@@ -87,7 +98,10 @@ NB_MODULE(_kernels, m) {
   nb::class_<Runner>(m, "Runner")
       .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("threads", &Runner::threads)
-      .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("tokens"), nb::arg("works"), nb::arg("out"))
+      .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"),
+           nb::arg("works"), nb::arg("out"))
+      .def("run_linear", &run_linear, nb::arg("level"), nb::arg("packed"), nb::arg("format"), nb::arg("rows"),
+           nb::arg("columns"), nb::arg("bias"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"), nb::arg("out"))
       .def("read_seconds", &read_seconds, nb::arg("level"), nb::arg("memory"), nb::arg("bytes"), nb::arg("prefetch"))
       .def("fma_flops", &fma_flops, nb::arg("level"), nb::arg("rounds"));
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");

@@ -10,12 +10,22 @@
 
 namespace moestro {
 
-int64_t weight_bytes(Format format) { return format == Format::kFp32 ? 4 : 2; }
+int64_t panel_bytes(Format format, int64_t K) {
+  const int64_t groups = (K + kGroup - 1) / kGroup;
+  switch (format) {
+    case Format::kFp32: return K * kPanel * 4;
+    case Format::kFp16: return K * kPanel * 2;
+    case Format::kBf16: return round_up(K, 2) * kPanel * 2;
+    case Format::kInt8: return groups * (kPanel * 2 + kPanel * kGroup);
+    default: return groups * (kPanel * 4 + kPanel * kGroup / 2);
+  }
+}
 
 int64_t block_bytes(const Shape& shape) {
-  const int64_t matrices = shape.has_gate ? 3 : 2;
-  const int64_t biases = shape.has_bias ? (matrices - 1) * kBlock * 4 : 0;
-  return matrices * kBlock * shape.hidden * weight_bytes(shape.format) + biases;
+  const int64_t rows = matrix_bytes(shape.format, kBlock, shape.hidden);
+  const int64_t down = matrix_bytes(shape.format, shape.hidden, kBlock);
+  const int64_t firsts = shape.has_gate ? 2 : 1;  // gate and up
+  return firsts * (rows + (shape.has_bias ? kBlock * 4 : 0)) + down;
 }
 
 namespace {
@@ -39,6 +49,13 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+// How many tokens each of the nearly equal tiles of n tokens has at most.
+int64_t tile_of(int64_t n) {
+  if (n <= kThinTokens) return kThinTokens;
+  const int64_t tiles = (n + kTileTokens - 1) / kTileTokens;
+  return (n + tiles - 1) / tiles;
+}
+
 // What one token takes from one item: partial row, weight.
 struct Part {
   const float* partial;
@@ -49,21 +66,27 @@ struct Part {
 
 struct Runner::Memory {
   Buffer partials;
-  std::vector<Buffer> scratch;
+  std::vector<Buffer> buffers;  // one a thread
+  std::vector<Scratch> scratch;
+
+  // The threads' scratch memory, none of which knows any tokens yet.
+  Scratch* of_threads(int64_t floats) {
+    for (size_t i = 0; i < buffers.size(); ++i) scratch[i] = Scratch{buffers[i].take(floats)};
+    return scratch.data();
+  }
 };
 
 Runner::Runner(int threads, const std::vector<int>& cpus) : pool_(threads, cpus), memory_(new Memory) {
-  memory_->scratch.resize(threads);
+  memory_->buffers.resize(threads);
+  memory_->scratch.resize(threads, Scratch{nullptr});
 }
 
 Runner::~Runner() = default;
 
-void Runner::run(const Level& level, const Shape& shape, const float* x, int64_t tokens, const Work* works, int count,
+void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t tokens, const Work* works, int count,
                  float* out) {
   std::lock_guard<std::mutex> one(one_call_);  // the memory is shared
-  const int64_t D = shape.hidden;
-  const int64_t all_blocks = (shape.neurons + kBlock - 1) / kBlock;
-  const int64_t chunk = chunk_blocks(all_blocks);
+  const int64_t D = shape.hidden, wide = round_up(D, kPanel);
 
   std::vector<Item> items;
   std::vector<const Work*> owner;
@@ -73,35 +96,37 @@ void Runner::run(const Level& level, const Shape& shape, const float* x, int64_t
     const Work& work = works[w];
     const int64_t begin = work.neuron_begin / kBlock, end = (work.neuron_end + kBlock - 1) / kBlock;
     const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
-    const int64_t tile = work.tokens <= kThinTokens ? kThinTokens : kTileTokens;
+    const int64_t tile = tile_of(work.tokens), chunk = chunk_blocks((shape.neurons + kBlock - 1) / kBlock, work.tokens);
     for (int64_t t = 0; t < work.tokens; t += tile) {
       const int64_t n = std::min(tile, work.tokens - t);
       for (int64_t b = begin; b < end; b += chunk) {
         const int64_t stop = std::min(b + chunk, end);
-        items.push_back({work.packed, b, stop, work.rows + t, n, with_last && stop == end, nullptr});
+        items.push_back({work.packed, b, stop, work.rows + t, n, with_last && stop == end, nullptr, nullptr});
         owner.push_back(&work);
         first_row.push_back(t);
         offset.push_back(floats);
-        floats += n * D;
+        floats += n * wide;
         widest = std::max(widest, n);
       }
     }
   }
   float* partials = memory_->partials.take(floats);
-  for (size_t i = 0; i < items.size(); ++i) items[i].partial = partials + offset[i];
-
-  const int64_t h_floats = widest * chunk * kBlock;
-  const int64_t w_floats = widest > kThinTokens ? kBlock * std::max<int64_t>(1024, chunk * kBlock) : 0;
-  pool_.run(static_cast<int>(items.size()), [&](int i, int thread) {
-    float* base = memory_->scratch[thread].take(widest * D + h_floats + w_floats);
-    level.run_item(shape, x, items[i], {base, base + widest * D, base + widest * D + h_floats});
-  });
+  const size_t threads = pool_.threads();
+  for (size_t i = 0; i < items.size(); ++i) {
+    items[i].partial = partials + offset[i];
+    if (i + threads < items.size()) {
+      const Item& next = items[i + threads];
+      items[i].likely_next = next.packed + next.block_begin * block_bytes(shape);
+    }
+  }
+  Scratch* scratch = memory_->of_threads(scratch_floats(D, widest));
+  pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_item(shape, x, items[i], scratch[thread]); });
 
   // Which parts each token takes, in the order of the items.
   std::vector<std::vector<Part>> parts(tokens);
   for (size_t i = 0; i < items.size(); ++i) {
     for (int64_t t = 0; t < items[i].tokens; ++t) {
-      parts[items[i].rows[t]].push_back({items[i].partial + t * D, owner[i]->weights[first_row[i] + t]});
+      parts[items[i].rows[t]].push_back({items[i].partial + t * wide, owner[i]->weights[first_row[i] + t]});
     }
   }
   // Few tokens: cut D, so that all threads have something to add.
@@ -111,6 +136,26 @@ void Runner::run(const Level& level, const Shape& shape, const float* x, int64_t
     const int64_t t = i / cuts, begin = i % cuts * cut, width = std::min(cut, D - begin);
     for (const Part& part : parts[t]) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
   });
+}
+
+void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, const Linear* linears, int count) {
+  std::lock_guard<std::mutex> one(one_call_);
+  std::vector<int64_t> rows(tokens);
+  for (int64_t t = 0; t < tokens; ++t) rows[t] = t;
+  std::vector<LinearItem> items;
+  const int64_t tile = tile_of(tokens);
+  for (int64_t t = 0; t < tokens; t += tile) {
+    const int64_t n = std::min(tile, tokens - t);
+    for (int i = 0; i < count; ++i) {
+      const int64_t panels = (linears[i].rows + kPanel - 1) / kPanel;
+      const int64_t height = n <= kThinTokens ? kThinItemPanels : kItemPanels;
+      for (int64_t p = 0; p < panels; p += height) {
+        items.push_back({&linears[i], p, std::min(p + height, panels), rows.data() + t, n});
+      }
+    }
+  }
+  Scratch* scratch = memory_->of_threads(scratch_floats(x.width, std::min(tile, tokens)));
+  pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
 }
 
 namespace {

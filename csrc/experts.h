@@ -1,9 +1,13 @@
-// The expert FFN of one layer step on the CPU: what the bindings call and what each ISA level implements.
+// Matrix products with packed weights on the CPU: what the bindings call and what each ISA level implements.
 //
-// Legend: T tokens, D model width, F expert neurons, B = 64 neurons a block, n tokens of one expert.
+// Legend: T tokens, D model width, F expert neurons, n tokens of one item, R rows and K columns of a matrix.
 //
-// An expert is packed in blocks of neurons: gate rows [B, D], up rows [B, D], the matching down columns as
-// [D, B], then float32 biases; after the last block the float32 down bias [D]. See memory/formats in Python.
+// A matrix [R, K] is packed in panels of 16 rows. A panel lies in the order of K, the 16 rows side by side, so
+// one vector holds one column of 16 rows: it is multiplied with a broadcast activation, and nothing is ever
+// summed across a vector. See memory/formats/panels.py for the bytes of each format.
+//
+// An expert is packed in blocks of 64 neurons: gate rows [64, D], up rows [64, D] and the matching down columns
+// as a matrix [D, 64], then float32 biases; after the last block the float32 down bias [D].
 //
 // Work is cut into items of (expert, tile of tokens, chunk of blocks). The cut depends on the work alone and
 // never on the number of threads, each item fills its own partial result, and partial results are added in
@@ -15,9 +19,11 @@
 
 namespace moestro {
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 64;  // neurons
+constexpr int64_t kPanel = 16;  // rows
+constexpr int64_t kGroup = 64;  // columns that share a scale
 
-enum class Format : int { kFp32 = 0, kFp16 = 1, kBf16 = 2 };
+enum class Format : int { kFp32 = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4 };
 
 enum class Activation : int {
   kSilu = 0,         // silu(gate) * up, or silu(up) without a gate
@@ -39,51 +45,100 @@ struct Shape {
   float offset = 0;
 };
 
-// Bytes of one weight, and of one block of neurons.
-int64_t weight_bytes(Format format);
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Bytes of a panel of K columns, of a matrix, and of one block of neurons.
+int64_t panel_bytes(Format format, int64_t K);
+inline int64_t matrix_bytes(Format format, int64_t R, int64_t K) {
+  return round_up(R, kPanel) / kPanel * panel_bytes(format, K);
+}
 int64_t block_bytes(const Shape& shape);
+
+// Activations as they come: rows of fp32, fp16 or bf16.
+struct Input {
+  const void* data;
+  Format type;
+  int64_t width;  // elements of a row
+};
 
 // One expert's share of a step: the neurons [neuron_begin, neuron_end) for n tokens.
 struct Work {
   const uint8_t* packed = nullptr;
   int64_t neuron_begin = 0;
   int64_t neuron_end = 0;
-  const int64_t* rows = nullptr;    // [n]: which tokens of x
-  const float* weights = nullptr;   // [n]: their routing weights
-  int64_t tokens = 0;               // n
+  const int64_t* rows = nullptr;   // [n]: which tokens of x
+  const float* weights = nullptr;  // [n]: their routing weights
+  int64_t tokens = 0;              // n
 };
 
-// What one item computes: `tokens` rows of x through some whole blocks of one expert, into partial [tokens, D].
+// What one item computes: n rows of x through some whole blocks of one expert, into its partial result.
 struct Item {
   const uint8_t* packed;
   int64_t block_begin, block_end;  // blocks of the expert
-  const int64_t* rows;             // [tokens]
-  int64_t tokens;
+  const int64_t* rows;             // [n]
+  int64_t tokens;                  // n
   bool add_down_bias;
-  float* partial;                  // [tokens, D], written and not read
+  float* partial;                  // [n, D rounded up to panels], written and not read
+  const uint8_t* likely_next;      // where the thread will probably read next, or none
 };
 
-// Per thread scratch memory, sized for the largest item of a call.
+// A dense layer: out = x W^T + bias.
+struct Linear {
+  const uint8_t* packed = nullptr;
+  int64_t rows = 0, columns = 0;  // R, K
+  Format format = Format::kBf16;
+  const float* bias = nullptr;    // [R] or none
+  void* out = nullptr;            // [T, R]
+  Format out_type = Format::kFp32;
+};
+
+// n rows of x through the panels [panel_begin, panel_end) of a linear layer.
+struct LinearItem {
+  const Linear* linear;
+  int64_t panel_begin, panel_end;
+  const int64_t* rows;
+  int64_t tokens;
+};
+
+// Scratch memory of a thread, and which tokens it has already packed.
 struct Scratch {
-  float* x;        // [tokens, D] gathered rows
-  float* h;        // [tokens, neurons of a chunk]
-  float* weights;  // converted tile
+  float* memory = nullptr;  // scratch_floats() of the call's widest item
+  const int64_t* packed_rows = nullptr;
+  int64_t packed_tokens = 0;
+  int packed_as = -1;
 };
 
-// One level of instruction sets. All levels compute the same mathematics in float32.
+constexpr int64_t kThinTokens = 16;   // up to here a weight is converted in registers, and never written
+constexpr int64_t kTileTokens = 96;   // of an item with more
+constexpr int64_t kThinItemPanels = 8, kItemPanels = 32;  // of a linear layer's item
+constexpr int64_t kTileColumns = 512;  // of a tile of converted weights, 4 panels high
+constexpr int64_t kMostBlocks = 16;    // of an item
+inline int64_t scratch_floats(int64_t K, int64_t n) {
+  const int64_t wide = round_up(K, kGroup), blocks = n <= kThinTokens ? 1 : kMostBlocks;
+  return wide + n * wide + 2 * n * kBlock + n * blocks * kBlock + 4 * kPanel * kTileColumns + n * kPanel * 4;
+}
+inline int64_t chunk_blocks(int64_t blocks, int64_t n) {
+  // Enough chunks for the cores of large machines, few enough that partial results stay small.
+  const int64_t chunks = n <= kThinTokens ? 16 : 4, chunk = (blocks + chunks - 1) / chunks;
+  return chunk < 2 ? 2 : chunk > kMostBlocks ? kMostBlocks : chunk;
+}
+
+// One level of instruction sets. All levels compute the same mathematics.
 struct Level {
   const char* name;
-  void (*run_item)(const Shape& shape, const float* x, const Item& item, const Scratch& scratch);
+  void (*run_item)(const Shape& shape, const Input& x, const Item& item, Scratch& scratch);
+  void (*run_linear)(const Input& x, const LinearItem& item, Scratch& scratch);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);
-  double (*fma)(int64_t rounds);                               // floating-point operations of a register-only loop
+  double (*fma)(int64_t rounds);  // floating-point operations of a register-only loop
 };
 
 extern const Level kScalar;
 #if defined(MOESTRO_X86)
 extern const Level kAvx2;
 extern const Level kAvx512;
+extern const Level kAvx512Vnni;
 #endif
 #if defined(MOESTRO_NEON)
 extern const Level kNeon;
@@ -94,15 +149,5 @@ const Level* best_level();
 const Level* find_level(const char* name);
 // Names of the levels compiled in, best first, and whether this CPU runs each.
 int compiled_levels(const char** names, bool* usable, int capacity);
-
-// How an item is cut: tokens of a tile and blocks of a chunk, from the work alone.
-constexpr int64_t kThinTokens = 16;   // up to here each weight is read once and used for all tokens
-constexpr int64_t kTileTokens = 96;   // of an item with more
-constexpr int64_t kChunkBlocks = 16;  // 1,024 neurons: what a tile's H keeps in cache
-inline int64_t chunk_blocks(int64_t blocks) {
-  // Enough chunks for the cores of large machines, few enough that partial results stay small.
-  int64_t chunk = (blocks + 15) / 16;
-  return chunk < 2 ? 2 : chunk > kChunkBlocks ? kChunkBlocks : chunk;
-}
 
 }  // namespace moestro

@@ -1,162 +1,261 @@
 // The kernels of one ISA level, included by each level's file after it defined MOESTRO_LEVEL and its name.
 //
-// Few tokens (thin): weights stream from memory once, several rows at a time, converted in registers.
-// Many tokens: a tile of weights is converted to float32 once and used for all tokens of the item.
+// One product serves all: panels of weights times a tile of tokens. Few tokens (thin): weights stream from memory
+// once and are converted in registers; quantized ones are multiplied as integers with 16-bit activations. Many
+// tokens: a tile of weights is converted to float32 once and used for all tokens of the item.
 
 #include "experts.h"
 #include "simd.h"
+#include "weights.h"
 
 namespace {
 
 using moestro::Activation;
 using moestro::Format;
+using moestro::Input;
 using moestro::Item;
 using moestro::kBlock;
+using moestro::kTileColumns;
+using moestro::LinearItem;
 using moestro::Scratch;
 using moestro::Shape;
 
-constexpr int W = V::kWidth;
+// Tokens packed for the products, in tiles: floats [K][N] of each tile, one tile after another, or 16-bit
+// integers [K / 2][N][2] with a scale and a sum [K / 64][N] of each group of columns.
+struct Tokens {
+  int64_t count, columns;  // columns rounded up to groups
+  bool whole;              // integers
+  float* floats;
+  int16_t* integers;
+  float *scales, *sums;
+  Tokens(int64_t n, int64_t K, bool as_whole, float* memory)
+      : count(n), columns(moestro::round_up(K, kGroup)), whole(as_whole), floats(memory),
+        integers(reinterpret_cast<int16_t*>(memory)) {
+    scales = memory + n * columns / 2;
+    sums = scales + n * columns / kGroup;
+  }
+  int64_t tiles() const {
+    const int64_t most = whole ? V::kWholeTokens : V::kTokens;
+    return (count + most - 1) / most;
+  }
+};
 
-// out[r * ldo + t] = dot(w row r, x row t) over K, for R rows and N tokens; U independent sums a pair.
-template <int R, int N, int U, class T>
-inline void dots(const T* w, int64_t ldw, const float* x, int64_t ldx, int64_t K, float* out, int64_t ldo) {
-  V acc[R][N][U];
-  for (int r = 0; r < R; ++r)
+// Calls do_tile(first token, tokens) for tiles of nearly equal size.
+template <class Do>
+inline void for_tiles(const Tokens& tokens, Do do_tile) {
+  const int64_t n = tokens.count, tiles = tokens.tiles();
+  for (int64_t i = 0, t = 0; i < tiles; ++i) {
+    const int64_t size = n / tiles + (i < n % tiles);
+    do_tile(t, size);
+    t += size;
+  }
+}
+
+// One row of x into its place among the tokens; `row` has zeros up to the columns of `tokens`.
+inline void pack_floats(const float* row, int64_t columns, int64_t N, float* to) {
+  for (int64_t k = 0; k < columns; ++k) to[k * N] = row[k];
+}
+
+// As 16-bit integers with a scale for each group: 15 bits and a sign of the group's largest.
+inline void pack_whole(const float* row, int64_t columns, int64_t N, int16_t* to, float* scales, float* sums) {
+  for (int64_t g = 0; g < columns / kGroup; ++g) {
+    const float* x = row + g * kGroup;
+    V most = V::zero();
+    for (int64_t k = 0; k < kGroup; k += W) most = vmax(most, vabs(V::load(x + k)));
+    const float top = largest(most), scale = top / 32767.0f;
+    const V inverse = V::set(scale > 1e-35f ? 1.0f / scale : 0.0f);
+    int16_t whole[kGroup];
+    V total = V::zero();
+    for (int64_t k = 0; k < kGroup; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
+    for (int64_t j = 0; j < kGroup / 2; ++j) memcpy(to + (g * kGroup / 2 + j) * 2 * N, whole + 2 * j, 4);
+    scales[g * N] = scale;
+    sums[g * N] = scale * sum(total);
+  }
+}
+
+// Packs columns [begin, begin + count), both whole groups, of n rows; row(t) gives those of the t-th.
+template <class Row>
+inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
+  for_tiles(to, [&](int64_t first, int64_t N) {
+    const int64_t at = first * to.columns + begin * N, group = at / kGroup;
+    for (int64_t t = 0; t < N; ++t) {
+      const float* x = row(first + t);
+      if (!to.whole) pack_floats(x, count, N, to.floats + at + t);
+      else pack_whole(x, count, N, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t);
+    }
+  });
+}
+
+// Where a product's panels are read from and its results go: panels are `stride` bytes apart, and their results
+// `apart` floats; the rows of out, one a token, are ld floats apart.
+struct Panels {
+  const uint8_t* w;
+  int64_t stride;
+  float* out;
+  int64_t apart, ld;
+  bool add;  // to what is in out
+};
+
+template <int P, int N>
+inline void finish(const Panels& to, V (&acc)[P][N][VP]) {
+  if (to.add) {
+    for (int p = 0; p < P; ++p)
+      for (int t = 0; t < N; ++t)
+        for (int v = 0; v < VP; ++v) acc[p][t][v] = acc[p][t][v] + V::load(to.out + t * to.ld + p * to.apart + v * W);
+  }
+  for (int p = 0; p < P; ++p)
     for (int t = 0; t < N; ++t)
-      for (int u = 0; u < U; ++u) acc[r][t][u] = V::zero();
-  int64_t k = 0;
-  for (; k + W * U <= K; k += W * U) {
-    for (int u = 0; u < U; ++u) {
-      V xv[N];
-      for (int t = 0; t < N; ++t) xv[t] = V::load(x + t * ldx + k + u * W);
-      for (int r = 0; r < R; ++r) {
-        const V wv = load_weights(w + r * ldw + k + u * W);
-        for (int t = 0; t < N; ++t) acc[r][t][u] = fma(wv, xv[t], acc[r][t][u]);
-      }
-    }
-  }
-  for (; k + W <= K; k += W) {
-    for (int r = 0; r < R; ++r) {
-      const V wv = load_weights(w + r * ldw + k);
-      for (int t = 0; t < N; ++t) acc[r][t][0] = fma(wv, V::load(x + t * ldx + k), acc[r][t][0]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < N; ++t) {
-      V total = acc[r][t][0];
-      for (int u = 1; u < U; ++u) total = total + acc[r][t][u];
-      float value = sum(total);
-      for (int64_t j = k; j < K; ++j) value += scalar_weight(w + r * ldw + j) * x[t * ldx + j];
-      out[r * ldo + t] = value;
-    }
-  }
+      for (int v = 0; v < VP; ++v) acc[p][t][v].store(to.out + t * to.ld + p * to.apart + v * W);
 }
 
-// dots for any number of tokens up to kThinTokens: rows four at a time, tokens four at a time.
-template <class T>
-inline void thin_rows(const T* w, int64_t rows, const float* x, int64_t tokens, int64_t D, float* out, int64_t ldo) {
-  for (int64_t r = 0; r < rows; r += 4) {  // blocks have 64 rows
-    const T* wr = w + r * D;
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dots<4, 4, 1>(wr, D, x + t * D, D, D, out + r * ldo + t, ldo);
-    switch (tokens - t) {
-      case 3: dots<4, 3, 1>(wr, D, x + t * D, D, D, out + r * ldo + t, ldo); break;
-      case 2: dots<4, 2, 1>(wr, D, x + t * D, D, D, out + r * ldo + t, ldo); break;
-      case 1: dots<4, 1, 2>(wr, D, x + t * D, D, D, out + r * ldo + t, ldo); break;
-      default: break;
+// out[t, r] = (or +=) sum over K of w[r, k] * x[k, t], for P panels at once and N tokens.
+template <class F, int P, int N>
+inline void multiply_floats(const Panels& to, const float* x, int64_t K) {
+  V acc[P][N][VP];
+  for (int p = 0; p < P; ++p)
+    for (int t = 0; t < N; ++t)
+      for (int v = 0; v < VP; ++v) acc[p][t][v] = V::zero();
+  const uint8_t* w = to.w;
+  for (int64_t k = 0; k < K; k += F::kStep, w += F::kStepBytes, x += F::kStep * N) {
+    V wv[P][F::kStep][VP];
+    for (int p = 0; p < P; ++p) {
+      if (F::kFromMemory) prefetch(w + p * to.stride + kAhead);
+      F::load(w + p * to.stride, wv[p]);
     }
+    for (int j = 0; j < F::kStep; ++j)
+      for (int t = 0; t < N; ++t) {
+        const V xv = V::set(x[j * N + t]);
+        for (int p = 0; p < P; ++p)
+          for (int v = 0; v < VP; ++v) acc[p][t][v] = fma(wv[p][j][v], xv, acc[p][t][v]);
+      }
   }
+  finish(to, acc);
 }
 
-// y[t, d] += dot(down[d, 0:64], h[t, 0:64]); down of one block, h [tokens, ldh].
-template <class T>
-inline void thin_down(const T* down, int64_t D, const float* h, int64_t ldh, int64_t tokens, float* y) {
-  constexpr int K = static_cast<int>(kBlock) / W;  // vectors a row
-  int64_t d = 0;
-  for (; d + W <= D; d += W) {
-    if (tokens == 1) {
-      V acc[W];
-      for (int r = 0; r < W; ++r) {
-        const T* row = down + (d + r) * kBlock;
-        acc[r] = load_weights(row) * V::load(h);
-        for (int k = 1; k < K; ++k) acc[r] = fma(load_weights(row + k * W), V::load(h + k * W), acc[r]);
+// The same with quantized weights and activations as 16-bit integers: exact sums within a group of columns.
+template <class Q, int P, int N>
+inline void multiply_whole(const Panels& to, const int16_t* x, const float* scales, const float* sums, int64_t groups) {
+  V acc[P][N][VP];
+  for (int p = 0; p < P; ++p)
+    for (int t = 0; t < N; ++t)
+      for (int v = 0; v < VP; ++v) acc[p][t][v] = V::zero();
+  const uint8_t* group = to.w;
+  for (int64_t g = 0; g < groups; ++g, group += Q::kGroupBytes, x += kGroup * N, scales += N, sums += N) {
+    I dots[P][2][N][VP];
+    for (int p = 0; p < P; ++p)
+      for (int t = 0; t < N; ++t)
+        for (int v = 0; v < VP; ++v) dots[p][0][t][v] = dots[p][1][t][v] = I::zero();
+    for (int s = 0; s < kGroup / (2 * Q::kPairs); ++s) {
+      for (int p = 0; p < P; ++p) {
+        I w[Q::kPairs][VP];
+        const uint8_t* at = group + p * to.stride + Q::kHeader + s * Q::kStepBytes;
+        prefetch(at + kAhead);
+        Q::load(at, w);
+        for (int j = 0; j < Q::kPairs; ++j)
+          for (int t = 0; t < N; ++t)
+            for (int v = 0; v < VP; ++v) {
+              I& sum = dots[p][j % 2][t][v];
+              sum = dot_pairs(w[j][v], I::set_pair(x + 2 * ((s * Q::kPairs + j) * N + t)), sum);
+            }
       }
-      (V::load(y + d) + sums(acc)).store(y + d);
-      continue;
     }
-    float tile[W * kBlock];  // converted once for all tokens
-    for (int64_t j = 0; j < W * kBlock; j += W) load_weights(down + d * kBlock + j).store(tile + j);
-    for (int64_t t = 0; t < tokens; ++t) {
-      V acc[W];
-      for (int r = 0; r < W; ++r) {
-        acc[r] = V::load(tile + r * kBlock) * V::load(h + t * ldh);
-        for (int k = 1; k < K; ++k) {
-          acc[r] = fma(V::load(tile + r * kBlock + k * W), V::load(h + t * ldh + k * W), acc[r]);
+    for (int p = 0; p < P; ++p) {
+      V scale[VP], zero[VP];
+      load_scales<Q>(group + p * to.stride, scale, zero);
+      for (int t = 0; t < N; ++t)
+        for (int v = 0; v < VP; ++v) {
+          V sum = to_float(Q::total(dots[p][0][t][v], dots[p][1][t][v])) * V::set(scales[t]);
+          if (Q::kHasZero) sum = sum - zero[v] * V::set(sums[t]);
+          acc[p][t][v] = fma(sum, scale[v], acc[p][t][v]);
         }
-      }
-      (V::load(y + t * D + d) + sums(acc)).store(y + t * D + d);
     }
   }
-  for (; d < D; ++d) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      float value = 0;
-      for (int64_t k = 0; k < kBlock; ++k) value += scalar_weight(down + d * kBlock + k) * h[t * ldh + k];
-      y[t * D + d] += value;
+  finish(to, acc);
+}
+
+// How many panels fit in the registers with their sums for N tokens.
+template <class F, int N>
+constexpr int panels_at_once() {
+  if constexpr (IsQuantized<F>::value) return 8 * N * VP <= V::kRegisters - 8 ? 4 : 4 * N * VP <= V::kRegisters - 8 ? 2 : 1;
+  else return 4 * (N + F::kStep) * VP < V::kRegisters ? 4 : 2 * (N + F::kStep) * VP < V::kRegisters ? 2 : 1;
+}
+
+// All panels times one tile of N tokens, columns [begin, begin + count) of x; w points at column `begin`. A quarter
+// of the panels is read beside the next, since memory is read faster in several streams than in one.
+template <class F, int N>
+inline void multiply(const Panels& to, int64_t panels, const Tokens& x, int64_t first, int64_t begin, int64_t count) {
+  const auto part = [&](int64_t p, int64_t apart) {
+    return Panels{to.w + p * to.stride, to.stride * apart, to.out + p * kPanel, kPanel * apart, to.ld, to.add};
+  };
+  constexpr int P = panels_at_once<F, N>();
+  const int64_t apart = panels / P;
+  if constexpr (!IsQuantized<F>::value) {
+    const float* xt = x.floats + first * x.columns + begin * N;
+    for (int64_t p = 0; p < apart; ++p) multiply_floats<F, P, N>(part(p, apart), xt, count);
+    for (int64_t p = apart * P; p < panels; ++p) multiply_floats<F, 1, N>(part(p, 1), xt, count);
+  } else {
+    const int64_t all = x.columns / kGroup, g = begin / kGroup, groups = (count + kGroup - 1) / kGroup;
+    const int16_t* xt = x.integers + first * x.columns + begin * N;
+    const float *scales = x.scales + first * all + g * N, *sums = x.sums + first * all + g * N;
+    for (int64_t p = 0; p < apart; ++p) multiply_whole<F, P, N>(part(p, apart), xt, scales, sums, groups);
+    for (int64_t p = apart * P; p < panels; ++p) multiply_whole<F, 1, N>(part(p, 1), xt, scales, sums, groups);
+  }
+}
+
+template <class F, int N = IsQuantized<F>::value ? V::kWholeTokens : V::kTokens>
+inline void multiply_tile(const Panels& to, int64_t panels, const Tokens& x, int64_t first, int64_t tokens, int64_t begin,
+                          int64_t count) {
+  if (tokens == N) return multiply<F, N>(to, panels, x, first, begin, count);
+  if constexpr (N > 1) multiply_tile<F, N - 1>(to, panels, x, first, tokens, begin, count);
+}
+
+template <class F>
+inline const uint8_t* at_column(const uint8_t* panel, int64_t k) {
+  if constexpr (IsQuantized<F>::value) return panel + k / kGroup * F::kGroupBytes;
+  else return panel + k / F::kStep * F::kStepBytes;
+}
+
+// out[t, r] = (or +=) a packed matrix of whole panels times few tokens, straight from memory.
+template <class F>
+inline void thin_product(const Panels& all, int64_t panels, int64_t K, const Tokens& x) {
+  if (x.tiles() == 1) return multiply_tile<F>(all, panels, x, 0, x.count, 0, K);
+  constexpr int64_t kColumns = 256;  // of weights that stay in cache for all tiles of tokens
+  for (int64_t p = 0; p < panels; p += 4) {
+    const int64_t height = panels - p < 4 ? panels - p : 4;
+    for (int64_t k = 0; k < K; k += kColumns) {
+      for_tiles(x, [&](int64_t first, int64_t tokens) {
+        const Panels part{at_column<F>(all.w + p * all.stride, k), all.stride, all.out + first * all.ld + p * kPanel,
+                          kPanel, all.ld, all.add || k > 0};
+        multiply_tile<F>(part, height, x, first, tokens, k, K - k < kColumns ? K - k : kColumns);
+      });
     }
   }
 }
 
-// out[t * ldo + r] = (or +=, where `add`) dot(w row r, x row t) over K, all float32.
-template <int R, int N>
-inline void tile_dots(const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t K, float* out, int64_t ldo, bool add) {
-  V acc[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < N; ++t) acc[r][t] = V::zero();
-  int64_t k = 0;
-  for (; k + W <= K; k += W) {
-    V wv[R];
-    for (int r = 0; r < R; ++r) wv[r] = V::load(w + r * ldw + k);
-    for (int t = 0; t < N; ++t) {
-      const V xv = V::load(x + t * ldx + k);
-      for (int r = 0; r < R; ++r) acc[r][t] = fma(wv[r], xv, acc[r][t]);
-    }
-  }
-  for (int t = 0; t < N; ++t) {
-    for (int r = 0; r < R; ++r) {
-      float value = sum(acc[r][t]);
-      for (int64_t j = k; j < K; ++j) value += w[r * ldw + j] * x[t * ldx + j];
-      float* at = out + t * ldo + r;
-      *at = add ? *at + value : value;
+// The same for many tokens, over tiles of 4 panels that convert(panel, k, columns, to) makes.
+template <class Convert>
+inline void many_product(float* out, int64_t ld, int64_t panels, int64_t K, const Tokens& x, float* tile, Convert convert) {
+  for (int64_t p = 0; p < panels; p += 4) {
+    const int64_t height = panels - p < 4 ? panels - p : 4;
+    for (int64_t k = 0; k < K; k += kTileColumns) {
+      const int64_t count = K - k < kTileColumns ? K - k : kTileColumns;
+      for (int64_t i = 0; i < height; ++i) convert(p + i, k, count, tile + i * kPanel * kTileColumns);
+      for_tiles(x, [&](int64_t first, int64_t tokens) {
+        const Panels part{reinterpret_cast<const uint8_t*>(tile), kPanel * kTileColumns * 4, out + first * ld + p * kPanel,
+                          kPanel, ld, k > 0};
+        multiply_tile<Converted>(part, height, x, first, tokens, k, count);
+      });
     }
   }
 }
 
-// A tile of rows against all tokens: register tiles of kRows x kTokens, and single rows and tokens at the edges.
-inline void many_rows(const float* w, int64_t ldw, int64_t rows, const float* x, int64_t ldx, int64_t tokens, int64_t K,
-                      float* out, int64_t ldo, bool add) {
-  constexpr int R = V::kRows, N = V::kTokens;
-  for (int64_t t = 0; t < tokens;) {
-    const bool full = t + N <= tokens;
-    for (int64_t r = 0; r < rows;) {
-      const bool all = r + R <= rows;
-      const float* wr = w + r * ldw;
-      const float* xt = x + t * ldx;
-      float* at = out + t * ldo + r;
-      if (full && all) tile_dots<R, N>(wr, ldw, xt, ldx, K, at, ldo, add);
-      else if (full) tile_dots<1, N>(wr, ldw, xt, ldx, K, at, ldo, add);
-      else if (all) tile_dots<R, 1>(wr, ldw, xt, ldx, K, at, ldo, add);
-      else tile_dots<1, 1>(wr, ldw, xt, ldx, K, at, ldo, add);
-      r += all ? R : 1;
-    }
-    t += full ? N : 1;
-  }
-}
-
-template <class T>
-inline void convert(const T* from, int64_t n, float* to) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) load_weights(from + i).store(to + i);
-  for (; i < n; ++i) to[i] = scalar_weight(from + i);
+template <class F>
+inline void product(const uint8_t* w, int64_t stride, float* out, int64_t ld, int64_t panels, int64_t K, const Tokens& x,
+                    float* tile) {
+  if (x.count <= moestro::kThinTokens) return thin_product<F>({w, stride, out, kPanel, ld, false}, panels, K, x);
+  many_product(out, ld, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
+    convert<F>(w + panel * stride, k, count, to);
+  });
 }
 
 inline V gelu_tanh(V x) {
@@ -164,17 +263,17 @@ inline V gelu_tanh(V x) {
   return x * vsigmoid(inner + inner);
 }
 
-// h[i] = activation(gate[i], up[i]); gate is nullptr where the family has none. n is a multiple of 64.
-inline void activate(const Shape& shape, const float* gate, const float* up, float* h, int64_t n) {
+// h[i] = activation(gate[i], up[i]) for a block of neurons; gate is nullptr where the family has none.
+inline void activate(const Shape& shape, const float* gate, const float* up, float* h) {
   if (shape.activation == Activation::kGeluErf) {  // no vector erf: few families, and F is small beside F * D
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < kBlock; ++i) {
       const float a = gate ? gate[i] : up[i];
       const float g = 0.5f * a * (1.0f + erff(a * 0.70710678118654752f));
       h[i] = gate ? g * up[i] : g;
     }
     return;
   }
-  for (int64_t i = 0; i < n; i += W) {
+  for (int64_t i = 0; i < kBlock; i += W) {
     const V u = V::load(up + i);
     const V a = gate ? V::load(gate + i) : u;
     V g;
@@ -194,108 +293,142 @@ inline void activate(const Shape& shape, const float* gate, const float* up, flo
   }
 }
 
-// Adds a bias of one value a neuron to [64, tokens] or, transposed, to [tokens, 64].
-inline void add_bias(const float* bias, float* a, int64_t neuron_stride, int64_t token_stride, int64_t tokens) {
-  for (int64_t i = 0; i < kBlock; ++i)
-    for (int64_t t = 0; t < tokens; ++t) a[i * neuron_stride + t * token_stride] += bias[i];
+inline void add_bias(const float* bias, float* rows, int64_t width, int64_t ld, int64_t n) {
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < width; ++i) rows[t * ld + i] += bias[i];
 }
 
-template <class T>
-struct Blocks {  // where the parts of a block are
-  const Shape& shape;
-  const uint8_t* packed;
-  int64_t size;
-  Blocks(const Shape& s, const uint8_t* p) : shape(s), packed(p), size(moestro::block_bytes(s)) {}
-  const T* matrix(int64_t block, int i) const {
-    return reinterpret_cast<const T*>(packed + block * size) + i * kBlock * shape.hidden;
+// Where a thread keeps what, in its scratch memory.
+struct Places {
+  float *row, *x, *first, *h, *tile, *out;
+  Places(const Scratch& scratch, int64_t K, int64_t n) {
+    row = scratch.memory;
+    x = row + moestro::round_up(K, kGroup);
+    first = x + n * moestro::round_up(K, kGroup);
+    h = first + 2 * n * kBlock;
+    tile = h + n * kBlock * (n <= moestro::kThinTokens ? 1 : moestro::kMostBlocks);
+    out = tile + 4 * kPanel * kTileColumns;
   }
-  const T* gate(int64_t block) const { return shape.has_gate ? matrix(block, 0) : nullptr; }
-  const T* up(int64_t block) const { return matrix(block, shape.has_gate ? 1 : 0); }
-  const T* down(int64_t block) const { return matrix(block, shape.has_gate ? 2 : 1); }
-  const float* biases(int64_t block) const { return reinterpret_cast<const float*>(matrix(block, shape.has_gate ? 3 : 2)); }
-  const float* gate_bias(int64_t block) const { return biases(block); }
-  const float* up_bias(int64_t block) const { return biases(block) + (shape.has_gate ? kBlock : 0); }
 };
 
-template <class T>
-inline void thin_item(const Shape& shape, const Item& item, const Scratch& scratch, float* y) {
-  const Blocks<T> blocks(shape, item.packed);
-  const int64_t D = shape.hidden, n = item.tokens;
-  float gate[kBlock * moestro::kThinTokens], up[kBlock * moestro::kThinTokens], h[kBlock * moestro::kThinTokens];
-  float wide[kBlock * moestro::kThinTokens];
-  for (int64_t b = item.block_begin; b < item.block_end; ++b) {
-    if (shape.has_gate) thin_rows(blocks.gate(b), kBlock, scratch.x, n, D, gate, n);  // [64, n]
-    thin_rows(blocks.up(b), kBlock, scratch.x, n, D, up, n);
-    if (shape.has_bias) {
-      if (shape.has_gate) add_bias(blocks.gate_bias(b), gate, n, 1, n);
-      add_bias(blocks.up_bias(b), up, n, 1, n);
-    }
-    activate(shape, shape.has_gate ? gate : nullptr, up, h, kBlock * n);
-    const float* rows = h;
-    if (n > 1) {  // [64, n] -> [n, 64]
-      for (int64_t i = 0; i < kBlock; ++i)
-        for (int64_t t = 0; t < n; ++t) wide[t * kBlock + i] = h[i * n + t];
-      rows = wide;
-    }
-    thin_down(blocks.down(b), D, rows, kBlock, n, y);
+// One row of x as float32, with zeros behind it up to a whole group.
+inline void read_row(const Input& x, int64_t row, float* to) {
+  const int64_t n = x.width;
+  if (x.type == Format::kFp32) {
+    memcpy(to, static_cast<const float*>(x.data) + row * n, sizeof(float) * n);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * n;
+    if (x.type == Format::kBf16) for (int64_t i = 0; i < n; ++i) to[i] = scalar_from_bf16(from[i]);
+    else for (int64_t i = 0; i < n; ++i) to[i] = scalar_from_fp16(from[i]);
   }
+  for (int64_t i = n; i < moestro::round_up(n, kGroup); ++i) to[i] = 0;
 }
 
-template <class T>
-inline void many_item(const Shape& shape, const Item& item, const Scratch& scratch, float* y) {
-  const Blocks<T> blocks(shape, item.packed);
-  constexpr int64_t KC = 1024;  // of D at once: six rows of x stay in the first cache
-  const int64_t D = shape.hidden, n = item.tokens, count = item.block_end - item.block_begin, F = count * kBlock;
-  float gate[kBlock * moestro::kTileTokens], up[kBlock * moestro::kTileTokens];  // [n, 64]
-  for (int64_t b = 0; b < count; ++b) {
-    for (int part = shape.has_gate ? 0 : 1; part < 2; ++part) {
-      const T* w = part == 0 ? blocks.gate(item.block_begin + b) : blocks.up(item.block_begin + b);
-      float* out = part == 0 ? gate : up;
-      for (int64_t k = 0; k < D; k += KC) {
-        const int64_t width = D - k < KC ? D - k : KC;
-        for (int64_t r = 0; r < kBlock; ++r) convert(w + r * D + k, width, scratch.weights + r * KC);
-        many_rows(scratch.weights, KC, kBlock, scratch.x + k, D, n, width, out, kBlock, k > 0);
-      }
-      if (shape.has_bias) {
-        const int64_t block = item.block_begin + b;
-        add_bias(part == 0 ? blocks.gate_bias(block) : blocks.up_bias(block), out, 1, kBlock, n);
-      }
-    }
-    activate(shape, shape.has_gate ? gate : nullptr, up, up, kBlock * n);
-    for (int64_t t = 0; t < n; ++t) memcpy(scratch.h + t * F + b * kBlock, up + t * kBlock, kBlock * sizeof(float));
-  }
-  constexpr int64_t DT = 64;  // rows of down at once
-  for (int64_t d = 0; d < D; d += DT) {
-    const int64_t rows = D - d < DT ? D - d : DT;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t b = 0; b < count; ++b)
-        convert(blocks.down(item.block_begin + b) + (d + r) * kBlock, kBlock, scratch.weights + r * F + b * kBlock);
-    many_rows(scratch.weights, F, rows, scratch.h, F, n, F, y + d, D, true);
-  }
+// Packs the item's tokens, unless this thread did so for its last item.
+inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, bool as_whole, const Places& places, Scratch& scratch) {
+  const Tokens tokens(n, x.width, as_whole, places.x);
+  const bool same = scratch.packed_as == as_whole && scratch.packed_tokens == n &&
+                    memcmp(scratch.packed_rows, rows, n * sizeof(int64_t)) == 0;
+  if (same) return tokens;
+  pack(tokens, 0, tokens.columns, [&](int64_t t) {
+    read_row(x, rows[t], places.row);
+    return places.row;
+  });
+  scratch.packed_rows = rows;
+  scratch.packed_tokens = n;
+  scratch.packed_as = as_whole;
+  return tokens;
 }
 
-template <class T>
-inline void item_of(const Shape& shape, const Item& item, const Scratch& scratch) {
+// Asks for the first bytes of each stream that a product of few tokens will read, while another one computes.
+inline void ask_for(const uint8_t* w, int64_t stride, int64_t panels) {
+  for (int64_t p = 0; p < 4; ++p)
+    for (int64_t i = 0; i < kAhead; i += 64) prefetch(w + panels / 4 * p * stride + i);
+}
+
+template <class F>
+inline void item_of(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
+  const int64_t D = shape.hidden, n = item.tokens, wide = moestro::round_up(D, kPanel);
+  const bool thin = n <= moestro::kThinTokens, as_whole = IsQuantized<F>::value && thin;
+  const Places at(scratch, D, n);
+  const Tokens x = pack_input(input, item.rows, n, as_whole, at, scratch);
+  const Tokens h(n, thin ? kBlock : (item.block_end - item.block_begin) * kBlock, as_whole, at.h);
+  const int64_t row_panel = moestro::panel_bytes(shape.format, D), down_panel = moestro::panel_bytes(shape.format, kBlock);
+  const int64_t first = shape.has_gate ? 2 * kBlock : kBlock;  // rows of gate and up, one behind the other
+  const int64_t size = moestro::block_bytes(shape), down = first / kPanel * row_panel;
+  const uint8_t* block = item.packed + item.block_begin * size;
   float* y = item.partial;
-  memset(y, 0, sizeof(float) * item.tokens * shape.hidden);
-  if (item.tokens <= moestro::kThinTokens) thin_item<T>(shape, item, scratch, y);
-  else many_item<T>(shape, item, scratch, y);
+  for (int64_t b = item.block_begin; b < item.block_end; ++b, block += size) {
+    if (thin) ask_for(block + down, down_panel, wide / kPanel);
+    product<F>(block, row_panel, at.first, first, first / kPanel, D, x, at.tile);
+    const float* bias = reinterpret_cast<const float*>(block + down + wide / kPanel * down_panel);
+    if (shape.has_bias) add_bias(bias, at.first, first, first, n);
+    for (int64_t t = 0; t < n; ++t) {
+      float* up = at.first + t * first + first - kBlock;
+      activate(shape, shape.has_gate ? at.first + t * first : nullptr, up, up);
+    }
+    pack(h, thin ? 0 : (b - item.block_begin) * kBlock, kBlock, [&](int64_t t) { return at.first + t * first + first - kBlock; });
+    if (!thin) continue;
+    const uint8_t* next = b + 1 < item.block_end ? block + size : item.likely_next;
+    if (next) ask_for(next, row_panel, first / kPanel);
+    thin_product<F>({block + down, down_panel, y, kPanel, wide, b > item.block_begin}, wide / kPanel, kBlock, h);
+  }
+  if (!thin) {  // down of all blocks at once, so that y is read and written seldom
+    const uint8_t* begin = item.packed + item.block_begin * size + down;
+    many_product(y, wide, wide / kPanel, h.columns, h, at.tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
+      for (int64_t j = k; j < k + count; j += kBlock, to += kBlock * kPanel)
+        convert<F>(begin + j / kBlock * size + panel * down_panel, 0, kBlock, to);
+    });
+  }
   if (item.add_down_bias) {
     const int64_t blocks = (shape.neurons + kBlock - 1) / kBlock;
-    const float* bias = reinterpret_cast<const float*>(item.packed + blocks * moestro::block_bytes(shape));
-    for (int64_t t = 0; t < item.tokens; ++t)
-      for (int64_t d = 0; d < shape.hidden; ++d) y[t * shape.hidden + d] += bias[d];
+    add_bias(reinterpret_cast<const float*>(item.packed + blocks * size), y, D, wide, n);
   }
 }
 
-void run_item(const Shape& shape, const float* x, const Item& item, const Scratch& scratch) {
-  for (int64_t t = 0; t < item.tokens; ++t) {
-    memcpy(scratch.x + t * shape.hidden, x + item.rows[t] * shape.hidden, sizeof(float) * shape.hidden);
+inline void write_row(const float* from, const float* bias, int64_t count, Format type, void* out, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = from[i] + (bias ? bias[i] : 0.0f);
+    if (type == Format::kFp32) static_cast<float*>(out)[at + i] = value;
+    else static_cast<uint16_t*>(out)[at + i] = type == Format::kBf16 ? bf16_of(value) : fp16_of(value);
   }
+}
+
+template <class F>
+inline void linear_of(const Input& input, const LinearItem& item, Scratch& scratch) {
+  const moestro::Linear& linear = *item.linear;
+  const int64_t n = item.tokens, K = linear.columns, stride = moestro::panel_bytes(linear.format, K);
+  const Places at(scratch, K, n);
+  const bool as_whole = IsQuantized<F>::value && n <= moestro::kThinTokens;
+  const Tokens x = pack_input(input, item.rows, n, as_whole, at, scratch);
+  for (int64_t p = item.panel_begin; p < item.panel_end; p += 4) {
+    const int64_t panels = item.panel_end - p < 4 ? item.panel_end - p : 4, r = p * kPanel;
+    product<F>(linear.packed + p * stride, stride, at.out, 4 * kPanel, panels, K, x, at.tile);
+    const int64_t count = linear.rows - r < panels * kPanel ? linear.rows - r : panels * kPanel;
+    for (int64_t t = 0; t < n; ++t) {
+      write_row(at.out + t * 4 * kPanel, linear.bias ? linear.bias + r : nullptr, count, linear.out_type, linear.out,
+                item.rows[t] * linear.rows + r);
+    }
+  }
+}
+
+void run_item(const Shape& shape, const Input& x, const Item& item, Scratch& scratch) {
   switch (shape.format) {
-    case Format::kFp32: item_of<float>(shape, item, scratch); break;
-    case Format::kFp16: item_of<Fp16>(shape, item, scratch); break;
-    case Format::kBf16: item_of<Bf16>(shape, item, scratch); break;
+    case Format::kFp32: return item_of<Fp32>(shape, x, item, scratch);
+    case Format::kFp16: return item_of<Fp16>(shape, x, item, scratch);
+    case Format::kBf16: return item_of<Bf16>(shape, x, item, scratch);
+    case Format::kInt8: return item_of<Int8>(shape, x, item, scratch);
+    case Format::kInt4: return item_of<Int4>(shape, x, item, scratch);
+  }
+}
+
+void run_linear(const Input& x, const LinearItem& item, Scratch& scratch) {
+  switch (item.linear->format) {
+    case Format::kFp32: return linear_of<Fp32>(x, item, scratch);
+    case Format::kFp16: return linear_of<Fp16>(x, item, scratch);
+    case Format::kBf16: return linear_of<Bf16>(x, item, scratch);
+    case Format::kInt8: return linear_of<Int8>(x, item, scratch);
+    case Format::kInt4: return linear_of<Int4>(x, item, scratch);
   }
 }
 
@@ -306,50 +439,10 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   for (; i < n; ++i) y[i] += a * x[i];
 }
 
-// The two loops that limits are measured with: nothing but reading, nothing but multiplying and adding.
-float sum_of(const float* x, int64_t n, int64_t prefetch) {
-  V acc[8];
-  for (V& a : acc) a = V::zero();
-  constexpr int64_t kStep = 8 * W;
-  int64_t i = 0;
-  if (prefetch < 0) {  // as the kernels read, four rows at a time: hardware prefetchers like several streams
-    const int64_t quarter = n / 4 / (2 * W) * (2 * W);
-    for (int64_t k = 0; k < quarter; k += 2 * W)
-      for (int j = 0; j < 8; ++j) acc[j] = acc[j] + V::load(x + (j / 2) * quarter + k + (j % 2) * W);
-    i = 4 * quarter;
-  }
-  for (; i + kStep <= n; i += kStep) {
-#if defined(__GNUC__)
-    if (prefetch > 0) {
-      for (int64_t j = 0; j < kStep; j += 16) __builtin_prefetch(x + i + prefetch + j);  // a cache line is 16 floats
-    }
-#endif
-    for (int j = 0; j < 8; ++j) acc[j] = acc[j] + V::load(x + i + j * W);
-  }
-  (void)prefetch;
-  V total = V::zero();
-  for (const V& a : acc) total = total + a;
-  float value = sum(total);
-  for (; i < n; ++i) value += x[i];
-  return value;
-}
-
-double fma_of(int64_t rounds) {
-  constexpr int kChains = 12;  // more than latency x units of any core here, and few enough for 16 registers
-  V acc[kChains];
-  for (int j = 0; j < kChains; ++j) acc[j] = V::set(1.0f + 0.01f * static_cast<float>(j));
-  const V a = V::set(0.999999f), b = V::set(1e-6f);
-  for (int64_t i = 0; i < rounds; ++i)
-    for (int j = 0; j < kChains; ++j) acc[j] = fma(acc[j], a, b);
-  V total = V::zero();
-  for (const V& v : acc) total = total + v;
-  volatile float sink = sum(total);  // so that the loop is not taken out
-  (void)sink;
-  return 2.0 * kChains * W * static_cast<double>(rounds);
-}
-
 }  // namespace
 
+#include "limits.inl"
+
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, axpy, sum_of, fma_of};
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, axpy, sum_of, fma_of};
 }

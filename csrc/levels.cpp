@@ -36,6 +36,18 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(MOESTRO_X86)
+bool has_avx512_vnni() {
+#if defined(_MSC_VER)
+  int info[4];
+  __cpuidex(info, 7, 0);
+  return has_avx512() && (info[2] >> 11 & 1);
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#endif
+}
+#endif
+
 struct Entry {
   const Level* level;
   bool usable;
@@ -44,6 +56,7 @@ struct Entry {
 const Entry* entries(int* count) {  // best first
   static const Entry all[] = {
 #if defined(MOESTRO_X86)
+      {&kAvx512Vnni, has_avx512_vnni()},
       {&kAvx512, has_avx512()},
       {&kAvx2, has_avx2()},
 #endif

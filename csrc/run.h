@@ -18,8 +18,11 @@ class Runner {
 
   int threads() const { return pool_.threads(); }
 
-  // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x, out float32 [tokens, D].
-  void run(const Level& level, const Shape& shape, const float* x, int64_t tokens, const Work* works, int count, float* out);
+  // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x [tokens, D], out float32 [tokens, D].
+  void run(const Level& level, const Shape& shape, const Input& x, int64_t tokens, const Work* works, int count, float* out);
+
+  // Dense layers that share one input: each fills its own out [tokens, R].
+  void run_linears(const Level& level, const Input& x, int64_t tokens, const Linear* linears, int count);
 
   // Limits of this machine with this pool: seconds to sum `floats` of memory, and multiply-adds a second.
   double read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch);

@@ -1,4 +1,5 @@
-// One vector type for all ISA levels, chosen by the flags that a level's file is compiled with.
+// Two vector types for all ISA levels, chosen by the flags that a level's file is compiled with: V holds kWidth
+// floats, I as many 32-bit integers or twice as many of 16 bits.
 //
 // Everything lives in an anonymous namespace: the same names are compiled once a level, and a linker that
 // merged them would run AVX-512 code on a CPU without it.
@@ -16,40 +17,57 @@
 
 namespace {
 
-inline float scalar_from_bf16(uint16_t bits) {
-  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+inline float float_of_bits(uint32_t bits) {
   float value;
-  memcpy(&value, &wide, 4);
+  memcpy(&value, &bits, 4);
   return value;
 }
+
+inline float scalar_from_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 
 inline float scalar_from_fp16(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
   const uint32_t exponent = (bits >> 10) & 0x1Fu, mantissa = bits & 0x3FFu;
-  float value;
-  uint32_t wide;
   if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-    value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    memcpy(&wide, &value, 4);
-    wide |= sign;
-  } else if (exponent == 31) {
-    wide = sign | 0x7F800000u | (mantissa << 13);
-  } else {
-    wide = sign | ((exponent + 112) << 23) | (mantissa << 13);
+    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -value : value;
   }
-  memcpy(&value, &wide, 4);
-  return value;
+  if (exponent == 31) return float_of_bits(sign | 0x7F800000u | (mantissa << 13));
+  return float_of_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+inline uint16_t bf16_of(float value) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline uint16_t fp16_of(float value) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
+  if (size > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
+  if (size >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds to infinity
+  if (size < 0x38800000u) {  // subnormal: adding 0.5 leaves the mantissa at the end, rounded
+    const float shifted = float_of_bits(size) + 0.5f;
+    memcpy(&bits, &shifted, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000u));
+  }
+  return static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xFFFu + ((size >> 13) & 1u)) >> 13));
 }
 
 #if defined(__AVX512F__)
 
 struct V {
   static constexpr int kWidth = 16;
-  static constexpr int kRows = 4, kTokens = 6;  // register tile of the many-token kernel
+  static constexpr int kTokens = 12, kWholeTokens = 12;  // of a register tile of floats, and of integers
+  static constexpr int kRegisters = 32;
   __m512 v;
   static V zero() { return {_mm512_setzero_ps()}; }
   static V set(float a) { return {_mm512_set1_ps(a)}; }
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static V load_fp16(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -60,44 +78,54 @@ inline V operator/(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline V vmin(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V vmax(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V vround(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
+
+struct I {
+  __m512i v;
+  static I zero() { return {_mm512_setzero_si512()}; }
+  static I load(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static I load_int8(const void* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+  static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm512_set1_epi32(both)}; }
+  static I set16(int16_t a) { return {_mm512_set1_epi16(a)}; }
+};
+inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int N> inline I shift_right32(I a) { return {_mm512_srai_epi32(a.v, N)}; }
+template <int N> inline I shift_right16(I a) { return {_mm512_srli_epi16(a.v, N)}; }
+inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd, of 16-bit halves
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#else
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+}
+inline V to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline V even_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, 16), 16))}; }
+inline V odd_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(a.v, 16))}; }
+inline V even_bf16(I a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline V odd_bf16(I a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(-65536)))}; }
 inline V pow2i(V n) {  // 2^n for whole n
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
-inline V load_weights(const float* p) { return V::load(p); }
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
-inline V load_weights(const Bf16* p) {
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+// Rounds each to an integer of 16 bits and returns the sum of those.
+inline V store_int16(V a, int16_t* p) {
+  const __m512i whole = _mm512_cvtps_epi32(a.v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(whole));
+  return {_mm512_cvtepi32_ps(whole)};
 }
-inline V load_weights(const Fp16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-// Sums of 16 vectors, as the 16 elements of one.
-inline V sums(const V* a) {
-  __m512 t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
-  }
-  __m512 u[4];
-  for (int i = 0; i < 4; ++i) {
-    u[i] = _mm512_add_ps(_mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44), _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0xEE));
-  }
-  const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x44), _mm512_shuffle_f32x4(u[0], u[1], 0xEE));
-  const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x44), _mm512_shuffle_f32x4(u[2], u[3], 0xEE));
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xDD))};
-}
-inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 
 #elif defined(__AVX2__)
 
 struct V {
   static constexpr int kWidth = 8;
-  static constexpr int kRows = 3, kTokens = 4;
+  static constexpr int kTokens = 6, kWholeTokens = 3;
+  static constexpr int kRegisters = 16;
   __m256 v;
   static V zero() { return {_mm256_setzero_ps()}; }
   static V set(float a) { return {_mm256_set1_ps(a)}; }
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static V load_fp16(const void* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
 inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -108,40 +136,56 @@ inline V operator/(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline V vmin(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline V vmax(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline V vround(V a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline V pow2i(V n) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
-}
-inline V load_weights(const float* p) { return V::load(p); }
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
-inline V load_weights(const Bf16* p) {
-  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
-}
-inline V load_weights(const Fp16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-inline V sums(const V* a) {
-  const __m256 t0 = _mm256_hadd_ps(a[0].v, a[1].v), t1 = _mm256_hadd_ps(a[2].v, a[3].v);
-  const __m256 t2 = _mm256_hadd_ps(a[4].v, a[5].v), t3 = _mm256_hadd_ps(a[6].v, a[7].v);
-  const __m256 lo = _mm256_hadd_ps(t0, t1), hi = _mm256_hadd_ps(t2, t3);
-  return {_mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31))};
-}
 inline float sum(V a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(V a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+struct I {
+  __m256i v;
+  static I zero() { return {_mm256_setzero_si256()}; }
+  static I load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+  static I load_int8(const void* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm256_set1_epi32(both)}; }
+  static I set16(int16_t a) { return {_mm256_set1_epi16(a)}; }
+};
+inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+template <int N> inline I shift_right32(I a) { return {_mm256_srai_epi32(a.v, N)}; }
+template <int N> inline I shift_right16(I a) { return {_mm256_srli_epi16(a.v, N)}; }
+inline I dot_pairs(I a, I b, I sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+inline V to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline V even_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a.v, 16), 16))}; }
+inline V odd_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(a.v, 16))}; }
+inline V even_bf16(I a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
+inline V odd_bf16(I a) { return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(-65536)))}; }
+inline V pow2i(V n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+}
+inline V store_int16(V a, int16_t* p) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i both = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), both);
+  return {_mm256_cvtepi32_ps(whole)};
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
 struct V {
   static constexpr int kWidth = 4;
-  static constexpr int kRows = 4, kTokens = 5;
+  static constexpr int kTokens = 6, kWholeTokens = 3;
+  static constexpr int kRegisters = 32;
   float32x4_t v;
   static V zero() { return {vdupq_n_f32(0)}; }
   static V set(float a) { return {vdupq_n_f32(a)}; }
   static V load(const float* p) { return {vld1q_f32(p)}; }
+  static V load_fp16(const void* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(p))))}; }
   void store(float* p) const { vst1q_f32(p, v); }
 };
 inline V fma(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
@@ -152,30 +196,52 @@ inline V operator/(V a, V b) { return {vdivq_f32(a.v, b.v)}; }
 inline V vmin(V a, V b) { return {vminq_f32(a.v, b.v)}; }
 inline V vmax(V a, V b) { return {vmaxq_f32(a.v, b.v)}; }
 inline V vround(V a) { return {vrndnq_f32(a.v)}; }
+inline float sum(V a) { return vaddvq_f32(a.v); }
+inline float largest(V a) { return vmaxvq_f32(a.v); }
+
+struct I {
+  int32x4_t v;
+  static I zero() { return {vdupq_n_s32(0)}; }
+  static I load(const void* p) { return {vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p)))}; }
+  static I load_int8(const void* p) { return {vreinterpretq_s32_s16(vmovl_s8(vld1_s8(static_cast<const int8_t*>(p))))}; }
+  static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {vdupq_n_s32(both)}; }
+  static I set16(int16_t a) { return {vreinterpretq_s32_s16(vdupq_n_s16(a))}; }
+};
+inline I operator&(I a, I b) { return {vandq_s32(a.v, b.v)}; }
+inline I operator+(I a, I b) { return {vaddq_s32(a.v, b.v)}; }
+template <int N> inline I shift_right32(I a) { return {vshrq_n_s32(a.v, N)}; }
+template <int N> inline I shift_right16(I a) {
+  return {vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(a.v), N))};
+}
+inline I dot_pairs(I a, I b, I sum) {
+  const int16x8_t x = vreinterpretq_s16_s32(a.v), y = vreinterpretq_s16_s32(b.v);
+  return {vaddq_s32(sum.v, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)))};
+}
+inline V to_float(I a) { return {vcvtq_f32_s32(a.v)}; }
+inline V even_half(I a) { return {vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(a.v, 16), 16))}; }
+inline V odd_half(I a) { return {vcvtq_f32_s32(vshrq_n_s32(a.v, 16))}; }
+inline V even_bf16(I a) { return {vreinterpretq_f32_s32(vshlq_n_s32(a.v, 16))}; }
+inline V odd_bf16(I a) { return {vreinterpretq_f32_s32(vandq_s32(a.v, vdupq_n_s32(-65536)))}; }
 inline V pow2i(V n) {
   return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
 }
-inline V load_weights(const float* p) { return V::load(p); }
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
-inline V load_weights(const Bf16* p) {
-  return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+inline V store_int16(V a, int16_t* p) {
+  const int32x4_t whole = vcvtnq_s32_f32(a.v);
+  vst1_s16(p, vqmovn_s32(whole));
+  return {vcvtq_f32_s32(whole)};
 }
-inline V load_weights(const Fp16* p) {
-  return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
-}
-inline V sums(const V* a) { return {vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v))}; }
-inline float sum(V a) { return vaddvq_f32(a.v); }
 
 #else  // scalar
 
 struct V {
   static constexpr int kWidth = 1;
-  static constexpr int kRows = 4, kTokens = 2;
+  static constexpr int kTokens = 2, kWholeTokens = 2;
+  static constexpr int kRegisters = 64;
   float v;
   static V zero() { return {0.0f}; }
   static V set(float a) { return {a}; }
   static V load(const float* p) { return {*p}; }
+  static V load_fp16(const void* p) { uint16_t bits; memcpy(&bits, p, 2); return {scalar_from_fp16(bits)}; }
   void store(float* p) const { *p = v; }
 };
 inline V fma(V a, V b, V c) { return {a.v * b.v + c.v}; }
@@ -186,20 +252,39 @@ inline V operator/(V a, V b) { return {a.v / b.v}; }
 inline V vmin(V a, V b) { return {a.v < b.v ? a.v : b.v}; }
 inline V vmax(V a, V b) { return {a.v > b.v ? a.v : b.v}; }
 inline V vround(V a) { return {nearbyintf(a.v)}; }
-inline V pow2i(V n) { return {ldexpf(1.0f, static_cast<int>(n.v))}; }
-inline V load_weights(const float* p) { return V::load(p); }
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
-inline V load_weights(const Bf16* p) { return {scalar_from_bf16(p->bits)}; }
-inline V load_weights(const Fp16* p) { return {scalar_from_fp16(p->bits)}; }
-inline V sums(const V* a) { return a[0]; }
 inline float sum(V a) { return a.v; }
+inline float largest(V a) { return a.v; }
+
+struct I {
+  int32_t v;
+  int32_t even() const { return static_cast<int16_t>(v & 0xFFFF); }
+  int32_t odd() const { return static_cast<int16_t>(static_cast<uint32_t>(v) >> 16); }
+  static I of(int32_t even, int32_t odd) {
+    return {static_cast<int32_t>((static_cast<uint32_t>(odd) << 16) | (static_cast<uint32_t>(even) & 0xFFFFu))};
+  }
+  static I zero() { return {0}; }
+  static I load(const void* p) { I a; memcpy(&a.v, p, 4); return a; }
+  static I load_int8(const void* p) { const int8_t* q = static_cast<const int8_t*>(p); return of(q[0], q[1]); }
+  static I set_pair(const int16_t* p) { return load(p); }
+  static I set16(int16_t a) { return of(a, a); }
+};
+inline I operator&(I a, I b) { return {a.v & b.v}; }
+inline I operator+(I a, I b) { return {a.v + b.v}; }
+template <int N> inline I shift_right32(I a) { return {a.v >> N}; }
+template <int N> inline I shift_right16(I a) { return I::of((a.even() & 0xFFFF) >> N, (a.odd() & 0xFFFF) >> N); }
+inline I dot_pairs(I a, I b, I sum) { return {sum.v + a.even() * b.even() + a.odd() * b.odd()}; }
+inline V to_float(I a) { return {static_cast<float>(a.v)}; }
+inline V even_half(I a) { return {static_cast<float>(a.even())}; }
+inline V odd_half(I a) { return {static_cast<float>(a.odd())}; }
+inline V even_bf16(I a) { return {float_of_bits(static_cast<uint32_t>(a.v) << 16)}; }
+inline V odd_bf16(I a) { return {float_of_bits(static_cast<uint32_t>(a.v) & 0xFFFF0000u)}; }
+inline V pow2i(V n) { return {ldexpf(1.0f, static_cast<int>(n.v))}; }
+inline V store_int16(V a, int16_t* p) {
+  *p = static_cast<int16_t>(nearbyintf(a.v));
+  return {static_cast<float>(*p)};
+}
 
 #endif
-
-inline float scalar_weight(const float* p) { return *p; }
-inline float scalar_weight(const Bf16* p) { return scalar_from_bf16(p->bits); }
-inline float scalar_weight(const Fp16* p) { return scalar_from_fp16(p->bits); }
 
 // e^x to 2 units in the last place, 0 far below and finite far above: Cephes' polynomial on |r| <= ln(2) / 2.
 inline V vexp(V x) {
@@ -218,5 +303,6 @@ inline V vexp(V x) {
 }
 
 inline V vsigmoid(V x) { return V::set(1.0f) / (V::set(1.0f) + vexp(V::zero() - x)); }
+inline V vabs(V x) { return vmax(x, V::zero() - x); }
 
 }  // namespace

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from moestro.compute import cpu
-from moestro.compute.cpu import CpuExperts, levels, recognize
+from moestro.compute.cpu import CpuExperts, levels, recognize, run_linear
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
-from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+from moestro.memory.formats import BLOCK, FORMATS, MATRIX_FORMATS, ExpertShape
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 
 LEVELS = [name for name, usable in levels().items() if usable]
 TOLERANCE = 2e-6  # float32 arithmetic, against weights as the format rounded them
+
+
+def _tolerance(name: str) -> float:
+    """Few tokens meet quantized weights as 16-bit integers."""
+    return 5e-4 if name in ("int8", "int4") else TOLERANCE
 
 
 def _swiglu(alpha: float, limit: float, offset: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -89,13 +94,58 @@ def test_kernels_against_float64(level: str, name: str, gate: str, tokens: int) 
     out = start.clone()
     experts.run(math, x, work, out)
     error = (out - start - expected).norm() / (expected.norm() + start.norm())
-    assert error <= TOLERANCE, f"{shape}: relative error {error:.2e}"
+    assert error <= _tolerance(name), f"{shape}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 17, 128])
+def test_linear_against_float64(level: str, name: str, tokens: int) -> None:
+    rows, columns = (int(torch.randint(1, 300, ())) for _ in range(2))
+    fmt, bias = MATRIX_FORMATS[name], torch.randn(rows) if tokens % 2 else None
+    packed = fmt.pack(torch.randn(rows, columns)).flatten()
+    x = torch.randn(tokens, columns)
+    weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(columns)), columns, torch.float64)[:rows]
+    expected = torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    results = [run_linear(packed, fmt, rows, x, bias, threads=threads, level=level) for threads in (2, 1, 3)]
+    error = (results[0] - expected).norm() / expected.norm()
+    assert error <= _tolerance(name), f"[{rows}, {columns}]: relative error {error:.2e}"
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("level", [*LEVELS, "torch"])
+def test_linear_reads_and_writes_the_dtype_of_its_input(dtype: torch.dtype, level: str) -> None:
+    fmt = MATRIX_FORMATS["bf16"]
+    packed = fmt.pack(torch.randn(70, 50)).flatten()
+    x = torch.randn(2, 3, 50).to(dtype)
+    out = run_linear(packed, fmt, 70, x, None, threads=2, level=level)
+    exact = run_linear(packed, fmt, 70, x.float(), None, threads=2, level=level)
+    assert out.shape == (2, 3, 70)
+    assert out.dtype == dtype
+    assert (out.float() - exact.to(dtype).float()).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_activations_of_very_unlike_sizes_keep_their_bits(level: str) -> None:
+    """A group has a scale of its own, so a group a million times larger takes no bits from the others."""
+    fmt = MATRIX_FORMATS["int4"]
+    matrix = torch.randn(32, 256)
+    matrix[:, 64:128] = 0  # the large group meets no weights
+    packed = fmt.pack(matrix).flatten()
+    x = torch.randn(1, 256)
+    x[:, 64:128] *= 1e6
+    weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(256)), 256, torch.float64)
+    expected = x.double() @ weight.T
+    out = run_linear(packed, fmt, 32, x, None, threads=1, level=level)
+    assert (out - expected).norm() / expected.norm() <= 1e-4
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["bf16", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_results_do_not_depend_on_the_number_of_threads(level: str, tokens: int) -> None:
-    math = ExpertMath(ExpertShape(hidden=300, neurons=1300), FORMATS["bf16"], GATES["silu"])
+def test_results_do_not_depend_on_the_number_of_threads(level: str, name: str, tokens: int) -> None:
+    math = ExpertMath(ExpertShape(hidden=300, neurons=1300), FORMATS[name], GATES["silu"])
     x, work, _ = _random_step(math, tokens)
     results = []
     for threads in (1, 2, 3, 7):

@@ -7,11 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
-from moestro.memory.formats import BLOCK, FORMATS, ExpertFormat, ExpertShape
+from moestro.memory.formats import BLOCK, FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape
 
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = [
     ExpertShape(hidden=32, neurons=64),
     ExpertShape(hidden=48, neurons=200),
@@ -19,7 +21,7 @@ SHAPES = [
     ExpertShape(hidden=40, neurons=130, has_bias=True),
     ExpertShape(hidden=40, neurons=96, has_gate=False, has_bias=True),
 ]
-TOLERANCE = {"fp32": 1e-6, "fp16": 1e-6, "bf16": 1e-6}  # against weights already rounded to the format
+TOLERANCE = 1e-6  # against weights already rounded to the format
 
 
 def _silu_gate(gate: Tensor | None, up: Tensor) -> Tensor:
@@ -31,8 +33,23 @@ def _expert(shape: ExpertShape, fmt: ExpertFormat) -> tuple[Tensor, dict[str, Te
     parts = {name: torch.randn(size) for name, size in shape.parts.items()}
     packed = torch.full((fmt.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
     fmt.pack(packed, shape, parts)
-    rounded = {n: p if n.endswith("bias") else p.to(fmt.dtype).float() for n, p in parts.items()}  # type: ignore[attr-defined]
-    return packed, rounded
+    return packed, {n: p if n.endswith("bias") else _round(fmt.name, p) for n, p in parts.items()}
+
+
+def _round(name: str, matrix: Tensor) -> Tensor:
+    """A matrix as a format rounds it. Quantized groups are 64 columns, of gate and up as of down."""
+    if name in FLOATS:
+        return matrix.to(FLOATS[name]).float()
+    columns = matrix.shape[1]
+    groups = torch.nn.functional.pad(matrix, (0, -columns % 64)).unflatten(1, (-1, 64))
+    if name == "int8":
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
+        return ((groups / scale).round().clamp(-127, 127) * scale).flatten(1)[:, :columns]
+    whole, meta = Quantizer.quantize(
+        groups.flatten(0, 1), nbits=4, group_size=64, axis=1, round_zero=True, bitpack=False, device="cpu"
+    )
+    scale, zero = meta["scale"].half().float(), meta["zero"].half().float()
+    return ((whole - zero) * scale).view(matrix.shape[0], -1)[:, :columns]
 
 
 def _float64(shape: ExpertShape, parts: dict[str, Tensor], x: Tensor, gate: Callable[..., Tensor]) -> Tensor:
@@ -52,6 +69,22 @@ def test_unpacking_gives_back_what_was_packed(name: str, shape: ExpertShape) -> 
     for part, tensor in parts.items():
         torch.testing.assert_close(getattr(expert, part), tensor, rtol=0, atol=0)
     assert (expert.gate is None) != shape.has_gate
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_weights_that_are_zero_or_equal_or_tiny_survive(name: str) -> None:
+    matrix = torch.zeros(20, 130)
+    matrix[1], matrix[2], matrix[3] = 0.5, -0.25, torch.randn(130) * 2e-5
+    fmt = MATRIX_FORMATS[name]
+    again = fmt.unpack(fmt.pack(matrix), 130, torch.float32)[:20]
+    torch.testing.assert_close(again[:3], matrix[:3], rtol=1e-3, atol=0)
+    assert (again[3] - matrix[3]).abs().max() <= 4e-6  # a range of 8e-5 in 15 steps
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_bits_of_a_weight_are_as_the_format_says(name: str) -> None:
+    bits = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8.25, "int4": 4.5}[name]
+    assert MATRIX_FORMATS[name].matrix_bytes(256, 512) * 8 == bits * 256 * 512
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -102,7 +135,7 @@ def test_expert_ffn_against_float64(name: str, shape: ExpertShape, tokens: int) 
     expected = out.double().index_add(0, rows, _float64(shape, parts, x[rows], _silu_gate) * weights[:, None])
     run_experts(math, x, [ExpertWork(packed, range(shape.neurons), rows, weights)], out)
     error = (out - expected).norm() / expected.norm()
-    assert error <= TOLERANCE[name], f"relative error {error:.2e}"
+    assert error <= TOLERANCE, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -31,8 +31,7 @@ from moestro.assembly import home
 from moestro.chat import REREAD
 from moestro.compute.cpu import CpuExperts
 from moestro.families import expert_modules
-from moestro.memory.formats import UnpackedExpert
-from moestro.memory.formats.floats import FloatFormat
+from moestro.memory.formats import ExpertFormat, UnpackedExpert
 from moestro.routers import find_router
 
 DOC = Path(__file__).parents[1] / "docs" / "models.md"
@@ -49,7 +48,7 @@ class OneUnpacked:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self._last: weakref.ref[torch.Tensor] | None = None
-        unpack = FloatFormat.unpack
+        unpack = ExpertFormat.unpack
 
         def watched(*args: Any) -> UnpackedExpert:
             assert self._last is None or self._last() is None, "two experts are unpacked at once"
@@ -58,7 +57,7 @@ class OneUnpacked:
             self._last = weakref.ref(expert.up)
             return expert
 
-        monkeypatch.setattr(FloatFormat, "unpack", watched)
+        monkeypatch.setattr(ExpertFormat, "unpack", watched)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,6 +7,8 @@ class Format(Enum):
     fp32 = 0
     fp16 = 1
     bf16 = 2
+    int8 = 3
+    int4 = 4
 
 class Activation(Enum):
     silu = 0
@@ -35,8 +37,22 @@ class Runner:
         level: str,
         shape: Shape,
         x: int,
+        x_type: Format,
         tokens: int,
         works: Sequence[tuple[int, int, int, int, int, int]],
+        out: int,
+    ) -> None: ...
+    def run_linear(
+        self,
+        level: str,
+        packed: int,
+        format: Format,
+        rows: int,
+        columns: int,
+        bias: int,
+        x: int,
+        x_type: Format,
+        tokens: int,
         out: int,
     ) -> None: ...
     def read_seconds(self, level: str, memory: int, bytes: int, prefetch: int) -> float: ...

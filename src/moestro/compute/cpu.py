@@ -21,12 +21,16 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..memory.formats import MatrixFormat
 from .experts import Activation, ExpertMath, ExpertWork, run_experts
 
 try:
     from . import _kernels
 except ImportError:  # a pure wheel: no compiler was there when it was built
     _kernels = None  # type: ignore[assignment]
+
+_FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 Kernel = tuple[str, float, float, float]  # gate's name in the kernels; alpha, limit and offset of the clamped one
 
@@ -53,7 +57,7 @@ class CpuExperts:
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        if math.format.name not in _kernels.Format.__members__:
+        if math.format.name not in _FORMATS:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -66,10 +70,10 @@ class CpuExperts:
         shape = _kernels.Shape()
         shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
         shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
-        shape.format = getattr(_kernels.Format, math.format.name)
+        shape.format = _FORMATS[math.format.name]
         shape.activation = getattr(_kernels.Activation, kernel[0])
         _, shape.alpha, shape.limit, shape.offset = kernel
-        x = x.float().contiguous()  # [T, D]
+        x = _readable(x)  # [T, D]
         # Kept in a list until the call is over: the kernels see addresses only.
         rows = [w.rows.contiguous() for w in work]
         weights = [w.weights.float().contiguous() for w in work]
@@ -77,6 +81,7 @@ class CpuExperts:
             self._level,
             shape,
             x.data_ptr(),
+            _type_of(x),
             x.shape[0],
             [
                 (w.packed.data_ptr(), w.neurons.start, w.neurons.stop, r.data_ptr(), c.data_ptr(), len(r))
@@ -84,6 +89,40 @@ class CpuExperts:
             ],
             out.data_ptr(),
         )
+
+
+def run_linear(
+    packed: Tensor, fmt: MatrixFormat, rows: int, x: Tensor, bias: Tensor | None, *, threads: int, level: str = ""
+) -> Tensor:
+    """x W^T + bias with a packed matrix, on the host.
+
+    Args:
+        packed: uint8 of `fmt.matrix_bytes(rows, K)`.
+        x: [..., K], float32, float16 or bfloat16. bias: float32 [rows] or None.
+        level: as in `CpuExperts`.
+
+    Returns:
+        [..., rows], in the dtype of `x`.
+    """
+    if _kernels is None or level == "torch":
+        weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(x.shape[-1])), x.shape[-1], torch.float32)[:rows]
+        return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+    x = _readable(x)
+    out = x.new_empty((*x.shape[:-1], rows))
+    columns = x.shape[-1]
+    _runner(threads).run_linear(
+        level,
+        packed.data_ptr(),
+        _FORMATS[fmt.name],
+        rows,
+        columns,
+        0 if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        _type_of(x),
+        x.numel() // columns,
+        out.data_ptr(),
+    )
+    return out
 
 
 def levels() -> dict[str, bool]:
@@ -118,6 +157,15 @@ def _runner(threads: int) -> _kernels.Runner:
     """One pool for each number of threads, shared by all models of the process."""
     cpus = core_cpus()
     return _kernels.Runner(threads, cpus if threads <= len(cpus) else [])
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Contiguous, in a dtype that the kernels read."""
+    return (x if x.dtype in _TYPES else x.float()).contiguous()
+
+
+def _type_of(x: Tensor) -> _kernels.Format:
+    return _FORMATS[_TYPES[x.dtype]]
 
 
 def recognize(activation: Activation, has_gate: bool) -> Kernel | None:

@@ -1,15 +1,38 @@
-"""How an expert's weights are written down in bytes: one class a format, by name.
+"""How weights are written down in bytes: one class a number format, by name.
 
-A format packs, unpacks (the torch reference that kernels are tested against) and counts bytes.
+A format packs, unpacks (the torch reference that kernels are tested against) and counts bytes, for a matrix
+(`MATRIX_FORMATS`, dense layers) or for an expert in blocks of neurons (`FORMATS`).
 """
 
 from __future__ import annotations
 
-from .base import BLOCK, ExpertFormat, ExpertShape, UnpackedExpert
+import torch
+
+from .base import GROUP, PANEL, MatrixFormat
+from .experts import BLOCK, ExpertFormat, ExpertShape, UnpackedExpert
 from .floats import FloatFormat
+from .quantized import Int4Format, Int8Format
 
-FORMATS: dict[str, ExpertFormat] = {
-    fmt.name: fmt for fmt in (FloatFormat("fp32"), FloatFormat("fp16"), FloatFormat("bf16"))
+MATRIX_FORMATS: dict[str, MatrixFormat] = {
+    fmt.name: fmt
+    for fmt in (
+        FloatFormat("fp32", torch.float32),
+        FloatFormat("fp16", torch.float16),
+        FloatFormat("bf16", torch.bfloat16),
+        Int8Format(),
+        Int4Format(),
+    )
 }
+FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}
 
-__all__ = ["BLOCK", "FORMATS", "ExpertFormat", "ExpertShape", "UnpackedExpert"]
+__all__ = [
+    "BLOCK",
+    "FORMATS",
+    "GROUP",
+    "MATRIX_FORMATS",
+    "PANEL",
+    "ExpertFormat",
+    "ExpertShape",
+    "MatrixFormat",
+    "UnpackedExpert",
+]

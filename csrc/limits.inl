@@ -1,0 +1,46 @@
+// The two loops that a machine's limits are measured with: nothing but reading, nothing but multiplying and adding.
+
+namespace {
+
+float sum_of(const float* x, int64_t n, int64_t prefetch) {
+  V acc[8];
+  for (V& a : acc) a = V::zero();
+  constexpr int64_t kStep = 8 * W;
+  int64_t i = 0;
+  if (prefetch < 0) {  // as the kernels read, four rows at a time: hardware prefetchers like several streams
+    const int64_t quarter = n / 4 / (2 * W) * (2 * W);
+    for (int64_t k = 0; k < quarter; k += 2 * W)
+      for (int j = 0; j < 8; ++j) acc[j] = acc[j] + V::load(x + (j / 2) * quarter + k + (j % 2) * W);
+    i = 4 * quarter;
+  }
+  for (; i + kStep <= n; i += kStep) {
+#if defined(__GNUC__)
+    if (prefetch > 0) {
+      for (int64_t j = 0; j < kStep; j += 16) __builtin_prefetch(x + i + prefetch + j);  // a cache line is 16 floats
+    }
+#endif
+    for (int j = 0; j < 8; ++j) acc[j] = acc[j] + V::load(x + i + j * W);
+  }
+  (void)prefetch;
+  V total = V::zero();
+  for (const V& a : acc) total = total + a;
+  float value = sum(total);
+  for (; i < n; ++i) value += x[i];
+  return value;
+}
+
+double fma_of(int64_t rounds) {
+  constexpr int kChains = 12;  // more than latency x units of any core here, and few enough for 16 registers
+  V acc[kChains];
+  for (int j = 0; j < kChains; ++j) acc[j] = V::set(1.0f + 0.01f * static_cast<float>(j));
+  const V a = V::set(0.999999f), b = V::set(1e-6f);
+  for (int64_t i = 0; i < rounds; ++i)
+    for (int j = 0; j < kChains; ++j) acc[j] = fma(acc[j], a, b);
+  V total = V::zero();
+  for (const V& v : acc) total = total + v;
+  volatile float sink = sum(total);  // so that the loop is not taken out
+  (void)sink;
+  return 2.0 * kChains * W * static_cast<double>(rounds);
+}
+
+}  // namespace

@@ -1,0 +1,155 @@
+"""How an expert is written down: blocks of neurons, each with its part of all the matrices.
+
+Legend: D model width, F expert neurons, B neurons a block, N = ceil(F / B) blocks.
+
+Block b holds neurons [b*B, (b+1)*B): gate rows [B, D], up rows [B, D] and the matching down columns as
+[D, B], each as a packed matrix, then gate and up biases [B] in float32 where the family has them. After the
+last block comes the down bias [D] in float32. So a range of blocks is one run of bytes and a split by
+neurons is one contiguous copy. A last block that is not full is padded with zero neurons, which contribute
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .base import PANEL, MatrixFormat
+
+BLOCK = 64
+ALIGN_BYTES = 64  # an expert starts on a cache line
+_BIAS_BYTES = 4  # float32, so that no dtype of bias loses a bit
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The shape that all experts of a layer share."""
+
+    hidden: int  # D
+    neurons: int  # F
+    has_gate: bool = True
+    has_bias: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """N, the last one possibly padded."""
+        return -(-self.neurons // BLOCK)
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor of one expert, as `pack` takes them."""
+        d, f = self.hidden, self.neurons
+        parts: dict[str, tuple[int, ...]] = {"up": (f, d), "down": (d, f)}
+        if self.has_gate:
+            parts["gate"] = (f, d)
+        if self.has_bias:
+            parts |= {"up_bias": (f,), "down_bias": (d,)} | ({"gate_bias": (f,)} if self.has_gate else {})
+        return parts
+
+
+@dataclass(slots=True)
+class UnpackedExpert:
+    """Plain tensors of some neurons of one expert, f = number of neurons asked for."""
+
+    up: Tensor  # [f, D]
+    down: Tensor  # [D, f]
+    gate: Tensor | None = None  # [f, D]
+    up_bias: Tensor | None = None  # [f]
+    gate_bias: Tensor | None = None  # [f]
+    down_bias: Tensor | None = None  # [D]; only with the last neuron, so that a split adds it once
+
+
+class ExpertFormat:
+    """Experts in blocks of neurons, their matrices in one number format."""
+
+    def __init__(self, matrix: MatrixFormat) -> None:
+        self.matrix = matrix
+        self.name = matrix.name
+
+    def expert_bytes(self, shape: ExpertShape) -> int:
+        """Bytes of one packed expert."""
+        used = shape.blocks * self._block_bytes(shape) + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0)
+        return -(-used // ALIGN_BYTES) * ALIGN_BYTES
+
+    def byte_range(self, shape: ExpertShape, neurons: range) -> range:
+        """The run of bytes that holds `neurons` (from a multiple of BLOCK to another, or to F)."""
+        block_bytes = self._block_bytes(shape)
+        last = neurons.stop >= shape.neurons
+        stop = self.expert_bytes(shape) if last else neurons.stop // BLOCK * block_bytes
+        return range(neurons.start // BLOCK * block_bytes, stop)
+
+    def pack(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Tensor]) -> None:
+        """Write some or all parts of an expert into its bytes.
+
+        Args:
+            packed: uint8 [expert_bytes], contiguous, on any device.
+            parts: tensors named and shaped as `shape.parts`, of any float dtype and strides.
+        """
+        n, d = shape.blocks, shape.hidden
+        places = dict(self._places(shape))
+        blocks = self._blocks(packed, shape)
+        for name, tensor in parts.items():
+            if name == "down_bias":
+                self._down_bias(packed, shape).copy_(tensor)
+                continue
+            missing = n * BLOCK - shape.neurons
+            place = places[name]
+            target = blocks[:, place.start : place.stop]
+            if name.endswith("_bias"):
+                target.view(torch.float32).copy_(pad(tensor, (0, missing)).view(n, BLOCK))
+                continue
+            if name == "down":
+                matrices = pad(tensor, (0, missing)).view(d, n, BLOCK).transpose(0, 1)  # [N, D, B]
+                matrices = pad(matrices, (0, 0, 0, -d % PANEL))
+            else:
+                matrices = pad(tensor, (0, 0, 0, missing)).view(n, BLOCK, d)
+            target.copy_(self.matrix.pack(matrices.flatten(0, 1)).view(n, -1))
+
+    def unpack(self, packed: Tensor, shape: ExpertShape, neurons: range, dtype: torch.dtype) -> UnpackedExpert:
+        """The plain tensors of `neurons`, on the device of `packed`, in `dtype`."""
+        blocks = self._blocks(packed, shape)[neurons.start // BLOCK : -(-neurons.stop // BLOCK)]
+        count = len(neurons)
+        found: dict[str, Tensor] = {}
+        for name, place in self._places(shape):
+            part = blocks[:, place.start : place.stop]  # [n, bytes]
+            if name.endswith("_bias"):
+                found[name] = part.view(torch.float32).flatten()[:count].to(dtype)
+                continue
+            columns = BLOCK if name == "down" else shape.hidden
+            panels = part.reshape(-1, self.matrix.panel_bytes(columns))
+            rows = self.matrix.unpack(panels, columns, dtype).unflatten(0, (len(blocks), -1))
+            if name == "down":
+                found[name] = rows[:, : shape.hidden].transpose(0, 1).flatten(1)[:, :count]  # [D, f]
+            else:
+                found[name] = rows.flatten(0, 1)[:count]  # [f, D]
+        if shape.has_bias and neurons.stop == shape.neurons:
+            found["down_bias"] = self._down_bias(packed, shape).to(dtype)
+        return UnpackedExpert(**found)
+
+    def _places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
+        """Where each part is within a block, in bytes."""
+        rows = self.matrix.matrix_bytes(BLOCK, shape.hidden)
+        sizes = {"gate": rows} if shape.has_gate else {}
+        sizes |= {"up": rows, "down": self.matrix.matrix_bytes(shape.hidden, BLOCK)}
+        if shape.has_bias:
+            sizes |= dict.fromkeys((["gate_bias"] if shape.has_gate else []) + ["up_bias"], BLOCK * _BIAS_BYTES)
+        start = 0
+        for name, size in sizes.items():
+            yield name, range(start, start + size)
+            start += size
+
+    def _block_bytes(self, shape: ExpertShape) -> int:
+        return max(place.stop for _, place in self._places(shape))
+
+    def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:
+        """uint8 [N, block_bytes], a view."""
+        size = self._block_bytes(shape)
+        return packed[: shape.blocks * size].view(shape.blocks, size)
+
+    def _down_bias(self, packed: Tensor, shape: ExpertShape) -> Tensor:
+        start = shape.blocks * self._block_bytes(shape)
+        return packed[start : start + shape.hidden * _BIAS_BYTES].view(torch.float32)
