@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import moestro
 from moestro import MoestroConfig, load
+from moestro.dense import PackedEmbedding, PackedLinear
 from moestro.errors import ModelError
 from moestro.families import expert_modules
 from moestro.planning.policies import POLICIES
@@ -220,7 +221,9 @@ def test_what_cannot_be_done_says_so() -> None:
 
 def test_tied_embeddings_count_once_in_the_plan() -> None:
     model = load("demo", **ON_CPU)
-    dense = {p.data_ptr(): p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()]}
+    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding)]
+    tensors = [*model.parameters(), *model.buffers(), *packed]
+    dense = {p.data_ptr(): p.numel() * p.element_size() for p in tensors}
     assert model.moestro.spec.dense_bytes == sum(dense.values())
 
 

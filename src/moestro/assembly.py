@@ -19,10 +19,11 @@ from .compute.devices import Device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import MoestroConfig
+from .dense import DenseFormats, dense_bytes
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
 from .machine import available_ram_bytes
-from .memory.formats import FORMATS, ExpertFormat
+from .memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import Budget, check_fits, format_bytes
@@ -59,8 +60,9 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     shared = [tied for tied in getattr(model, "all_tied_weights_keys", {}) if tied.rpartition(".")[0] in modules]
     if shared:
         raise ModelError(f"{shared[0]} is shared with another layer's experts, which Moestro does not support")
-    fmt = _format_of(model.config.dtype)
-    spec = _spec_of(model, modules, layouts, fmt)
+    fmt = FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]
+    dense = dense_formats(model, config, device)
+    spec = _spec_of(model, modules, layouts, fmt, dense_bytes(model, dense))
     budget, policy = config.budget, make_policy(config.policy)
     on_gpu = device.torch_device.type != "cpu"
     gpu_bytes = _gpu_bytes(budget, device)
@@ -101,12 +103,29 @@ def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
     return conductor.slots[layer, expert][: conductor.spec.layers[layer].expert_bytes]
 
 
+def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:
+    """How the dense layers will be packed; None where they stay as Transformers has them, on a GPU.
+
+    Raises:
+        RequestError: bits for dense layers that are not on the CPU.
+    """
+    if device.name != "cpu":
+        for option, value in {"--dense-bits": config.dense_bits, "--head-bits": config.head_bits}.items():
+            if value not in (None, 16):
+                raise RequestError(
+                    f"{option} {value} needs the dense layers on the CPU; use --device cpu, or leave it out"
+                )
+        return None
+    dtype = model.config.dtype
+    return DenseFormats(
+        other=MATRIX_FORMATS[_format_name(config.dense_bits or config.bits, dtype)],
+        head=MATRIX_FORMATS[_format_name(config.head_bits or config.bits, dtype)],
+    )
+
+
 def _spec_of(
-    model: Any, modules: Mapping[str, Any], layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat
+    model: Any, modules: Mapping[str, Any], layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat, dense: int
 ) -> ModelSpec:
-    not_dense = {f"{name}.{part}" for name in modules for part in layouts[name].parameters}
-    not_dense |= getattr(model, "all_tied_weights_keys", {}).keys()  # counted once, under their other name
-    dense = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return ModelSpec(
         layers=tuple(
             LayerSpec(
@@ -117,7 +136,7 @@ def _spec_of(
             )
             for name, module in modules.items()
         ),
-        dense_bytes=sum(t.numel() * t.element_size() for name, t in dense.items() if name not in not_dense),
+        dense_bytes=dense,
     )
 
 
@@ -136,11 +155,14 @@ def _begin_step(conductor: Conductor) -> Callable[..., None]:
     return hook
 
 
-def _format_of(dtype: torch.dtype | None) -> ExpertFormat:
+def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
+    """The format for so many bits of a model of this dtype."""
     dtype = dtype or torch.get_default_dtype()
     if dtype not in _FORMAT_OF:
-        raise RequestError(f"experts cannot be stored as {dtype}; use float32, float16 or bfloat16")
-    return FORMATS[_FORMAT_OF[dtype]]
+        raise RequestError(f"weights cannot be stored as {dtype}; use float32, float16 or bfloat16")
+    if bits is None:
+        return _FORMAT_OF[dtype]
+    return f"int{bits}" if bits < 16 else "fp16" if dtype == torch.float16 else "bf16"
 
 
 def _gpu_bytes(budget: Budget, device: Device) -> int:

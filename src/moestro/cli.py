@@ -13,10 +13,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .bench.commands import bench
 from .errors import MoestroError, RequestError
+from .options import (
+    Bits,
+    DenseBits,
+    DeviceName,
+    Dtype,
+    ExpertBits,
+    GpuMemory,
+    HeadBits,
+    Json,
+    MaxNewTokens,
+    MinP,
+    Model,
+    NumBeams,
+    PolicyName,
+    Ram,
+    RepetitionPenalty,
+    Seed,
+    Shape,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from .planning.budget import format_bytes
-from .planning.policies import DEFAULT_POLICY, POLICIES
-from .planning.shapes import SHAPES
+from .planning.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from .generation import TextResult
@@ -30,73 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would take the square brackets of a default for markup
 )
-bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-
-Model = Annotated[
-    str | None,
-    typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False),
-]
-Shape = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help=f"Instead of MODEL: random weights of a real shape, {', '.join(SHAPES)}. [default: none]",
-        show_default=False,
-    ),
-]
-GpuMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="The most GPU memory to use, like 12GiB. [default: what is free]",
-        show_default=False,
-    ),
-]
-Ram = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="The most RAM to use for weights, like 48GiB. [default: what is free]",
-        show_default=False,
-    ),
-]
-PolicyName = Annotated[
-    str,
-    typer.Option("--policy", metavar="NAME", help=f"Who decides where experts run: {', '.join(sorted(POLICIES))}."),
-]
-DeviceName = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="auto (a GPU where there is one), cpu, cuda, or emulated (for tests).",
-    ),
-]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, float16 or bfloat16.")]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", "-t", help="CPU threads. [default: one for each physical core]", show_default=False),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="0 always takes the likeliest token. [default: 0.7; plain beam search with several beams]",
-        show_default=False,
-    ),
-]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this much probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")]
-MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")]
-Seed = Annotated[int, typer.Option(help="Of sampling and of random shapes; the same seed gives the same text.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="End at this text; may be given several times. [default: none]", show_default=False),
-]
-NumBeams = Annotated[int, typer.Option(help="Beams of a beam search; the text then comes at the end.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -130,6 +88,10 @@ def run(
     device: DeviceName = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    bits: Bits = None,
+    expert_bits: ExpertBits = None,
+    dense_bits: DenseBits = None,
+    head_bits: HeadBits = None,
     as_json: Json = False,
 ) -> None:
     """Continue one prompt, streaming, and print how fast it went."""
@@ -160,6 +122,10 @@ def run(
         device=device,
         dtype=dtype,
         threads=threads,
+        bits=bits,
+        expert_bits=expert_bits,
+        dense_bits=dense_bits,
+        head_bits=head_bits,
         seed=seed,
     )
     if not as_json:
@@ -193,6 +159,10 @@ def chat(
     device: DeviceName = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    bits: Bits = None,
+    expert_bits: ExpertBits = None,
+    dense_bits: DenseBits = None,
+    head_bits: HeadBits = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from .chat import ChatSession
@@ -217,6 +187,10 @@ def chat(
         device=device,
         dtype=dtype,
         threads=threads,
+        bits=bits,
+        expert_bits=expert_bits,
+        dense_bits=dense_bits,
+        head_bits=head_bits,
         seed=seed,
     )
     session = ChatSession(loaded, tokenizer, options, system)
@@ -252,40 +226,6 @@ def doctor(
     width = max(map(len, findings))
     for name, value in findings.items():
         print(f"{name:<{width}}  {value}")
-
-
-@bench.command("load", epilog="Example: moestro bench load --size 2GiB")
-def bench_load(
-    size: Annotated[str, typer.Option(help="Bytes of experts in the checkpoint that is made for it.")] = "2GiB",
-    as_json: Json = False,
-) -> None:
-    """Load a checkpoint that is made on the spot and watch the process's memory every 10 ms."""
-    from .bench.loading import measure_load
-    from .planning.budget import parse_bytes
-
-    report = measure_load(parse_bytes(size, "--size"))
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        print(report)
-    if not report.within_limit:
-        raise typer.Exit(1)
-
-
-@bench.command("kernels", epilog="Example: moestro bench kernels --rounds 3")
-def bench_kernels(
-    rounds: Annotated[int, typer.Option(help="Rounds to take medians of.")] = 5,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Time the CPU kernels at three models' shapes, beside this machine's read and FMA limits."""
-    from .bench.kernels import measure_kernels
-
-    report = measure_kernels(rounds=rounds, threads=threads)
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        report.print()
 
 
 def _load(model: str | None, shape: str | None, **options: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from .planning.budget import Budget
 from .planning.policies import DEFAULT_POLICY, POLICIES
 
 METHOD = "moestro"
+BITS = (16, 8, 4)
 
 
 @register_quantization_config(METHOD)
@@ -29,10 +30,13 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: the most RAM to use for weights; None for what is free.
         policy: a name from `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated".
-        threads: CPU threads of the expert kernels; None for one on each physical core.
+        threads: CPU threads of our kernels; None for one on each physical core.
+        bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
+        expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head
+            with the embedding; None for `bits`.
 
     Raises:
-        RequestError: an amount, policy or device that is none.
+        RequestError: an amount, policy, device or number of bits that is none.
     """
 
     def __init__(
@@ -43,6 +47,10 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         policy: str = DEFAULT_POLICY,
         device: str = "auto",
         threads: int | None = None,
+        bits: int | None = None,
+        expert_bits: int | None = None,
+        dense_bits: int | None = None,
+        head_bits: int | None = None,
         quant_method: str = METHOD,
     ) -> None:
         if policy not in POLICIES:
@@ -53,8 +61,17 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         self.policy = policy
         if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
             raise RequestError(f"--threads {threads}: needs 1 to {os.cpu_count()}, the CPUs of this machine")
+        for option, value in {
+            "bits": bits,
+            "expert-bits": expert_bits,
+            "dense-bits": dense_bits,
+            "head-bits": head_bits,
+        }.items():
+            if value is not None and value not in BITS:
+                raise RequestError(f"--{option} {value}: there are {', '.join(map(str, BITS))}")
         self.device = device
         self.threads = threads
+        self.bits, self.expert_bits, self.dense_bits, self.head_bits = bits, expert_bits, dense_bits, head_bits
         self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,4 +83,8 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "policy": self.policy,
             "device": self.device,
             "threads": self.threads,
+            "bits": self.bits,
+            "expert_bits": self.expert_bits,
+            "dense_bits": self.dense_bits,
+            "head_bits": self.head_bits,
         }

@@ -53,6 +53,10 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     threads: int | None = None,
+    bits: int | None = None,
+    expert_bits: int | None = None,
+    dense_bits: int | None = None,
+    head_bits: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts in Moestro's hands.
@@ -75,7 +79,17 @@ def load(
     """
     if (model is None) == (shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
-    config = MoestroConfig(gpu_memory=gpu_memory, ram=ram, policy=policy, device=device, threads=threads)
+    config = MoestroConfig(
+        gpu_memory=gpu_memory,
+        ram=ram,
+        policy=policy,
+        device=device,
+        threads=threads,
+        bits=bits,
+        expert_bits=expert_bits,
+        dense_bits=dense_bits,
+        head_bits=head_bits,
+    )
     torch_dtype = _parse_dtype(dtype)
     if threads is not None:
         torch.set_num_threads(threads)

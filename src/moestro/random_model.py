@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import tqdm
 
-from .assembly import attach, home
+from .assembly import attach, dense_formats, home
+from .compute.cpu import core_cpus
 from .compute.devices import make_device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import METHOD, MoestroConfig
+from .dense import pack_dense
 from .errors import RequestError
 from .families import expert_modules
 from .memory.formats import BLOCK
@@ -70,6 +72,9 @@ def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: in
         model.tie_weights()
         _fill_experts(conductor)
         _skew_routing(model, shape)
+        formats = dense_formats(model, config, device)
+        if formats is not None:
+            pack_dense(model, formats, config.threads or len(core_cpus()), fast=True)
     return model.requires_grad_(False).eval()
 
 
@@ -116,7 +121,7 @@ def _random_expert(math: ExpertMath) -> Tensor:
     packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
     bound = _INITIALIZER_STD * 3**0.5
     parts = {name: torch.empty(size).uniform_(-bound, bound) for name, size in math.shape.parts.items()}
-    math.format.pack(packed, math.shape, parts)
+    math.format.pack(packed, math.shape, parts, fast=True)
     return packed
 
 

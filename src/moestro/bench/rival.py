@@ -66,7 +66,7 @@ class Worker:
         command = [sys.executable, "-m", module, *arguments]
         # No pipe for what it prints: a pipe that nobody reads fills, and the child then waits forever.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0, env=_environment()
         )
         try:
             self.card: dict[str, Any] = self._answer(start_limit_s)
@@ -151,6 +151,11 @@ class Worker:
         spoken = [line.strip() for line in lines if any(c.isalnum() for c in line)]
         self.close()
         raise RequestError(f"the {self._name} worker {what}" + (f"; last: {spoken[-1][:300]}" if spoken else ""))
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but with the OpenMP wait policy that a rival has by default: the one set is for our own torch."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 
 def serve(start: Callable[[], tuple[dict[str, Any], Handlers]]) -> None:

@@ -35,8 +35,7 @@ class ExpertStore:
                 if (layer, expert) not in absent:
                     self._spans[layer, expert] = (self.n_bytes, size)
                     self.n_bytes += size
-        self._mapping = _map(max(self.n_bytes, 1))
-        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._bytes = map_memory(self.n_bytes)
 
     def __contains__(self, expert: tuple[int, int]) -> bool:
         return expert in self._spans
@@ -47,12 +46,16 @@ class ExpertStore:
         return self._bytes[start : start + size]
 
 
-def _map(n_bytes: int) -> mmap.mmap:
-    """Zeroed memory of the process. Untouched pages cost nothing, so it grows as experts arrive."""
+def map_memory(n_bytes: int) -> Tensor:
+    """Zeroed memory of the process, in huge pages where allowed: uint8 [n_bytes].
+
+    Untouched pages cost nothing, so it grows as weights arrive. Lives as long as the tensor and its views.
+    """
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return mmap.mmap(-1, n_bytes)
-    # Private, because a shared mapping gets no transparent huge pages, which walking it end to end wants.
-    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
+        mapping = mmap.mmap(-1, max(n_bytes, 1))
+    else:
+        # Private, because a shared mapping gets no transparent huge pages, which walking it end to end wants.
+        mapping = mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[:n_bytes]

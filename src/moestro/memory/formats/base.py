@@ -35,8 +35,12 @@ class MatrixFormat(ABC):
         return -(-rows // PANEL) * self.panel_bytes(columns)
 
     @abstractmethod
-    def pack(self, matrix: Tensor) -> Tensor:
-        """[R, K] of any float dtype -> uint8 [P, panel_bytes], on the same device."""
+    def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
+        """[R, K] of any float dtype -> uint8 [P, panel_bytes], on the same device.
+
+        Args:
+            fast: scales that are found at once rather than fitted, where the format fits them.
+        """
 
     @abstractmethod
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

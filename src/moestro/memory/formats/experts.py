@@ -82,12 +82,13 @@ class ExpertFormat:
         stop = self.expert_bytes(shape) if last else neurons.stop // BLOCK * block_bytes
         return range(neurons.start // BLOCK * block_bytes, stop)
 
-    def pack(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Tensor]) -> None:
+    def pack(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Tensor], *, fast: bool = False) -> None:
         """Write some or all parts of an expert into its bytes.
 
         Args:
             packed: uint8 [expert_bytes], contiguous, on any device.
             parts: tensors named and shaped as `shape.parts`, of any float dtype and strides.
+            fast: as in `MatrixFormat.pack`.
         """
         n, d = shape.blocks, shape.hidden
         places = dict(self._places(shape))
@@ -107,7 +108,7 @@ class ExpertFormat:
                 matrices = pad(matrices, (0, 0, 0, -d % PANEL))
             else:
                 matrices = pad(tensor, (0, 0, 0, missing)).view(n, BLOCK, d)
-            target.copy_(self.matrix.pack(matrices.flatten(0, 1)).view(n, -1))
+            target.copy_(self.matrix.pack(matrices.flatten(0, 1), fast=fast).view(n, -1))
 
     def unpack(self, packed: Tensor, shape: ExpertShape, neurons: range, dtype: torch.dtype) -> UnpackedExpert:
         """The plain tensors of `neurons`, on the device of `packed`, in `dtype`."""

@@ -23,13 +23,14 @@ class FloatFormat(MatrixFormat):
     def panel_bytes(self, columns: int) -> int:
         return self._padded(columns) * PANEL * self.dtype.itemsize
 
-    def pack(self, matrix: Tensor) -> Tensor:
+    def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
         padded = pad_matrix(matrix.to(self.dtype), self._padded(matrix.shape[1]))
         lanes = padded.unflatten(2, (-1, self._together)).transpose(1, 2)  # [P, K / together, 16, together]
-        return lanes.contiguous().flatten(1).view(torch.uint8)
+        packed: Tensor = lanes.contiguous().flatten(1).view(torch.uint8)
+        return packed
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        lanes = panels.view(self.dtype).unflatten(1, (-1, PANEL, self._together))
+        lanes: Tensor = panels.view(self.dtype).unflatten(1, (-1, PANEL, self._together))
         return lanes.to(dtype).transpose(1, 2).flatten(2).flatten(0, 1)[:, :columns]
 
     def _padded(self, columns: int) -> int:

@@ -12,8 +12,11 @@ from torch import Tensor
 _LEAST_RANGE = 1e-4  # of a group; the package writes zeros for narrower ones
 
 
-def solve_hqq(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def solve_hqq(groups: Tensor, *, bits: int, fit: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize groups of weights, float32 [..., group].
+
+    Args:
+        fit: iterate; without it the scale and zero of the extremes.
 
     Returns:
         whole numbers in [0, 2**bits) as float32 [..., group], and scale and zero as float16 [..., 1]:
@@ -29,6 +32,7 @@ def solve_hqq(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         group_size=flat.shape[1],
         axis=1,
         round_zero=bits == 4,
+        optimize=fit,
         bitpack=False,
         device=str(flat.device),
     )

@@ -23,7 +23,7 @@ class Int8Format(MatrixFormat):
     def panel_bytes(self, columns: int) -> int:
         return -(-columns // GROUP) * PANEL * (2 + GROUP)
 
-    def pack(self, matrix: Tensor) -> Tensor:
+    def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
         groups = _groups(matrix)  # [P, 16, G, 64]
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
         whole = (groups / scale.float()).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127).to(torch.int8)
@@ -51,8 +51,8 @@ class Int4Format(MatrixFormat):
     def panel_bytes(self, columns: int) -> int:
         return -(-columns // GROUP) * PANEL * (4 + GROUP // 2)
 
-    def pack(self, matrix: Tensor) -> Tensor:
-        whole, scale, zero = solve_hqq(_groups(matrix), bits=4)  # [P, 16, G, 64], [P, 16, G, 1] twice
+    def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
+        whole, scale, zero = solve_hqq(_groups(matrix), bits=4, fit=not fast)  # [P, 16, G, 64], [P, 16, G, 1] twice
         nibbles = whole.to(torch.int32).unflatten(-1, (8, 4, 2))  # column 8v + 2j + h -> v, j, h
         words = sum(nibbles[..., j, :] << 4 * j for j in range(4))  # [P, 16, G, 8, 2]
         assert isinstance(words, Tensor)
@@ -72,12 +72,14 @@ class Int4Format(MatrixFormat):
 def _groups(matrix: Tensor) -> Tensor:
     """[R, K] -> float32 [P, 16, G, 64]."""
     columns = -(-matrix.shape[1] // GROUP) * GROUP
-    return pad_matrix(matrix.float(), columns).unflatten(2, (-1, GROUP))
+    groups: Tensor = pad_matrix(matrix.float(), columns).unflatten(2, (-1, GROUP))
+    return groups
 
 
 def _matrix(groups: Tensor, columns: int) -> Tensor:
     """[P, 16, G, 64] -> [P * 16, K]."""
-    return groups.flatten(2).flatten(0, 1)[:, :columns]
+    matrix: Tensor = groups.flatten(2).flatten(0, 1)
+    return matrix[:, :columns]
 
 
 def _as_bytes(part: Tensor) -> Tensor:

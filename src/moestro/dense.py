@@ -1,0 +1,176 @@
+"""Dense layers on the CPU: linears, head and embedding with packed weights, through our own kernels.
+
+Attention projections, shared experts, the head and the embedding are swapped for packed ones after a model
+has loaded, one matrix at a time, each original freed before the next is packed. Routers stay as they are:
+they are small, and a rounded router chooses other experts. Knows neither experts nor budgets.
+
+Legend: T tokens, R rows (outputs), K columns (inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compute.cpu import levels, run_linear
+from .errors import ModelError
+from .families import expert_modules
+from .memory.formats import PANEL, MatrixFormat
+from .memory.store import map_memory
+from .routers import find_router
+
+_ROWS_AT_ONCE = 256  # of an embedding: each takes its panel of 16 along
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFormats:
+    """How the dense layers are written down: `head` for the output head and the embedding, `other` for the rest."""
+
+    other: MatrixFormat
+    head: MatrixFormat
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose packed weights are read by our kernels.
+
+    packed: uint8, the matrix [out_features, in_features] in `fmt`. bias: [out_features] or None.
+    """
+
+    def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.fmt, self.threads = fmt, threads
+        self._dtype = linear.weight.dtype
+        self.packed = packed  # no buffer: it moves to no device
+        self.bias = linear.bias
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
+
+    @property
+    def weight(self) -> Tensor:
+        """[R, K], unpacked for code that looks at it; slow."""
+        return _unpack(self.packed, self.fmt, self.in_features, self._dtype)[: self.out_features]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., R]."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ModelError("Moestro is for inference: it gives no gradients; call the model under torch.no_grad()")
+        return run_linear(self.packed, self.fmt, self.out_features, x, self._bias, threads=self.threads)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.fmt.name}"
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that unpacks the rows it is asked for; may share its bytes with the head."""
+
+    def __init__(self, packed: Tensor, fmt: MatrixFormat, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx, self.fmt = embedding.padding_idx, fmt
+        self._dtype = embedding.weight.dtype
+        self.packed = packed
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, D], unpacked for code that looks at it; slow."""
+        return _unpack(self.packed, self.fmt, self.embedding_dim, self._dtype)[: self.num_embeddings]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., D]."""
+        panels = self.packed.view(-1, self.fmt.panel_bytes(self.embedding_dim))
+        parts = []
+        for rows in ids.flatten().split(_ROWS_AT_ONCE):
+            near = self.fmt.unpack(panels[rows // PANEL], self.embedding_dim, self._dtype).unflatten(0, (-1, PANEL))
+            parts.append(near[torch.arange(len(rows)), rows % PANEL])
+        return torch.cat(parts).view(*ids.shape, self.embedding_dim)
+
+
+def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:
+    """Bytes that the weights outside the experts will take, packed ones as they are packed."""
+    experts = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
+    sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for target, source in tied.items():  # two tensors until they are tied
+        sizes.pop(id(_find(model, target)), None)
+        sizes.setdefault(id(_find(model, source)), 0)
+    if formats is not None:
+        for weight, fmt, _ in _packable(model, formats):
+            sizes[id(weight)] = fmt.matrix_bytes(*weight.shape)
+    return sum(size for key, size in sizes.items() if key not in experts)
+
+
+def pack_dense(model: nn.Module, formats: DenseFormats, threads: int, *, fast: bool = False) -> None:
+    """Swap the dense layers of a loaded model for packed ones.
+
+    Args:
+        threads: of the kernels. fast: as in `MatrixFormat.pack`.
+    """
+    packable = list(_packable(model, formats))
+    total = sum(_aligned(fmt.matrix_bytes(*weight.shape)) for weight, fmt, _ in packable)
+    memory, at = map_memory(total), 0
+    while packable:
+        weight, fmt, owners = packable.pop(0)
+        size = fmt.matrix_bytes(*weight.shape)
+        packed = memory[at : at + size]
+        packed.view(-1, fmt.panel_bytes(weight.shape[1])).copy_(fmt.pack(weight.detach(), fast=fast))
+        at += _aligned(size)
+        for name, module in owners:
+            parent, _, leaf = name.rpartition(".")
+            new: nn.Module = (
+                PackedEmbedding(packed, fmt, module)
+                if isinstance(module, nn.Embedding)
+                else PackedLinear(packed, fmt, module, threads)
+            )
+            new.train(module.training)
+            setattr(model.get_submodule(parent), leaf, new)
+            module.weight = None  # whoever else holds the module must not hold the weight
+        del weight, owners
+
+
+def _packable(model: nn.Module, formats: DenseFormats) -> Iterator[tuple[Tensor, MatrixFormat, list[tuple[str, Any]]]]:
+    """Each weight to be packed, its format, and the modules that it belongs to by name."""
+    experts = expert_modules(model)
+    routers = {id(router) for name in experts if (router := find_router(model, name)) is not None}
+    left_alone = {id(m) for name in experts for m in experts[name].modules()} | routers
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    tied = getattr(model, "all_tied_weights_keys", {})
+    owners: dict[int, tuple[Tensor, MatrixFormat, list[tuple[str, Any]]]] = {}
+    for name, module in model.named_modules():
+        is_head = module is head or module is embedding
+        if type(module) not in (nn.Linear, nn.Embedding) or id(module) in left_alone:
+            continue
+        if type(module) is nn.Embedding and module is not embedding:
+            continue
+        weight = _find(model, tied.get(f"{name}.weight", f"{name}.weight"))
+        fmt = formats.head if is_head else formats.other
+        if weight is None or not weight.is_floating_point():
+            continue
+        # Without kernels, what is not quantized is best left to torch.
+        if not levels() and fmt.name not in ("int8", "int4"):
+            continue
+        owners.setdefault(id(weight), (weight, fmt, []))[2].append((name, module))
+    for weight, fmt, modules in owners.values():
+        users = [m for m in model.modules() if any(p is weight for p in m.parameters(recurse=False))]
+        if len(users) > len(modules):
+            continue  # shared with something that reads it in a way of its own
+        if all(isinstance(module, nn.Embedding) for _, module in modules) and fmt.name not in ("int8", "int4"):
+            continue  # a lookup is as fast as it gets
+        yield weight, fmt, modules
+
+
+def _find(model: nn.Module, name: str) -> Tensor | None:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf, None)
+
+
+def _unpack(packed: Tensor, fmt: MatrixFormat, columns: int, dtype: torch.dtype) -> Tensor:
+    return fmt.unpack(packed.view(-1, fmt.panel_bytes(columns)), columns, dtype)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64

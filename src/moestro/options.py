@@ -1,0 +1,94 @@
+"""The options that commands share: names, help and types as typer reads them. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .planning.policies import POLICIES
+from .planning.shapes import SHAPES
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Instead of MODEL: random weights of a real shape, {', '.join(SHAPES)}. [default: none]",
+        show_default=False,
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most GPU memory to use, like 12GiB. [default: what is free]",
+        show_default=False,
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most RAM to use for weights, like 48GiB. [default: what is free]",
+        show_default=False,
+    ),
+]
+PolicyName = Annotated[
+    str,
+    typer.Option("--policy", metavar="NAME", help=f"Who decides where experts run: {', '.join(sorted(POLICIES))}."),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto (a GPU where there is one), cpu, cuda, or emulated (for tests).",
+    ),
+]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, float16 or bfloat16.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", help="CPU threads. [default: one for each physical core]", show_default=False),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Bits of a weight: 16, 8 or 4. [default: the checkpoint's]", show_default=False),
+]
+ExpertBits = Annotated[
+    int | None, typer.Option(metavar="N", help="The same for the experts. [default: --bits]", show_default=False)
+]
+DenseBits = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="The same for attention and shared experts, on the CPU. [default: --bits]", show_default=False
+    ),
+]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="The same for output head and embedding, on the CPU. [default: --bits]", show_default=False
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0 always takes the likeliest token. [default: 0.7; plain beam search with several beams]",
+        show_default=False,
+    ),
+]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this much probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")]
+Seed = Annotated[int, typer.Option(help="Of sampling and of random shapes; the same seed gives the same text.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End at this text; may be given several times. [default: none]", show_default=False),
+]
+NumBeams = Annotated[int, typer.Option(help="Beams of a beam search; the text then comes at the end.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
