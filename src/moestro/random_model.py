@@ -44,16 +44,19 @@ _LOGIT_STD = 1.5  # of router logits, over tokens
 _INITIALIZER_STD = 0.003  # small, so that a token's own embedding outlives the layers: see docs/log.md
 
 
-def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: int) -> PreTrainedModel:
+def build_random_model(
+    name: str, config: MoestroConfig, *, dtype: Any, seed: int, layers: int | None = None
+) -> PreTrainedModel:
     """A random model of a real shape, its experts in the store.
 
     Args:
         dtype: a torch dtype, or "auto" for bfloat16.
+        layers: cut the depth.
 
     Raises:
         RequestError: no such shape. BudgetError: it does not fit.
     """
-    shape = _shape_config(name)
+    shape = shape_config(name, layers)
     shape.initializer_range = _INITIALIZER_STD
     shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
     device = make_device(config.device)
@@ -81,7 +84,7 @@ def build_random_model(name: str, config: MoestroConfig, *, dtype: Any, seed: in
 def shape_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Bytes are the first 256 tokens; the others are written as <id>, since they mean nothing."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = _shape_config(name).vocab_size
+    size = shape_config(name).vocab_size
     vocab = {char: i for i, char in enumerate(alphabet)} | {f"<{i}>": i for i in range(len(alphabet), size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,10 +92,16 @@ def shape_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def _shape_config(name: str) -> Any:
+def shape_config(name: str, layers: int | None = None) -> Any:
+    """Transformers' config of a shape, cut to so many layers.
+
+    Raises:
+        RequestError: no such shape.
+    """
     if name not in SHAPES:
         raise RequestError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
-    return AutoConfig.for_model(**SHAPES[name], tie_word_embeddings=False)
+    values = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    return AutoConfig.for_model(**values, tie_word_embeddings=False)
 
 
 def _fill_experts(conductor: Conductor) -> None:

@@ -1,0 +1,202 @@
+"""A whole random-weight model of a real shape: prefill and decode, beside Transformers alone and llama.cpp.
+
+Each engine loads in a process of its own, and they take turns (A B C A B C ...): one prompt of each length and
+`NEW_TOKENS` decoded tokens a turn. A figure is the median of the turns. The machine's read limit is measured in
+the same run, between turns; the limit of decode is that speed over the bytes that a token reads.
+
+    moestro bench decode --shape olmoe-1b-7b --bits 4
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..compute.cpu import core_cpus, levels, read_gbps
+from ..errors import RequestError
+from ..machine import available_ram_bytes, cpu_model
+from ..planning.budget import format_bytes
+from ..planning.shapes import SHAPES
+from . import llama_cpp
+from .device import git_commit
+from .kernels import PREFETCH_FLOATS
+from .models import ALONE, OURS, ModelWorker
+from .rival import installed
+
+PROMPTS = (128, 512)
+CONTEXT, NEW_TOKENS = 128, 32
+READ_BYTES = 4 * 2**30
+_RAM_SHARE = 0.92  # of what is free, for all engines together
+
+
+class _Engine(Protocol):
+    card: dict[str, Any]
+
+    def prefill_s(self, tokens: int) -> float: ...
+    def decode_s(self, context: int, tokens: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """Medians of the turns. share: of the limit of decode; None where the bytes of a token are not known."""
+
+    engine: str
+    bits: int
+    prefill_tok_s: dict[int, float]
+    decode_tok_s: float
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeReport:
+    """One run."""
+
+    shape: str
+    layers: int
+    threads: int
+    level: str
+    read_limit_gbps: float
+    engines: tuple[EngineFigures, ...]
+    ratios: dict[str, dict[str, float]]  # ours over each other engine's: the median of the turns' ratios
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, the machine and the commit."""
+        return asdict(self) | {"cpu": cpu_model(), "commit": git_commit()}
+
+    def print(self) -> None:
+        """A table of the engines."""
+        print(f"{cpu_model()}, {self.level}, {self.threads} threads; {self.shape}, {self.layers} layers")
+        print(f"read limit {self.read_limit_gbps:.1f} GB/s")
+        table = Table("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit", "ours / theirs")
+        for row in self.engines:
+            ratio = self.ratios.get(row.engine)
+            table.add_row(
+                row.engine,
+                str(row.bits),
+                *(f"{row.prefill_tok_s[n]:.1f}" for n in PROMPTS),
+                f"{row.decode_tok_s:.2f}",
+                "" if row.share is None else f"{row.share:.2f}",
+                "" if ratio is None else "  ".join(f"{name} {value:.2f}" for name, value in ratio.items()),
+            )
+        Console().print(table)
+        print("tokens per second")
+
+
+def measure_decode(
+    shape: str,
+    bits: int,
+    *,
+    layers: int | None = None,
+    rounds: int = 5,
+    threads: int | None = None,
+    alone: bool = True,
+) -> DecodeReport:
+    """Measure a shape at so many bits.
+
+    Args:
+        layers: cut the depth, so that all engines fit in RAM together.
+        alone: Transformers alone beside ours, in bfloat16.
+
+    Raises:
+        RequestError: no kernels, no such shape, or too little RAM.
+    """
+    if not levels():
+        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    if shape not in SHAPES:
+        raise RequestError(f"no shape {shape!r}; there are: {', '.join(SHAPES)}")
+    rival = llama_cpp.available() is not None and installed("gguf", "gguf") is not None
+    depth = layers or SHAPES[shape]["num_hidden_layers"]
+    _check_ram(shape, depth, [bits, *([bits] if rival else []), *([16] if alone else [])])
+    count = threads or len(core_cpus())
+    with ExitStack() as stack:
+        engines: dict[str, tuple[int, _Engine]] = {}
+
+        def add(name: str, engine_bits: int, engine: Any) -> None:
+            engines[name] = (engine_bits, stack.enter_context(engine))
+
+        add(OURS, bits, ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count))
+        if rival:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            path = Path(folder) / "model.gguf"
+            llama_cpp.write_gguf(path, shape, bits, depth)
+            add("llama.cpp", bits, llama_cpp.LlamaCpp(path, count))
+            path.unlink()  # it is loaded
+        if alone:
+            add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
+        return _take_turns(shape, depth, count, engines, rounds)
+
+
+def _take_turns(
+    shape: str, layers: int, threads: int, engines: dict[str, tuple[int, _Engine]], rounds: int
+) -> DecodeReport:
+    memory = torch.ones(READ_BYTES // 4)
+    torch.set_num_threads(1)  # idle ones would spin beside the engines
+    limits: list[float] = []
+    decodes: dict[str, list[float]] = {name: [] for name in engines}
+    prefills: dict[str, dict[int, list[float]]] = {name: {n: [] for n in PROMPTS} for name in engines}
+    for _ in range(rounds):
+        limits.append(max(read_gbps(memory, threads, ahead) for ahead in PREFETCH_FLOATS))
+        for name, (_, engine) in engines.items():
+            for tokens in PROMPTS:
+                prefills[name][tokens].append(tokens / engine.prefill_s(tokens))
+        for name, (_, engine) in engines.items():
+            decodes[name].append(1 / engine.decode_s(CONTEXT, NEW_TOKENS))
+    limit = median(limits)
+    token_bytes = engines[OURS][1].card["token_bytes"]
+    figures = tuple(
+        EngineFigures(
+            name,
+            bits,
+            {n: median(values) for n, values in prefills[name].items()},
+            median(decodes[name]),
+            median(decodes[name]) * token_bytes / limit / 1e9 if name == OURS else None,
+        )
+        for name, (bits, _) in engines.items()
+    )
+    ratios = {
+        name: {"decode": _ratio(decodes[OURS], decodes[name])}
+        | {f"prefill_{n}": _ratio(prefills[OURS][n], prefills[name][n]) for n in PROMPTS}
+        for name in engines
+        if name != OURS
+    }
+    level = next(name for name, usable in levels().items() if usable)
+    return DecodeReport(shape, layers, threads, level, limit, figures, ratios)
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _check_ram(shape: str, layers: int, bits_of_engines: list[int]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from ..random_model import shape_config
+
+    def weights(depth: int) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape_config(shape, depth))
+        return sum(p.numel() for p in model.parameters())
+
+    one, two = weights(1), weights(2)
+
+    def need(depth: int) -> float:
+        # 4.5 and 8.5 bits with scales; an eighth more for caches, activations and what a load leaves behind.
+        each = sum((bits if bits == 16 else bits + 0.5) / 8 for bits in bits_of_engines)
+        return (one + (depth - 1) * (two - one)) * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
+
+    free = available_ram_bytes() * _RAM_SHARE
+    if need(layers) > free:
+        fits = max((d for d in range(1, layers) if need(d) <= free), default=0)
+        remedy = f"--layers {fits} would fit" if fits else "no depth would fit"
+        raise RequestError(
+            f"{len(bits_of_engines)} engines with {layers} layers of {shape} need {format_bytes(need(layers))} of RAM, "
+            f"but {format_bytes(free)} are free for them; {remedy}"
+        )

@@ -1,0 +1,125 @@
+"""Worker for `moestro bench decode`: a random model of a real shape, ours or Transformers' own, timed in its process.
+
+    python -m moestro.bench.models moestro olmoe-1b-7b 4 16 2      engine, shape, bits, layers, threads
+
+Speaks the protocol of rival.py. Plain forward passes with a cache and random tokens: no sampling, as for llama.cpp.
+"""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter
+from typing import Any
+
+from .rival import Handlers, Worker, serve
+
+OURS, ALONE = "moestro", "transformers"
+
+
+class ModelWorker(Worker):
+    """A model in its own process; `engine` is "moestro" or "transformers" (alone, in bfloat16)."""
+
+    def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
+        super().__init__("moestro.bench.models", [engine, shape, str(bits), str(layers), str(threads)])
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds to read a prompt of random tokens into an empty cache, up to the logits of its last."""
+        return float(self.ask("prefill_s", tokens=tokens))
+
+    def decode_s(self, context: int, tokens: int) -> float:
+        """Seconds a token, of `tokens` random tokens one by one after a context of that length."""
+        return float(self.ask("decode_s", context=context, tokens=tokens))
+
+
+class Engine:
+    """What the worker runs."""
+
+    def __init__(self, engine: str, shape: str, bits: int, layers: int, threads: int) -> None:
+        import torch
+
+        from .. import MoestroConfig  # which registers the quantizer and the experts function
+        from ..random_model import build_random_model
+
+        self._torch = torch
+        torch.set_num_threads(threads)
+        if engine == OURS:
+            config = MoestroConfig(device="cpu", threads=threads, bits=bits)
+            self._model: Any = build_random_model(shape, config, dtype=torch.bfloat16, seed=0, layers=layers)
+        else:
+            self._model = _transformers_alone(shape, layers)
+        self._cache: Any = None
+        self.decode_s(16, 2)
+
+    def card(self) -> dict[str, Any]:
+        """Bytes of weights that a decoded token reads; 0 where the engine is not ours."""
+        conductor = getattr(self._model, "moestro", None)
+        if conductor is None:
+            return {"token_bytes": 0}
+        top_k = self._model.config.num_experts_per_tok
+        embedding = self._model.get_input_embeddings()
+        table = embedding.packed if hasattr(embedding, "packed") else embedding.weight
+        looked_up = table.numel() * table.element_size()  # one row is read, not the table
+        experts = sum(layer.expert_bytes * top_k for layer in conductor.spec.layers)
+        return {"token_bytes": experts + conductor.spec.dense_bytes - looked_up}
+
+    def prefill_s(self, tokens: int) -> float:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        return self._forward(tokens)
+
+    def decode_s(self, context: int, tokens: int) -> float:
+        if self._cache is None or self._cache.get_seq_length() < context:
+            self.prefill_s(context)
+        if (extra := self._cache.get_seq_length() - context) > 0:
+            self._cache.crop(-extra)
+        return sum(self._forward(1) for _ in range(tokens)) / tokens
+
+    def _forward(self, tokens: int) -> float:
+        ids = self._torch.randint(0, self._model.config.vocab_size, (1, tokens))
+        start_s = perf_counter()
+        with self._torch.no_grad():
+            self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return perf_counter() - start_s
+
+
+def _transformers_alone(shape: str, layers: int) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..random_model import shape_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape_config(shape, layers), dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    pool = torch.randn(2**22).mul_(0.02).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            for piece in parameter.view(-1).split(pool.numel()):
+                piece.copy_(pool[: piece.numel()])
+        for module in model.modules():  # the tables of rotary embeddings are not parameters
+            if hasattr(module, "_init_weights") and hasattr(module, "inv_freq"):
+                module._init_weights(module)
+        for name, buffer in model.named_buffers():
+            if name.endswith("inv_freq"):
+                owner = model.get_submodule(name.rpartition(".")[0])
+                buffer.copy_(type(owner)(config=model.config).inv_freq)
+    return model.eval()
+
+
+def main() -> None:
+    """Load the model that the arguments name, then answer."""
+
+    def start() -> tuple[dict[str, Any], Handlers]:
+        engine, shape, *numbers = sys.argv[1:]
+        model = Engine(engine, shape, *map(int, numbers))
+        return model.card(), {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
+
+    serve(start)
+
+
+if __name__ == "__main__":
+    main()
