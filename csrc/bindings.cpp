@@ -47,6 +47,14 @@ void run_linear(Runner& runner, const std::string& level_name, uintptr_t packed,
   runner.run_linears(level, {reinterpret_cast<const void*>(x), x_type, columns}, tokens, &linear, 1);
 }
 
+void rms_norm(Runner& runner, const std::string& level_name, uintptr_t x, Format x_type, int64_t rows, int64_t columns,
+              uintptr_t weight, float offset, float epsilon, uintptr_t out) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  runner.rms_norm(level, {reinterpret_cast<const void*>(x), x_type, columns}, rows, reinterpret_cast<const float*>(weight),
+                  offset, epsilon, reinterpret_cast<void*>(out));
+}
+
 double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {
   const Level& level = level_of(level_name);
   nb::gil_scoped_release release;
@@ -102,6 +110,8 @@ NB_MODULE(_kernels, m) {
            nb::arg("works"), nb::arg("out"))
       .def("run_linear", &run_linear, nb::arg("level"), nb::arg("packed"), nb::arg("format"), nb::arg("rows"),
            nb::arg("columns"), nb::arg("bias"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"), nb::arg("out"))
+      .def("rms_norm", &rms_norm, nb::arg("level"), nb::arg("x"), nb::arg("x_type"), nb::arg("rows"), nb::arg("columns"),
+           nb::arg("weight"), nb::arg("offset"), nb::arg("epsilon"), nb::arg("out"))
       .def("read_seconds", &read_seconds, nb::arg("level"), nb::arg("memory"), nb::arg("bytes"), nb::arg("prefetch"))
       .def("fma_flops", &fma_flops, nb::arg("level"), nb::arg("rounds"));
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");

@@ -30,6 +30,8 @@ int64_t block_bytes(const Shape& shape) {
 
 namespace {
 
+constexpr int64_t kPoolElements = 1 << 16;  // of a norm that is worth waking other threads
+
 // Memory that is kept between calls and only grows, on cache lines.
 class Buffer {
  public:
@@ -156,6 +158,15 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
   }
   Scratch* scratch = memory_->of_threads(scratch_floats(x.width, std::min(tile, tokens)));
   pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
+}
+
+void Runner::rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon,
+                      void* out) {
+  std::lock_guard<std::mutex> one(one_call_);
+  Scratch* scratch = memory_->of_threads(round_up(x.width, kGroup));
+  const auto norm = [&](int i, int thread) { level.rms_norm(x, i, weight, offset, epsilon, out, scratch[thread].memory); };
+  if (rows * x.width >= kPoolElements) return pool_.run(static_cast<int>(rows), norm);
+  for (int64_t i = 0; i < rows; ++i) norm(static_cast<int>(i), 0);
 }
 
 namespace {

@@ -128,6 +128,7 @@ struct Level {
   const char* name;
   void (*run_item)(const Shape& shape, const Input& x, const Item& item, Scratch& scratch);
   void (*run_linear)(const Input& x, const LinearItem& item, Scratch& scratch);
+  void (*rms_norm)(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);

@@ -442,7 +442,8 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 }  // namespace
 
 #include "limits.inl"
+#include "norm.inl"
 
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, axpy, sum_of, fma_of};
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, rms_norm, axpy, sum_of, fma_of};
 }

@@ -24,6 +24,9 @@ class Runner {
   // Dense layers that share one input: each fills its own out [tokens, R].
   void run_linears(const Level& level, const Input& x, int64_t tokens, const Linear* linears, int count);
 
+  // A norm of each of `rows` rows; see norm.inl.
+  void rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon, void* out);
+
   // Limits of this machine with this pool: seconds to sum `floats` of memory, and multiply-adds a second.
   double read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch);
   double fma_flops(const Level& level, int64_t rounds);

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compute.cpu import CpuExperts
+from .compute.cpu import CpuExperts, core_cpus
 from .compute.devices import Device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import MoestroConfig
-from .dense import DenseFormats, dense_bytes
+from .dense import DenseFormats, dense_bytes, pack_dense
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
+from .fused import fuse
 from .machine import available_ram_bytes
 from .memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
@@ -101,6 +102,21 @@ def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
     if (layer, expert) in conductor.store:
         return conductor.store[layer, expert]
     return conductor.slots[layer, expert][: conductor.spec.layers[layer].expert_bytes]
+
+
+def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool = False) -> None:
+    """When all weights are there: pack the dense layers and fuse small operations, where they are on the CPU.
+
+    Args:
+        fast: as in `MatrixFormat.pack`.
+    """
+    formats = dense_formats(model, config, device)
+    if formats is None:
+        return
+    threads = config.threads or len(core_cpus())
+    pack_dense(model, formats, threads, fast=fast)
+    if config.fuse:
+        fuse(model, threads)
 
 
 def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:

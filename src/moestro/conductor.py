@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import NoReturn
 
 import torch
@@ -42,6 +44,8 @@ from .planning.contract import (
     check,
     check_moves,
 )
+
+_FEW_CHOICES = 128  # tokens x top-k
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
         expert -> its tokens, in ascending order of expert, only experts with at least one token.
     """
     top_k = index.shape[-1]
+    if index.numel() <= _FEW_CHOICES:
+        return _group_few(index.flatten().tolist(), weights.flatten().tolist(), experts, top_k)
     flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
     order = torch.argsort(flat, stable=True)  # [T*K]
     counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
@@ -90,6 +96,21 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
             part = slice(start, start + count)
             groups[expert] = Routed(rows[part], sorted_weights[part], masses[expert])
             start += count
+    return groups
+
+
+def _group_few(index: list[int], weights: list[float], experts: int, top_k: int) -> dict[int, Routed]:
+    """The same without torch's sorting, whose operations cost more than they do for a decode step's few choices."""
+    chosen = sorted((expert, i) for i, expert in enumerate(index) if expert < experts and weights[i] != 0)
+    rows = torch.tensor([i // top_k for _, i in chosen], dtype=torch.int64)
+    sorted_weights = torch.tensor([weights[i] for _, i in chosen])
+    groups: dict[int, Routed] = {}
+    start = 0
+    for expert, choices in groupby(chosen, key=itemgetter(0)):
+        mass = [weights[i] for _, i in choices]
+        part = slice(start, start + len(mass))
+        groups[expert] = Routed(rows[part], sorted_weights[part], sum(mass))
+        start += len(mass)
     return groups
 
 
@@ -288,7 +309,7 @@ class LiveView:
         return time.perf_counter()
 
     def ready_s(self, expert: Expert, at: Place) -> float:
-        if at == RAM:
+        if at is RAM or at == RAM:
             return self.now_s if expert in self.conductor.store else float("inf")
         slot = self.conductor.slots.find(expert) if at == GPU0 else None
         if slot is None:

@@ -34,6 +34,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head
             with the embedding; None for `bits`.
+        fuse: small operations of a step as one call each, where they are recognized, on the CPU.
 
     Raises:
         RequestError: an amount, policy, device or number of bits that is none.
@@ -51,6 +52,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         expert_bits: int | None = None,
         dense_bits: int | None = None,
         head_bits: int | None = None,
+        fuse: bool = True,
         quant_method: str = METHOD,
     ) -> None:
         if policy not in POLICIES:
@@ -71,6 +73,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
                 raise RequestError(f"--{option} {value}: there are {', '.join(map(str, BITS))}")
         self.device = device
         self.threads = threads
+        self.fuse = fuse
         self.bits, self.expert_bits, self.dense_bits, self.head_bits = bits, expert_bits, dense_bits, head_bits
         self.quant_method = METHOD
 
@@ -87,4 +90,5 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "expert_bits": self.expert_bits,
             "dense_bits": self.dense_bits,
             "head_bits": self.head_bits,
+            "fuse": self.fuse,
         }

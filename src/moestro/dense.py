@@ -54,7 +54,6 @@ class PackedLinear(nn.Module):
         """[R, K], unpacked for code that looks at it; slow."""
         return _unpack(self.packed, self.fmt, self.in_features, self._dtype)[: self.out_features]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
         if x.requires_grad and torch.is_grad_enabled():

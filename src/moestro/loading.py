@@ -57,6 +57,7 @@ def load(
     expert_bits: int | None = None,
     dense_bits: int | None = None,
     head_bits: int | None = None,
+    fuse: bool = True,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts in Moestro's hands.
@@ -70,6 +71,10 @@ def load(
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
         threads: CPU threads of the expert kernels and of torch, for the whole process; None for one on each
             physical core in the kernels, and torch's as they are.
+        bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
+        expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head with
+            the embedding; None for `bits`. Below 16, dense layers and head need `device="cpu"`.
+        fuse: small operations of a step as one call each, where they are recognized, on the CPU.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -89,6 +94,7 @@ def load(
         expert_bits=expert_bits,
         dense_bits=dense_bits,
         head_bits=head_bits,
+        fuse=fuse,
     )
     torch_dtype = _parse_dtype(dtype)
     if threads is not None:

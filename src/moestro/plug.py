@@ -18,11 +18,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .assembly import ExpertLayer, attach, dense_formats, home
-from .compute.cpu import core_cpus
+from .assembly import ExpertLayer, attach, home, pack_rest
 from .compute.devices import Device, make_device
 from .config import METHOD, MoestroConfig
-from .dense import pack_dense
 from .errors import CheckpointError, ModelError
 from .families import expert_modules
 
@@ -110,9 +108,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             module = model.get_submodule(name)
             for part in layer.layout.parameters:
                 del module._parameters[part]
-        formats = dense_formats(model, self.quantization_config, self._device)
-        if formats is not None:
-            pack_dense(model, formats, self.quantization_config.threads or len(core_cpus()))
+        pack_rest(model, self.quantization_config, self._device)
         return model.requires_grad_(False)  # experts give no gradients, so no other weight's would be right
 
     def take(self, name: str, tensor: Tensor) -> None:

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import tqdm
 
-from .assembly import attach, dense_formats, home
-from .compute.cpu import core_cpus
+from .assembly import attach, home, pack_rest
 from .compute.devices import make_device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import METHOD, MoestroConfig
-from .dense import pack_dense
 from .errors import RequestError
 from .families import expert_modules
 from .memory.formats import BLOCK
@@ -75,9 +73,7 @@ def build_random_model(
         model.tie_weights()
         _fill_experts(conductor)
         _skew_routing(model, shape)
-        formats = dense_formats(model, config, device)
-        if formats is not None:
-            pack_dense(model, formats, config.threads or len(core_cpus()), fast=True)
+        pack_rest(model, config, device, fast=True)
     return model.requires_grad_(False).eval()
 
 

@@ -55,6 +55,18 @@ class Runner:
         tokens: int,
         out: int,
     ) -> None: ...
+    def rms_norm(
+        self,
+        level: str,
+        x: int,
+        x_type: Format,
+        rows: int,
+        columns: int,
+        weight: int,
+        offset: float,
+        epsilon: float,
+        out: int,
+    ) -> None: ...
     def read_seconds(self, level: str, memory: int, bytes: int, prefetch: int) -> float: ...
     def fma_flops(self, level: str, rounds: int) -> float: ...
 

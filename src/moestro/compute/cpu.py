@@ -47,6 +47,7 @@ class CpuExperts:
         self._threads = threads or len(core_cpus())
         self._level = level or ""
         self._known: dict[int, tuple[ExpertMath, Kernel | None]] = {}  # by the id of what it holds
+        self._shapes: dict[int, _kernels.Shape] = {}
 
     def kernel(self, math: ExpertMath) -> Kernel | None:
         """Which kernel computes these experts; None for the torch twin."""
@@ -61,18 +62,25 @@ class CpuExperts:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
+    def _shape(self, math: ExpertMath, kernel: Kernel) -> _kernels.Shape:
+        """What the kernels are told of these experts, made once."""
+        if id(math) not in self._shapes:
+            shape = _kernels.Shape()
+            shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
+            shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
+            shape.format = _FORMATS[math.format.name]
+            shape.activation = getattr(_kernels.Activation, kernel[0])
+            _, shape.alpha, shape.limit, shape.offset = kernel
+            self._shapes[id(math)] = shape
+        return self._shapes[id(math)]
+
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], out: Tensor) -> None:
         """As `run_experts`: adds the work's result to `out`, float32 [T, D], on the host."""
         kernel = self.kernel(math)
         if kernel is None:
             run_experts(math, x, work, out)
             return
-        shape = _kernels.Shape()
-        shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
-        shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
-        shape.format = _FORMATS[math.format.name]
-        shape.activation = getattr(_kernels.Activation, kernel[0])
-        _, shape.alpha, shape.limit, shape.offset = kernel
+        shape = self._shape(math, kernel)
         x = _readable(x)  # [T, D]
         # Kept in a list until the call is over: the kernels see addresses only.
         rows = [w.rows.contiguous() for w in work]
@@ -120,6 +128,33 @@ def run_linear(
         x.data_ptr(),
         _type_of(x),
         x.numel() // columns,
+        out.data_ptr(),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, threads: int, level: str = "") -> Tensor:
+    """Root-mean-square norm over the last dimension.
+
+    Args:
+        x: [..., D], contiguous, float32, float16 or bfloat16. weight: float32 [D].
+        offset: 0: norm(x), rounded to the dtype of x, times weight; else norm(x) * (offset + weight).
+
+    Returns:
+        [..., D], in the dtype of x.
+    """
+    assert _kernels is not None
+    out = torch.empty_like(x)
+    columns = x.shape[-1]
+    _runner(threads).rms_norm(
+        level,
+        x.data_ptr(),
+        _type_of(x),
+        x.numel() // columns,
+        columns,
+        weight.data_ptr(),
+        offset,
+        epsilon,
         out.data_ptr(),
     )
     return out

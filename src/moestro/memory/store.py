@@ -36,14 +36,18 @@ class ExpertStore:
                     self._spans[layer, expert] = (self.n_bytes, size)
                     self.n_bytes += size
         self._bytes = map_memory(self.n_bytes)
+        self._views: dict[tuple[int, int], Tensor] = {}  # made once: a step asks for eight of them a layer
 
     def __contains__(self, expert: tuple[int, int]) -> bool:
         return expert in self._spans
 
     def __getitem__(self, expert: tuple[int, int]) -> Tensor:
         """The packed bytes of an expert: uint8, contiguous, a view of the mapping."""
-        start, size = self._spans[expert]
-        return self._bytes[start : start + size]
+        view = self._views.get(expert)
+        if view is None:
+            start, size = self._spans[expert]
+            view = self._views[expert] = self._bytes[start : start + size]
+        return view
 
 
 def map_memory(n_bytes: int) -> Tensor:

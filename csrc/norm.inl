@@ -1,0 +1,26 @@
+// Root-mean-square norms, row by row: in plain torch they are eight operations, which at one token cost more than
+// the arithmetic.
+
+namespace {
+
+inline float rounded(float value, Format type) {
+  if (type == Format::kBf16) return scalar_from_bf16(bf16_of(value));
+  return type == Format::kFp16 ? scalar_from_fp16(fp16_of(value)) : value;
+}
+
+// out = norm(x) * weight, where norm(x) is first rounded to the type of x; or, `offset` not 0, norm(x) * (offset +
+// weight) in float32. `row` has room for x.width floats rounded up to a group; weight is float32 [width].
+void rms_norm(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row) {
+  const int64_t n = x.width;
+  read_row(x, at, row);
+  V squares = V::zero();
+  for (int64_t i = 0; i < moestro::round_up(n, kGroup); i += W) squares = fma(V::load(row + i), V::load(row + i), squares);
+  const float inverse = 1.0f / sqrtf(sum(squares) / static_cast<float>(n) + epsilon);
+  for (int64_t i = 0; i < n; ++i) {
+    const float normal = row[i] * inverse;
+    row[i] = offset != 0 ? normal * (offset + weight[i]) : rounded(normal, x.type) * weight[i];
+  }
+  write_row(row, nullptr, n, x.type, out, at * n);
+}
+
+}  // namespace
