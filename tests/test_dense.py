@@ -16,6 +16,7 @@ from moestro.compute.cpu import levels
 from moestro.dense import PackedEmbedding, PackedLinear
 from moestro.errors import RequestError
 from moestro.families import expert_modules
+from moestro.fused import FusedRmsNorm, fuse
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}
@@ -126,3 +127,50 @@ def test_experts_at_4_bits_on_the_emulated_gpu(tmp_path: Path) -> None:
             logits.append(model(ids).logits)
         model.moestro.close()
     assert (logits[0] - logits[1]).norm() / logits[1].norm() <= 1e-3
+
+
+class _Norm(nn.Module):
+    """A norm as families write it, with one thing that may differ."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.kind = nn.Parameter(torch.randn(70)), 1e-5, kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        if self.kind == "centred":
+            y = y - y.mean(-1, keepdim=True)
+        epsilon = 0.1 if self.kind == "other epsilon" else self.variance_epsilon
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + epsilon)
+        if self.kind == "one plus":
+            return (y * (1 + self.weight.float())).to(x.dtype)
+        return y.to(x.dtype) * (self.weight.abs() if self.kind == "absolute" else self.weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "one plus", "centred", "other epsilon", "absolute"])
+@torch.no_grad()
+def test_norms_are_known_by_what_they_compute(kind: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(_Norm(kind)).to(dtype)
+    before, weight = model[0], model[0].weight.clone()
+    fuse(model, threads=2)
+    assert torch.equal(before.weight, weight)  # trying it left no trace
+    assert isinstance(model[0], FusedRmsNorm) == (kind in ("plain", "one plus"))
+    for shape in [(1, 1, 70), (2, 600, 70)]:
+        x = torch.randn(shape).to(dtype)
+        torch.testing.assert_close(model(x), before(x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [16, 4])
+def test_tokens_are_equal_with_and_without_fusing(bits: int, tmp_path: Path) -> None:
+    _save("olmoe", tmp_path)
+    ids = torch.randint(3, 100, (1, 12))
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    texts = []
+    for on in (True, False):
+        model = load(str(tmp_path), bits=bits, fuse=on, **ON_CPU)
+        assert any(isinstance(m, FusedRmsNorm) for m in model.modules()) == on
+        texts.append(model.generate(ids, **options))
+    assert torch.equal(*texts)

@@ -14,8 +14,6 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from typing import NoReturn
 
 import torch
@@ -104,14 +102,12 @@ def _group_few(index: list[int], weights: list[float], experts: int, top_k: int)
     chosen = sorted((expert, i) for i, expert in enumerate(index) if expert < experts and weights[i] != 0)
     rows = torch.tensor([i // top_k for _, i in chosen], dtype=torch.int64)
     sorted_weights = torch.tensor([weights[i] for _, i in chosen])
-    groups: dict[int, Routed] = {}
-    start = 0
-    for expert, choices in groupby(chosen, key=itemgetter(0)):
-        mass = [weights[i] for _, i in choices]
-        part = slice(start, start + len(mass))
-        groups[expert] = Routed(rows[part], sorted_weights[part], sum(mass))
-        start += len(mass)
-    return groups
+    masses: dict[int, list[float]] = {}
+    for expert, i in chosen:
+        masses.setdefault(expert, []).append(weights[i])
+    sizes = [len(mass) for mass in masses.values()]
+    parts = zip(masses.items(), rows.split(sizes), sorted_weights.split(sizes), strict=True) if sizes else ()
+    return {expert: Routed(row, weight, sum(mass)) for (expert, mass), row, weight in parts}
 
 
 @dataclass
@@ -175,7 +171,7 @@ class Conductor:
         step = Step(
             layer=layer,
             phase=self.phase,
-            tokens={expert: len(routed.rows) for expert, routed in groups.items()},
+            tokens={expert: routed.rows.numel() for expert, routed in groups.items()},
             mass={expert: routed.mass for expert, routed in groups.items()},
         )
         decision = self.policy.decide(step, self.view, self.costs)

@@ -92,7 +92,7 @@ class CpuExperts:
             _type_of(x),
             x.shape[0],
             [
-                (w.packed.data_ptr(), w.neurons.start, w.neurons.stop, r.data_ptr(), c.data_ptr(), len(r))
+                (w.packed.data_ptr(), w.neurons.start, w.neurons.stop, r.data_ptr(), c.data_ptr(), r.numel())
                 for w, r, c in zip(work, rows, weights, strict=True)
             ],
             out.data_ptr(),
