@@ -21,6 +21,7 @@ from .options import (
     DeviceName,
     Dtype,
     ExpertBits,
+    Fuse,
     GpuMemory,
     HeadBits,
     Json,
@@ -92,6 +93,7 @@ def run(
     expert_bits: ExpertBits = None,
     dense_bits: DenseBits = None,
     head_bits: HeadBits = None,
+    fuse: Fuse = True,
     as_json: Json = False,
 ) -> None:
     """Continue one prompt, streaming, and print how fast it went."""
@@ -126,6 +128,7 @@ def run(
         expert_bits=expert_bits,
         dense_bits=dense_bits,
         head_bits=head_bits,
+        fuse=fuse,
         seed=seed,
     )
     if not as_json:
@@ -163,6 +166,7 @@ def chat(
     expert_bits: ExpertBits = None,
     dense_bits: DenseBits = None,
     head_bits: HeadBits = None,
+    fuse: Fuse = True,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from .chat import ChatSession
@@ -191,6 +195,7 @@ def chat(
         expert_bits=expert_bits,
         dense_bits=dense_bits,
         head_bits=head_bits,
+        fuse=fuse,
         seed=seed,
     )
     session = ChatSession(loaded, tokenizer, options, system)

@@ -73,6 +73,9 @@ HeadBits = Annotated[
         metavar="N", help="The same for output head and embedding, on the CPU. [default: --bits]", show_default=False
     ),
 ]
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Small operations of a step as one call each, on the CPU.")
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
 Temperature = Annotated[
     float | None,
