@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "run.h"
+#include "attention.h"
 
 namespace nb = nanobind;
 using namespace moestro;
@@ -53,6 +53,28 @@ void rms_norm(Runner& runner, const std::string& level_name, uintptr_t x, Format
   nb::gil_scoped_release release;
   runner.rms_norm(level, {reinterpret_cast<const void*>(x), x_type, columns}, rows, reinterpret_cast<const float*>(weight),
                   offset, epsilon, reinterpret_cast<void*>(out));
+}
+
+Linear linear_of(uintptr_t packed, Format format, int64_t rows, int64_t columns, uintptr_t bias) {
+  return {reinterpret_cast<const uint8_t*>(packed), rows, columns, format, reinterpret_cast<const float*>(bias), nullptr,
+          Format::kFp32};
+}
+
+void project(const Attention& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t cosine,
+             uintptr_t sine, int64_t turned, uintptr_t q, uintptr_t k, uintptr_t v) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  self.project(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
+               reinterpret_cast<const void*>(sine), turned, reinterpret_cast<void*>(q), reinterpret_cast<void*>(k),
+               reinterpret_cast<void*>(v));
+}
+
+void attend(const Attention& self, Runner& runner, const std::string& level_name, uintptr_t query, uintptr_t keys,
+            uintptr_t values, int64_t length, uintptr_t out) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  self.attend(runner, level, reinterpret_cast<const void*>(query), reinterpret_cast<const void*>(keys),
+              reinterpret_cast<const void*>(values), length, reinterpret_cast<void*>(out));
 }
 
 double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {
@@ -103,6 +125,30 @@ NB_MODULE(_kernels, m) {
       .def_rw("alpha", &Shape::alpha)
       .def_rw("limit", &Shape::limit)
       .def_rw("offset", &Shape::offset);
+  nb::class_<Linear>(m, "Linear");
+  m.def("linear", &linear_of, nb::arg("packed"), nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("bias"));
+  nb::class_<Attention>(m, "Attention")
+      .def(nb::init<>())
+      .def_rw("q", &Attention::q)
+      .def_rw("k", &Attention::k)
+      .def_rw("v", &Attention::v)
+      .def_rw("head", &Attention::head)
+      .def_rw("type", &Attention::type)
+      .def_rw("scaling", &Attention::scaling)
+      .def("set_norms",
+           [](Attention& self, uintptr_t q, int64_t q_width, float q_offset, float q_epsilon, uintptr_t k, int64_t k_width,
+              float k_offset, float k_epsilon) {
+             self.q_norm = reinterpret_cast<const float*>(q);
+             self.k_norm = reinterpret_cast<const float*>(k);
+             self.q_norm_width = q_width;
+             self.k_norm_width = k_width;
+             self.q_offset = q_offset;
+             self.k_offset = k_offset;
+             self.q_epsilon = q_epsilon;
+             self.k_epsilon = k_epsilon;
+           })
+      .def("project", &project)
+      .def("attend", &attend);
   nb::class_<Runner>(m, "Runner")
       .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("threads", &Runner::threads)

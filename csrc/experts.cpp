@@ -160,6 +160,13 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
   pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
 }
 
+void Runner::each(int count, int64_t floats, bool on_pool, const std::function<void(int, float*)>& do_one) {
+  std::lock_guard<std::mutex> one(one_call_);
+  Scratch* scratch = memory_->of_threads(floats);
+  if (on_pool) return pool_.run(count, [&](int i, int thread) { do_one(i, scratch[thread].memory); });
+  for (int i = 0; i < count; ++i) do_one(i, scratch[0].memory);
+}
+
 void Runner::rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon,
                       void* out) {
   std::lock_guard<std::mutex> one(one_call_);

@@ -129,6 +129,12 @@ struct Level {
   void (*run_item)(const Shape& shape, const Input& x, const Item& item, Scratch& scratch);
   void (*run_linear)(const Input& x, const LinearItem& item, Scratch& scratch);
   void (*rms_norm)(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row);
+  void (*read)(const Input& x, float* to);  // the first row, with zeros up to a whole group
+  void (*write)(const float* from, int64_t count, Format type, void* to);
+  void (*rotate_row)(const Input& x, void* out, int64_t head, const float* cosine, const float* sine, int64_t turned,
+                     float* row);
+  void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, Format type, int64_t length, int64_t d,
+                 float scaling, float* scores, float* out);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);

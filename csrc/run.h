@@ -1,6 +1,7 @@
 // Runs layer steps on a pool of threads; what the bindings hold.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -26,6 +27,13 @@ class Runner {
 
   // A norm of each of `rows` rows; see norm.inl.
   void rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon, void* out);
+
+  // Calls do_with(memory) on this thread, or do_one(i, memory) for each i on the pool or on this thread.
+  template <class Do>
+  void with_scratch(int64_t floats, Do do_with) {
+    each(1, floats, false, [&](int, float* memory) { do_with(memory); });
+  }
+  void each(int count, int64_t floats, bool on_pool, const std::function<void(int, float*)>& do_one);
 
   // Limits of this machine with this pool: seconds to sum `floats` of memory, and multiply-adds a second.
   double read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch);

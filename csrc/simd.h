@@ -67,6 +67,10 @@ struct V {
   static V zero() { return {_mm512_setzero_ps()}; }
   static V set(float a) { return {_mm512_set1_ps(a)}; }
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static V load_bf16(const void* p) {
+    const __m256i raw = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+  }
   static V load_fp16(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
@@ -125,6 +129,10 @@ struct V {
   static V zero() { return {_mm256_setzero_ps()}; }
   static V set(float a) { return {_mm256_set1_ps(a)}; }
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static V load_bf16(const void* p) {
+    const __m128i raw = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+  }
   static V load_fp16(const void* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
@@ -185,6 +193,7 @@ struct V {
   static V zero() { return {vdupq_n_f32(0)}; }
   static V set(float a) { return {vdupq_n_f32(a)}; }
   static V load(const float* p) { return {vld1q_f32(p)}; }
+  static V load_bf16(const void* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(static_cast<const uint16_t*>(p)), 16))}; }
   static V load_fp16(const void* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(p))))}; }
   void store(float* p) const { vst1q_f32(p, v); }
 };
@@ -241,6 +250,7 @@ struct V {
   static V zero() { return {0.0f}; }
   static V set(float a) { return {a}; }
   static V load(const float* p) { return {*p}; }
+  static V load_bf16(const void* p) { uint16_t bits; memcpy(&bits, p, 2); return {scalar_from_bf16(bits)}; }
   static V load_fp16(const void* p) { uint16_t bits; memcpy(&bits, p, 2); return {scalar_from_fp16(bits)}; }
   void store(float* p) const { *p = v; }
 };

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from families import FAMILIES, build_model
 from moestro import MoestroConfig, load
 from moestro.assembly import home
+from moestro.attention import fuse_attention
 from moestro.compute.cpu import levels
 from moestro.dense import PackedEmbedding, PackedLinear
 from moestro.errors import RequestError
 from moestro.families import expert_modules
-from moestro.fused import FusedRmsNorm, fuse
+from moestro.fuse import fuse
+from moestro.fused_norm import FusedRmsNorm
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}
@@ -174,3 +177,50 @@ def test_tokens_are_equal_with_and_without_fusing(bits: int, tmp_path: Path) -> 
         assert any(isinstance(m, FusedRmsNorm) for m in model.modules()) == on
         texts.append(model.generate(ids, **options))
     assert torch.equal(*texts)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])  # without norms, over all heads, over each head
+@torch.no_grad()
+def test_one_token_attention(family: str, dtype: str, tmp_path: Path) -> None:
+    """Each step's logits with and without fusing, over a cache that grows, and a mask in between."""
+    _save(family, tmp_path)
+    fused, plain = (load(str(tmp_path), fuse=on, **ON_CPU | {"dtype": dtype}) for on in (True, False))
+    if fused.model.layers[0].self_attn.head_dim % 16:
+        pytest.skip("this small model's heads are not multiples of 16")
+    assert all(type(layer.self_attn.forward).__name__ == "_FusedForward" for layer in fused.model.layers)
+    caches = [DynamicCache(), DynamicCache()]
+    tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
+    for step, count in enumerate([7, 1, 1, 3, 1, 1]):
+        ids = torch.randint(3, 100, (1, count))
+        a, b = (m(ids, past_key_values=c).logits.float() for m, c in zip((fused, plain), caches, strict=True))
+        assert (a - b).norm() <= tolerance * b.norm(), f"step {step}"
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 14
+
+
+@needs_kernels
+@torch.no_grad()
+def test_attention_that_differs_is_left_alone(tmp_path: Path) -> None:
+    _save("mixtral", tmp_path)
+    model = load(str(tmp_path), fuse=False, **ON_CPU)
+    attention = model.model.layers[0].self_attn
+    original, scaling = attention.forward, attention.scaling
+    attention.head_dim = 16 if attention.head_dim % 16 == 0 else attention.head_dim
+    for wrong in ("scaling", "values"):
+        if wrong == "scaling":
+            attention.forward = lambda **given: _with(attention, "scaling", scaling * 1.1, original, given)
+        else:
+            attention.forward = lambda **given: tuple(
+                2 * part if part is not None else None for part in original(**given)
+            )
+        assert not fuse_attention(attention, 1), wrong
+
+
+def _with(module: Any, name: str, value: Any, function: Any, given: dict[str, Any]) -> Any:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return function(**given)
+    finally:
+        setattr(module, name, before)

@@ -116,7 +116,8 @@ def test_dtypes_agree_with_transformers_in_the_same_dtype(dtype: str) -> None:
     assert model.dtype == getattr(torch, dtype)
     assert model.moestro.math[0].format.name == {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
     ours = model(ids).logits.float()
-    error, theirs_error = ((x - exact).norm() / exact.norm() for x in (ours, theirs))
+    # The median token: rounding may send a token to another expert, which is no error of arithmetic.
+    error, theirs_error = (((x - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for x in (ours, theirs))
     assert error <= max(1e-5, 2 * theirs_error), f"{error:.2e} against {theirs_error:.2e}"
 
 

@@ -22,7 +22,7 @@ from .config import MoestroConfig
 from .dense import DenseFormats, dense_bytes, pack_dense
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
-from .fused import fuse
+from .fuse import fuse
 from .machine import available_ram_bytes
 from .memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool

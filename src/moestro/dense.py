@@ -44,21 +44,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.fmt, self.threads = fmt, threads
-        self._dtype = linear.weight.dtype
+        self.weight_dtype = linear.weight.dtype
         self.packed = packed  # no buffer: it moves to no device
         self.bias = linear.bias
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self.float_bias = None if linear.bias is None else linear.bias.detach().float()
 
     @property
     def weight(self) -> Tensor:
         """[R, K], unpacked for code that looks at it; slow."""
-        return _unpack(self.packed, self.fmt, self.in_features, self._dtype)[: self.out_features]
+        return _unpack(self.packed, self.fmt, self.in_features, self.weight_dtype)[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ModelError("Moestro is for inference: it gives no gradients; call the model under torch.no_grad()")
-        return run_linear(self.packed, self.fmt, self.out_features, x, self._bias, threads=self.threads)
+        return run_linear(self.packed, self.fmt, self.out_features, x, self.float_bias, threads=self.threads)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.fmt.name}"

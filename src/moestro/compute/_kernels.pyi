@@ -28,6 +28,33 @@ class Shape:
     limit: float
     offset: float
 
+class Linear: ...
+
+def linear(packed: int, format: Format, rows: int, columns: int, bias: int) -> Linear: ...
+
+class Attention:
+    q: Linear
+    k: Linear
+    v: Linear
+    head: int
+    type: Format
+    scaling: float
+    def set_norms(
+        self,
+        q: int,
+        q_width: int,
+        q_offset: float,
+        q_epsilon: float,
+        k: int,
+        k_width: int,
+        k_offset: float,
+        k_epsilon: float,
+    ) -> None: ...
+    def project(
+        self, runner: Runner, level: str, x: int, cosine: int, sine: int, turned: int, q: int, k: int, v: int
+    ) -> None: ...
+    def attend(self, runner: Runner, level: str, query: int, keys: int, values: int, length: int, out: int) -> None: ...
+
 class Runner:
     def __init__(self, threads: int, cpus: Sequence[int]) -> None: ...
     @property

@@ -124,7 +124,7 @@ def run_linear(
         _FORMATS[fmt.name],
         rows,
         columns,
-        0 if bias is None else bias.data_ptr(),
+        _address(bias),
         x.data_ptr(),
         _type_of(x),
         x.numel() // columns,
@@ -158,6 +158,77 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
         out.data_ptr(),
     )
     return out
+
+
+class OneTokenAttention:
+    """What stands before and behind the cache when one token goes through an attention layer.
+
+    Args:
+        projections: packed bytes, format, rows, columns and float32 bias of q, k and v.
+        norms: float32 weight, offset and epsilon of q's and k's norm, as `rms_norm` takes them, or None.
+        head: width of a head, a multiple of 16.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[tuple[Tensor, MatrixFormat, int, int, Tensor | None]],
+        norms: Sequence[tuple[Tensor, float, float] | None],
+        *,
+        head: int,
+        scaling: float,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        assert _kernels is not None
+        self._kept = (list(projections), list(norms))  # the kernels see addresses only
+        self.columns, self._head, self._scaling, self._threads = projections[0][3], head, scaling, threads
+        kernel = self._kernel = _kernels.Attention()
+        kernel.q, kernel.k, kernel.v = (
+            _kernels.linear(
+                packed.data_ptr(), _FORMATS[fmt.name], rows, columns, 0 if bias is None else bias.data_ptr()
+            )
+            for packed, fmt, rows, columns, bias in projections
+        )
+        kernel.head, kernel.scaling, kernel.type = head, scaling, _FORMATS[_TYPES[dtype]]
+        sizes = [(n[0].data_ptr(), n[0].numel(), n[1], n[2]) if n else (0, 1, 0.0, 0.0) for n in norms]
+        kernel.set_norms(*sizes[0], *sizes[1])
+        self._query: Tensor | None = None
+
+    def project(self, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Fill q [H * d], k and v [G * d] from x [D]; cosine and sine are [d], all of one dtype."""
+        cosine, sine, x = cosine.contiguous(), sine.contiguous(), x.contiguous()
+        self._kernel.project(
+            _runner(self._threads),
+            "",
+            x.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            cosine.numel(),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+        )
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """softmax(q K^T * scaling) V: query [H * d], keys and values [1, G, S, d] -> [H * d]."""
+        keys, values, out = keys.contiguous(), values.contiguous(), torch.empty_like(query)
+        self._query = query
+        self._kernel.attend(
+            _runner(self._threads),
+            "",
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[-2],
+            out.data_ptr(),
+        )
+        return out
+
+    def largest_score(self, keys: Tensor) -> float:
+        """Of the last query against keys [1, G, S, d]."""
+        assert self._query is not None
+        query = self._query.float().view(keys.shape[1], -1, self._head)  # [G, H / G, d]
+        return float((query @ keys[0].float().transpose(1, 2)).abs().max()) * self._scaling
 
 
 def levels() -> dict[str, bool]:
@@ -197,6 +268,10 @@ def _runner(threads: int) -> _kernels.Runner:
 def _readable(x: Tensor) -> Tensor:
     """Contiguous, in a dtype that the kernels read."""
     return (x if x.dtype in _TYPES else x.float()).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _type_of(x: Tensor) -> _kernels.Format:

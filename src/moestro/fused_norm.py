@@ -1,24 +1,18 @@
-"""Small operations of a decode step as one call each: swapped in by module, where they compute the same.
+"""Root-mean-square norms as one call each, instead of eight operations: swapped in where they compute the same.
 
-At one token a layer's norms cost more host time than its kernels wait for memory. Which modules are plain
-root-mean-square norms is found by trying them on numbers, not by a table of families; what is not recognized
-stays as it is. Knows neither experts nor formats.
+Which modules are such norms is found by trying them on numbers, not by a table of families.
 """
 
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .compute.cpu import levels, rms_norm
+from .compute.cpu import rms_norm
 from .errors import ModelError
-from .families import expert_modules
-from .routers import find_router
 
-_FEW_TOKENS = 4
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
 _OFFSETS = (0.0, 1.0)  # norm(x) * w, and norm(x) * (1 + w)
 
@@ -29,50 +23,17 @@ class FusedRmsNorm(nn.Module):
     def __init__(self, weight: nn.Parameter, offset: float, epsilon: float, threads: int) -> None:
         super().__init__()
         self.weight, self.offset, self.epsilon, self.threads = weight, offset, epsilon, threads
-        self._weight = weight.detach().float()
+        self.float_weight = weight.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ModelError("Moestro is for inference: it gives no gradients; call the model under torch.no_grad()")
-        return rms_norm(x.contiguous(), self._weight, self.offset, self.epsilon, threads=self.threads)
+        return rms_norm(x.contiguous(), self.float_weight, self.offset, self.epsilon, threads=self.threads)
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, threads: int) -> None:
-    """Swap what can be fused in a loaded model on the CPU."""
-    if not levels():
-        return
-    for name in expert_modules(model):
-        router = find_router(model, name)
-        if router is not None and next(router.parameters()).dtype != torch.float32:
-            _spare_small_products(router)
-    for name, module in list(model.named_modules()):
-        norm = _as_rms_norm(module, threads)
-        if norm is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, norm)
-
-
-def _spare_small_products(router: nn.Module) -> None:
-    """Have a router's few tokens multiplied by torch itself: oneDNN's 16-bit product costs 70 us before it starts."""
-    forward = router.forward
-
-    def spared(*args: Any, **kwargs: Any) -> Any:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is None or x.numel() > _FEW_TOKENS * x.shape[-1]:
-            return forward(*args, **kwargs)
-        before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
-
-    router.forward = spared
-
-
-def _as_rms_norm(module: nn.Module, threads: int) -> FusedRmsNorm | None:
+def as_rms_norm(module: nn.Module, threads: int) -> FusedRmsNorm | None:
     """The fused norm that computes what a module does; None if none does."""
     parameters = list(module.parameters())
     epsilons = [value for key in _EPSILONS if isinstance(value := getattr(module, key, None), float)]

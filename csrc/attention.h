@@ -1,0 +1,27 @@
+// One token through an attention layer: what stands before its cache, and the cache itself.
+#pragma once
+
+#include "run.h"
+
+namespace moestro {
+
+// What does not change from token to token. Norms are over `q_norm_width` elements at a time: a head, or all of them.
+struct Attention {
+  Linear q, k, v;
+  int64_t head = 0;  // d
+  Format type = Format::kBf16;  // of activations and of the cache
+  const float *q_norm = nullptr, *k_norm = nullptr;  // or none
+  int64_t q_norm_width = 0, k_norm_width = 0;
+  float q_offset = 0, k_offset = 0, q_epsilon = 0, k_epsilon = 0;
+  float scaling = 0;
+
+  // q, k, v of one token x [D], normed and rotated by cosine and sine [turned] of the same type.
+  void project(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
+               void* q_out, void* k_out, void* v_out) const;
+
+  // The query [H, d] against keys and values [G, length, d]; out [H, d].
+  void attend(Runner& runner, const Level& level, const void* query, const void* keys, const void* values, int64_t length,
+              void* out) const;
+};
+
+}  // namespace moestro

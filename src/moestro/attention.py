@@ -1,0 +1,135 @@
+"""One token's attention in two calls instead of some thirty operations: swapped in where it computes the same.
+
+Before the cache: the three projections in one go, norms and the rotary embedding. Behind it: the query against
+all keys and values. The cache stays Transformers' own, and so does every step that is not one token of one
+sequence without a mask. Which layers are plain enough is found by trying them on numbers.
+
+Legend: D model width, H query heads, G key heads, d their width, S tokens in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .compute.cpu import OneTokenAttention
+from .dense import PackedLinear
+from .fused_norm import FusedRmsNorm
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
+_LARGEST_SCORE = 25.0  # of the second trial: far enough for a soft cap to show
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def fuse_attention(module: nn.Module, threads: int) -> bool:
+    """Give an attention layer a forward for single tokens, if it is one that we know; says whether it is."""
+    if not _looks_known(module):
+        return False
+    fused = _FusedForward(module, threads)
+    if not fused.agrees():
+        return False
+    module.forward = fused
+    return True
+
+
+class _FusedForward:
+    """The forward of a recognized attention layer."""
+
+    def __init__(self, module: Any, threads: int) -> None:
+        self._original = module.forward
+        self._layer, self._output = module.layer_idx, module.o_proj
+        self._norms = [getattr(module, name, None) for name in _NORMS]
+        q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
+        self._dtype, self._head = module.o_proj.weight_dtype, module.head_dim
+        self._sizes = (q.out_features, k.out_features, v.out_features)
+        self._kernel = OneTokenAttention(
+            [(m.packed, m.fmt, m.out_features, m.in_features, m.float_bias) for m in (q, k, v)],
+            [None if n is None else (n.float_weight, n.offset, n.epsilon) for n in self._norms],
+            head=module.head_dim,
+            scaling=module.scaling,
+            dtype=self._dtype,
+            threads=threads,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x, cache, rotary = (kwargs.get(name) for name in ("hidden_states", "past_key_values", "position_embeddings"))
+        if (
+            args
+            or x is None
+            or x.shape[:2] != (1, 1)
+            or x.dtype != self._dtype
+            or kwargs.get("attention_mask") is not None
+            or rotary is None
+            or rotary[0].dtype != self._dtype
+            or rotary[0].numel() != self._head
+            or not self._grows(cache)
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return self._original(*args, **kwargs)
+        return self._run(x, rotary, cache), None
+
+    def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        q, k, v = (torch.empty(size, dtype=self._dtype) for size in self._sizes)
+        self._kernel.project(x, *rotary, q, k, v)
+        keys, values = cache.update(k.view(1, -1, 1, self._head), v.view(1, -1, 1, self._head), self._layer)
+        out: Tensor = self._output(self._kernel.attend(q, keys, values).view(1, 1, -1))
+        return out
+
+    def _grows(self, cache: Any) -> bool:
+        """Whether it is the plain cache, which returns all keys and values in one piece."""
+        if not isinstance(cache, DynamicCache):
+            return False
+        return self._layer >= len(cache.layers) or type(cache.layers[self._layer]) is DynamicLayer
+
+    def agrees(self) -> bool:
+        """Whether it computes what the layer did, tried with small and with large scores."""
+        scale = 1.0
+        for _ in range(2):
+            x = torch.randn(1, 1, self._kernel.columns).mul_(scale).to(self._dtype)
+            angles = torch.rand(1, 1, self._head // 2).mul_(6).repeat(1, 1, 2)
+            rotary = (angles.cos().to(self._dtype), angles.sin().to(self._dtype))
+            past = [torch.randn(1, size // self._head, 6, self._head).mul_(scale) for size in self._sizes[1:]]
+            caches = [DynamicCache(), DynamicCache()]
+            for cache in caches:
+                cache.update(*(part.to(self._dtype) for part in past), self._layer)
+            given = {"hidden_states": x, "position_embeddings": rotary, "attention_mask": None}
+            try:
+                wanted = self._original(**given, past_key_values=caches[0])
+            except Exception:  # it wants other arguments
+                return False
+            if not (isinstance(wanted, tuple) and len(wanted) == 2 and isinstance(wanted[0], Tensor)):
+                return False
+            got = self._run(x, rotary, caches[1])
+            mine, theirs = caches[1].layers[self._layer], caches[0].layers[self._layer]
+            pairs = [(got, wanted[0]), (mine.keys, theirs.keys), (mine.values, theirs.values)]
+            if not all(a.shape == b.shape and _near(a, b, _TOLERANCE[self._dtype]) for a, b in pairs):
+                return False
+            score = self._kernel.largest_score(mine.keys)
+            scale = (_LARGEST_SCORE / max(score, 1e-6)) ** 0.5
+        return True
+
+
+def _looks_known(module: Any) -> bool:
+    children = dict(module.named_children())
+    if not all(isinstance(children.get(name), PackedLinear) for name in _PROJECTIONS):
+        return False
+    norms = [children.get(name) for name in _NORMS]
+    if not all(norm is None or isinstance(norm, FusedRmsNorm) for norm in norms) or (norms[0] is None) != (
+        norms[1] is None
+    ):
+        return False
+    if set(children) - {*_PROJECTIONS, *_NORMS, "rotary_emb"} or list(module.parameters(recurse=False)):
+        return False
+    if not all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx")) or module.head_dim % 16:
+        return False
+    limits = (getattr(module.config, name, None) for name in ("clip_qkv", "attn_logit_softcapping", "logits_soft_cap"))
+    return module.o_proj.weight_dtype in _TOLERANCE and not any(limits)
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())
