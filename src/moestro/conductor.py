@@ -106,7 +106,7 @@ def _group_few(index: list[int], weights: list[float], experts: int, top_k: int)
     for expert, i in chosen:
         masses.setdefault(expert, []).append(weights[i])
     sizes = [len(mass) for mass in masses.values()]
-    parts = zip(masses.items(), rows.split(sizes), sorted_weights.split(sizes), strict=True) if sizes else ()
+    parts = zip(masses.items(), *(part.split_with_sizes(sizes) for part in (rows, sorted_weights)), strict=True)
     return {expert: Routed(row, weight, sum(mass)) for (expert, mass), row, weight in parts}
 
 
