@@ -33,9 +33,9 @@ void Attention::project(Runner& runner, const Level& level, const void* x, const
 }
 
 void Attention::attend(Runner& runner, const Level& level, const void* query, const void* keys, const void* values,
-                       int64_t length, void* out) const {
+                       int64_t length, int64_t apart, void* out) const {
   const int64_t heads = q.rows / head, shared = heads / (k.rows / head);  // query heads that share a key head
-  const int64_t size = size_of(type), cache = length * head * size;
+  const int64_t size = size_of(type), cache = apart * size;
   const auto one = [&](int h, float* memory) {
     float *from = memory, *to = from + round_up(head, kGroup), *scores = to + round_up(head, kGroup);
     level.read({bytes(query) + h * head * size, type, head}, from);

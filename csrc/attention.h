@@ -19,9 +19,9 @@ struct Attention {
   void project(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
                void* q_out, void* k_out, void* v_out) const;
 
-  // The query [H, d] against keys and values [G, length, d]; out [H, d].
+  // The query [H, d] against keys and values [G, length, d], whose heads are `apart` elements apart; out [H, d].
   void attend(Runner& runner, const Level& level, const void* query, const void* keys, const void* values, int64_t length,
-              void* out) const;
+              int64_t apart, void* out) const;
 };
 
 }  // namespace moestro

@@ -70,11 +70,11 @@ void project(const Attention& self, Runner& runner, const std::string& level_nam
 }
 
 void attend(const Attention& self, Runner& runner, const std::string& level_name, uintptr_t query, uintptr_t keys,
-            uintptr_t values, int64_t length, uintptr_t out) {
+            uintptr_t values, int64_t length, int64_t apart, uintptr_t out) {
   const Level& level = level_of(level_name);
   nb::gil_scoped_release release;
   self.attend(runner, level, reinterpret_cast<const void*>(query), reinterpret_cast<const void*>(keys),
-              reinterpret_cast<const void*>(values), length, reinterpret_cast<void*>(out));
+              reinterpret_cast<const void*>(values), length, apart, reinterpret_cast<void*>(out));
 }
 
 double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {

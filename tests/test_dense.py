@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import DynamicCache
 from families import FAMILIES, build_model
 from moestro import MoestroConfig, load
 from moestro.assembly import home
-from moestro.attention import fuse_attention
+from moestro.attention import append, fuse_attention
 from moestro.compute.cpu import levels
 from moestro.dense import PackedEmbedding, PackedLinear
 from moestro.errors import RequestError
@@ -224,3 +226,31 @@ def _with(module: Any, name: str, value: Any, function: Any, given: dict[str, An
         return function(**given)
     finally:
         setattr(module, name, before)
+
+
+def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
+    """Appending, cropping, copying and replacing, against Transformers' own update."""
+    ours, theirs = DynamicCache(), DynamicCache()
+    for cache in (ours, theirs):
+        torch.manual_seed(1)
+        cache.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 0)
+    copies: list[Any] = []
+    for step in range(300):
+        k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+        got, wanted = append(ours, 0, k, v), theirs.update(k, v, 0)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        if step % 50 == 10:
+            copies.append((copy.deepcopy(ours), copy.copy(ours.layers[0]), theirs.layers[0].keys.clone()))
+        if step % 70 == 20:
+            for cache in (ours, theirs):
+                cache.crop(-3)
+        if step % 90 == 30:
+            for cache in (ours, theirs):
+                cache.reorder_cache(torch.tensor([0]))
+    for deep, shallow, keys in copies:
+        assert torch.equal(deep.layers[0].keys, keys)
+        held = SimpleNamespace(layers=[shallow])
+        length = shallow.keys.shape[-2]
+        append(held, 0, torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))  # a copy's token does not reach ours
+        assert shallow.keys.shape[-2] == length + 1
+    assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)

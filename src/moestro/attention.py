@@ -20,6 +20,7 @@ from .compute.cpu import OneTokenAttention
 from .dense import PackedLinear
 from .fused_norm import FusedRmsNorm
 
+_ROOM = 128  # tokens, at least, for which a cache grows at once
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _LARGEST_SCORE = 25.0  # of the second trial: far enough for a soft cap to show
@@ -76,7 +77,8 @@ class _FusedForward:
     def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         q, k, v = (torch.empty(size, dtype=self._dtype) for size in self._sizes)
         self._kernel.project(x, *rotary, q, k, v)
-        keys, values = cache.update(k.view(1, -1, 1, self._head), v.view(1, -1, 1, self._head), self._layer)
+        k, v = k.view(1, -1, 1, self._head), v.view(1, -1, 1, self._head)
+        keys, values = append(cache, self._layer, k, v)
         out: Tensor = self._output(self._kernel.attend(q, keys, values).view(1, 1, -1))
         return out
 
@@ -112,6 +114,40 @@ class _FusedForward:
             score = self._kernel.largest_score(mine.keys)
             scale = (_LARGEST_SCORE / max(score, 1e-6)) ** 0.5
         return True
+
+
+def append(cache: Any, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Add one token's key and value [1, G, 1, d] to a plain cache and return all of them, [1, G, S, d].
+
+    In place, in storage with room for more: Transformers' own update copies the whole cache for each token. What the
+    cache holds stays a tensor like any other; where somebody replaced or copied it, new storage is made.
+    """
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
+        keys, values = cache.update(k, v, index)
+        return keys.contiguous(), values.contiguous()
+    length = layer.keys.shape[-2]
+    owner, key_store, value_store = getattr(layer, "_moestro_storage", (0, layer.keys, layer.values))
+    ours = (
+        owner == id(layer)  # a shallow copy has the attribute too
+        and key_store.shape[-2] > length
+        and key_store.data_ptr() == layer.keys.data_ptr()
+        and value_store.data_ptr() == layer.values.data_ptr()
+    )
+    if not ours:
+        key_store, value_store = _with_room(layer.keys), _with_room(layer.values)
+        layer._moestro_storage = (id(layer), key_store, value_store)
+    key_store[:, :, length : length + 1] = k
+    value_store[:, :, length : length + 1] = v
+    layer.keys, layer.values = key_store[:, :, : length + 1], value_store[:, :, : length + 1]
+    return layer.keys, layer.values
+
+
+def _with_room(part: Tensor) -> Tensor:
+    length = part.shape[-2]
+    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2), part.shape[3]))
+    storage[:, :, :length] = part
+    return storage
 
 
 def _looks_known(module: Any) -> bool:

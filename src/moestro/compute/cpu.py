@@ -210,8 +210,11 @@ class OneTokenAttention:
         )
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """softmax(q K^T * scaling) V: query [H * d], keys and values [1, G, S, d] -> [H * d]."""
-        keys, values, out = keys.contiguous(), values.contiguous(), torch.empty_like(query)
+        """softmax(q K^T * scaling) V: query [H * d], keys and values [1, G, S, d] -> [H * d].
+
+        Each head of the cache is one piece; heads may be any distance apart.
+        """
+        out = torch.empty_like(query)
         self._query = query
         self._kernel.attend(
             _runner(self._threads),
@@ -220,6 +223,7 @@ class OneTokenAttention:
             keys.data_ptr(),
             values.data_ptr(),
             keys.shape[-2],
+            keys.stride(1),
             out.data_ptr(),
         )
         return out
