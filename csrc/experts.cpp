@@ -107,7 +107,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
         owner.push_back(&work);
         first_row.push_back(t);
         offset.push_back(floats);
-        floats += n * wide;
+        floats += padded(n) * wide;
         widest = std::max(widest, n);
       }
     }

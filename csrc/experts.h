@@ -78,7 +78,7 @@ struct Item {
   const int64_t* rows;             // [n]
   int64_t tokens;                  // n
   bool add_down_bias;
-  float* partial;                  // [n, D rounded up to panels], written and not read
+  float* partial;                  // [n padded, D rounded up to panels], written and not read
   const uint8_t* likely_next;      // where the thread will probably read next, or none
 };
 
@@ -113,7 +113,10 @@ constexpr int64_t kTileTokens = 96;   // of an item with more
 constexpr int64_t kThinItemPanels = 8, kItemPanels = 32;  // of a linear layer's item
 constexpr int64_t kTileColumns = 512;  // of a tile of converted weights, 4 panels high
 constexpr int64_t kMostBlocks = 16;    // of an item
+// Rows of results that there is room for: matrix tiles fill up the last of several tiles.
+inline int64_t padded(int64_t n) { return n <= 16 ? n : round_up(n, 16); }
 inline int64_t scratch_floats(int64_t K, int64_t n) {
+  n = padded(n);
   const int64_t wide = round_up(K, kGroup), blocks = n <= kThinTokens ? 1 : kMostBlocks;
   return wide + n * wide + 2 * n * kBlock + n * blocks * kBlock + 4 * kPanel * kTileColumns + n * kPanel * 4;
 }
@@ -146,6 +149,9 @@ extern const Level kScalar;
 extern const Level kAvx2;
 extern const Level kAvx512;
 extern const Level kAvx512Vnni;
+#endif
+#if defined(MOESTRO_AMX)
+extern const Level kAmx;
 #endif
 #if defined(MOESTRO_NEON)
 extern const Level kNeon;

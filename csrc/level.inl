@@ -2,7 +2,8 @@
 //
 // One product serves all: panels of weights times a tile of tokens. Few tokens (thin): weights stream from memory
 // once and are converted in registers; quantized ones are multiplied as integers with 16-bit activations. Many
-// tokens: a tile of weights is converted to float32 once and used for all tokens of the item.
+// tokens: a tile of weights is converted to float32 once and used for all tokens of the item, or, where the level has
+// them, multiplied by the CPU's matrix tiles (amx.inl).
 
 #include "experts.h"
 #include "simd.h"
@@ -20,24 +21,30 @@ using moestro::LinearItem;
 using moestro::Scratch;
 using moestro::Shape;
 
+enum class Packing : int { kFloats, kWhole, kFloatTiles, kWholeTiles };
+
 // Tokens packed for the products, in tiles: floats [K][N] of each tile, one tile after another, or 16-bit
-// integers [K / 2][N][2] with a scale and a sum [K / 64][N] of each group of columns.
+// integers [K / 2][N][2] with a scale and a sum [K / 64][N] of each group of columns; or as amx.inl says.
 struct Tokens {
   int64_t count, columns;  // columns rounded up to groups
-  bool whole;              // integers
+  Packing as;
   float* floats;
   int16_t* integers;
+  uint8_t* planes;
   float *scales, *sums;
-  Tokens(int64_t n, int64_t K, bool as_whole, float* memory)
-      : count(n), columns(moestro::round_up(K, kGroup)), whole(as_whole), floats(memory),
-        integers(reinterpret_cast<int16_t*>(memory)) {
-    scales = memory + n * columns / 2;
-    sums = scales + n * columns / kGroup;
+  Tokens(int64_t n, int64_t K, Packing packing, float* memory)
+      : count(n), columns(moestro::round_up(K, kGroup)), as(packing), floats(memory),
+        integers(reinterpret_cast<int16_t*>(memory)), planes(reinterpret_cast<uint8_t*>(memory)) {
+    const int64_t rows = moestro::padded(n);
+    scales = memory + rows * columns / 2;
+    sums = scales + rows * columns / kGroup;
   }
+  bool tiled() const { return as == Packing::kFloatTiles || as == Packing::kWholeTiles; }
   int64_t tiles() const {
-    const int64_t most = whole ? V::kWholeTokens : V::kTokens;
+    const int64_t most = tiled() ? 16 : as == Packing::kWhole ? V::kWholeTokens : V::kTokens;
     return (count + most - 1) / most;
   }
+  int64_t tile_rows() const { return (count + tiles() - 1) / tiles(); }  // of matrix tiles
 };
 
 // Calls do_tile(first token, tokens) for tiles of nearly equal size.
@@ -56,34 +63,24 @@ inline void pack_floats(const float* row, int64_t columns, int64_t N, float* to)
   for (int64_t k = 0; k < columns; ++k) to[k * N] = row[k];
 }
 
-// As 16-bit integers with a scale for each group: 15 bits and a sign of the group's largest.
-inline void pack_whole(const float* row, int64_t columns, int64_t N, int16_t* to, float* scales, float* sums) {
-  for (int64_t g = 0; g < columns / kGroup; ++g) {
-    const float* x = row + g * kGroup;
-    V most = V::zero();
-    for (int64_t k = 0; k < kGroup; k += W) most = vmax(most, vabs(V::load(x + k)));
-    const float top = largest(most), scale = top / 32767.0f;
-    const V inverse = V::set(scale > 1e-35f ? 1.0f / scale : 0.0f);
-    int16_t whole[kGroup];
-    V total = V::zero();
-    for (int64_t k = 0; k < kGroup; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
-    for (int64_t j = 0; j < kGroup / 2; ++j) memcpy(to + (g * kGroup / 2 + j) * 2 * N, whole + 2 * j, 4);
-    scales[g * N] = scale;
-    sums[g * N] = scale * sum(total);
-  }
+// A group of x as 16-bit integers, 15 bits and a sign of its largest: returns their scale, and the group's sum.
+inline float whole_of(const float* x, int16_t* whole, float* group_sum) {
+  V most = V::zero();
+  for (int64_t k = 0; k < kGroup; k += W) most = vmax(most, vabs(V::load(x + k)));
+  const float top = largest(most), scale = top / 32767.0f;
+  const V inverse = V::set(scale > 1e-35f ? 1.0f / scale : 0.0f);
+  V total = V::zero();
+  for (int64_t k = 0; k < kGroup; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
+  *group_sum = scale * sum(total);
+  return scale;
 }
 
-// Packs columns [begin, begin + count), both whole groups, of n rows; row(t) gives those of the t-th.
-template <class Row>
-inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
-  for_tiles(to, [&](int64_t first, int64_t N) {
-    const int64_t at = first * to.columns + begin * N, group = at / kGroup;
-    for (int64_t t = 0; t < N; ++t) {
-      const float* x = row(first + t);
-      if (!to.whole) pack_floats(x, count, N, to.floats + at + t);
-      else pack_whole(x, count, N, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t);
-    }
-  });
+inline void pack_whole(const float* row, int64_t columns, int64_t N, int16_t* to, float* scales, float* sums) {
+  for (int64_t g = 0; g < columns / kGroup; ++g) {
+    int16_t whole[kGroup];
+    scales[g * N] = whole_of(row + g * kGroup, whole, &sums[g * N]);
+    for (int64_t j = 0; j < kGroup / 2; ++j) memcpy(to + (g * kGroup / 2 + j) * 2 * N, whole + 2 * j, 4);
+  }
 }
 
 // Where a product's panels are read from and its results go: panels are `stride` bytes apart, and their results
@@ -95,6 +92,38 @@ struct Panels {
   int64_t apart, ld;
   bool add;  // to what is in out
 };
+
+// What the level has of matrix tiles: tiles_from<F>() tokens go to them.
+#if defined(__AMX_TILE__)
+}  // namespace
+#include "amx.inl"
+namespace {
+#else
+struct TileRows { explicit TileRows(int64_t) {} };
+template <class F> constexpr int64_t tiles_from() { return INT64_MAX; }
+template <class Row> void pack_tiles(const Tokens&, int64_t, int64_t, Row) {}
+template <class F> void tile_product(const Panels&, int64_t, int64_t, int64_t, const Tokens&, float*) {}
+#endif
+
+template <class F>
+inline Packing packing_of(int64_t n) {
+  if (n >= tiles_from<F>()) return IsQuantized<F>::value ? Packing::kWholeTiles : Packing::kFloatTiles;
+  return IsQuantized<F>::value && n <= moestro::kThinTokens ? Packing::kWhole : Packing::kFloats;
+}
+
+// Packs columns [begin, begin + count), both whole groups, of n rows; row(t) gives those of the t-th.
+template <class Row>
+inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
+  if (to.tiled()) return pack_tiles(to, begin, count, row);
+  for_tiles(to, [&](int64_t first, int64_t N) {
+    const int64_t at = first * to.columns + begin * N, group = at / kGroup;
+    for (int64_t t = 0; t < N; ++t) {
+      const float* x = row(first + t);
+      if (to.as == Packing::kFloats) pack_floats(x, count, N, to.floats + at + t);
+      else pack_whole(x, count, N, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t);
+    }
+  });
+}
 
 template <int P, int N>
 inline void finish(const Panels& to, V (&acc)[P][N][VP]) {
@@ -250,11 +279,11 @@ inline void many_product(float* out, int64_t ld, int64_t panels, int64_t K, cons
 }
 
 template <class F>
-inline void product(const uint8_t* w, int64_t stride, float* out, int64_t ld, int64_t panels, int64_t K, const Tokens& x,
-                    float* tile) {
-  if (x.count <= moestro::kThinTokens) return thin_product<F>({w, stride, out, kPanel, ld, false}, panels, K, x);
-  many_product(out, ld, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
-    convert<F>(w + panel * stride, k, count, to);
+inline void product(const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
+  if (x.tiled()) return tile_product<F>(all, moestro::panel_bytes(F::kFormat, kGroup), panels, K, x, tile);
+  if (x.count <= moestro::kThinTokens) return thin_product<F>(all, panels, K, x);
+  many_product(all.out, all.ld, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
+    convert<F>(all.w + panel * all.stride, k, count, to);
   });
 }
 
@@ -304,6 +333,7 @@ struct Places {
   Places(const Scratch& scratch, int64_t K, int64_t n) {
     row = scratch.memory;
     x = row + moestro::round_up(K, kGroup);
+    n = moestro::padded(n);
     first = x + n * moestro::round_up(K, kGroup);
     h = first + 2 * n * kBlock;
     tile = h + n * kBlock * (n <= moestro::kThinTokens ? 1 : moestro::kMostBlocks);
@@ -325,9 +355,9 @@ inline void read_row(const Input& x, int64_t row, float* to) {
 }
 
 // Packs the item's tokens, unless this thread did so for its last item.
-inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, bool as_whole, const Places& places, Scratch& scratch) {
-  const Tokens tokens(n, x.width, as_whole, places.x);
-  const bool same = scratch.packed_as == as_whole && scratch.packed_tokens == n &&
+inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, Packing as, const Places& places, Scratch& scratch) {
+  const Tokens tokens(n, x.width, as, places.x);
+  const bool same = scratch.packed_as == static_cast<int>(as) && scratch.packed_tokens == n &&
                     memcmp(scratch.packed_rows, rows, n * sizeof(int64_t)) == 0;
   if (same) return tokens;
   pack(tokens, 0, tokens.columns, [&](int64_t t) {
@@ -336,7 +366,7 @@ inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, bool as
   });
   scratch.packed_rows = rows;
   scratch.packed_tokens = n;
-  scratch.packed_as = as_whole;
+  scratch.packed_as = static_cast<int>(as);
   return tokens;
 }
 
@@ -349,10 +379,12 @@ inline void ask_for(const uint8_t* w, int64_t stride, int64_t panels) {
 template <class F>
 inline void item_of(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
   const int64_t D = shape.hidden, n = item.tokens, wide = moestro::round_up(D, kPanel);
-  const bool thin = n <= moestro::kThinTokens, as_whole = IsQuantized<F>::value && thin;
+  const bool thin = n <= moestro::kThinTokens;
+  const Packing as = packing_of<F>(n);
   const Places at(scratch, D, n);
-  const Tokens x = pack_input(input, item.rows, n, as_whole, at, scratch);
-  const Tokens h(n, thin ? kBlock : (item.block_end - item.block_begin) * kBlock, as_whole, at.h);
+  const Tokens x = pack_input(input, item.rows, n, as, at, scratch);
+  const Tokens h(n, thin ? kBlock : (item.block_end - item.block_begin) * kBlock, as, at.h);
+  const TileRows configured(x.tile_rows());
   const int64_t row_panel = moestro::panel_bytes(shape.format, D), down_panel = moestro::panel_bytes(shape.format, kBlock);
   const int64_t first = shape.has_gate ? 2 * kBlock : kBlock;  // rows of gate and up, one behind the other
   const int64_t size = moestro::block_bytes(shape), down = first / kPanel * row_panel;
@@ -360,7 +392,7 @@ inline void item_of(const Shape& shape, const Input& input, const Item& item, Sc
   float* y = item.partial;
   for (int64_t b = item.block_begin; b < item.block_end; ++b, block += size) {
     if (thin) ask_for(block + down, down_panel, wide / kPanel);
-    product<F>(block, row_panel, at.first, first, first / kPanel, D, x, at.tile);
+    product<F>({block, row_panel, at.first, kPanel, first, false}, first / kPanel, D, x, at.tile);
     const float* bias = reinterpret_cast<const float*>(block + down + wide / kPanel * down_panel);
     if (shape.has_bias) add_bias(bias, at.first, first, first, n);
     for (int64_t t = 0; t < n; ++t) {
@@ -371,9 +403,12 @@ inline void item_of(const Shape& shape, const Input& input, const Item& item, Sc
     if (!thin) continue;
     const uint8_t* next = b + 1 < item.block_end ? block + size : item.likely_next;
     if (next) ask_for(next, row_panel, first / kPanel);
-    thin_product<F>({block + down, down_panel, y, kPanel, wide, b > item.block_begin}, wide / kPanel, kBlock, h);
+    product<F>({block + down, down_panel, y, kPanel, wide, b > item.block_begin}, wide / kPanel, kBlock, h, at.tile);
   }
-  if (!thin) {  // down of all blocks at once, so that y is read and written seldom
+  if (!thin && h.tiled()) {
+    tile_product<F>({item.packed + item.block_begin * size + down, down_panel, y, kPanel, wide, false}, size, wide / kPanel,
+                    h.columns, h, at.tile);
+  } else if (!thin) {  // down of all blocks at once, so that y is read and written seldom
     const uint8_t* begin = item.packed + item.block_begin * size + down;
     many_product(y, wide, wide / kPanel, h.columns, h, at.tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
       for (int64_t j = k; j < k + count; j += kBlock, to += kBlock * kPanel)
@@ -399,11 +434,11 @@ inline void linear_of(const Input& input, const LinearItem& item, Scratch& scrat
   const moestro::Linear& linear = *item.linear;
   const int64_t n = item.tokens, K = linear.columns, stride = moestro::panel_bytes(linear.format, K);
   const Places at(scratch, K, n);
-  const bool as_whole = IsQuantized<F>::value && n <= moestro::kThinTokens;
-  const Tokens x = pack_input(input, item.rows, n, as_whole, at, scratch);
+  const Tokens x = pack_input(input, item.rows, n, packing_of<F>(n), at, scratch);
+  const TileRows configured(x.tile_rows());
   for (int64_t p = item.panel_begin; p < item.panel_end; p += 4) {
     const int64_t panels = item.panel_end - p < 4 ? item.panel_end - p : 4, r = p * kPanel;
-    product<F>(linear.packed + p * stride, stride, at.out, 4 * kPanel, panels, K, x, at.tile);
+    product<F>({linear.packed + p * stride, stride, at.out, kPanel, 4 * kPanel, false}, panels, K, x, at.tile);
     const int64_t count = linear.rows - r < panels * kPanel ? linear.rows - r : panels * kPanel;
     for (int64_t t = 0; t < n; ++t) {
       write_row(at.out + t * 4 * kPanel, linear.bias ? linear.bias + r : nullptr, count, linear.out_type, linear.out,

@@ -6,6 +6,11 @@
 #if defined(_MSC_VER) && defined(MOESTRO_X86)
 #include <intrin.h>
 #endif
+#if defined(MOESTRO_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace moestro {
 namespace {
@@ -48,6 +53,17 @@ bool has_avx512_vnni() {
 }
 #endif
 
+#if defined(MOESTRO_AMX)
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1), vbmi = c >> 1 & 1;  // bf16, tiles, int8
+  if (!tiles || !vbmi || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX-512 bf16
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux gives tiles to a process that asks, for good
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 struct Entry {
   const Level* level;
   bool usable;
@@ -55,6 +71,9 @@ struct Entry {
 
 const Entry* entries(int* count) {  // best first
   static const Entry all[] = {
+#if defined(MOESTRO_AMX)
+      {&kAmx, has_amx()},
+#endif
 #if defined(MOESTRO_X86)
       {&kAvx512Vnni, has_avx512_vnni()},
       {&kAvx512, has_avx512()},

@@ -26,6 +26,7 @@ inline void prefetch(const void* p) {
 
 // [K][16]
 struct Fp32 {
+  static constexpr moestro::Format kFormat = moestro::Format::kFp32;
   static constexpr int kStep = 1, kStepBytes = 64;  // columns at a time
   static constexpr bool kFromMemory = true;
   static void load(const uint8_t* at, V (&w)[1][VP]) {
@@ -39,6 +40,7 @@ struct Converted : Fp32 {
 };
 
 struct Fp16 {
+  static constexpr moestro::Format kFormat = moestro::Format::kFp16;
   static constexpr int kStep = 1, kStepBytes = 32;
   static constexpr bool kFromMemory = true;
   static void load(const uint8_t* at, V (&w)[1][VP]) {
@@ -48,6 +50,7 @@ struct Fp16 {
 
 // [K / 2][16][2]: a 32-bit lane holds an even and an odd column, each one operation away from a float.
 struct Bf16 {
+  static constexpr moestro::Format kFormat = moestro::Format::kBf16;
   static constexpr int kStep = 2, kStepBytes = 64;
   static constexpr bool kFromMemory = true;
   static void load(const uint8_t* at, V (&w)[2][VP]) {
@@ -61,6 +64,7 @@ struct Bf16 {
 
 // A group: fp16 scales [16], then int8 [32][16][2].
 struct Int8 {
+  static constexpr moestro::Format kFormat = moestro::Format::kInt8;
   static constexpr int kHeader = 32, kGroupBytes = 32 + 1024;
   static constexpr int kPairs = 2, kStepBytes = 64;  // pairs of columns at a time
   static constexpr bool kHasZero = false;
@@ -78,6 +82,7 @@ struct Int8 {
 // of a row; bits 4j..4j+3 of its lower and upper half are columns 2j and 2j + 1. Odd pairs stay where they are,
 // 16 times too large, which saves a shift each and comes off their sum.
 struct Int4 {
+  static constexpr moestro::Format kFormat = moestro::Format::kInt4;
   static constexpr int kHeader = 64, kGroupBytes = 64 + 512;
   static constexpr int kPairs = 4, kStepBytes = 64;
   static constexpr bool kHasZero = true;

@@ -22,9 +22,11 @@ LEVELS = [name for name, usable in levels().items() if usable]
 TOLERANCE = 2e-6  # float32 arithmetic, against weights as the format rounded them
 
 
-def _tolerance(name: str) -> float:
-    """Few tokens meet quantized weights as 16-bit integers."""
-    return 5e-4 if name in ("int8", "int4") else TOLERANCE
+def _tolerance(name: str, level: str) -> float:
+    """Quantized weights meet 16-bit integers; in matrix tiles, bf16 ones meet two bf16 planes."""
+    if name in ("int8", "int4"):
+        return 5e-4
+    return 2e-5 if name == "bf16" and level == "amx" else TOLERANCE
 
 
 def _swiglu(alpha: float, limit: float, offset: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -94,7 +96,7 @@ def test_kernels_against_float64(level: str, name: str, gate: str, tokens: int) 
     out = start.clone()
     experts.run(math, x, work, out)
     error = (out - start - expected).norm() / (expected.norm() + start.norm())
-    assert error <= _tolerance(name), f"{shape}: relative error {error:.2e}"
+    assert error <= _tolerance(name, level), f"{shape}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -109,7 +111,7 @@ def test_linear_against_float64(level: str, name: str, tokens: int) -> None:
     expected = torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
     results = [run_linear(packed, fmt, rows, x, bias, threads=threads, level=level) for threads in (2, 1, 3)]
     error = (results[0] - expected).norm() / expected.norm()
-    assert error <= _tolerance(name), f"[{rows}, {columns}]: relative error {error:.2e}"
+    assert error <= _tolerance(name, level), f"[{rows}, {columns}]: relative error {error:.2e}"
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -171,7 +173,7 @@ def test_more_tokens_than_a_tile_and_more_neurons_than_a_chunk() -> None:
     x, work, expected = _random_step(math, 210)
     out = torch.zeros_like(x)
     CpuExperts(2).run(math, x, work, out)
-    assert (out - expected).norm() / expected.norm() <= TOLERANCE
+    assert (out - expected).norm() / expected.norm() <= _tolerance("bf16", LEVELS[0])
 
 
 def test_no_work_and_no_tokens() -> None:

@@ -1,0 +1,4 @@
+// The kernels for avx512_vnni with products of many tokens by AMX tiles; its compiler flags are in CMakeLists.txt.
+#define MOESTRO_LEVEL kAmx
+#define MOESTRO_LEVEL_NAME "amx"
+#include "level.inl"
