@@ -34,6 +34,7 @@ from ..planning.budget import format_bytes
 from .device import git_commit
 
 READ_BYTES = 4 * 2**30
+CALL_BYTES = 2**28  # that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row are at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
 TOKENS = (1, 4, 16, 64, 256)
@@ -134,7 +135,7 @@ def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, round
 
 
 def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:
-    """GB/s and GFLOP/s of one call, and where in the memory the next one continues."""
+    """GB/s and GFLOP/s of calls that follow one another, as layers do, and where in the memory the next continues."""
     name, format_name, tokens = case
     shape, top_k = SHAPES[name]
     math = ExpertMath(shape, FORMATS[format_name], lambda gate, up: torch.nn.functional.silu(gate) * up)  # type: ignore[arg-type]
@@ -142,16 +143,21 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     data = memory.view(torch.uint8)
     x, rows, weights = torch.randn(tokens, shape.hidden), torch.arange(tokens), torch.rand(tokens)
     out = torch.zeros(tokens, shape.hidden)
-    work = []
-    for _ in range(top_k):
-        position = position if position + size <= data.numel() else 0
-        work.append(ExpertWork(data[position : position + size], range(shape.neurons), rows, weights))
-        position += size
+    # One layer alone would time how threads wake; many tokens take long enough as it is.
+    calls = max(1, CALL_BYTES // (top_k * size * tokens))
+    steps: list[list[ExpertWork]] = []
+    for _ in range(calls):
+        steps.append([])
+        for _ in range(top_k):
+            position = position if position + size <= data.numel() else 0
+            steps[-1].append(ExpertWork(data[position : position + size], range(shape.neurons), rows, weights))
+            position += size
     experts = CpuExperts(threads)
     assert experts.kernel(math) is not None
     start_s = perf_counter()
-    experts.run(math, x, work, out)
-    seconds = perf_counter() - start_s
+    for work in steps:
+        experts.run(math, x, work, out)
+    seconds = (perf_counter() - start_s) / calls
     operations = 6 * tokens * top_k * shape.hidden * shape.neurons  # three matrices, a multiply and an add each
     return top_k * size / seconds / 1e9, operations / seconds / 1e9, position
 
