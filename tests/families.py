@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +321,17 @@ def reference_logits(family: Family, model: PreTrainedModel, input_ids: torch.Te
     model.set_experts_implementation("eager")
     logits: torch.Tensor = model(input_ids).logits
     return logits
+
+
+def save_model(name: str, path: Path, sizes: dict[str, int] | None = None, **changes: Any) -> Any:
+    """A small random model of a family saved at `path`, and the same in memory.
+
+    sizes, changes: of its config, before it is built and after.
+    """
+    family = next(f for f in FAMILIES if f.name == name)
+    model = build_model(replace(family, config={**family.config, **(sizes or {})}))
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    model.tie_weights()
+    model.save_pretrained(path)
+    return model.eval()

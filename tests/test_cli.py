@@ -53,7 +53,7 @@ def test_run_prints_text_and_figures(run) -> None:  # type: ignore[no-untyped-de
     assert out == f"{PROMPT}{_reference(PROMPT)}\n"
     assert re.search(r"prefill +[\d.]+ tok/s +4 tokens; first token after [\d.]+ s", err)
     assert re.search(r"decode +[\d.]+ tok/s +20 tokens", err)
-    assert re.search(r"peak memory +ram [\d.]+ MiB", err)
+    assert re.search(r"peak memory +ram [\d.]+ [MG]iB", err)
 
 
 def test_json_is_the_last_line(run) -> None:  # type: ignore[no-untyped-def]

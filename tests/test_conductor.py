@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moestro import conductor as conductor_module
 from moestro.compute.devices.emulated import EmulatedDevice
 from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
@@ -356,6 +357,18 @@ def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
     device.go.set_result(None)
     with pytest.raises(RuntimeError, match="the device is closed"):
         device.copy(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), urgent=True)
+
+
+def test_few_and_many_choices_are_grouped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, weights = torch.randint(0, 7, (20, 3)), torch.rand(20, 3) * (torch.rand(20, 3) < 0.8)
+    few = group_by_expert(index, weights, 6)
+    monkeypatch.setattr(conductor_module, "_FEW_CHOICES", 0)
+    many = group_by_expert(index, weights, 6)
+    assert list(few) == list(many)
+    for expert, routed in few.items():
+        assert torch.equal(routed.rows, many[expert].rows)
+        assert torch.equal(routed.weights, many[expert].weights)
+        assert routed.mass == pytest.approx(many[expert].mass)
 
 
 def test_grouping_skips_the_sentinel_and_keeps_order() -> None:

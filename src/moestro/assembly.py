@@ -24,7 +24,7 @@ from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
 from .fuse import fuse
 from .machine import available_ram_bytes
-from .memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat
+from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import Budget, check_fits, format_bytes
@@ -34,8 +34,6 @@ from .planning.policies import make_policy
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 
 _GPU_SHARE = 0.85  # of free GPU memory, where none was named: the rest is for the KV cache and activations
-
-_FORMAT_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +172,10 @@ def _begin_step(conductor: Conductor) -> Callable[..., None]:
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
     """The format for so many bits of a model of this dtype."""
     dtype = dtype or torch.get_default_dtype()
-    if dtype not in _FORMAT_OF:
+    if dtype not in FLOAT_FORMATS:
         raise RequestError(f"weights cannot be stored as {dtype}; use float32, float16 or bfloat16")
     if bits is None:
-        return _FORMAT_OF[dtype]
+        return FLOAT_FORMATS[dtype]
     return f"int{bits}" if bits < 16 else "fp16" if dtype == torch.float16 else "bf16"
 
 

@@ -44,13 +44,14 @@ class _FusedForward:
     def __init__(self, module: Any, threads: int) -> None:
         self._original = module.forward
         self._layer, self._output = module.layer_idx, module.o_proj
-        self._norms = [getattr(module, name, None) for name in _NORMS]
+        norms = [getattr(module, name, None) for name in _NORMS]
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self._dtype, self._head = module.o_proj.weight_dtype, module.head_dim
+        self._columns, self._scaling = q.in_features, module.scaling
         self._sizes = (q.out_features, k.out_features, v.out_features)
         self._kernel = OneTokenAttention(
             [(m.packed, m.fmt, m.out_features, m.in_features, m.float_bias) for m in (q, k, v)],
-            [None if n is None else (n.float_weight, n.offset, n.epsilon) for n in self._norms],
+            [None if n is None else (n.float_weight, n.offset, n.epsilon) for n in norms],
             head=module.head_dim,
             scaling=module.scaling,
             dtype=self._dtype,
@@ -75,12 +76,16 @@ class _FusedForward:
         return self._run(x, rotary, cache), None
 
     def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
-        q, k, v = (torch.empty(size, dtype=self._dtype) for size in self._sizes)
-        self._kernel.project(x, *rotary, q, k, v)
-        k, v = k.view(1, -1, 1, self._head), v.view(1, -1, 1, self._head)
+        q, k, v = self._project(x, rotary)
         keys, values = append(cache, self._layer, k, v)
         out: Tensor = self._output(self._kernel.attend(q, keys, values).view(1, 1, -1))
         return out
+
+    def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, 1, D] -> [H * d], [1, G, 1, d], [1, G, 1, d]."""
+        q, k, v = (torch.empty(size, dtype=self._dtype) for size in self._sizes)
+        self._kernel.project(x, *rotary, q, k, v)
+        return q, k.view(1, -1, 1, self._head), v.view(1, -1, 1, self._head)
 
     def _grows(self, cache: Any) -> bool:
         """Whether it is the plain cache, which returns all keys and values in one piece."""
@@ -90,12 +95,14 @@ class _FusedForward:
 
     def agrees(self) -> bool:
         """Whether it computes what the layer did, tried with small and with large scores."""
+        random = torch.Generator().manual_seed(0)
         scale = 1.0
         for _ in range(2):
-            x = torch.randn(1, 1, self._kernel.columns).mul_(scale).to(self._dtype)
-            angles = torch.rand(1, 1, self._head // 2).mul_(6).repeat(1, 1, 2)
+            x = torch.randn(1, 1, self._columns, generator=random).mul_(scale).to(self._dtype)
+            angles = torch.rand(1, 1, self._head // 2, generator=random).mul_(6).repeat(1, 1, 2)
             rotary = (angles.cos().to(self._dtype), angles.sin().to(self._dtype))
-            past = [torch.randn(1, size // self._head, 6, self._head).mul_(scale) for size in self._sizes[1:]]
+            sizes = [(1, size // self._head, 6, self._head) for size in self._sizes[1:]]
+            past = [torch.randn(size, generator=random).mul_(scale) for size in sizes]
             caches = [DynamicCache(), DynamicCache()]
             for cache in caches:
                 cache.update(*(part.to(self._dtype) for part in past), self._layer)
@@ -111,16 +118,22 @@ class _FusedForward:
             pairs = [(got, wanted[0]), (mine.keys, theirs.keys), (mine.values, theirs.values)]
             if not all(a.shape == b.shape and _near(a, b, _TOLERANCE[self._dtype]) for a, b in pairs):
                 return False
-            score = self._kernel.largest_score(mine.keys)
-            scale = (_LARGEST_SCORE / max(score, 1e-6)) ** 0.5
+            scale = (_LARGEST_SCORE / max(self._largest_score(x, rotary, mine.keys), 1e-6)) ** 0.5
         return True
+
+    def _largest_score(self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor) -> float:
+        """Of this token's queries against keys [1, G, S, d]."""
+        query = self._project(x, rotary)[0].float().view(keys.shape[1], -1, self._head)  # [G, H / G, d]
+        largest = (query @ keys[0].float().transpose(1, 2)).abs().max()
+        return float(largest) * float(self._scaling)
 
 
 def append(cache: Any, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Add one token's key and value [1, G, 1, d] to a plain cache and return all of them, [1, G, S, d].
 
     In place, in storage with room for more: Transformers' own update copies the whole cache for each token. What the
-    cache holds stays a tensor like any other; where somebody replaced or copied it, new storage is made.
+    cache holds stays a tensor like any other; where somebody replaced or copied it, new storage is made. After a
+    crop, new tokens overwrite those that were cropped, also in views of them that somebody kept: clone such views.
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
     if layer is None or not layer.is_initialized or layer.keys.numel() == 0:

@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from inspect import signature
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +46,7 @@ from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
-    from .generation import TextResult
+    from .generation import TextOptions, TextResult
 
 app = typer.Typer(
     name="moestro",
@@ -69,6 +71,7 @@ def _root(
 
 @app.command(epilog='Example: moestro run demo "Once upon a time" -n 64 --temperature 0')
 def run(
+    context: typer.Context,
     model: Model = None,
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
@@ -101,36 +104,10 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
-    from .generation import TextOptions, generate_text
+    from .generation import generate_text
 
-    options = TextOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or (),
-        num_beams=num_beams,
-    )
-    text = _read_prompt(prompt)
-    loaded, tokenizer = _load(
-        model,
-        shape,
-        gpu_memory=gpu_memory,
-        ram=ram,
-        policy=policy,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        bits=bits,
-        expert_bits=expert_bits,
-        dense_bits=dense_bits,
-        head_bits=head_bits,
-        fuse=fuse,
-        seed=seed,
-    )
+    options, text = _text_options(context), _read_prompt(prompt)
+    loaded, tokenizer = _load(model, shape, context)
     if not as_json:
         print(text, end="", flush=True)
     result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
@@ -143,6 +120,7 @@ def run(
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
 def chat(
+    context: typer.Context,
     model: Model = None,
     shape: Shape = None,
     system: Annotated[
@@ -170,34 +148,9 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from .chat import ChatSession
-    from .generation import TextOptions
 
-    options = TextOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or (),
-    )
-    loaded, tokenizer = _load(
-        model,
-        shape,
-        gpu_memory=gpu_memory,
-        ram=ram,
-        policy=policy,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        bits=bits,
-        expert_bits=expert_bits,
-        dense_bits=dense_bits,
-        head_bits=head_bits,
-        fuse=fuse,
-        seed=seed,
-    )
+    options = _text_options(context)
+    loaded, tokenizer = _load(model, shape, context)
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
         _say("this tokenizer has no chat template: the conversation is one text that the model continues")
@@ -233,14 +186,24 @@ def doctor(
         print(f"{name:<{width}}  {value}")
 
 
-def _load(model: str | None, shape: str | None, **options: Any) -> tuple[Any, Any]:
+def _text_options(context: typer.Context) -> TextOptions:
+    from .generation import TextOptions
+
+    given = {field.name: context.params.get(field.name) for field in fields(TextOptions)}
+    return TextOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def _load(model: str | None, shape: str | None, context: typer.Context) -> tuple[Any, Any]:
+    """The model and its tokenizer; what `load` takes is named among the command's options as it is there."""
     from .compute.cpu import core_cpus
     from .loading import load, load_tokenizer
 
+    options = {name: context.params[name] for name in signature(load).parameters.keys() & context.params.keys()}
+    options |= {"model": model, "shape": shape}
     if options["threads"] is None:
         options["threads"] = len(core_cpus())
     tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
-    return load(model, shape=shape, **options), tokenizer
+    return load(**options), tokenizer
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -2,13 +2,14 @@
 
 Attention projections, shared experts, the head and the embedding are swapped for packed ones after a model
 has loaded, one matrix at a time, each original freed before the next is packed. Routers stay as they are:
-they are small, and a rounded router chooses other experts. Knows neither experts nor budgets.
+they are small, and a rounded router chooses other experts. Experts stay where their conductor has them.
 
 Legend: T tokens, R rows (outputs), K columns (inputs).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .compute.cpu import levels, run_linear
-from .errors import ModelError
+from .errors import refuse_gradients
 from .families import expert_modules
 from .memory.formats import PANEL, MatrixFormat
 from .memory.store import map_memory
@@ -56,8 +57,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ModelError("Moestro is for inference: it gives no gradients; call the model under torch.no_grad()")
+        refuse_gradients(x)
         return run_linear(self.packed, self.fmt, self.out_features, x, self.float_bias, threads=self.threads)
 
     def extra_repr(self) -> str:
@@ -94,9 +94,9 @@ def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:
     experts = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
     sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     tied = getattr(model, "all_tied_weights_keys", {})
-    for target, source in tied.items():  # two tensors until they are tied
-        sizes.pop(id(_find(model, target)), None)
-        sizes.setdefault(id(_find(model, source)), 0)
+    for target, source in tied.items():
+        if (weight := _find(model, target)) is not _find(model, source):  # two tensors until they are tied
+            sizes.pop(id(weight), None)
     if formats is not None:
         for weight, fmt, _ in _packable(model, formats):
             sizes[id(weight)] = fmt.matrix_bytes(*weight.shape)
@@ -150,14 +150,14 @@ def _packable(model: nn.Module, formats: DenseFormats) -> Iterator[tuple[Tensor,
         if weight is None or not weight.is_floating_point():
             continue
         # Without kernels, what is not quantized is best left to torch.
-        if not levels() and fmt.name not in ("int8", "int4"):
+        if not levels() and not fmt.is_quantized:
             continue
         owners.setdefault(id(weight), (weight, fmt, []))[2].append((name, module))
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for weight, fmt, modules in owners.values():
-        users = [m for m in model.modules() if any(p is weight for p in m.parameters(recurse=False))]
-        if len(users) > len(modules):
+        if users[id(weight)] > len(modules):
             continue  # shared with something that reads it in a way of its own
-        if all(isinstance(module, nn.Embedding) for _, module in modules) and fmt.name not in ("int8", "int4"):
+        if all(isinstance(module, nn.Embedding) for _, module in modules) and not fmt.is_quantized:
             continue  # a lookup is as fast as it gets
         yield weight, fmt, modules
 

@@ -10,6 +10,8 @@
 The command line prints the line and exits with status 2; a traceback means a defect of Moestro.
 """
 
+from typing import Any
+
 
 class MoestroError(Exception):
     """Base of every error that Moestro raises on purpose."""
@@ -33,3 +35,16 @@ class RequestError(MoestroError):
 
 class ContractError(MoestroError):
     """A policy returned a decision that cannot be carried out."""
+
+
+def refuse_gradients(x: Any) -> None:
+    """Refuse a tensor through which somebody means to learn: nothing of ours gives gradients.
+
+    Raises:
+        ModelError: it wants a gradient.
+    """
+    if x.requires_grad:
+        import torch  # here, since help and version do without it
+
+        if torch.is_grad_enabled():
+            raise ModelError("Moestro is for inference: it gives no gradients; call the model under torch.no_grad()")

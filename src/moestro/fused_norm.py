@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .compute.cpu import rms_norm
-from .errors import ModelError
+from .errors import refuse_gradients
+from .memory.formats import FLOAT_FORMATS
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
 _OFFSETS = (0.0, 1.0)  # norm(x) * w, and norm(x) * (1 + w)
@@ -27,8 +28,7 @@ class FusedRmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ModelError("Moestro is for inference: it gives no gradients; call the model under torch.no_grad()")
+        refuse_gradients(x)
         return rms_norm(x.contiguous(), self.float_weight, self.offset, self.epsilon, threads=self.threads)
 
 
@@ -42,17 +42,17 @@ def as_rms_norm(module: nn.Module, threads: int) -> FusedRmsNorm | None:
     if len(signature(module.forward).parameters) != 1:  # some take a gate besides
         return None
     weight = parameters[0]
-    if weight is not getattr(module, "weight", None) or weight.dtype not in (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-    ):
+    if weight is not getattr(module, "weight", None) or weight.dtype not in FLOAT_FORMATS:
         return None
     kept = weight.clone()
     weight.copy_(torch.linspace(-1.5, 2.0, len(weight)))  # not all ones, which would hide what is done with it
     try:
         # Of the weight's dtype: the sizes tell a missing epsilon and a mean that is subtracted.
-        x = (torch.randn(4, len(weight)) * torch.tensor([[1e-3], [0.1], [1.0], [30.0]]) + 0.05).to(weight.dtype)
+        x = (
+            torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+            * torch.tensor([[1e-3], [0.1], [1.0], [30.0]])
+            + 0.05
+        ).to(weight.dtype)
         wanted = module(x)
         for offset in _OFFSETS:
             found = FusedRmsNorm(weight, offset, epsilons[0], threads)

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from .assembly import ExpertLayer, attach, home, pack_rest
 from .compute.devices import Device, make_device
 from .config import METHOD, MoestroConfig
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, refuse_gradients
 from .families import expert_modules
 
 
@@ -38,8 +38,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             'experts_implementation="moestro" needs quantization_config=MoestroConfig(...) in from_pretrained, '
             "or use moestro.load"
         )
-    if hidden_states.requires_grad and torch.is_grad_enabled():
-        raise ModelError("Moestro is for inference: experts give no gradients; call the model under torch.no_grad()")
+    refuse_gradients(hidden_states)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
     index = top_k_index.reshape(x.shape[0], -1)
     out = layer.conductor.run_layer(layer.index, x, index, top_k_weights.reshape(index.shape))

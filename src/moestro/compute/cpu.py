@@ -1,8 +1,9 @@
-"""Experts on the CPU: the compiled kernels where they can, the plain-torch twin where they cannot.
+"""What the compiled kernels calculate on the CPU, bound to tensors; the machine's limits beside it.
 
-A layer's experts run in the kernels when their format, and their family's gate, is one that the kernels
-have. Which gate it is, is found by trying the family's own function on numbers, not by its name. The twin
-of every kernel is `experts.run_experts`; tests compare the two.
+Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), norms (`rms_norm`) and
+what stands around the cache for one token (`OneTokenAttention`). A layer's experts run in the kernels when their
+format, and their family's gate, is one that the kernels have, else in the torch twin. Which gate it is, is found
+by trying the family's own function on numbers, not by its name.
 
     CpuExperts(threads=8).run(math, x, work, out)
 
@@ -15,13 +16,14 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
-from ..memory.formats import MatrixFormat
+from ..memory.formats import FLOAT_FORMATS, MatrixFormat
 from .experts import Activation, ExpertMath, ExpertWork, run_experts
 
 try:
@@ -30,7 +32,6 @@ except ImportError:  # a pure wheel: no compiler was there when it was built
     _kernels = None  # type: ignore[assignment]
 
 _FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 Kernel = tuple[str, float, float, float]  # gate's name in the kernels; alpha, limit and offset of the clamped one
 
@@ -46,14 +47,18 @@ class CpuExperts:
     def __init__(self, threads: int | None = None, level: str | None = None) -> None:
         self._threads = threads or len(core_cpus())
         self._level = level or ""
-        self._known: dict[int, tuple[ExpertMath, Kernel | None]] = {}  # by the id of what it holds
-        self._shapes: dict[int, _kernels.Shape] = {}
+        self._known: dict[int, _Known] = {}  # by the id of its math
 
     def kernel(self, math: ExpertMath) -> Kernel | None:
         """Which kernel computes these experts; None for the torch twin."""
-        if id(math) not in self._known:
-            self._known[id(math)] = (math, self._find_kernel(math))
-        return self._known[id(math)][1]
+        return self._know(math).kernel
+
+    def _know(self, math: ExpertMath) -> _Known:
+        known = self._known.get(id(math))
+        if known is None:
+            kernel = self._find_kernel(math)
+            known = self._known[id(math)] = _Known(math, kernel, None if kernel is None else _shape(math, kernel))
+        return known
 
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
@@ -62,25 +67,12 @@ class CpuExperts:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
-    def _shape(self, math: ExpertMath, kernel: Kernel) -> _kernels.Shape:
-        """What the kernels are told of these experts, made once."""
-        if id(math) not in self._shapes:
-            shape = _kernels.Shape()
-            shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
-            shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
-            shape.format = _FORMATS[math.format.name]
-            shape.activation = getattr(_kernels.Activation, kernel[0])
-            _, shape.alpha, shape.limit, shape.offset = kernel
-            self._shapes[id(math)] = shape
-        return self._shapes[id(math)]
-
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], out: Tensor) -> None:
         """As `run_experts`: adds the work's result to `out`, float32 [T, D], on the host."""
-        kernel = self.kernel(math)
-        if kernel is None:
+        shape = self._know(math).shape
+        if shape is None:
             run_experts(math, x, work, out)
             return
-        shape = self._shape(math, kernel)
         x = _readable(x)  # [T, D]
         # Kept in a list until the call is over: the kernels see addresses only.
         rows = [w.rows.contiguous() for w in work]
@@ -97,6 +89,25 @@ class CpuExperts:
             ],
             out.data_ptr(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found of a layer's experts. Holds its math, so that no other can take that one's id."""
+
+    math: ExpertMath
+    kernel: Kernel | None
+    shape: _kernels.Shape | None
+
+
+def _shape(math: ExpertMath, kernel: Kernel) -> _kernels.Shape:
+    shape = _kernels.Shape()
+    shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
+    shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
+    shape.format = _FORMATS[math.format.name]
+    shape.activation = getattr(_kernels.Activation, kernel[0])
+    _, shape.alpha, shape.limit, shape.offset = kernel
+    return shape
 
 
 def run_linear(
@@ -167,6 +178,7 @@ class OneTokenAttention:
         projections: packed bytes, format, rows, columns and float32 bias of q, k and v.
         norms: float32 weight, offset and epsilon of q's and k's norm, as `rms_norm` takes them, or None.
         head: width of a head, a multiple of 16.
+        level: as in `CpuExperts`.
     """
 
     def __init__(
@@ -178,28 +190,26 @@ class OneTokenAttention:
         scaling: float,
         dtype: torch.dtype,
         threads: int,
+        level: str = "",
     ) -> None:
         assert _kernels is not None
         self._kept = (list(projections), list(norms))  # the kernels see addresses only
-        self.columns, self._head, self._scaling, self._threads = projections[0][3], head, scaling, threads
+        self._threads, self._level = threads, level
         kernel = self._kernel = _kernels.Attention()
         kernel.q, kernel.k, kernel.v = (
-            _kernels.linear(
-                packed.data_ptr(), _FORMATS[fmt.name], rows, columns, 0 if bias is None else bias.data_ptr()
-            )
+            _kernels.linear(packed.data_ptr(), _FORMATS[fmt.name], rows, columns, _address(bias))
             for packed, fmt, rows, columns, bias in projections
         )
-        kernel.head, kernel.scaling, kernel.type = head, scaling, _FORMATS[_TYPES[dtype]]
+        kernel.head, kernel.scaling, kernel.type = head, scaling, _FORMATS[FLOAT_FORMATS[dtype]]
         sizes = [(n[0].data_ptr(), n[0].numel(), n[1], n[2]) if n else (0, 1, 0.0, 0.0) for n in norms]
         kernel.set_norms(*sizes[0], *sizes[1])
-        self._query: Tensor | None = None
 
     def project(self, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Fill q [H * d], k and v [G * d] from x [D]; cosine and sine are [d], all of one dtype."""
         cosine, sine, x = cosine.contiguous(), sine.contiguous(), x.contiguous()
         self._kernel.project(
             _runner(self._threads),
-            "",
+            self._level,
             x.data_ptr(),
             cosine.data_ptr(),
             sine.data_ptr(),
@@ -215,10 +225,9 @@ class OneTokenAttention:
         Each head of the cache is one piece; heads may be any distance apart.
         """
         out = torch.empty_like(query)
-        self._query = query
         self._kernel.attend(
             _runner(self._threads),
-            "",
+            self._level,
             query.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
@@ -227,12 +236,6 @@ class OneTokenAttention:
             out.data_ptr(),
         )
         return out
-
-    def largest_score(self, keys: Tensor) -> float:
-        """Of the last query against keys [1, G, S, d]."""
-        assert self._query is not None
-        query = self._query.float().view(keys.shape[1], -1, self._head)  # [G, H / G, d]
-        return float((query @ keys[0].float().transpose(1, 2)).abs().max()) * self._scaling
 
 
 def levels() -> dict[str, bool]:
@@ -271,7 +274,7 @@ def _runner(threads: int) -> _kernels.Runner:
 
 def _readable(x: Tensor) -> Tensor:
     """Contiguous, in a dtype that the kernels read."""
-    return (x if x.dtype in _TYPES else x.float()).contiguous()
+    return (x if x.dtype in FLOAT_FORMATS else x.float()).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -279,7 +282,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _type_of(x: Tensor) -> _kernels.Format:
-    return _FORMATS[_TYPES[x.dtype]]
+    return _FORMATS[FLOAT_FORMATS[x.dtype]]
 
 
 def recognize(activation: Activation, has_gate: bool) -> Kernel | None:

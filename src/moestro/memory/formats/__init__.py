@@ -23,10 +23,14 @@ MATRIX_FORMATS: dict[str, MatrixFormat] = {
         Int4Format(),
     )
 }
+FLOAT_FORMATS: dict[torch.dtype, str] = {
+    fmt.dtype: name for name, fmt in MATRIX_FORMATS.items() if isinstance(fmt, FloatFormat)
+}
 FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}
 
 __all__ = [
     "BLOCK",
+    "FLOAT_FORMATS",
     "FORMATS",
     "GROUP",
     "MATRIX_FORMATS",

@@ -25,6 +25,7 @@ class MatrixFormat(ABC):
     """One way to write a matrix down."""
 
     name: str
+    is_quantized = True
 
     @abstractmethod
     def panel_bytes(self, columns: int) -> int:

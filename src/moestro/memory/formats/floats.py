@@ -15,6 +15,8 @@ class FloatFormat(MatrixFormat):
     of which is one operation away from a float32.
     """
 
+    is_quantized = False
+
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
         self.dtype = dtype

@@ -1,0 +1,213 @@
+"""Small operations as one call each: norms, one-token attention and its cache, against what they replace."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import DynamicCache
+
+from families import EXPERTS, save_model
+from moestro import load
+from moestro.attention import append, fuse_attention
+from moestro.compute.cpu import OneTokenAttention, levels, rms_norm
+from moestro.fuse import fuse
+from moestro.fused_norm import FusedRmsNorm
+from moestro.memory.formats import MATRIX_FORMATS
+
+# Four query heads on two key heads of 16.
+HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}
+LEVELS = [name for name, usable in levels().items() if usable]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norm_kernel_at_every_level(level: str, dtype: torch.dtype, offset: float) -> None:
+    for width in (1, 15, 16, 70, 2049):
+        x, weight = (torch.randn(3, width) * 5).to(dtype), torch.randn(width)
+        y = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        expected = y * (1 + weight) if offset else y.to(dtype).double() * weight
+        got = rms_norm(x, weight, offset, 1e-5, threads=2, level=level)
+        assert got.dtype == dtype
+        # Rounded twice where the family does so, each to half a place.
+        step = max(torch.finfo(dtype).eps, 1e-6)
+        assert ((got.double() - expected).abs() <= 1.5 * step * expected.abs() + 1e-7).all(), (width, level)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """[heads, d] in float64."""
+    first, second = x.chunk(2, -1)
+    return x * cosine.double() + torch.cat((-second, first), -1) * sine.double()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", ["plain", "whole", "each head"])
+def test_one_token_attention_at_every_level(level: str, dtype: torch.dtype, normed: str) -> None:
+    """Projection, norms, rotary embedding and attention against float64; outputs start as NaN."""
+    columns, head, heads, groups, scaling = 70, 48, 6, 2, 0.17
+    fmt = MATRIX_FORMATS["fp32"]
+    x, tolerance = torch.randn(columns).to(dtype), {torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 3e-2)
+    sizes = [heads * head, groups * head, groups * head]
+    matrices, biases = [torch.randn(size, columns) / 8 for size in sizes], [torch.randn(sizes[0]), None, None]
+    norms = [None if normed == "plain" else torch.randn(head if normed == "each head" else size) for size in sizes[:2]]
+    cosine, sine = (part(torch.rand(head // 2) * 6).repeat(2).to(dtype) for part in (torch.cos, torch.sin))
+    wanted: list[Tensor] = []
+    for matrix, bias, norm in zip(matrices, biases, [*norms, None], strict=True):
+        y = linear(x.double(), matrix.double(), None if bias is None else bias.double())
+        if norm is not None:
+            y = y.view(-1, norm.numel())
+            y = (y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm).flatten()
+        wanted.append(y.view(-1, head) if len(wanted) == 2 else _rotate(y.view(-1, head), cosine, sine))
+    for threads in (1, 3):
+        kernel = OneTokenAttention(
+            [(fmt.pack(m).flatten(), fmt, m.shape[0], columns, b) for m, b in zip(matrices, biases, strict=True)],
+            [None if norm is None else (norm, 0.0, 1e-6) for norm in norms],
+            head=head,
+            scaling=scaling,
+            dtype=dtype,
+            threads=threads,
+            level=level,
+        )
+        q, k, v = (torch.full((size,), torch.nan, dtype=dtype) for size in sizes)
+        kernel.project(x, cosine, sine, q, k, v)
+        for got, exact in zip((q, k, v), wanted, strict=True):
+            assert (got.double() - exact.flatten()).norm() <= tolerance * exact.norm()
+        for length in (1, 2, 17, 129):
+            room = torch.randn(2, 1, groups, length + 5, head).to(dtype)
+            keys, values = room[0, :, :, :length], room[1, :, :, :length]  # heads are not next to one another
+            got = kernel.attend(q, keys, values)
+            query = q.double().view(groups, -1, head)
+            share = (query @ keys[0].double().transpose(1, 2) * scaling).softmax(-1)  # [G, H / G, S]
+            exact = (share @ values[0].double()).flatten()
+            assert (got.double() - exact).norm() <= tolerance * exact.norm()
+
+
+class _Norm(nn.Module):
+    """A norm as families write it, with one thing that may differ."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.kind = nn.Parameter(torch.randn(70)), 1e-5, kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        if self.kind == "centred":
+            y = y - y.mean(-1, keepdim=True)
+        epsilon = 0.1 if self.kind == "other epsilon" else self.variance_epsilon
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + epsilon)
+        if self.kind == "one plus":
+            return (y * (1 + self.weight.float())).to(x.dtype)
+        return y.to(x.dtype) * (self.weight.abs() if self.kind == "absolute" else self.weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "one plus", "centred", "other epsilon", "absolute"])
+@torch.no_grad()
+def test_norms_are_known_by_what_they_compute(kind: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(_Norm(kind)).to(dtype)
+    before, weight = model[0], model[0].weight.clone()
+    fuse(model, threads=2)
+    assert torch.equal(before.weight, weight)  # trying it left no trace
+    assert isinstance(model[0], FusedRmsNorm) == (kind in ("plain", "one plus"))
+    for shape in [(1, 1, 70), (2, 600, 70)]:
+        x = torch.randn(shape).to(dtype)
+        torch.testing.assert_close(model(x), before(x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [16, 4])
+def test_tokens_are_equal_with_and_without_fusing(bits: int, tmp_path: Path) -> None:
+    save_model("olmoe", tmp_path)
+    ids = torch.randint(3, 100, (1, 12))
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    texts = []
+    for on in (True, False):
+        model = load(str(tmp_path), bits=bits, fuse=on, **ON_CPU)
+        assert any(isinstance(m, FusedRmsNorm) for m in model.modules()) == on
+        texts.append(model.generate(ids, **options))
+    assert torch.equal(*texts)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])  # without norms, over all heads, over each head
+@torch.no_grad()
+def test_one_token_attention(family: str, dtype: str, tmp_path: Path) -> None:
+    """Each step's logits with and without fusing, over a cache that grows, and a mask in between."""
+    # Every token to every expert: in 16 bits, a tie between two routes may fall either way.
+    save_model(family, tmp_path, HEADS | {"num_experts_per_tok": EXPERTS})
+    fused, plain = (load(str(tmp_path), fuse=on, **ON_CPU | {"dtype": dtype}) for on in (True, False))
+    assert all(type(layer.self_attn.forward).__name__ == "_FusedForward" for layer in fused.model.layers)
+    caches = [DynamicCache(), DynamicCache()]
+    tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
+    for step, count in enumerate([7, 1, 1, 3, 1, 1]):
+        ids = torch.randint(3, 100, (1, count))
+        a, b = (m(ids, past_key_values=c).logits.float() for m, c in zip((fused, plain), caches, strict=True))
+        assert (a - b).norm() <= tolerance * b.norm(), f"step {step}"
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 14
+
+
+@needs_kernels
+@torch.no_grad()
+def test_attention_that_differs_is_left_alone(tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path, HEADS)
+    model = load(str(tmp_path), fuse=False, **ON_CPU)
+    attention = model.model.layers[0].self_attn
+    original, scaling = attention.forward, attention.scaling
+    for wrong in ("scaling", "values"):
+        if wrong == "scaling":
+            attention.forward = lambda **given: _with(attention, "scaling", scaling * 1.1, original, given)
+        else:
+            attention.forward = lambda **given: (2 * original(**given)[0], None)
+        assert not fuse_attention(attention, 1), wrong
+    attention.forward = original
+    assert fuse_attention(attention, 1)
+
+
+def _with(module: Any, name: str, value: Any, function: Any, given: dict[str, Any]) -> Any:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return function(**given)
+    finally:
+        setattr(module, name, before)
+
+
+def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
+    """Appending, cropping, copying and replacing, against Transformers' own update."""
+    ours, theirs = DynamicCache(), DynamicCache()
+    for cache in (ours, theirs):
+        torch.manual_seed(1)
+        cache.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 0)
+    copies: list[Any] = []
+    for step in range(300):
+        k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+        got, wanted = append(ours, 0, k, v), theirs.update(k, v, 0)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        if step % 50 == 10:
+            copies.append((copy.deepcopy(ours), copy.copy(ours.layers[0]), theirs.layers[0].keys.clone()))
+        if step % 70 == 20:
+            for cache in (ours, theirs):
+                cache.crop(-3)
+        if step % 90 == 30:
+            for cache in (ours, theirs):
+                cache.reorder_cache(torch.tensor([0]))
+    for deep, shallow, keys in copies:
+        assert torch.equal(deep.layers[0].keys, keys)
+        held = SimpleNamespace(layers=[shallow])
+        length = shallow.keys.shape[-2]
+        append(held, 0, torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))  # a copy's token does not reach ours
+        assert shallow.keys.shape[-2] == length + 1
+    assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
