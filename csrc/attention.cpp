@@ -8,7 +8,6 @@ namespace {
 constexpr int64_t kPoolBytes = 1 << 17;  // of a cache that is worth waking other threads
 
 const uint8_t* bytes(const void* p) { return static_cast<const uint8_t*>(p); }
-int64_t size_of(Format type) { return type == Format::kFp32 ? 4 : 2; }
 
 }  // namespace
 

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
+#include "layer.h"
 
 namespace nb = nanobind;
 using namespace moestro;
@@ -75,6 +75,24 @@ void attend(const Attention& self, Runner& runner, const std::string& level_name
   nb::gil_scoped_release release;
   self.attend(runner, level, reinterpret_cast<const void*>(query), reinterpret_cast<const void*>(keys),
               reinterpret_cast<const void*>(values), length, apart, reinterpret_cast<void*>(out));
+}
+
+void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t cosine,
+                    uintptr_t sine, int64_t turned, uintptr_t keys, uintptr_t values, int64_t length, int64_t apart,
+                    uintptr_t hidden, uintptr_t normed) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
+           reinterpret_cast<const void*>(sine), turned, reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length,
+           apart, reinterpret_cast<void*>(hidden), reinterpret_cast<void*>(normed));
+}
+
+void route(const Router& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t logits,
+           uintptr_t scores, uintptr_t chosen) {
+  const Level& level = level_of(level_name);
+  nb::gil_scoped_release release;
+  self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(logits), reinterpret_cast<void*>(scores),
+           reinterpret_cast<int64_t*>(chosen));
 }
 
 double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {
@@ -149,6 +167,22 @@ NB_MODULE(_kernels, m) {
            })
       .def("project", &project)
       .def("attend", &attend);
+  nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, uintptr_t weight, float offset, float epsilon) {
+    new (self) Norm{reinterpret_cast<const float*>(weight), offset, epsilon};
+  });
+  nb::class_<FirstHalf>(m, "FirstHalf")
+      .def(nb::init<>())
+      .def_rw("attention", &FirstHalf::attention)
+      .def_rw("output", &FirstHalf::output)
+      .def_rw("before", &FirstHalf::before)
+      .def_rw("after", &FirstHalf::after)
+      .def("run", &run_first_half);
+  nb::class_<Router>(m, "Router")
+      .def("__init__", [](Router* self, uintptr_t weight, Format type, int64_t experts, int64_t hidden, int64_t top_k,
+                          bool normalized, Format score_type) {
+        new (self) Router{reinterpret_cast<const void*>(weight), type, experts, hidden, top_k, normalized, score_type};
+      })
+      .def("run", &route);
   nb::class_<Runner>(m, "Runner")
       .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("threads", &Runner::threads)

@@ -54,6 +54,8 @@ inline int64_t matrix_bytes(Format format, int64_t R, int64_t K) {
 }
 int64_t block_bytes(const Shape& shape);
 
+inline int64_t size_of(Format type) { return type == Format::kFp32 ? 4 : 2; }  // of an activation's types
+
 // Activations as they come: rows of fp32, fp16 or bf16.
 struct Input {
   const void* data;
@@ -138,6 +140,7 @@ struct Level {
                      float* row);
   void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, Format type, int64_t length, int64_t d,
                  float scaling, float* scores, float* out);
+  void (*dot_rows)(const float* x, const uint8_t* rows, Format type, int64_t count, int64_t K, float* out);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);

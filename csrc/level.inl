@@ -478,8 +478,9 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 
 #include "limits.inl"
 #include "norm.inl"
+#include "dots.inl"
 #include "attention.inl"
 
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, rms_norm, read_first, write_plain, rotate_row, attend, axpy, sum_of, fma_of};
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of};
 }

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moestro import conductor as conductor_module
 from moestro.compute.devices.emulated import EmulatedDevice
 from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
@@ -359,16 +358,16 @@ def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
         device.copy(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), urgent=True)
 
 
-def test_few_and_many_choices_are_grouped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    index, weights = torch.randint(0, 7, (20, 3)), torch.rand(20, 3) * (torch.rand(20, 3) < 0.8)
-    few = group_by_expert(index, weights, 6)
-    monkeypatch.setattr(conductor_module, "_FEW_CHOICES", 0)
-    many = group_by_expert(index, weights, 6)
-    assert list(few) == list(many)
-    for expert, routed in few.items():
-        assert torch.equal(routed.rows, many[expert].rows)
-        assert torch.equal(routed.weights, many[expert].weights)
-        assert routed.mass == pytest.approx(many[expert].mass)
+def test_one_token_is_grouped_as_one_of_many() -> None:
+    for _ in range(20):
+        index, weights = torch.randperm(8)[:4][None], torch.rand(1, 4) * (torch.rand(1, 4) < 0.8)
+        alone = group_by_expert(index, weights, 6)
+        among = group_by_expert(torch.cat((index, torch.full_like(index, 6))), torch.cat((weights, weights)), 6)
+        assert list(alone) == list(among)
+        for expert, routed in alone.items():
+            assert torch.equal(routed.rows, among[expert].rows)
+            assert torch.equal(routed.weights, among[expert].weights)
+            assert routed.mass == pytest.approx(among[expert].mass)
 
 
 def test_grouping_skips_the_sentinel_and_keeps_order() -> None:

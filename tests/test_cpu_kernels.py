@@ -231,7 +231,7 @@ def test_a_level_that_is_not_here_is_refused() -> None:
 def test_without_the_extension_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     math = ExpertMath(ExpertShape(hidden=24, neurons=100), FORMATS["bf16"], GATES["silu"])
     x, work, expected = _random_step(math, 4)
-    monkeypatch.setattr(cpu, "_kernels", None)
+    monkeypatch.setattr(cpu, "kernels", None)
     assert levels() == {}
     experts = CpuExperts(2)
     assert experts.kernel(math) is None

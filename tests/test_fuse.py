@@ -16,9 +16,12 @@ from transformers import DynamicCache
 from families import EXPERTS, save_model
 from moestro import load
 from moestro.attention import append, fuse_attention
-from moestro.compute.cpu import OneTokenAttention, levels, rms_norm
+from moestro.compute.cpu import levels, rms_norm
+from moestro.compute.one_token import Matrix, Norm, OneTokenAttention, OneTokenRouter
+from moestro.decoder_layer import fuse_decoder_layer
 from moestro.fuse import fuse
 from moestro.fused_norm import FusedRmsNorm
+from moestro.fused_router import fuse_router
 from moestro.memory.formats import MATRIX_FORMATS
 
 # Four query heads on two key heads of 16.
@@ -71,8 +74,10 @@ def test_one_token_attention_at_every_level(level: str, dtype: torch.dtype, norm
         wanted.append(y.view(-1, head) if len(wanted) == 2 else _rotate(y.view(-1, head), cosine, sine))
     for threads in (1, 3):
         kernel = OneTokenAttention(
-            [(fmt.pack(m).flatten(), fmt, m.shape[0], columns, b) for m, b in zip(matrices, biases, strict=True)],
-            [None if norm is None else (norm, 0.0, 1e-6) for norm in norms],
+            tuple(
+                Matrix(fmt.pack(m).flatten(), fmt, len(m), columns, b) for m, b in zip(matrices, biases, strict=True)
+            ),
+            tuple(None if norm is None else Norm(norm, 0.0, 1e-6) for norm in norms),
             head=head,
             scaling=scaling,
             dtype=dtype,
@@ -91,6 +96,37 @@ def test_one_token_attention_at_every_level(level: str, dtype: torch.dtype, norm
             share = (query @ keys[0].double().transpose(1, 2) * scaling).softmax(-1)  # [G, H / G, S]
             exact = (share @ values[0].double()).flatten()
             assert (got.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_router_kernel_at_every_level(level: str, dtype: torch.dtype) -> None:
+    for experts, width, top_k in [(4, 33, 2), (64, 70, 8), (130, 2048, 1), (7, 5, 7)]:
+        for normalized in (True, False):
+            weight, x = torch.randn(experts, width).to(dtype), torch.randn(width).to(dtype)
+            router = OneTokenRouter(
+                weight, top_k=top_k, normalized=normalized, score_dtype=torch.float32, threads=2, level=level
+            )
+            logits, scores, index = router.run(x)
+            exact = linear(x.double(), weight.double())
+            step = max(torch.finfo(dtype).eps, 1e-6)
+            assert (logits[0].double() - exact).norm() <= step * exact.norm()
+            shares, best = logits.float().softmax(-1).topk(top_k)
+            assert torch.equal(index, best)
+            torch.testing.assert_close(scores, shares / shares.sum() if normalized else shares, rtol=1e-5, atol=1e-8)
+
+
+@needs_kernels
+def test_equal_logits_are_chosen_as_torch_chooses() -> None:
+    ties = 0
+    for experts, top_k in [(8, 2), (64, 8), (128, 8), (256, 8), (600, 4)]:
+        for _ in range(30):
+            weight = torch.randint(-2, 3, (experts, 4)).float()
+            router = OneTokenRouter(weight, top_k=top_k, normalized=False, score_dtype=torch.float32, threads=1)
+            logits, _, index = router.run(torch.tensor([1.0, 0.5, 0.25, 0.125]).mul(4).round())
+            ties += len(logits.unique()) < experts
+            assert torch.equal(index, logits.softmax(-1).topk(top_k).indices)
+    assert ties > 100
 
 
 class _Norm(nn.Module):
@@ -149,7 +185,8 @@ def test_one_token_attention(family: str, dtype: str, tmp_path: Path) -> None:
     # Every token to every expert: in 16 bits, a tie between two routes may fall either way.
     save_model(family, tmp_path, HEADS | {"num_experts_per_tok": EXPERTS})
     fused, plain = (load(str(tmp_path), fuse=on, **ON_CPU | {"dtype": dtype}) for on in (True, False))
-    assert all(type(layer.self_attn.forward).__name__ == "_FusedForward" for layer in fused.model.layers)
+    assert all(type(layer.self_attn.forward).__name__ == "FusedAttention" for layer in fused.model.layers)
+    assert all(type(layer.forward).__name__ == "_FusedLayer" for layer in fused.model.layers)
     caches = [DynamicCache(), DynamicCache()]
     tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
     for step, count in enumerate([7, 1, 1, 3, 1, 1]):
@@ -174,6 +211,71 @@ def test_attention_that_differs_is_left_alone(tmp_path: Path) -> None:
         assert not fuse_attention(attention, 1), wrong
     attention.forward = original
     assert fuse_attention(attention, 1)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_decoder_layers_are_known_by_what_they_compute(tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path, HEADS)
+    model = load(str(tmp_path), fuse=False, **ON_CPU)
+    layer = model.model.layers[0]
+    fuse_attention(layer.self_attn, 1)
+    assert not fuse_decoder_layer(layer)  # its norms are not fused
+    fuse(model, 1)
+    assert all(type(layer.forward).__name__ == "_FusedLayer" for layer in model.model.layers)
+    assert all(type(layer.mlp.gate.forward).__name__ == "_FusedRouter" for layer in model.model.layers)
+    del layer.forward
+    original = layer.forward
+    layer.forward = lambda x, **given: original(x, **given) + 0.1 * x  # another residual sum
+    assert not fuse_decoder_layer(layer)
+    del layer.forward
+    assert fuse_decoder_layer(layer)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_router_that_chooses_otherwise_is_left_alone(tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path)
+    gate = load(str(tmp_path), fuse=False, **ON_CPU).model.layers[0].mlp.gate
+    original, random = gate.forward, torch.Generator().manual_seed(1)
+
+    def in_groups(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best of each half of the experts."""
+        logits = linear(x, gate.weight)
+        halves = logits.softmax(-1).unflatten(1, (2, -1)).max(-1)
+        index = halves.indices + torch.tensor([0, logits.shape[1] // 2])
+        return logits, halves.values / halves.values.sum(-1, keepdim=True), index
+
+    def scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores, index = original(x)
+        return logits, 2 * scores, index
+
+    with torch.no_grad():
+        gate.weight.normal_(generator=random)
+    for other in (in_groups, scaled, lambda x: original(x)[1:]):
+        gate.forward = other
+        assert not fuse_router(gate, 1)
+        assert gate.forward is other
+    gate.forward = original
+    assert fuse_router(gate, 1)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_who_listens_to_a_part_is_told(tmp_path: Path) -> None:
+    """A hook on a module that fused layers pass by, and router logits that were asked for."""
+    save_model("olmoe", tmp_path, HEADS)
+    model, ids = load(str(tmp_path), **ON_CPU), torch.randint(3, 100, (1, 5))
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    attention, heard = model.model.layers[0].self_attn, []
+    for part in (attention, attention.q_proj, model.model.layers[0].input_layernorm):
+        hook = part.register_forward_hook(lambda *_: heard.append(1))
+        out = model(ids[:, :1], past_key_values=cache, output_router_logits=True)
+        hook.remove()
+        assert heard.pop()
+        assert not heard
+        assert len(out.router_logits) == len(model.model.layers)
 
 
 def _with(module: Any, name: str, value: Any, function: Any, given: dict[str, Any]) -> Any:

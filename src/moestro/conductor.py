@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from operator import itemgetter
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ from .planning.contract import (
     check_moves,
 )
 
-_FEW_CHOICES = 128  # tokens x top-k
+_FIRST_ROW = torch.zeros(1, dtype=torch.int64)
 
 
 @dataclass(slots=True)
@@ -58,8 +59,7 @@ class Counters:
     moved_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
+class Routed(NamedTuple):
     """The tokens of one expert in a step: rows int64 [n], routing weights float32 [n] and their sum."""
 
     rows: Tensor
@@ -79,14 +79,13 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
     Returns:
         expert -> its tokens, in ascending order of expert, only experts with at least one token.
     """
-    top_k = index.shape[-1]
-    if index.numel() <= _FEW_CHOICES:
-        return _group_few(index.flatten().tolist(), weights.flatten().tolist(), experts, top_k)
+    if index.shape[0] == 1 and (alone := _group_one_token(index, weights, experts)) is not None:
+        return alone
     flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
     order = torch.argsort(flat, stable=True)  # [T*K]
     counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
     masses = torch.bincount(flat, weights.reshape(-1), minlength=experts + 1).tolist()
-    rows, sorted_weights = order // top_k, weights.reshape(-1)[order]
+    rows, sorted_weights = order // index.shape[1], weights.reshape(-1)[order]
     groups: dict[int, Routed] = {}
     start = 0
     for expert, count in enumerate(counts):
@@ -97,17 +96,14 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
     return groups
 
 
-def _group_few(index: list[int], weights: list[float], experts: int, top_k: int) -> dict[int, Routed]:
-    """The same without torch's sorting, whose operations cost more than they do for a decode step's few choices."""
-    chosen = sorted((expert, i) for i, expert in enumerate(index) if expert < experts and weights[i] != 0)
-    rows = torch.tensor([i // top_k for _, i in chosen], dtype=torch.int64)
-    sorted_weights = torch.tensor([weights[i] for _, i in chosen])
-    masses: dict[int, list[float]] = {}
-    for expert, i in chosen:
-        masses.setdefault(expert, []).append(weights[i])
-    sizes = [len(mass) for mass in masses.values()]
-    parts = zip(masses.items(), *(part.split_with_sizes(sizes) for part in (rows, sorted_weights)), strict=True)
-    return {expert: Routed(row, weight, sum(mass)) for (expert, mass), row, weight in parts}
+def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
+    """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
+    masses: list[float] = weights[0].tolist()
+    choices = zip(index[0].tolist(), weights.view(-1, 1).unbind(), masses, strict=True)
+    ours = [choice for choice in choices if choice[0] < experts and choice[2] != 0]
+    ours.sort(key=itemgetter(0))
+    groups = {expert: Routed(_FIRST_ROW, part, mass) for expert, part, mass in ours}
+    return groups if len(groups) == len(ours) else None
 
 
 @dataclass
@@ -148,7 +144,6 @@ class Conductor:
             check_moves(moves, self.view, self.spec, "before the first layer")
             self._start(moves)
 
-    @torch.no_grad()
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer, weighted and summed.
 
@@ -306,7 +301,7 @@ class LiveView:
 
     def ready_s(self, expert: Expert, at: Place) -> float:
         if at is RAM or at == RAM:
-            return self.now_s if expert in self.conductor.store else float("inf")
+            return 0.0 if expert in self.conductor.store else float("inf")
         slot = self.conductor.slots.find(expert) if at == GPU0 else None
         if slot is None:
             return float("inf")

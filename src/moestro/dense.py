@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .compute.cpu import levels, run_linear
+from .compute.one_token import Matrix
 from .errors import refuse_gradients
 from .families import expert_modules
 from .memory.formats import PANEL, MatrixFormat
@@ -48,7 +49,8 @@ class PackedLinear(nn.Module):
         self.weight_dtype = linear.weight.dtype
         self.packed = packed  # no buffer: it moves to no device
         self.bias = linear.bias
-        self.float_bias = None if linear.bias is None else linear.bias.detach().float()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias)
 
     @property
     def weight(self) -> Tensor:
@@ -58,7 +60,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
         refuse_gradients(x)
-        return run_linear(self.packed, self.fmt, self.out_features, x, self.float_bias, threads=self.threads)
+        m = self.matrix
+        return run_linear(m.packed, m.fmt, m.rows, x, m.bias, threads=self.threads)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.fmt.name}"

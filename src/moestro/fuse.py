@@ -1,23 +1,26 @@
 """Fewer operations in a decode step: what is swapped in a loaded model whose dense part is on the CPU.
 
-At one token a layer's small operations cost more host time than its kernels wait for memory. Norms become one call
-each and single-token attention two; what is not recognized stays as it is. Tokens are the same either way.
+At one token a layer's small operations cost more host time than its kernels wait for memory. Norms and routers become
+one call each, single-token attention two, and all that stands before a layer's experts one; what is not recognized
+stays as it is. Tokens are the same either way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .attention import fuse_attention
 from .compute.cpu import levels
+from .config import METHOD
+from .decoder_layer import fuse_decoder_layer
 from .families import expert_modules
 from .fused_norm import as_rms_norm
+from .fused_router import fuse_router
 from .routers import find_router
-
-_FEW_TOKENS = 4
 
 
 @torch.no_grad()
@@ -25,10 +28,12 @@ def fuse(model: nn.Module, threads: int) -> None:
     """Swap what can be fused in a loaded model on the CPU."""
     if not levels():
         return
-    for name in expert_modules(model):
+    for name, experts in expert_modules(model).items():
+        # Transformers looks the function up in the config anew for each call, which takes 20 us.
+        experts.forward = partial(ALL_EXPERTS_FUNCTIONS[METHOD], experts)
         router = find_router(model, name)
-        if router is not None and next(router.parameters()).dtype != torch.float32:
-            _spare_small_products(router)
+        if router is not None:
+            fuse_router(router, threads)
     for name, module in list(model.named_modules()):
         norm = as_rms_norm(module, threads)
         if norm is not None:
@@ -36,21 +41,5 @@ def fuse(model: nn.Module, threads: int) -> None:
             setattr(model.get_submodule(parent), leaf, norm)
     for module in model.modules():
         fuse_attention(module, threads)
-
-
-def _spare_small_products(router: nn.Module) -> None:
-    """Have a router's few tokens multiplied by torch itself: oneDNN's 16-bit product costs 70 us before it starts."""
-    forward = router.forward
-
-    def spared(*args: Any, **kwargs: Any) -> Any:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is None or x.numel() > _FEW_TOKENS * x.shape[-1]:
-            return forward(*args, **kwargs)
-        before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
-
-    router.forward = spared
+    for module in model.modules():
+        fuse_decoder_layer(module)

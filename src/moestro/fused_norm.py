@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .compute.cpu import rms_norm
+from .compute.one_token import Norm
 from .errors import refuse_gradients
 from .memory.formats import FLOAT_FORMATS
 
@@ -23,13 +24,13 @@ class FusedRmsNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, offset: float, epsilon: float, threads: int) -> None:
         super().__init__()
-        self.weight, self.offset, self.epsilon, self.threads = weight, offset, epsilon, threads
-        self.float_weight = weight.detach().float()
+        self.weight, self.threads = weight, threads
+        self.norm = Norm(weight.detach().float(), offset, epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         refuse_gradients(x)
-        return rms_norm(x.contiguous(), self.float_weight, self.offset, self.epsilon, threads=self.threads)
+        return rms_norm(x.contiguous(), *self.norm, threads=self.threads)
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from .errors import CheckpointError, ModelError, refuse_gradients
 from .families import expert_modules
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Transformers' experts interface: [..., D], [T, K], [T, K] -> [..., D].
 
@@ -38,13 +37,19 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             'experts_implementation="moestro" needs quantization_config=MoestroConfig(...) in from_pretrained, '
             "or use moestro.load"
         )
+    if torch.compiler.is_compiling():
+        out: Tensor = _outside_of_graphs(module, hidden_states, top_k_index, top_k_weights)
+        return out
     refuse_gradients(hidden_states)
+    refuse_gradients(top_k_weights)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
     index = top_k_index.reshape(x.shape[0], -1)
-    out = layer.conductor.run_layer(layer.index, x, index, top_k_weights.reshape(index.shape))
-    return out.view(hidden_states.shape)
+    combined = layer.conductor.run_layer(layer.index, x, index, top_k_weights.reshape(index.shape))
+    return combined.view(hidden_states.shape)
 
 
+# Not around the function itself, where it would cost each eager call some microseconds.
+_outside_of_graphs = torch.compiler.disable(experts_forward)
 ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_forward)
 
 

@@ -57,6 +57,36 @@ class Attention:
         self, runner: Runner, level: str, query: int, keys: int, values: int, length: int, apart: int, out: int
     ) -> None: ...
 
+class Norm:
+    def __init__(self, weight: int, offset: float, epsilon: float) -> None: ...
+
+class FirstHalf:
+    attention: Attention
+    output: Linear
+    before: Norm
+    after: Norm
+    def run(
+        self,
+        runner: Runner,
+        level: str,
+        x: int,
+        cosine: int,
+        sine: int,
+        turned: int,
+        keys: int,
+        values: int,
+        length: int,
+        apart: int,
+        hidden: int,
+        normed: int,
+    ) -> None: ...
+
+class Router:
+    def __init__(
+        self, weight: int, type: Format, experts: int, hidden: int, top_k: int, normalized: bool, score_type: Format
+    ) -> None: ...
+    def run(self, runner: Runner, level: str, x: int, logits: int, scores: int, chosen: int) -> None: ...
+
 class Runner:
     def __init__(self, threads: int, cpus: Sequence[int]) -> None: ...
     @property

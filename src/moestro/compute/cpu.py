@@ -1,7 +1,7 @@
 """What the compiled kernels calculate on the CPU, bound to tensors; the machine's limits beside it.
 
-Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), norms (`rms_norm`) and
-what stands around the cache for one token (`OneTokenAttention`). A layer's experts run in the kernels when their
+Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`) and norms (`rms_norm`);
+what goes together for a single token is in one_token.py. A layer's experts run in the kernels when their
 format, and their family's gate, is one that the kernels have, else in the torch twin. Which gate it is, is found
 by trying the family's own function on numbers, not by its name.
 
@@ -27,11 +27,11 @@ from ..memory.formats import FLOAT_FORMATS, MatrixFormat
 from .experts import Activation, ExpertMath, ExpertWork, run_experts
 
 try:
-    from . import _kernels
+    from . import _kernels as kernels
 except ImportError:  # a pure wheel: no compiler was there when it was built
-    _kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]
 
-_FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
+KERNEL_FORMATS = {} if kernels is None else dict(kernels.Format.__members__)
 
 Kernel = tuple[str, float, float, float]  # gate's name in the kernels; alpha, limit and offset of the clamped one
 
@@ -61,9 +61,9 @@ class CpuExperts:
         return known
 
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
-        if _kernels is None or self._level == "torch" or math.post_norm is not None:
+        if kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        if math.format.name not in _FORMATS:
+        if math.format.name not in KERNEL_FORMATS:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -74,18 +74,22 @@ class CpuExperts:
             run_experts(math, x, work, out)
             return
         x = _readable(x)  # [T, D]
-        # Kept in a list until the call is over: the kernels see addresses only.
-        rows = [w.rows.contiguous() for w in work]
-        weights = [w.weights.float().contiguous() for w in work]
-        _runner(self._threads).run(
+        runner(self._threads).run(
             self._level,
             shape,
             x.data_ptr(),
-            _type_of(x),
+            type_of(x),
             x.shape[0],
             [
-                (w.packed.data_ptr(), w.neurons.start, w.neurons.stop, r.data_ptr(), c.data_ptr(), r.numel())
-                for w, r, c in zip(work, rows, weights, strict=True)
+                (
+                    packed.data_ptr(),
+                    neurons.start,
+                    neurons.stop,
+                    rows.data_ptr(),
+                    weights.data_ptr(),
+                    rows.shape[0],
+                )
+                for packed, neurons, rows, weights in work
             ],
             out.data_ptr(),
         )
@@ -97,15 +101,15 @@ class _Known:
 
     math: ExpertMath
     kernel: Kernel | None
-    shape: _kernels.Shape | None
+    shape: kernels.Shape | None
 
 
-def _shape(math: ExpertMath, kernel: Kernel) -> _kernels.Shape:
-    shape = _kernels.Shape()
+def _shape(math: ExpertMath, kernel: Kernel) -> kernels.Shape:
+    shape = kernels.Shape()
     shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
     shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
-    shape.format = _FORMATS[math.format.name]
-    shape.activation = getattr(_kernels.Activation, kernel[0])
+    shape.format = KERNEL_FORMATS[math.format.name]
+    shape.activation = getattr(kernels.Activation, kernel[0])
     _, shape.alpha, shape.limit, shape.offset = kernel
     return shape
 
@@ -123,21 +127,21 @@ def run_linear(
     Returns:
         [..., rows], in the dtype of `x`.
     """
-    if _kernels is None or level == "torch":
+    if kernels is None or level == "torch":
         weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(x.shape[-1])), x.shape[-1], torch.float32)[:rows]
         return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
     x = _readable(x)
     out = x.new_empty((*x.shape[:-1], rows))
     columns = x.shape[-1]
-    _runner(threads).run_linear(
+    runner(threads).run_linear(
         level,
         packed.data_ptr(),
-        _FORMATS[fmt.name],
+        KERNEL_FORMATS[fmt.name],
         rows,
         columns,
-        _address(bias),
+        address(bias),
         x.data_ptr(),
-        _type_of(x),
+        type_of(x),
         x.numel() // columns,
         out.data_ptr(),
     )
@@ -154,13 +158,13 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
     Returns:
         [..., D], in the dtype of x.
     """
-    assert _kernels is not None
+    assert kernels is not None
     out = torch.empty_like(x)
     columns = x.shape[-1]
-    _runner(threads).rms_norm(
+    runner(threads).rms_norm(
         level,
         x.data_ptr(),
-        _type_of(x),
+        type_of(x),
         x.numel() // columns,
         columns,
         weight.data_ptr(),
@@ -171,87 +175,20 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
     return out
 
 
-class OneTokenAttention:
-    """What stands before and behind the cache when one token goes through an attention layer.
-
-    Args:
-        projections: packed bytes, format, rows, columns and float32 bias of q, k and v.
-        norms: float32 weight, offset and epsilon of q's and k's norm, as `rms_norm` takes them, or None.
-        head: width of a head, a multiple of 16.
-        level: as in `CpuExperts`.
-    """
-
-    def __init__(
-        self,
-        projections: Sequence[tuple[Tensor, MatrixFormat, int, int, Tensor | None]],
-        norms: Sequence[tuple[Tensor, float, float] | None],
-        *,
-        head: int,
-        scaling: float,
-        dtype: torch.dtype,
-        threads: int,
-        level: str = "",
-    ) -> None:
-        assert _kernels is not None
-        self._kept = (list(projections), list(norms))  # the kernels see addresses only
-        self._threads, self._level = threads, level
-        kernel = self._kernel = _kernels.Attention()
-        kernel.q, kernel.k, kernel.v = (
-            _kernels.linear(packed.data_ptr(), _FORMATS[fmt.name], rows, columns, _address(bias))
-            for packed, fmt, rows, columns, bias in projections
-        )
-        kernel.head, kernel.scaling, kernel.type = head, scaling, _FORMATS[FLOAT_FORMATS[dtype]]
-        sizes = [(n[0].data_ptr(), n[0].numel(), n[1], n[2]) if n else (0, 1, 0.0, 0.0) for n in norms]
-        kernel.set_norms(*sizes[0], *sizes[1])
-
-    def project(self, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Fill q [H * d], k and v [G * d] from x [D]; cosine and sine are [d], all of one dtype."""
-        cosine, sine, x = cosine.contiguous(), sine.contiguous(), x.contiguous()
-        self._kernel.project(
-            _runner(self._threads),
-            self._level,
-            x.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            cosine.numel(),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-        )
-
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """softmax(q K^T * scaling) V: query [H * d], keys and values [1, G, S, d] -> [H * d].
-
-        Each head of the cache is one piece; heads may be any distance apart.
-        """
-        out = torch.empty_like(query)
-        self._kernel.attend(
-            _runner(self._threads),
-            self._level,
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[-2],
-            keys.stride(1),
-            out.data_ptr(),
-        )
-        return out
-
-
 def levels() -> dict[str, bool]:
     """ISA levels that are compiled in, best first, and whether this CPU runs each; empty without kernels."""
-    return dict(_kernels.levels()) if _kernels is not None else {}
+    return dict(kernels.levels()) if kernels is not None else {}
 
 
 def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:
     """How fast a summing loop reads a float32 tensor, in GB/s (1e9 bytes a second)."""
     size_bytes = memory.numel() * 4
-    return size_bytes / _runner(threads).read_seconds("", memory.data_ptr(), size_bytes, prefetch_floats) / 1e9
+    return size_bytes / runner(threads).read_seconds("", memory.data_ptr(), size_bytes, prefetch_floats) / 1e9
 
 
 def fma_gflops(threads: int) -> float:
     """How fast a register-only loop multiplies and adds in float32, in 1e9 operations a second."""
-    return _runner(threads).fma_flops("", 20_000_000) / 1e9
+    return runner(threads).fma_flops("", 20_000_000) / 1e9
 
 
 def core_cpus() -> list[int]:
@@ -266,10 +203,10 @@ def core_cpus() -> list[int]:
 
 
 @functools.cache
-def _runner(threads: int) -> _kernels.Runner:
+def runner(threads: int) -> kernels.Runner:
     """One pool for each number of threads, shared by all models of the process."""
     cpus = core_cpus()
-    return _kernels.Runner(threads, cpus if threads <= len(cpus) else [])
+    return kernels.Runner(threads, cpus if threads <= len(cpus) else [])
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -277,12 +214,13 @@ def _readable(x: Tensor) -> Tensor:
     return (x if x.dtype in FLOAT_FORMATS else x.float()).contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor begins; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _type_of(x: Tensor) -> _kernels.Format:
-    return _FORMATS[FLOAT_FORMATS[x.dtype]]
+def type_of(x: Tensor) -> kernels.Format:
+    return KERNEL_FORMATS[FLOAT_FORMATS[x.dtype]]
 
 
 def recognize(activation: Activation, has_gate: bool) -> Kernel | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +39,11 @@ class ExpertMath:
     post_norm: Callable[[Tensor], Tensor] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertWork:
+class ExpertWork(NamedTuple):
     """One expert's share of one layer step.
 
     packed: uint8 bytes of the whole expert. neurons: the share of [0, F). rows: int64 [n], the tokens
-    routed to it. weights: float32 [n], their routing weights.
+    routed to it. weights: float32 [n], their routing weights. All contiguous.
     """
 
     packed: Tensor

@@ -1,0 +1,53 @@
+// Rows as they lie in memory, not in panels, each times one vector: keys of a cache, a router's weights.
+
+namespace {
+
+struct ReadFp32 {
+  static constexpr int kBytes = 4;
+  static V load(const uint8_t* p, int64_t i) { return V::load(reinterpret_cast<const float*>(p) + i); }
+  static float one(const uint8_t* p, int64_t i) { return reinterpret_cast<const float*>(p)[i]; }
+};
+struct ReadFp16 {
+  static constexpr int kBytes = 2;
+  static V load(const uint8_t* p, int64_t i) { return V::load_fp16(p + 2 * i); }
+  static float one(const uint8_t* p, int64_t i) { return scalar_from_fp16(reinterpret_cast<const uint16_t*>(p)[i]); }
+};
+struct ReadBf16 {
+  static constexpr int kBytes = 2;
+  static V load(const uint8_t* p, int64_t i) { return V::load_bf16(p + 2 * i); }
+  static float one(const uint8_t* p, int64_t i) { return scalar_from_bf16(reinterpret_cast<const uint16_t*>(p)[i]); }
+};
+
+// Calls do_with(reader) with the reader of that type.
+template <class Do>
+inline void with_reader(Format type, Do do_with) {
+  if (type == Format::kFp32) do_with(ReadFp32());
+  else if (type == Format::kFp16) do_with(ReadFp16());
+  else do_with(ReadBf16());
+}
+
+template <int R, class Reader>
+inline void dot_some(Reader read, const float* x, const uint8_t* rows, int64_t K, float* out) {
+  V acc[R];
+  for (int r = 0; r < R; ++r) acc[r] = V::zero();
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    const V xv = V::load(x + k);
+    for (int r = 0; r < R; ++r) acc[r] = fma(xv, read.load(rows + r * K * read.kBytes, k), acc[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    out[r] = sum(acc[r]);
+    for (int64_t i = k; i < K; ++i) out[r] += x[i] * read.one(rows + r * K * read.kBytes, i);
+  }
+}
+
+// out[r] = rows[r, :] . x, for rows [count, K] that are four streams where there are so many.
+void dot_rows(const float* x, const uint8_t* rows, Format type, int64_t count, int64_t K, float* out) {
+  with_reader(type, [&](auto read) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) dot_some<4>(read, x, rows + r * K * read.kBytes, K, out + r);
+    for (; r < count; ++r) dot_some<1>(read, x, rows + r * K * read.kBytes, K, out + r);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,37 @@
+// One token through a decoder layer: all that stands before its experts, and its router's choice of them.
+#pragma once
+
+#include "attention.h"
+
+namespace moestro {
+
+struct Norm {
+  const float* weight = nullptr;
+  float offset = 0, epsilon = 0;
+};
+
+// hidden = x + attention(norm(x)); normed = norm(hidden).
+struct FirstHalf {
+  Attention attention;
+  Linear output;  // of the attention
+  Norm before, after;
+
+  // x, hidden and normed [D], cosine and sine [turned], all of the attention's type. keys and values [G, length, d],
+  // heads `apart` elements apart: the last of them is the token's own and written here.
+  void run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
+           void* keys, void* values, int64_t length, int64_t apart, void* hidden, void* normed) const;
+};
+
+// Softmax over all experts, then the best k of them.
+struct Router {
+  const void* weight = nullptr;  // [E, D]
+  Format type = Format::kBf16;   // of weight, activations and logits
+  int64_t experts = 0, hidden = 0, top_k = 0;
+  bool normalized = false;  // the k scores sum to 1
+  Format score_type = Format::kBf16;
+
+  // x [D] -> logits [E], scores [k], chosen [k], best first, equals as torch.topk orders them.
+  void run(Runner& runner, const Level& level, const void* x, void* logits, void* scores, int64_t* chosen) const;
+};
+
+}  // namespace moestro
