@@ -21,10 +21,11 @@ using moestro::LinearItem;
 using moestro::Scratch;
 using moestro::Shape;
 
-enum class Packing : int { kFloats, kWhole, kFloatTiles, kWholeTiles };
+enum class Packing : int { kFloats, kWhole, kBytePlanes, kFloatTiles, kWholeTiles };
 
 // Tokens packed for the products, in tiles: floats [K][N] of each tile, one tile after another, or 16-bit
-// integers [K / 2][N][2] with a scale and a sum [K / 64][N] of each group of columns; or as amx.inl says.
+// integers [K / 2][N][2], or their bytes in the order of to_byte_planes, with a scale and a sum [K / 64][N] of each
+// group of columns; or as amx.inl says.
 struct Tokens {
   int64_t count, columns;  // columns rounded up to groups
   Packing as;
@@ -41,7 +42,7 @@ struct Tokens {
   }
   bool tiled() const { return as == Packing::kFloatTiles || as == Packing::kWholeTiles; }
   int64_t tiles() const {
-    const int64_t most = tiled() ? 16 : as == Packing::kWhole ? V::kWholeTokens : V::kTokens;
+    const int64_t most = tiled() ? 16 : as == Packing::kFloats ? V::kTokens : V::kWholeTokens;
     return (count + most - 1) / most;
   }
   int64_t tile_rows() const { return (count + tiles() - 1) / tiles(); }  // of matrix tiles
@@ -63,11 +64,11 @@ inline void pack_floats(const float* row, int64_t columns, int64_t N, float* to)
   for (int64_t k = 0; k < columns; ++k) to[k * N] = row[k];
 }
 
-// A group of x as 16-bit integers, 15 bits and a sign of its largest: returns their scale, and the group's sum.
+// A group of x as 16-bit integers, near 15 bits and a sign of its largest: returns their scale, and the group's sum.
 inline float whole_of(const float* x, int16_t* whole, float* group_sum) {
   V most = V::zero();
   for (int64_t k = 0; k < kGroup; k += W) most = vmax(most, vabs(V::load(x + k)));
-  const float top = largest(most), scale = top / 32767.0f;
+  const float top = largest(most), scale = top / 32639.0f;  // two signed bytes: 127 * 256 + 127
   const V inverse = V::set(scale > 1e-35f ? 1.0f / scale : 0.0f);
   V total = V::zero();
   for (int64_t k = 0; k < kGroup; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
@@ -75,10 +76,15 @@ inline float whole_of(const float* x, int16_t* whole, float* group_sum) {
   return scale;
 }
 
-inline void pack_whole(const float* row, int64_t columns, int64_t N, int16_t* to, float* scales, float* sums) {
+inline void pack_whole(const float* row, int64_t columns, int64_t N, Packing as, int16_t* to, float* scales, float* sums) {
   for (int64_t g = 0; g < columns / kGroup; ++g) {
     int16_t whole[kGroup];
     scales[g * N] = whole_of(row + g * kGroup, whole, &sums[g * N]);
+#if defined(MOESTRO_BYTE_DOTS)
+    if (as == Packing::kBytePlanes) to_byte_planes(whole, kGroup);
+#else
+    (void)as;
+#endif
     for (int64_t j = 0; j < kGroup / 2; ++j) memcpy(to + (g * kGroup / 2 + j) * 2 * N, whole + 2 * j, 4);
   }
 }
@@ -108,7 +114,8 @@ template <class F> void tile_product(const Panels&, int64_t, int64_t, int64_t, c
 template <class F>
 inline Packing packing_of(int64_t n) {
   if (n >= tiles_from<F>()) return IsQuantized<F>::value ? Packing::kWholeTiles : Packing::kFloatTiles;
-  return IsQuantized<F>::value && n <= moestro::kThinTokens ? Packing::kWhole : Packing::kFloats;
+  if (!IsQuantized<F>::value || n > moestro::kThinTokens) return Packing::kFloats;
+  return F::kFormat == Format::kInt4 && kHasByteDots ? Packing::kBytePlanes : Packing::kWhole;
 }
 
 // Packs columns [begin, begin + count), both whole groups, of n rows; row(t) gives those of the t-th.
@@ -120,7 +127,7 @@ inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
     for (int64_t t = 0; t < N; ++t) {
       const float* x = row(first + t);
       if (to.as == Packing::kFloats) pack_floats(x, count, N, to.floats + at + t);
-      else pack_whole(x, count, N, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t);
+      else pack_whole(x, count, N, to.as, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t);
     }
   });
 }
@@ -179,12 +186,12 @@ inline void multiply_whole(const Panels& to, const int16_t* x, const float* scal
         I w[Q::kPairs][VP];
         const uint8_t* at = group + p * to.stride + Q::kHeader + s * Q::kStepBytes;
         prefetch(at + kAhead);
-        Q::load(at, w);
+        Q::factors(at, w);
         for (int j = 0; j < Q::kPairs; ++j)
           for (int t = 0; t < N; ++t)
             for (int v = 0; v < VP; ++v) {
               I& sum = dots[p][j % 2][t][v];
-              sum = dot_pairs(w[j][v], I::set_pair(x + 2 * ((s * Q::kPairs + j) * N + t)), sum);
+              sum = Q::dot(w[j][v], I::set_pair(x + 2 * ((s * Q::kPairs + j) * N + t)), sum);
             }
       }
     }

@@ -104,6 +104,21 @@ inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd,
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
 #endif
 }
+#if defined(__AVX512VNNI__)
+#define MOESTRO_BYTE_DOTS
+template <int N> inline I shift_left32(I a) { return {_mm512_slli_epi32(a.v, N)}; }
+inline I dot_bytes(I a, I b, I sum) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }  // bytes: a unsigned, b signed
+// Eight 16-bit integers q as two signed bytes each, q = 256 high + low, |q| at most 32639: the high bytes of elements
+// 0 4 1 5, their low bytes, then those of 2 6 3 7, which is the order of Int4's nibbles.
+inline void to_byte_planes(int16_t* q, int64_t count) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14));
+  for (int64_t i = 0; i < count; i += 32) {
+    const __m512i whole = _mm512_loadu_si512(q + i), high = _mm512_add_epi16(whole, _mm512_set1_epi16(128));
+    const __m512i both = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, whole, high);
+    _mm512_storeu_si512(q + i, _mm512_shuffle_epi8(both, order));
+  }
+}
+#endif
 inline V to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline V even_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, 16), 16))}; }
 inline V odd_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(a.v, 16))}; }
