@@ -11,32 +11,43 @@ import torch
 from moestro import cli
 from moestro.bench import kernels
 from moestro.bench.kernels import last_level_cache_bytes, measure_kernels, plausible_weights
-from moestro.compute.cpu import levels
+from moestro.compute.cpu import CpuExperts, best_level, levels
 from moestro.errors import RequestError
 
+TOY_BYTES = 256 * 2**20
+AMX_FLOPS = 16  # of a core's bf16 tiles, for each that its two AVX-512 units do: 1,024 and 64 a cycle
 BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8.25, "int4": 4.5}  # of a weight
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 
 
 @needs_kernels
 def test_rows_and_limits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = measure_kernels(shapes=["qwen3-30b-a3b"], tokens=[1, 20], rounds=1, read_bytes=256 * 2**20, threads=2)
+    report = measure_kernels(shapes=["qwen3-30b-a3b"], tokens=[1, 20], rounds=1, read_bytes=TOY_BYTES, threads=2)
+    assert report.level == best_level()
     assert report.read_limit_gbps > 0.5
     assert report.fma_limit_gflops > 1
     assert [(row.format, row.tokens) for row in report.rows] == [(f, n) for f in BITS for n in (1, 20)]
     for row in report.rows:
         assert row.gbps > 0
-        assert row.fma_share > 0
+        assert 0 < row.fma_share < (AMX_FLOPS if report.level == "amx" else 1.2)
         assert row.gflops == pytest.approx(row.gbps * row.tokens * 16 / BITS[row.format], rel=0.01)
     monkeypatch.setattr(kernels, "measure_kernels", lambda **_: report)
-    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", "--json"])
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", "--no-rivals", "--json"])
     with pytest.raises(SystemExit):
         cli.main()
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"read_limit_gbps", "fma_limit_gflops", "rows"} <= printed.keys()
     assert {"shape", "format", "tokens", "gbps", "gflops", "share"} <= printed["rows"][0].keys()
+    assert printed["rivals"] == []
     report.print()
     assert "read limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("level", [name for name, usable in levels().items() if usable and name != "amx"])
+def test_no_level_without_amx_passes_the_fma_limit(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CpuExperts", lambda threads: CpuExperts(threads, level))
+    report = measure_kernels(shapes=["qwen3-30b-a3b"], tokens=[64], rounds=3, read_bytes=TOY_BYTES, threads=1)
+    assert all(0 < row.fma_share < 1.2 for row in report.rows), report.rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -33,7 +33,11 @@ def start():
         raise FileNotFoundError("no such model")
     if sys.argv[1] == "silent":
         time.sleep(60)
-    return {"version": "1.2"}, {"double": lambda number: 2 * number, "chatter": chatter, "die": die, "sleep": sleep}
+    handlers = {"double": lambda number: 2 * number, "chatter": chatter, "die": die, "sleep": sleep, "policy": policy}
+    return {"version": "1.2"}, handlers
+
+def policy():
+    return os.environ.get("OMP_WAIT_POLICY")
 
 def chatter(lines):
     for _ in range(lines):
@@ -48,7 +52,7 @@ def die(number):
     os.kill(os.getpid(), number)
     time.sleep(60)
 
-serve(start)
+serve(start, ours=sys.argv[1] == "ours")
 """
 
 Fake = Callable[..., Worker]
@@ -80,6 +84,14 @@ def test_a_refused_question_does_not_cost_the_worker(fake: Fake) -> None:
         with pytest.raises(RequestError, match="KeyError: 'triple'"):
             worker.ask("triple")
         assert worker.ask("double", number=1) == 2
+
+
+def test_only_our_own_worker_waits_as_moestro_asks(fake: Fake) -> None:
+    assert os.environ["OMP_WAIT_POLICY"]  # importing moestro sets it, here and in each worker
+    with fake() as worker:
+        assert worker.ask("policy") is None
+    with fake("ours") as worker:
+        assert worker.ask("policy") == os.environ["OMP_WAIT_POLICY"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])

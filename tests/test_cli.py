@@ -24,6 +24,7 @@ from moestro.planning.budget import parse_bytes
 
 DEMO = str(Path(moestro.__file__).parent / "demo")
 PROMPT = "Once upon a time"
+BENCHES = ("load", "kernels", "decode")
 
 
 def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:
@@ -121,7 +122,9 @@ def test_doctor(run) -> None:  # type: ignore[no-untyped-def]
     assert json.loads(run("doctor", "--json")[0])["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["doctor"], ["bench"], ["bench", "load"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["chat"], ["doctor"], ["bench"], *(["bench", name] for name in BENCHES)]
+)
 def test_help_has_an_example_and_a_default_for_each_flag(run, command: list[str]) -> None:  # type: ignore[no-untyped-def]
     out, _ = run(*command, "--help")
     text = re.sub(r"\s+", " ", out)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from . import __version__
-from .compute.cpu import core_cpus, levels
+from .compute.cpu import best_level, core_cpus, levels
 from .machine import available_ram_bytes, cpu_features, cpu_model, total_ram_bytes
 from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
@@ -49,9 +49,8 @@ def _kernels() -> str:
     compiled = levels()
     if not compiled:
         return "plain torch: this package was built without a C++ compiler"
-    usable = [name for name, here in compiled.items() if here]
     others = [name for name, here in compiled.items() if not here]
-    return f"{usable[0]}, on {len(core_cpus())} threads" + (
+    return f"{best_level()}, on {len(core_cpus())} threads" + (
         f" (not on this CPU: {', '.join(others)})" if others else ""
     )
 

@@ -14,34 +14,27 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..compute.cpu import core_cpus, levels, read_gbps
+from ..compute.cpu import best_level, core_cpus, levels, read_gbps
 from ..errors import RequestError
 from ..machine import available_ram_bytes, cpu_model
 from ..planning.budget import format_bytes
 from ..planning.shapes import SHAPES
 from . import llama_cpp
 from .device import git_commit
-from .kernels import PREFETCH_FLOATS
+from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .models import ALONE, OURS, ModelWorker
-from .rival import installed
+from .rival import EngineWorker, installed
 
 PROMPTS = (128, 512)
 CONTEXT, NEW_TOKENS = 128, 32
 READ_BYTES = 4 * 2**30
 _RAM_SHARE = 0.92  # of what is free, for all engines together
-
-
-class _Engine(Protocol):
-    card: dict[str, Any]
-
-    def prefill_s(self, tokens: int) -> float: ...
-    def decode_s(self, context: int, tokens: int) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +109,10 @@ def measure_decode(
     depth = layers or SHAPES[shape]["num_hidden_layers"]
     _check_ram(shape, depth, [bits, *([bits] if rival else []), *([16] if alone else [])])
     count = threads or len(core_cpus())
-    with ExitStack() as stack:
-        engines: dict[str, tuple[int, _Engine]] = {}
+    with ExitStack() as stack, one_torch_thread():
+        engines: dict[str, tuple[int, EngineWorker]] = {}
 
-        def add(name: str, engine_bits: int, engine: Any) -> None:
+        def add(name: str, engine_bits: int, engine: EngineWorker) -> None:
             engines[name] = (engine_bits, stack.enter_context(engine))
 
         add(OURS, bits, ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count))
@@ -135,10 +128,9 @@ def measure_decode(
 
 
 def _take_turns(
-    shape: str, layers: int, threads: int, engines: dict[str, tuple[int, _Engine]], rounds: int
+    shape: str, layers: int, threads: int, engines: dict[str, tuple[int, EngineWorker]], rounds: int
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
-    torch.set_num_threads(1)  # idle ones would spin beside the engines
     limits: list[float] = []
     decodes: dict[str, list[float]] = {name: [] for name in engines}
     prefills: dict[str, dict[int, list[float]]] = {name: {n: [] for n in PROMPTS} for name in engines}
@@ -167,8 +159,7 @@ def _take_turns(
         for name in engines
         if name != OURS
     }
-    level = next(name for name, usable in levels().items() if usable)
-    return DecodeReport(shape, layers, threads, level, limit, figures, ratios)
+    return DecodeReport(shape, layers, threads, best_level(), limit, figures, ratios)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
@@ -188,7 +179,8 @@ def _check_ram(shape: str, layers: int, bits_of_engines: list[int]) -> None:
     one, two = weights(1), weights(2)
 
     def need(depth: int) -> float:
-        # 4.5 and 8.5 bits with scales; an eighth more for caches, activations and what a load leaves behind.
+        # 4.5 and 8.5 bits with scales; a twentieth and half a GiB an engine more for caches, activations and what a
+        # load leaves behind.
         each = sum((bits if bits == 16 else bits + 0.5) / 8 for bits in bits_of_engines)
         return (one + (depth - 1) * (two - one)) * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
 

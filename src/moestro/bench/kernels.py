@@ -12,20 +12,21 @@ measurement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..compute.cpu import CpuExperts, core_cpus, fma_gflops, levels, read_gbps
+from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, levels, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
 from ..errors import RequestError
 from ..machine import available_ram_bytes, cpu_model
@@ -38,11 +39,20 @@ CALL_BYTES = 2**28  # that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row are at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
 TOKENS = (1, 4, 16, 64, 256)
-# One layer: an expert's shape, and how many experts a token is routed to.
-SHAPES: dict[str, tuple[ExpertShape, int]] = {
-    "mixtral-8x7b": (ExpertShape(4096, 14336), 2),
-    "olmoe-1b-7b": (ExpertShape(2048, 1024), 8),
-    "qwen3-30b-a3b": (ExpertShape(2048, 768), 8),
+
+
+class MoeLayer(NamedTuple):
+    """One layer: an expert's shape, how many experts there are and how many a token is routed to."""
+
+    expert: ExpertShape
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "mixtral-8x7b": MoeLayer(ExpertShape(4096, 14336), 8, 2),
+    "olmoe-1b-7b": MoeLayer(ExpertShape(2048, 1024), 64, 8),
+    "qwen3-30b-a3b": MoeLayer(ExpertShape(2048, 768), 128, 8),
 }
 
 
@@ -87,31 +97,45 @@ class KernelReport:
 def measure_kernels(
     *,
     shapes: Sequence[str] = tuple(SHAPES),
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] | None = None,
     rounds: int = 5,
     read_bytes: int = READ_BYTES,
     threads: int | None = None,
 ) -> KernelReport:
-    """Measure all formats at the given shapes and tokens.
+    """Measure all formats at the given shapes and tokens, all of `SHAPES` and `TOKENS` if none are given.
 
     Raises:
-        RequestError: no kernels were built, or too little RAM for weights that no cache holds.
+        RequestError: no kernels were built, no such shape, or too little RAM for weights that no cache holds.
     """
     if not levels():
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    check_shapes(shapes)
     size_bytes = max(read_bytes, CACHES * last_level_cache_bytes()) if read_bytes == READ_BYTES else read_bytes
     if size_bytes > 0.8 * available_ram_bytes():
         raise RequestError(f"needs {format_bytes(size_bytes)} of weights to pass the caches; free some RAM")
     memory = plausible_weights(size_bytes)
     count = threads or len(core_cpus())
-    cases = list(product(shapes, FORMATS, tokens))
-    # torch's idle threads spin for a while after each of its operations, on the cores that are measured here.
-    torch_threads = torch.get_num_threads()
+    cases = list(product(shapes, FORMATS, tokens or TOKENS))
+    with one_torch_thread():
+        return _measure_rounds(cases, memory, rounds, count)
+
+
+def check_shapes(shapes: Sequence[str]) -> None:
+    """Raises a RequestError that names the first one that is unknown."""
+    for name in shapes:
+        if name not in SHAPES:
+            raise RequestError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch's idle threads spin for a while after each of its operations, on the cores that are measured here."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measure_rounds(cases, memory, rounds, count)
+        yield
     finally:
-        torch.set_num_threads(torch_threads)
+        torch.set_num_threads(threads)
 
 
 def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, rounds: int, count: int) -> KernelReport:
@@ -130,15 +154,14 @@ def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, round
             # The machine's speed drifts, so a row is held against the reads right before and after it.
             speeds[case].append((gbps, gflops, gbps / max(reads[-2:]), gflops / fmas[-1]))
     rows = tuple(KernelRow(*case, *(median(column) for column in zip(*speeds[case], strict=True))) for case in cases)
-    level = next(name for name, usable in levels().items() if usable)
-    return KernelReport(median(reads), median(fmas), rows, level, count)
+    return KernelReport(median(reads), median(fmas), rows, best_level(), count)
 
 
 def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:
     """GB/s and GFLOP/s of calls that follow one another, as layers do, and where in the memory the next continues."""
     name, format_name, tokens = case
-    shape, top_k = SHAPES[name]
-    math = ExpertMath(shape, FORMATS[format_name], lambda gate, up: torch.nn.functional.silu(gate) * up)  # type: ignore[arg-type]
+    shape, _, top_k = SHAPES[name]
+    math = ExpertMath(shape, FORMATS[format_name], swiglu)
     size = math.format.expert_bytes(shape)
     data = memory.view(torch.uint8)
     x, rows, weights = torch.randn(tokens, shape.hidden), torch.arange(tokens), torch.rand(tokens)
@@ -160,6 +183,12 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     seconds = (perf_counter() - start_s) / calls
     operations = 6 * tokens * top_k * shape.hidden * shape.neurons  # three matrices, a multiply and an add each
     return top_k * size / seconds / 1e9, operations / seconds / 1e9, position
+
+
+def swiglu(gate: Tensor | None, up: Tensor) -> Tensor:
+    """The gate of all three families."""
+    assert gate is not None
+    return torch.nn.functional.silu(gate) * up
 
 
 def plausible_weights(size_bytes: int) -> Tensor:

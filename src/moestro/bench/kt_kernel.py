@@ -17,20 +17,20 @@ and on one NUMA node only.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import RequestError
 from .blocks import PACKINGS, random_blocks
+from .layer_workers import Draw, draw_steps, median_s
 from .rival import Handlers, Worker, installed, serve
 
 MAX_TOKENS = 512  # of one call: its buffers are made for so many
-ROUNDS = 5
 LLAMAFILE_BLOCK = 256  # its matrices are cut at such columns
 MATRICES = ("gate", "up", "down")
 
@@ -55,9 +55,9 @@ class KtKernel(Worker):
         numbers = (hidden, neurons, experts, top_k, bits, threads, tokens)
         super().__init__("moestro.bench.kt_kernel", [str(number) for number in numbers])
 
-    def layer_s(self, tokens: int) -> float:
+    def layer_s(self, tokens: int, seed: int = 0) -> float:
         """Seconds of a forward of `tokens` tokens: the median of a few, after one that is not counted."""
-        return float(self.ask("layer_s", tokens=tokens))
+        return float(self.ask("layer_s", tokens=tokens, seed=seed))
 
 
 class Layer:
@@ -70,7 +70,6 @@ class Layer:
         import_module("torch").set_num_threads(1)  # the package imports it; its threads are not used here
         self._extension: Any = package.kt_kernel_ext
         self._hidden, self._experts, self._top_k, self._max_tokens = hidden, experts, top_k, max_tokens
-        self._random = np.random.default_rng(0)
         self._pool = self._extension.CPUInfer(self._pool_config(threads))
         self._no_gpu_experts = np.zeros(experts, np.uint8)
         config = self._extension.moe.MOEConfig(experts, top_k, hidden, neurons, self._no_gpu_experts.ctypes.data)
@@ -84,15 +83,17 @@ class Layer:
         logical = np.arange(experts, dtype=np.int64)
         self._run(self._moe.load_weights_task(logical.ctypes.data))
         self._weights = weights if bits == 4 else None  # bf16 is copied when it is loaded, Q4_0 is read in place
-        out = self._forward(1)[1]
+        forward, stored = self._forward(draw_steps(1, hidden, experts, top_k, seed=0)[0])
+        forward()
+        out = (stored.astype(np.uint32) << 16).view(np.float32)
         if not np.isfinite(out).all() or not out.any():
             raise RequestError(f"{self.backend} computed no finite numbers here")
 
-    def layer_s(self, tokens: int) -> float:
+    def layer_s(self, tokens: int, seed: int) -> float:
         if not 1 <= tokens <= self._max_tokens:
             raise RequestError(f"{tokens} tokens: the layer was made for 1 to {self._max_tokens}")
-        self._forward(tokens)
-        return median(self._forward(tokens)[0] for _ in range(ROUNDS))
+        draws = draw_steps(tokens, self._hidden, self._experts, self._top_k, seed)
+        return median_s([self._forward(draw)[0] for draw in draws])
 
     def _pool_config(self, threads: int) -> Any:
         """One pool of threads a NUMA node, as the package advises."""
@@ -108,8 +109,9 @@ class Layer:
         # The experts are copied from windows of one buffer, so that twice the layer is never in RAM.
         step = 2 * self._hidden
         source = random_blocks(16, matrix_bytes + step * self._experts, 0)
+        generator = np.random.default_rng(0)
         for index, name in enumerate(MATRICES):
-            offsets = self._random.permutation(self._experts) if index else np.arange(self._experts)
+            offsets = generator.permutation(self._experts) if index else np.arange(self._experts)
             setattr(config, f"{name}_projs", [[source.ctypes.data + step * int(offset) for offset in offsets]])
             setattr(config, f"{name}_scales", [[0] * self._experts])
         kernels = self._extension.moe
@@ -125,20 +127,18 @@ class Layer:
         config.m_block, config.group_min_len, config.group_max_len = 32, 10, config.max_len  # as its wrapper has them
         return self._extension.moe.MOE, sources
 
-    def _forward(self, tokens: int) -> tuple[float, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Seconds, and the output [tokens, hidden]."""
-        count = np.array([tokens], np.int32)
-        routes = np.argsort(self._random.random((tokens, self._experts)), axis=1)[:, : self._top_k]
-        ids = np.ascontiguousarray(routes, dtype=np.int64)  # [tokens, top_k]
-        scores = np.full(ids.shape, 1 / self._top_k, np.float32)
-        x = self._random.standard_normal((tokens, self._hidden), dtype=np.float32)
-        hidden = (x.view(np.uint32) >> 16).astype(np.uint16)  # bf16
-        out = np.zeros_like(hidden)
-        pointers = [array.ctypes.data for array in (ids, scores, hidden, out)]
-        start_s = perf_counter()
-        self._run(self._moe.forward_task(count.ctypes.data, self._top_k, *pointers, False))
-        seconds = perf_counter() - start_s
-        return seconds, (out.astype(np.uint32) << 16).view(np.float32)
+    def _forward(self, draw: Draw) -> tuple[Callable[[], None], NDArray[np.uint16]]:
+        """A call that computes one step, and where it leaves the output: bfloat16 [tokens, hidden]."""
+        count = np.array([len(draw.routes)], np.int32)
+        scores = np.full(draw.routes.shape, 1 / self._top_k, np.float32)
+        out = np.zeros_like(draw.hidden)
+        arrays = (draw.routes, scores, draw.hidden, out)
+
+        def forward() -> None:
+            pointers = [array.ctypes.data for array in arrays]
+            self._run(self._moe.forward_task(count.ctypes.data, self._top_k, *pointers, False))
+
+        return forward, out
 
     def _run(self, task: Any) -> None:
         self._pool.submit(task)

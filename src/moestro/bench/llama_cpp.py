@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ..errors import RequestError
 from ..planning.shapes import SHAPES
 from .blocks import PACKINGS, POOL_BLOCKS, STD, random_blocks
-from .rival import Handlers, Worker, installed, serve
+from .rival import EngineWorker, Handlers, installed, serve
 
 BATCH = 512  # tokens, logical and physical
 CONTEXT = 4096
@@ -181,21 +181,13 @@ def _contents(tensors: list[tuple[str, tuple[int, ...]]], bits: int, seed: int) 
 # ---- the worker ----
 
 
-class LlamaCpp(Worker):
+class LlamaCpp(EngineWorker):
     """llama.cpp with a model loaded, in its own process."""
 
     def __init__(self, path: Path, threads: int, *, context: int = CONTEXT) -> None:
         if available() is None:
             raise RequestError("llama.cpp is not installed; pip install llama-cpp-python")
         super().__init__("moestro.bench.llama_cpp", [str(path), str(threads), str(context)])
-
-    def prefill_s(self, tokens: int) -> float:
-        """Seconds to read a prompt of random tokens into an empty cache, up to the logits of its last."""
-        return float(self.ask("prefill_s", tokens=tokens))
-
-    def decode_s(self, context: int, tokens: int) -> float:
-        """Seconds a token, of `tokens` random tokens one by one after a context of that length."""
-        return float(self.ask("decode_s", context=context, tokens=tokens))
 
 
 class Engine:

@@ -11,24 +11,16 @@ import sys
 from time import perf_counter
 from typing import Any
 
-from .rival import Handlers, Worker, serve
+from .rival import EngineWorker, Handlers, serve
 
 OURS, ALONE = "moestro", "transformers"
 
 
-class ModelWorker(Worker):
+class ModelWorker(EngineWorker):
     """A model in its own process; `engine` is "moestro" or "transformers" (alone, in bfloat16)."""
 
     def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
         super().__init__("moestro.bench.models", [engine, shape, str(bits), str(layers), str(threads)])
-
-    def prefill_s(self, tokens: int) -> float:
-        """Seconds to read a prompt of random tokens into an empty cache, up to the logits of its last."""
-        return float(self.ask("prefill_s", tokens=tokens))
-
-    def decode_s(self, context: int, tokens: int) -> float:
-        """Seconds a token, of `tokens` random tokens one by one after a context of that length."""
-        return float(self.ask("decode_s", context=context, tokens=tokens))
 
 
 class Engine:
@@ -100,11 +92,8 @@ def _transformers_alone(shape: str, layers: int) -> Any:
                 continue
             for piece in parameter.view(-1).split(pool.numel()):
                 piece.copy_(pool[: piece.numel()])
-        for module in model.modules():  # the tables of rotary embeddings are not parameters
-            if hasattr(module, "_init_weights") and hasattr(module, "inv_freq"):
-                module._init_weights(module)
         for name, buffer in model.named_buffers():
-            if name.endswith("inv_freq"):
+            if name.endswith("inv_freq"):  # of rotary embeddings; each is made anew off the meta device
                 owner = model.get_submodule(name.rpartition(".")[0])
                 buffer.copy_(type(owner)(config=model.config).inv_freq)
     return model.eval()
@@ -113,12 +102,13 @@ def _transformers_alone(shape: str, layers: int) -> Any:
 def main() -> None:
     """Load the model that the arguments name, then answer."""
 
+    engine, shape, *numbers = sys.argv[1:]
+
     def start() -> tuple[dict[str, Any], Handlers]:
-        engine, shape, *numbers = sys.argv[1:]
         model = Engine(engine, shape, *map(int, numbers))
         return model.card(), {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
 
-    serve(start)
+    serve(start, ours=engine == OURS)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Worker:
         command = [sys.executable, "-m", module, *arguments]
         # No pipe for what it prints: a pipe that nobody reads fills, and the child then waits forever.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0, env=_environment()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
         )
         try:
             self.card: dict[str, Any] = self._answer(start_limit_s)
@@ -153,17 +153,30 @@ class Worker:
         raise RequestError(f"the {self._name} worker {what}" + (f"; last: {spoken[-1][:300]}" if spoken else ""))
 
 
-def _environment() -> dict[str, str]:
-    """Ours, but with the OpenMP wait policy that a rival has by default: the one set is for our own torch."""
-    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+class EngineWorker(Worker):
+    """A whole model in a worker, ours or a rival's: all are timed by these two questions."""
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds to read a prompt of random tokens into an empty cache, up to the logits of its last."""
+        return float(self.ask("prefill_s", tokens=tokens))
+
+    def decode_s(self, context: int, tokens: int) -> float:
+        """Seconds a token, of `tokens` random tokens one by one after a context of that length."""
+        return float(self.ask("decode_s", context=context, tokens=tokens))
 
 
-def serve(start: Callable[[], tuple[dict[str, Any], Handlers]]) -> None:
+def serve(start: Callable[[], tuple[dict[str, Any], Handlers]], *, ours: bool = False) -> None:
     """The child's life: start, send the card, then answer questions until the standard input ends.
 
     An exception is an answer too, so a request that a rival refuses does not cost the loaded model. An answer
     is given only when all threads of the process sleep, so that engines can be measured in turns.
+
+    Args:
+        start: loads what is measured; only in it may a library with OpenMP be imported.
+        ours: keep the OpenMP wait policy that Moestro sets for its own torch; a rival gets its own default.
     """
+    if not ours:
+        os.environ.pop("OMP_WAIT_POLICY", None)  # here, since importing this package has set it
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what a library prints to its standard output, in C too, joins the log
 

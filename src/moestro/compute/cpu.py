@@ -180,6 +180,11 @@ def levels() -> dict[str, bool]:
     return dict(kernels.levels()) if kernels is not None else {}
 
 
+def best_level() -> str:
+    """The best that this CPU runs; "torch", the twin, without kernels."""
+    return next((name for name, usable in levels().items() if usable), "torch")
+
+
 def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:
     """How fast a summing loop reads a float32 tensor, in GB/s (1e9 bytes a second)."""
     size_bytes = memory.numel() * 4

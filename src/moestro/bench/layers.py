@@ -1,0 +1,171 @@
+"""Our kernels beside kt-kernel's and torch's, engine by engine in turns, each in a process of its own (A B A B ...).
+
+kt-kernel, where it is installed, and ours run the same steps of a whole layer: its real number of experts, each
+token with top-k of them drawn evenly at random. torch runs the three products of one expert, without the gate,
+and ours that expert with it; experts take turns, enough of them to pass 8 last-level caches. A row holds medians
+over the rounds, its ratio is the median of the rounds' ratios.
+
+    moestro bench kernels --shape olmoe-1b-7b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from ..compute.cpu import core_cpus, levels
+from ..errors import RequestError
+from ..machine import available_ram_bytes
+from ..memory.formats import FORMATS
+from ..planning.budget import format_bytes
+from . import kt_kernel
+from .kernels import CACHES, SHAPES, MoeLayer, check_shapes, last_level_cache_bytes
+from .layer_workers import OURS, TORCH, LayerWorker
+
+KT_BITS = {"bf16": 16, "int4": 4}  # our format -> kt-kernel's bits of a weight, which take as many bytes
+KT_TOKENS = (1, 4, 128)
+TORCH_FORMATS = ("bf16", "fp32")
+TORCH_TOKENS = (16, 64, 256)
+PROCESS_BYTES = 2**30  # of a worker without its weights
+
+Clock = Callable[[int, int], float]  # tokens, seed -> seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RivalRow:
+    """One case. ratio: how many times faster ours is.
+
+    format: of our weights; the rival's take as many bits. backend: the kernels that the rival chose.
+    caches: how many last-level caches the weights fill. in_cache: too few of them, so both engines may have read
+    some weights from there.
+    """
+
+    shape: str
+    engine: str
+    format: str
+    tokens: int
+    seconds: float
+    ours_seconds: float
+    ratio: float
+    backend: str
+    caches: float
+    in_cache: bool
+
+
+def measure_rivals(
+    *,
+    shapes: Sequence[str] = tuple(SHAPES),
+    tokens: Sequence[int] | None = None,
+    rounds: int = 5,
+    threads: int | None = None,
+) -> tuple[RivalRow, ...]:
+    """Measure ours beside each rival at the given shapes.
+
+    Args:
+        tokens: instead of `KT_TOKENS` and `TORCH_TOKENS`.
+
+    Raises:
+        RequestError: no kernels, no such shape, too little RAM for two engines, or a rival that fails.
+    """
+    if not levels():
+        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    check_shapes(shapes)
+    _check_ram(shapes)
+    count = threads or len(core_cpus())
+    rows: list[RivalRow] = []
+    for name in shapes:
+        if kt_kernel.available() is not None:
+            for format_name in KT_BITS:
+                rows += _beside_kt_kernel(name, format_name, tokens or KT_TOKENS, rounds, count)
+        for format_name in TORCH_FORMATS:
+            rows += _beside_torch(name, format_name, tokens or TORCH_TOKENS, rounds, count)
+    return tuple(rows)
+
+
+def _beside_kt_kernel(
+    name: str, format_name: str, tokens: Sequence[int], rounds: int, threads: int
+) -> Iterator[RivalRow]:
+    """A whole layer."""
+    layer = SHAPES[name]
+    sizes = {"experts": layer.experts, "top_k": layer.top_k, "threads": threads}
+    hidden, neurons = layer.expert.hidden, layer.expert.neurons
+    most = max(kt_kernel.MAX_TOKENS, *tokens)
+    with (
+        LayerWorker(OURS, hidden, neurons, format_name=format_name, **sizes) as ours,
+        kt_kernel.KtKernel(hidden, neurons, bits=KT_BITS[format_name], tokens=most, **sizes) as theirs,
+    ):
+        case = (name, "kt-kernel", format_name, theirs.card["backend"], layer.experts)
+        for count in tokens:
+            yield _take_turns(case, count, rounds, ours.layer_s, theirs.layer_s)
+
+
+def _beside_torch(name: str, format_name: str, tokens: Sequence[int], rounds: int, threads: int) -> Iterator[RivalRow]:
+    """Single experts, each with all the tokens."""
+    expert = SHAPES[name].expert
+    experts = _torch_experts(SHAPES[name], format_name)
+
+    def start(engine: str) -> LayerWorker:
+        sizes = {"experts": experts, "top_k": 1, "threads": threads}
+        return LayerWorker(engine, expert.hidden, expert.neurons, format_name=format_name, **sizes)
+
+    with start(OURS) as ours, start(TORCH) as theirs:
+        case = (name, f"torch {format_name}", format_name, theirs.card["backend"], experts)
+        for count in tokens:
+            yield _take_turns(case, count, rounds, lambda n, _: ours.expert_s(n), lambda n, _: theirs.expert_s(n))
+
+
+def _take_turns(case: tuple[str, str, str, str, int], tokens: int, rounds: int, ours: Clock, theirs: Clock) -> RivalRow:
+    name, engine, format_name, backend, experts = case
+    pairs = [(ours(tokens, seed), theirs(tokens, seed)) for seed in range(rounds)]
+    our_median, their_median = (median(seconds) for seconds in zip(*pairs, strict=True))
+    ratio = median(b / a for a, b in pairs)
+    caches = experts * _expert_bytes(SHAPES[name], format_name) / last_level_cache_bytes()
+    figures = (their_median, our_median, ratio)
+    return RivalRow(name, engine, format_name, tokens, *figures, backend, caches, caches < CACHES)
+
+
+def _expert_bytes(layer: MoeLayer, format_name: str) -> int:
+    return FORMATS[format_name].expert_bytes(layer.expert)
+
+
+def _torch_experts(layer: MoeLayer, format_name: str) -> int:
+    """So many that no cache holds them."""
+    return -(-CACHES * last_level_cache_bytes() // _expert_bytes(layer, format_name))
+
+
+def _check_ram(shapes: Sequence[str]) -> None:
+    """Before the first measurement, since some of them take minutes."""
+    for name in shapes:
+        layer = SHAPES[name]
+        sizes = [_torch_experts(layer, fmt) * _expert_bytes(layer, fmt) for fmt in TORCH_FORMATS]
+        if kt_kernel.available() is not None:
+            sizes.append(layer.experts * _expert_bytes(layer, "bf16"))
+        need = 2 * (max(sizes) + PROCESS_BYTES)
+        if need > available_ram_bytes():
+            raise RequestError(
+                f"{name} beside a rival needs {format_bytes(need)} of RAM, but {format_bytes(available_ram_bytes())} "
+                "are free; take another --shape, or --no-rivals"
+            )
+
+
+def print_rivals(rows: Sequence[RivalRow]) -> None:
+    """A table of the rows, and what its figures mean."""
+    table = Table("shape", "rival", "tokens", "theirs ms", "ours ms", "ratio", "caches")
+    for row in rows:
+        rival = row.engine if row.engine.endswith(row.format) else f"{row.engine} {row.format}"
+        figures = (f"{row.seconds * 1e3:.2f}", f"{row.ours_seconds * 1e3:.2f}", f"{row.ratio:.2f}")
+        table.add_row(row.shape, rival, str(row.tokens), *figures, f"{row.caches:.1f}{' *' if row.in_cache else ''}")
+    Console().print(table)
+    print("kt-kernel: a whole layer, experts drawn at random; torch: the products of one expert, without the gate")
+    print("ratio: how many times faster ours is")
+    print("caches: how many last-level caches the weights fill" + _cache_note(rows))
+    for backend in dict.fromkeys(f"{row.engine}: {row.backend}" for row in rows):
+        print(backend)
+
+
+def _cache_note(rows: Sequence[RivalRow]) -> str:
+    return f"; *: under {CACHES}, so both may read some of them from there" if any(r.in_cache for r in rows) else ""

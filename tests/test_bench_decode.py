@@ -1,0 +1,75 @@
+"""`moestro bench decode` at toy size, through its real workers: ours and Transformers alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moestro import cli
+from moestro.bench import decode, llama_cpp
+from moestro.bench.decode import PROMPTS, measure_decode
+from moestro.bench.models import ALONE, OURS, _transformers_alone
+from moestro.compute.cpu import best_level, levels
+from moestro.errors import RequestError
+from moestro.planning.shapes import SHAPES
+from moestro.random_model import shape_config
+
+needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+
+
+@needs_kernels
+def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "READ_BYTES", 2**24)
+    monkeypatch.setattr(llama_cpp, "available", lambda: None)
+    reports = []
+    print_report = decode.DecodeReport.to_json
+    monkeypatch.setattr(decode.DecodeReport, "to_json", lambda self: reports.append(self) or print_report(self))
+    arguments = ["--shape", "tiny", "--bits", "8", "--layers", "2", "--rounds", "2", "-t", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "decode", *arguments])
+    torch_threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert torch.get_num_threads() == torch_threads
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["shape"], printed["layers"], printed["threads"]) == ("tiny", 2, 1)
+    assert printed["level"] == best_level()
+    assert printed["read_limit_gbps"] > 0.1
+    assert {"cpu", "commit"} <= printed.keys()
+    ours, alone = printed["engines"]
+    assert (ours["engine"], ours["bits"], alone["engine"], alone["bits"]) == (OURS, 8, ALONE, 16)
+    for row in (ours, alone):
+        assert [*row["prefill_tok_s"]] == [str(tokens) for tokens in PROMPTS]
+        assert all(0 < value < 1e7 for value in [*row["prefill_tok_s"].values(), row["decode_tok_s"]])
+    assert 0 < ours["share"] < 1.2  # such a model is no load for a memory
+    assert alone["share"] is None
+    assert printed["ratios"].keys() == {ALONE}
+    assert printed["ratios"][ALONE].keys() == {"decode", *(f"prefill_{tokens}" for tokens in PROMPTS)}
+    assert all(value > 0 for value in printed["ratios"][ALONE].values())
+    reports[0].print()
+    assert "tokens per second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"])
+def test_transformers_alone_has_the_rotary_tables_of_its_shape(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocab_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "hidden_size": 256}
+    monkeypatch.setitem(SHAPES, shape, SHAPES[shape] | small)
+    buffers = dict(_transformers_alone(shape, layers=1).named_buffers())
+    expected = dict(AutoModelForCausalLM.from_config(shape_config(shape, 1)).named_buffers())
+    assert any(name.endswith("inv_freq") for name in buffers)
+    assert buffers.keys() == expected.keys()
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, expected[name]), name
+
+
+@needs_kernels
+def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="no shape 'huge'; there are: mixtral-8x7b"):
+        measure_decode("huge", 4)
+    monkeypatch.setattr(decode, "available_ram_bytes", lambda: 9 * 2**30)
+    with pytest.raises(RequestError, match=r"engines with 16 layers of olmoe-1b-7b need .*; --layers \d would fit"):
+        measure_decode("olmoe-1b-7b", 4)
