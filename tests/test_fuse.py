@@ -15,13 +15,14 @@ from transformers import DynamicCache
 
 from families import EXPERTS, save_model
 from moestro import load
-from moestro.attention import append, fuse_attention
 from moestro.compute.cpu import levels, rms_norm
 from moestro.compute.one_token import Matrix, Norm, OneTokenAttention, OneTokenRouter
-from moestro.decoder_layer import fuse_decoder_layer
 from moestro.fuse import fuse
-from moestro.fused_norm import FusedRmsNorm
-from moestro.fused_router import fuse_router
+from moestro.fuse.attention import fuse_attention
+from moestro.fuse.cache import append
+from moestro.fuse.decoder_layer import fuse_decoder_layer
+from moestro.fuse.norm import FusedRmsNorm
+from moestro.fuse.router import fuse_router
 from moestro.memory.formats import MATRIX_FORMATS
 
 # Four query heads on two key heads of 16.

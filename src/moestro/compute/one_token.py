@@ -1,8 +1,7 @@
 """What one token meets in a decoder layer besides its experts, in as few calls as there are steps.
 
 In plain torch these are some forty small operations a layer, which cost more than the kernels wait for memory. Their
-twin is Transformers' own code: `attention.py`, `decoder_layer.py` and `fused_router.py` put these in its place where
-they compute the same.
+twin is Transformers' own code; `fuse/` puts these in its place where they compute the same.
 
 Legend: D model width, H query heads, G key heads, d their width, S tokens in the cache, E experts, K top-k.
 """

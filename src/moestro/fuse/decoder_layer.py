@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import FusedAttention, grow, has_hooks, near
-from .compute.one_token import OneTokenFirstHalf
-from .dense import PackedLinear
-from .fused_norm import FusedRmsNorm
+from ..compute.one_token import OneTokenFirstHalf
+from ..dense import PackedLinear
+from .attention import FusedAttention, has_hooks, near
+from .cache import grow
+from .norm import FusedRmsNorm
 
 _ATTENTION, _BEFORE, _AFTER = "self_attn", "input_layernorm", "post_attention_layernorm"
 _SCALES = (0.3, 3.0)

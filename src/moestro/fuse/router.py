@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compute.one_token import OneTokenRouter
-from .memory.formats import FLOAT_FORMATS
+from ..compute.one_token import OneTokenRouter
+from ..memory.formats import FLOAT_FORMATS
 
 _FEW_TOKENS = 4
 _TRIALS = 8

@@ -10,10 +10,10 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from .compute.cpu import rms_norm
-from .compute.one_token import Norm
-from .errors import refuse_gradients
-from .memory.formats import FLOAT_FORMATS
+from ..compute.cpu import rms_norm
+from ..compute.one_token import Norm
+from ..errors import refuse_gradients
+from ..memory.formats import FLOAT_FORMATS
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
 _OFFSETS = (0.0, 1.0)  # norm(x) * w, and norm(x) * (1 + w)

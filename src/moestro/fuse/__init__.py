@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..compute.cpu import levels
+from ..config import METHOD
+from ..families import expert_modules
+from ..routers import find_router
 from .attention import fuse_attention
-from .compute.cpu import levels
-from .config import METHOD
 from .decoder_layer import fuse_decoder_layer
-from .families import expert_modules
-from .fused_norm import as_rms_norm
-from .fused_router import fuse_router
-from .routers import find_router
+from .norm import as_rms_norm
+from .router import fuse_router
 
 
 @torch.no_grad()

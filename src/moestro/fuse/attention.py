@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .compute.one_token import OneTokenAttention
-from .dense import PackedLinear
-from .fused_norm import FusedRmsNorm
+from ..compute.one_token import OneTokenAttention
+from ..dense import PackedLinear
+from .cache import append
+from .norm import FusedRmsNorm
 
-_ROOM = 128  # tokens, at least, for which a cache grows at once
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _PAST = 6  # tokens in the cache of a trial
@@ -143,49 +143,6 @@ class FusedAttention:
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody listens to one of these modules, which then has to be called."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-def append(cache: Any, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one token's key and value [1, G, 1, d] to a plain cache and return all of them, [1, G, S, d]."""
-    grown = grow(cache, index)
-    if grown is None:
-        keys, values = cache.update(k, v, index)
-        return keys.contiguous(), values.contiguous()
-    keys, values = grown
-    keys[:, :, -1:], values[:, :, -1:] = k, v
-    return keys, values
-
-
-def grow(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
-    """Make a plain cache one token longer, which its caller writes, and return all of it, [1, G, S, d]; None if empty.
-
-    In place, in storage with room for more: Transformers' own update copies the whole cache for each token. What the
-    cache holds stays a tensor like any other; where somebody replaced or copied it, new storage is made. After a
-    crop, new tokens overwrite those that were cropped, also in views of them that somebody kept: clone such views.
-    """
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
-        return None
-    length = layer.keys.shape[-2]
-    owner, key_store, value_store = getattr(layer, "_moestro_storage", (0, layer.keys, layer.values))
-    ours = (
-        owner == id(layer)  # a shallow copy has the attribute too
-        and key_store.shape[-2] > length
-        and key_store.data_ptr() == layer.keys.data_ptr()
-        and value_store.data_ptr() == layer.values.data_ptr()
-    )
-    if not ours:
-        key_store, value_store = _with_room(layer.keys), _with_room(layer.values)
-        layer._moestro_storage = (id(layer), key_store, value_store)
-    layer.keys, layer.values = key_store[:, :, : length + 1], value_store[:, :, : length + 1]
-    return layer.keys, layer.values
-
-
-def _with_room(part: Tensor) -> Tensor:
-    length = part.shape[-2]
-    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2), part.shape[3]))
-    storage[:, :, :length] = part
-    return storage
 
 
 def _looks_known(module: Any) -> bool:
