@@ -9,12 +9,12 @@ Legend: T tokens, K top-k, D model width.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -44,8 +44,6 @@ from .planning.contract import (
     check_moves,
 )
 
-_FIRST_ROW = torch.zeros(1, dtype=torch.int64)
-
 
 @dataclass(slots=True)
 class Counters:
@@ -60,11 +58,16 @@ class Counters:
 
 
 class Routed(NamedTuple):
-    """The tokens of one expert in a step: rows int64 [n], routing weights float32 [n] and their sum."""
+    """The tokens of one expert in a step: `span` of the step's rows, int64, and routing weights, float32; their sum."""
 
-    rows: Tensor
-    weights: Tensor
+    step_rows: Tensor
+    step_weights: Tensor
+    span: range
     mass: float
+
+    def work(self, packed: Tensor, neurons: range) -> ExpertWork:
+        """What these tokens ask of an expert's neurons."""
+        return ExpertWork(packed, neurons, self.step_rows, self.step_weights, self.span)
 
 
 def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
@@ -90,20 +93,24 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            part = slice(start, start + count)
-            groups[expert] = Routed(rows[part], sorted_weights[part], masses[expert])
+            groups[expert] = Routed(rows, sorted_weights, range(start, start + count), masses[expert])
             start += count
     return groups
 
 
 def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
     """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
-    masses: list[float] = weights[0].tolist()
-    choices = zip(index[0].tolist(), weights.view(-1, 1).unbind(), masses, strict=True)
-    ours = [choice for choice in choices if choice[0] < experts and choice[2] != 0]
-    ours.sort(key=itemgetter(0))
-    groups = {expert: Routed(_FIRST_ROW, part, mass) for expert, part, mass in ours}
+    flat = weights.view(-1)
+    rows = _zeros(len(flat))
+    choices = enumerate(zip(index[0].tolist(), flat.tolist(), strict=True))
+    ours = sorted((expert, i, mass) for i, (expert, mass) in choices if expert < experts and mass != 0)
+    groups = {expert: Routed(rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
     return groups if len(groups) == len(ours) else None
+
+
+@functools.cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
 
 
 @dataclass
@@ -166,7 +173,7 @@ class Conductor:
         step = Step(
             layer=layer,
             phase=self.phase,
-            tokens={expert: routed.rows.numel() for expert, routed in groups.items()},
+            tokens={expert: len(routed.span) for expert, routed in groups.items()},
             mass={expert: routed.mass for expert, routed in groups.items()},
         )
         decision = self.policy.decide(step, self.view, self.costs)
@@ -237,7 +244,7 @@ class Conductor:
             slot = self.slots.find(key)
             assert slot is not None
             slot.pinned = True
-            work = ExpertWork(self.slots[key], neurons, groups[expert].rows, groups[expert].weights)
+            work = groups[expert].work(self.slots[key], neurons)
             if self.slots.ready(key):
                 ready.append(work)
             else:
@@ -251,7 +258,7 @@ class Conductor:
             return None
         out = torch.zeros(x.shape, dtype=torch.float32)
         work = [
-            ExpertWork(self.store[step.layer, expert], neurons, groups[expert].rows, groups[expert].weights)
+            groups[expert].work(self.store[step.layer, expert], neurons)
             for expert, neurons in sorted(decision.cpu.items())
         ]
         self.cpu.run(self.math[step.layer], x, work, out)

@@ -42,10 +42,10 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         return out
     refuse_gradients(hidden_states)
     refuse_gradients(top_k_weights)
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
-    index = top_k_index.reshape(x.shape[0], -1)
-    combined = layer.conductor.run_layer(layer.index, x, index, top_k_weights.reshape(index.shape))
-    return combined.view(hidden_states.shape)
+    x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
+    index = top_k_index if top_k_index.dim() == 2 else top_k_index.reshape(x.shape[0], -1)
+    combined = layer.conductor.run_layer(layer.index, x, index, top_k_weights.view(index.shape))
+    return combined if hidden_states.dim() == 2 else combined.view(hidden_states.shape)
 
 
 # Not around the function itself, where it would cost each eager call some microseconds.

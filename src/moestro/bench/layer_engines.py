@@ -43,7 +43,7 @@ class OurLayer:
         self._type = _TYPES.get(format_name, torch.bfloat16)  # of hidden states
         self._cpu = CpuExperts(threads)
         assert self._cpu.kernel(self.math) is not None
-        self._next = 0
+        self._next, self._all = 0, range(self.math.shape.neurons)
 
     def layer_s(self, tokens: int, seed: int) -> float:
         draws = draw_steps(tokens, self.math.shape.hidden, self._experts, self._top_k, seed)
@@ -53,7 +53,8 @@ class OurLayer:
         x, rows = torch.randn(tokens, self.math.shape.hidden).to(self._type), torch.arange(tokens)
         forwards = []
         for _ in range(1 + FORWARDS):
-            forwards.append(partial(self._run, x, [self._work(self._next, rows, torch.ones(tokens))]))
+            work = ExpertWork(self.store[0, self._next], self._all, rows, torch.ones(tokens))
+            forwards.append(partial(self._run, x, [work]))
             self._next = (self._next + 1) % self._experts
         return median_s(forwards)
 
@@ -65,10 +66,7 @@ class OurLayer:
     def step(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, D] in the dtype of x, by what the conductor does: group the choices, compute, round the result."""
         groups = group_by_expert(index, weights, self._experts)
-        return self._run(x, [self._work(expert, group.rows, group.weights) for expert, group in groups.items()])
-
-    def _work(self, expert: int, rows: Tensor, weights: Tensor) -> ExpertWork:
-        return ExpertWork(self.store[0, expert], range(self.math.shape.neurons), rows, weights)
+        return self._run(x, [group.work(self.store[0, expert], self._all) for expert, group in groups.items()])
 
     def _run(self, x: Tensor, work: list[ExpertWork]) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32)

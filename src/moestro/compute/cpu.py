@@ -80,19 +80,17 @@ class CpuExperts:
             x.data_ptr(),
             type_of(x),
             x.shape[0],
-            [
-                (
-                    packed.data_ptr(),
-                    neurons.start,
-                    neurons.stop,
-                    rows.data_ptr(),
-                    weights.data_ptr(),
-                    rows.shape[0],
-                )
-                for packed, neurons, rows, weights in work
-            ],
+            [_item(w) for w in work],
             out.data_ptr(),
         )
+
+
+def _item(work: ExpertWork) -> tuple[int, int, int, int, int, int]:
+    """As the kernels take it: addresses, the range of neurons, how many tokens."""
+    packed, neurons, rows, weights, span = work
+    first, stop = (0, rows.shape[0]) if span is None else (span.start, span.stop)
+    rows_at, weights_at = rows.data_ptr() + 8 * first, weights.data_ptr() + 4 * first
+    return packed.data_ptr(), neurons.start, neurons.stop, rows_at, weights_at, stop - first
 
 
 @dataclass(frozen=True, slots=True)

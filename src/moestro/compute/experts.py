@@ -42,14 +42,21 @@ class ExpertMath:
 class ExpertWork(NamedTuple):
     """One expert's share of one layer step.
 
-    packed: uint8 bytes of the whole expert. neurons: the share of [0, F). rows: int64 [n], the tokens
-    routed to it. weights: float32 [n], their routing weights. All contiguous.
+    packed: uint8 bytes of the whole expert. neurons: the share of [0, F). rows: int64, tokens routed to experts of
+    this step; weights: float32, their routing weights; both contiguous. span: which of them are this expert's; None
+    for all. A span costs a decode step less than a slice of each tensor.
     """
 
     packed: Tensor
     neurons: range
     rows: Tensor
     weights: Tensor
+    span: range | None = None
+
+    def routed(self) -> tuple[Tensor, Tensor]:
+        """This expert's rows and weights, [n] each."""
+        part = slice(None) if self.span is None else slice(self.span.start, self.span.stop)
+        return self.rows[part], self.weights[part]
 
 
 @torch.no_grad()
@@ -62,7 +69,7 @@ def run_experts(math: ExpertMath, x: Tensor, work: Iterable[ExpertWork], out: Te
     """
     for item in work:
         expert = math.format.unpack(item.packed, math.shape, item.neurons, torch.float32)
-        for rows, weights in zip(item.rows.split(TOKENS_AT_ONCE), item.weights.split(TOKENS_AT_ONCE), strict=True):
+        for rows, weights in zip(*(part.split(TOKENS_AT_ONCE) for part in item.routed()), strict=True):
             h = x[rows].float()  # [n, D]
             up = linear(h, expert.up, expert.up_bias)  # [n, f]
             gate = None if expert.gate is None else linear(h, expert.gate, expert.gate_bias)  # [n, f]

@@ -8,6 +8,7 @@ stays as it is. Tokens are the same either way.
 from __future__ import annotations
 
 from functools import partial
+from weakref import proxy
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def fuse(model: nn.Module, threads: int) -> None:
         return
     for name, experts in expert_modules(model).items():
         # Transformers looks the function up in the config anew for each call, which takes 20 us.
-        experts.forward = partial(ALL_EXPERTS_FUNCTIONS[METHOD], experts)
+        experts.forward = partial(ALL_EXPERTS_FUNCTIONS[METHOD], proxy(experts))
         router = find_router(model, name)
         if router is not None:
             fuse_router(router, threads)

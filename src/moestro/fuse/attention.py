@@ -9,7 +9,7 @@ Legend: D model width, H query heads, G key heads, d their width, S tokens in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..compute.one_token import OneTokenAttention
 from ..dense import PackedLinear
 from .cache import append
 from .norm import FusedRmsNorm
+from .original import forward_of, has_hooks
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -44,7 +45,7 @@ class FusedAttention:
     """The forward of a recognized attention layer."""
 
     def __init__(self, module: Any, threads: int) -> None:
-        self._original = module.forward
+        self._original = forward_of(module)
         self.layer, self.output = module.layer_idx, module.o_proj
         norms = [getattr(module, name, None) for name in _NORMS]
         self._parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
@@ -138,11 +139,6 @@ class FusedAttention:
         query = self._project(x, rotary)[0].float().view(keys.shape[1], -1, self._head)  # [G, H / G, d]
         largest = (query @ keys[0].float().transpose(1, 2)).abs().max()
         return float(largest) * float(self._scaling)
-
-
-def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody listens to one of these modules, which then has to be called."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _looks_known(module: Any) -> bool:

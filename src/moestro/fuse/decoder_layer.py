@@ -9,15 +9,17 @@ Legend: D model width.
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..compute.one_token import OneTokenFirstHalf
 from ..dense import PackedLinear
-from .attention import FusedAttention, has_hooks, near
+from .attention import FusedAttention, near
 from .cache import grow
 from .norm import FusedRmsNorm
+from .original import forward_of, has_hooks
 
 _ATTENTION, _BEFORE, _AFTER = "self_attn", "input_layernorm", "post_attention_layernorm"
 _SCALES = (0.3, 3.0)
@@ -44,7 +46,7 @@ class _FusedLayer:
     """The forward of a recognized decoder layer."""
 
     def __init__(self, module: Any, rest: str) -> None:
-        self._original, self._module, self._rest = module.forward, module, rest
+        self._original, self._module, self._rest = forward_of(module), ref(module), rest
         self._attention: FusedAttention = getattr(module, _ATTENTION).forward
         self._skipped = [getattr(module, name) for name in (_ATTENTION, _BEFORE, _AFTER)]
         before, after = (getattr(module, name).norm for name in (_BEFORE, _AFTER))
@@ -58,19 +60,21 @@ class _FusedLayer:
         if grown is None:
             return self._original(x, *args, **kwargs)
         cosine, sine = kwargs["position_embeddings"]
+        module: Any = self._module()
         hidden, normed = self._kernel.run(x, cosine, sine, *grown)
-        return hidden.add_(getattr(self._module, self._rest)(normed))
+        return hidden.add_(getattr(module, self._rest)(normed))
 
     def agrees(self) -> bool:
         """Whether it computes what the layer did, with something plain in the place of its experts."""
-        experts = getattr(self._module, self._rest)
-        setattr(self._module, self._rest, _Halved())
+        module: Any = self._module()
+        experts = getattr(module, self._rest)
+        setattr(module, self._rest, _Halved())
         try:
             return all(self._agrees(scale) for scale in _SCALES)
         except Exception:  # it wants or returns something else
             return False
         finally:
-            setattr(self._module, self._rest, experts)
+            setattr(module, self._rest, experts)
 
     def _agrees(self, scale: float) -> bool:
         attention, random = self._attention, torch.Generator().manual_seed(0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compute.one_token import OneTokenRouter
 from ..memory.formats import FLOAT_FORMATS
+from .original import forward_of
 
 _FEW_TOKENS = 4
 _TRIALS = 8
@@ -34,7 +35,7 @@ class _FusedRouter:
     """The forward of a recognized router."""
 
     def __init__(self, router: Any, kernel: OneTokenRouter) -> None:
-        self._original, self._kernel = router.forward, kernel
+        self._original, self._kernel = forward_of(router), kernel
         self._width, self._dtype = router.weight.shape[1], router.weight.dtype
 
     def __call__(self, hidden_states: Tensor) -> Any:
@@ -83,7 +84,7 @@ def _same(got: tuple[Tensor, Tensor, Tensor], wanted: Any) -> bool:
 
 def _spare_small_products(router: nn.Module) -> None:
     """Have a router's few tokens multiplied by torch itself."""
-    forward = router.forward
+    forward = forward_of(router)
 
     def spared(*args: Any, **kwargs: Any) -> Any:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

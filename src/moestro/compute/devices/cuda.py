@@ -79,9 +79,10 @@ class CudaDevice:
         if after is not None:
             after.wait()
         out = torch.zeros(x.shape, dtype=torch.float32, device=self.torch_device)
-        on_device = (
-            ExpertWork(w.packed, w.neurons, w.rows.to(self.torch_device), w.weights.to(self.torch_device)) for w in work
-        )
+        on_device = []
+        for item in work:
+            rows, weights = (part.to(self.torch_device) for part in item.routed())
+            on_device.append(ExpertWork(item.packed, item.neurons, rows, weights))
         run_experts(math, x, on_device, out)
         return _Queued(out)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST_RANGE = 1e-4  # of a group; the package writes zeros for narrower ones
+_LEAST_SCALE = 1 / 2e4  # of a group; the package takes no finer steps
 
 
 def solve_hqq(groups: Tensor, *, bits: int, fit: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def solve_hqq(groups: Tensor, *, bits: int, fit: bool = True) -> tuple[Tensor, T
     )
     scale, zero = meta["scale"].float(), meta["zero"].float()
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    narrow = high - low <= _LEAST_RANGE
+    narrow = high - low <= (2**bits - 1) * _LEAST_SCALE
     if bool(narrow.any()):
         own_scale = ((high - low) / (2**bits - 1)).half().float()
         # A group of equal weights: q = 0, and zero * scale is the weight.
