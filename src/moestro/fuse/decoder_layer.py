@@ -8,6 +8,7 @@ Legend: D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -79,9 +80,10 @@ class _FusedLayer:
     def _agrees(self, scale: float) -> bool:
         attention, random = self._attention, torch.Generator().manual_seed(0)
         x, rotary, caches = attention.trial(scale, random)
+        forwards: tuple[Callable[..., Any], ...] = (self, self._original)
         results = [
             forward(x, attention_mask=None, past_key_values=cache, position_embeddings=rotary)
-            for forward, cache in zip((self, self._original), caches, strict=True)
+            for forward, cache in zip(forwards, caches, strict=True)
         ]
         layers = [cache.layers[attention.layer] for cache in caches]
         pairs = [results, [layer.keys for layer in layers], [layer.values for layer in layers]]

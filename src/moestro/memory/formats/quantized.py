@@ -25,7 +25,9 @@ class Int8Format(MatrixFormat):
 
     def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
         groups = _groups(matrix)  # [P, 16, G, 64]
-        scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+        most = groups.abs().amax(-1, keepdim=True)
+        # The smallest of float16 are whole steps of 2**-24: rounded up, so that no weight has to be cut.
+        scale = torch.where(most < 127 * 2**-14, (most / 127 * 2**24).ceil() / 2**24, most / 127).half()
         whole = (groups / scale.float()).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127).to(torch.int8)
         pairs = whole.unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)  # [P, G, 32, 16, 2]
         return torch.cat((_as_bytes(scale.transpose(1, 2)), _as_bytes(pairs)), -1).flatten(1)
