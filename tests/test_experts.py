@@ -174,4 +174,4 @@ def test_many_tokens_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     run_experts(math, x, [ExpertWork(packed, range(64), rows, weights)], whole)
     monkeypatch.setattr("moestro.compute.experts.TOKENS_AT_ONCE", 7)
     run_experts(math, x, [ExpertWork(packed, range(64), rows, weights)], pieces)
-    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))

@@ -100,9 +100,8 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
 
 def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
     """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
-    flat = weights.view(-1)
-    rows = _zeros(len(flat))
-    choices = enumerate(zip(index[0].tolist(), flat.tolist(), strict=True))
+    flat, rows = weights.view(-1), _zeros(index.shape[1])
+    choices = enumerate(zip(*index.tolist(), flat.tolist(), strict=True))
     ours = sorted((expert, i, mass) for i, (expert, mass) in choices if expert < experts and mass != 0)
     groups = {expert: Routed(rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
     return groups if len(groups) == len(ours) else None
@@ -176,8 +175,9 @@ class Conductor:
             tokens={expert: len(routed.span) for expert, routed in groups.items()},
             mass={expert: routed.mass for expert, routed in groups.items()},
         )
-        decision = self.policy.decide(step, self.view, self.costs)
-        check(decision, step, self.view, self.spec, BLOCK)
+        view = self.view
+        decision = self.policy.decide(step, view, self.costs)
+        check(decision, step, view, self.spec, BLOCK)
         found = self._classify(step)
         self._drop(decision.cancel)
         moved_bytes = self._start(decision.moves)
@@ -199,6 +199,8 @@ class Conductor:
 
     def _classify(self, step: Step) -> dict[str, tuple[int, ...]]:
         """Active experts by where they were when the step was decided: hits, joined, misses."""
+        if not self.slots:
+            return {"hits": (), "joined": (), "misses": tuple(step.tokens)}
         found: dict[str, list[int]] = {"hits": [], "joined": [], "misses": []}
         for expert in step.tokens:
             slot = self.slots.find((step.layer, expert))
@@ -237,6 +239,8 @@ class Conductor:
 
     def _run_on_device(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> list[Queued]:
         """Queue experts that are ready as one piece of work, then each that a copy is still bringing."""
+        if not decision.gpu:
+            return []
         ready: list[ExpertWork] = []
         arriving: list[tuple[ExpertWork, Transfer | None]] = []
         for expert, neurons in sorted(decision.gpu.items()):

@@ -33,19 +33,21 @@ def grow(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
     layer = cache.layers[index] if index < len(cache.layers) else None
     if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
         return None
-    length = layer.keys.shape[-2]
-    owner, key_store, value_store = getattr(layer, "_moestro_storage", (0, layer.keys, layer.values))
+    keys, values = layer.keys, layer.values
+    length = keys.shape[2]
+    owner, key_store, value_store = getattr(layer, "_moestro_storage", (0, keys, values))
     ours = (
         owner == id(layer)  # a shallow copy has the attribute too
-        and key_store.shape[-2] > length
-        and key_store.data_ptr() == layer.keys.data_ptr()
-        and value_store.data_ptr() == layer.values.data_ptr()
+        and key_store.shape[2] > length
+        and key_store.data_ptr() == keys.data_ptr()
+        and value_store.data_ptr() == values.data_ptr()
     )
     if not ours:
-        key_store, value_store = _with_room(layer.keys), _with_room(layer.values)
+        key_store, value_store = _with_room(keys), _with_room(values)
         layer._moestro_storage = (id(layer), key_store, value_store)
-    layer.keys, layer.values = key_store[:, :, : length + 1], value_store[:, :, : length + 1]
-    return layer.keys, layer.values
+    keys, values = key_store.narrow(2, 0, length + 1), value_store.narrow(2, 0, length + 1)
+    layer.keys, layer.values = keys, values
+    return keys, values
 
 
 def _with_room(part: Tensor) -> Tensor:

@@ -61,6 +61,10 @@ class SlotPool:
             slot.expert = expert
             self._where[expert] = slot
 
+    def __len__(self) -> int:
+        """How many slots there are, full or empty."""
+        return len(self._slots)
+
     def __getitem__(self, expert: tuple[int, int]) -> Tensor:
         """The bytes of an expert's slot: uint8 [slot_bytes] on the device."""
         return self._memory[self._where[expert].index]

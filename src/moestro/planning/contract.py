@@ -198,16 +198,9 @@ def check(decision: Decision, step: Step, view: View, spec: ModelSpec, block: in
         ContractError: naming the policy's mistake, the layer and the expert.
     """
     layer, where = spec.layers[step.layer], f"layer {step.layer}"
-    for expert in decision.gpu.keys() | decision.cpu.keys():
-        if expert not in step.tokens:
-            raise ContractError(f"{where}: expert {expert} is computed, but no token was routed to it")
-    whole = range(layer.neurons)
-    for expert in step.tokens:
-        if decision.cpu.get(expert) == whole and expert not in decision.gpu:
-            continue  # as most are
-        shares = [share for side in (decision.gpu, decision.cpu) if (share := side.get(expert)) is not None]
-        _check_tiling(shares, layer, block, f"{where}, expert {expert}")
-    check_moves(decision.moves, view, spec, where, step=step, gpu=decision.gpu)
+    _check_shares(decision, step, layer, block, where)
+    if decision.moves:
+        check_moves(decision.moves, view, spec, where, step=step, gpu=decision.gpu)
     arriving = {move.expert for move in decision.moves}
     leaving = {move.evict for move in decision.moves} | set(decision.cancel)
     for expert in decision.gpu:
@@ -219,6 +212,20 @@ def check(decision: Decision, step: Step, view: View, spec: ModelSpec, block: in
     for expert in decision.cpu:
         if view.ready_s((step.layer, expert), RAM) == float("inf"):
             raise ContractError(f"{where}: expert {expert} is given to the CPU, but has no copy in RAM")
+
+
+def _check_shares(decision: Decision, step: Step, layer: LayerSpec, block: int, where: str) -> None:
+    """Refuse shares that do not tile each active expert's neurons."""
+    whole = range(layer.neurons)
+    all_on_cpu = not decision.gpu and decision.cpu.keys() == step.tokens.keys()
+    if all_on_cpu and all(share == whole for share in decision.cpu.values()):
+        return  # as most are
+    for expert in decision.gpu.keys() | decision.cpu.keys():
+        if expert not in step.tokens:
+            raise ContractError(f"{where}: expert {expert} is computed, but no token was routed to it")
+    for expert in step.tokens:
+        shares = [share for side in (decision.gpu, decision.cpu) if (share := side.get(expert)) is not None]
+        _check_tiling(shares, layer, block, f"{where}, expert {expert}")
 
 
 def check_moves(
