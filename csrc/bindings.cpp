@@ -192,6 +192,10 @@ NB_MODULE(_kernels, m) {
            nb::arg("columns"), nb::arg("bias"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"), nb::arg("out"))
       .def("rms_norm", &rms_norm, nb::arg("level"), nb::arg("x"), nb::arg("x_type"), nb::arg("rows"), nb::arg("columns"),
            nb::arg("weight"), nb::arg("offset"), nb::arg("epsilon"), nb::arg("out"))
+      .def("touch", [](Runner& self, uintptr_t memory, int64_t bytes) {
+        nb::gil_scoped_release release;
+        self.touch(reinterpret_cast<uint8_t*>(memory), bytes);
+      })
       .def("read_seconds", &read_seconds, nb::arg("level"), nb::arg("memory"), nb::arg("bytes"), nb::arg("prefetch"))
       .def("fma_flops", &fma_flops, nb::arg("level"), nb::arg("rounds"));
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");

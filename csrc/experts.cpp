@@ -176,6 +176,15 @@ void Runner::rms_norm(const Level& level, const Input& x, int64_t rows, const fl
   for (int64_t i = 0; i < rows; ++i) norm(static_cast<int>(i), 0);
 }
 
+void Runner::touch(uint8_t* memory, int64_t bytes) {
+  // Which thread will read what is not known beforehand, so pages are dealt out evenly, a huge page at a time.
+  constexpr int64_t kHugePage = 2 << 20, kPage = 4096;
+  pool_.run(static_cast<int>((bytes + kHugePage - 1) / kHugePage), [&](int i, int) {
+    const int64_t end = std::min(bytes, (i + 1) * kHugePage);
+    for (int64_t at = i * kHugePage; at < end; at += kPage) memory[at] = 0;
+  });
+}
+
 namespace {
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

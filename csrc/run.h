@@ -35,6 +35,9 @@ class Runner {
   }
   void each(int count, int64_t floats, bool on_pool, const std::function<void(int, float*)>& do_one);
 
+  // Writes a zero into each page of fresh memory, whose pages then lie near the threads that will read them.
+  void touch(uint8_t* memory, int64_t bytes);
+
   // Limits of this machine with this pool: seconds to sum `floats` of memory, and multiply-adds a second.
   double read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch);
   double fma_flops(const Level& level, int64_t rounds);

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compute.cpu import CpuExperts, core_cpus
+from .compute.cpu import CpuExperts, core_cpus, first_touch
 from .compute.devices import Device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
@@ -74,6 +74,8 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         dense_on_gpu=on_gpu,
         ram_named=budget.ram_bytes is not None,
     )
+    store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
+    first_touch(store.memory, config.threads or len(core_cpus()))
     slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
@@ -83,7 +85,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         ],
         policy=policy,
         device=device,
-        store=ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held),
+        store=store,
         slots=SlotPool(slots, placement.held),
         cpu=CpuExperts(config.threads),
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compute.cpu import levels, run_linear
+from .compute.cpu import first_touch, levels, run_linear
 from .compute.one_token import Matrix
 from .errors import refuse_gradients
 from .families import expert_modules
@@ -115,6 +115,7 @@ def pack_dense(model: nn.Module, formats: DenseFormats, threads: int, *, fast: b
     packable = list(_packable(model, formats))
     total = sum(_aligned(fmt.matrix_bytes(*weight.shape)) for weight, fmt, _ in packable)
     memory, at = map_memory(total), 0
+    first_touch(memory, threads)
     while packable:
         weight, fmt, owners = packable.pop(0)
         size = fmt.matrix_bytes(*weight.shape)

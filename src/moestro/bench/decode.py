@@ -68,19 +68,14 @@ class DecodeReport:
         """A table of the engines."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads; {self.shape}, {self.layers} layers")
         print(f"read limit {self.read_limit_gbps:.1f} GB/s")
-        table = Table("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit", "ours / theirs")
+        table = Table("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit")
         for row in self.engines:
-            ratio = self.ratios.get(row.engine)
-            table.add_row(
-                row.engine,
-                str(row.bits),
-                *(f"{row.prefill_tok_s[n]:.1f}" for n in PROMPTS),
-                f"{row.decode_tok_s:.2f}",
-                "" if row.share is None else f"{row.share:.2f}",
-                "" if ratio is None else "  ".join(f"{name} {value:.2f}" for name, value in ratio.items()),
-            )
+            ratios = self.ratios.get(row.engine, {})
+            speeds = {f"prefill_{n}": row.prefill_tok_s[n] for n in PROMPTS} | {"decode": row.decode_tok_s}
+            cells = [f"{value:.1f}" + (f" ({ratios[key]:.2f})" if ratios else "") for key, value in speeds.items()]
+            table.add_row(row.engine, str(row.bits), *cells, "" if row.share is None else f"{row.share:.2f}")
         Console().print(table)
-        print("tokens per second")
+        print("tokens per second (and how many times as fast we are)")
 
 
 def measure_decode(

@@ -173,6 +173,16 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
     return out
 
 
+def first_touch(memory: Tensor, threads: int) -> None:
+    """Zero a page's first byte by the threads that will read it, so that fresh memory is laid near them.
+
+    Args:
+        memory: uint8 of a fresh mapping, all zeros.
+    """
+    if kernels is not None:
+        runner(threads).touch(memory.data_ptr(), memory.numel())
+
+
 def levels() -> dict[str, bool]:
     """ISA levels that are compiled in, best first, and whether this CPU runs each; empty without kernels."""
     return dict(kernels.levels()) if kernels is not None else {}

@@ -35,7 +35,7 @@ class ExpertStore:
                 if (layer, expert) not in absent:
                     self._spans[layer, expert] = (self.n_bytes, size)
                     self.n_bytes += size
-        self._bytes = map_memory(self.n_bytes)
+        self.memory = map_memory(self.n_bytes)
         self._views: dict[tuple[int, int], Tensor] = {}  # made once: a step asks for eight of them a layer
 
     def __contains__(self, expert: tuple[int, int]) -> bool:
@@ -46,7 +46,7 @@ class ExpertStore:
         view = self._views.get(expert)
         if view is None:
             start, size = self._spans[expert]
-            view = self._views[expert] = self._bytes[start : start + size]
+            view = self._views[expert] = self.memory[start : start + size]
         return view
 
 
