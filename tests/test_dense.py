@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from families import save_model
+from families import EXPERTS, save_model
 from moestro import MoestroConfig, load
 from moestro.assembly import home
 from moestro.compute.cpu import levels
@@ -43,7 +43,8 @@ def _as_packed(reference: Any, ours: Any) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # the second has shared experts
 @torch.no_grad()
 def test_logits_at_fewer_bits(family: str, bits: int, tmp_path: Path) -> None:
-    reference = save_model(family, tmp_path)
+    # Every token to every expert: rounded activations may let near equals change places.
+    reference = save_model(family, tmp_path, {"num_experts_per_tok": EXPERTS})
     ours = load(str(tmp_path), bits=bits, **ON_CPU)
     _as_packed(reference, ours)
     for tokens in (1, 30):
