@@ -23,11 +23,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-sanitize:  ## build the C++ test driver with address, undefined and thread sanitizers and run it
-	for kinds in address,undefined thread; do \
-	  cmake -S csrc -B build/$$kinds -DMOESTRO_DRIVER=ON -DMOESTRO_SANITIZE=$$kinds && \
-	  cmake --build build/$$kinds -j2 && build/$$kinds/driver || exit 1; \
-	done
+sanitize: sanitize-thread sanitize-address,undefined  ## build the C++ test driver with sanitizers and run it (-j2: both at once)
+
+sanitize-%:
+	cmake -S csrc -B build/$* -DMOESTRO_DRIVER=ON -DMOESTRO_SANITIZE=$*
+	cmake --build build/$* -j$$(getconf _NPROCESSORS_ONLN)
+	build/$*/driver $(SEED)
 
 clean:  ## remove .venv and what builds and tests leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

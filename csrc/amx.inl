@@ -46,8 +46,11 @@ inline void pack_planes(const float* row, int64_t columns, int64_t rows, uint8_t
     const __m512 a = _mm512_loadu_ps(row + k), b = _mm512_loadu_ps(row + k + 16);
     const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
     const auto float_of = [](__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); };
-    const __m512 a_low = _mm512_sub_ps(a, float_of(_mm512_castsi512_si256(high)));
-    const __m512 b_low = _mm512_sub_ps(b, float_of(_mm512_extracti64x4_epi64(high, 1)));
+    const auto rest = [](__m512 x, __m512 of) {  // an infinity has none
+      return _mm512_maskz_sub_ps(_knot_mask16(_mm512_fpclass_ps_mask(of, 0x08 | 0x10)), x, of);
+    };
+    const __m512 a_low = rest(a, float_of(_mm512_castsi512_si256(high)));
+    const __m512 b_low = rest(b, float_of(_mm512_extracti64x4_epi64(high, 1)));
     _mm512_storeu_si512(to, high);
     _mm512_storeu_si512(to + rows * 64, (__m512i)_mm512_cvtne2ps_pbh(b_low, a_low));
   }

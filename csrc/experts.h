@@ -4,7 +4,7 @@
 //
 // A matrix [R, K] is packed in panels of 16 rows. A panel lies in the order of K, the 16 rows side by side, so
 // one vector holds one column of 16 rows: it is multiplied with a broadcast activation, and nothing is ever
-// summed across a vector. See memory/formats/panels.py for the bytes of each format.
+// summed across a vector. See memory/formats/base.py for the bytes of each format.
 //
 // An expert is packed in blocks of 64 neurons: gate rows [64, D], up rows [64, D] and the matching down columns
 // as a matrix [D, 64], then float32 biases; after the last block the float32 down bias [D].

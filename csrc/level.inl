@@ -64,11 +64,16 @@ inline void pack_floats(const float* row, int64_t columns, int64_t N, float* to)
   for (int64_t k = 0; k < columns; ++k) to[k * N] = row[k];
 }
 
-// A group of x as 16-bit integers, near 15 bits and a sign of its largest: returns their scale, and the group's sum.
+// A group of x as 16-bit integers, near 15 bits and a sign of its largest: returns their scale, and the group's sum. Both
+// are NaN if there is one, or an infinity, among them, which integers and a maximum would hide.
 inline float whole_of(const float* x, int16_t* whole, float* group_sum) {
-  V most = V::zero();
-  for (int64_t k = 0; k < kGroup; k += W) most = vmax(most, vabs(V::load(x + k)));
-  const float top = largest(most), scale = top / 32639.0f;  // two signed bytes: 127 * 256 + 127
+  V most = V::zero(), nothing = V::zero();
+  for (int64_t k = 0; k < kGroup; k += W) {
+    const V xv = V::load(x + k);
+    most = vmax(most, vabs(xv));
+    nothing = fma(xv, V::zero(), nothing);
+  }
+  const float scale = largest(most) / 32639.0f + sum(nothing);  // two signed bytes: 127 * 256 + 127
   const V inverse = V::set(scale > 1e-35f ? 1.0f / scale : 0.0f);
   V total = V::zero();
   for (int64_t k = 0; k < kGroup; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
@@ -316,11 +321,11 @@ inline void activate(const Shape& shape, const float* gate, const float* up, flo
     switch (shape.activation) {
       case Activation::kSilu: g = a * vsigmoid(a); break;
       case Activation::kGeluTanh: g = gelu_tanh(a); break;
-      case Activation::kRelu2: g = vmax(a, V::zero()) * vmax(a, V::zero()); break;
+      case Activation::kRelu2: g = vmax(V::zero(), a) * vmax(V::zero(), a); break;
       default: {
         const V limit = V::set(shape.limit);
-        const V clamped = vmin(a, limit);
-        const V up1 = vmax(vmin(u, limit), V::zero() - limit) + V::set(shape.offset);
+        const V clamped = vmin(limit, a);
+        const V up1 = vmax(V::zero() - limit, vmin(limit, u)) + V::set(shape.offset);
         (clamped * vsigmoid(V::set(shape.alpha) * clamped) * up1).store(h + i);
         continue;
       }

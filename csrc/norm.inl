@@ -13,9 +13,12 @@ inline float rounded(float value, Format type) {
 void rms_norm(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row) {
   const int64_t n = x.width;
   read_row(x, at, row);
-  V squares = V::zero();
-  for (int64_t i = 0; i < moestro::round_up(n, kGroup); i += W) squares = fma(V::load(row + i), V::load(row + i), squares);
-  const float inverse = 1.0f / sqrtf(sum(squares) / static_cast<float>(n) + epsilon);
+  V squares[VP];  // 16 sums at every level, since one sum of thousands of squares loses bits
+  for (V& s : squares) s = V::zero();
+  for (int64_t i = 0; i < moestro::round_up(n, kGroup); i += kPanel)
+    for (int v = 0; v < VP; ++v) squares[v] = fma(V::load(row + i + v * W), V::load(row + i + v * W), squares[v]);
+  for (int v = 1; v < VP; ++v) squares[0] = squares[0] + squares[v];
+  const float inverse = 1.0f / sqrtf(sum(squares[0]) / static_cast<float>(n) + epsilon);
   for (int64_t i = 0; i < n; ++i) {
     const float normal = row[i] * inverse;
     row[i] = offset != 0 ? normal * (offset + weight[i]) : rounded(normal, x.type) * weight[i];

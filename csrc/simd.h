@@ -305,7 +305,7 @@ inline V even_bf16(I a) { return {float_of_bits(static_cast<uint32_t>(a.v) << 16
 inline V odd_bf16(I a) { return {float_of_bits(static_cast<uint32_t>(a.v) & 0xFFFF0000u)}; }
 inline V pow2i(V n) { return {ldexpf(1.0f, static_cast<int>(n.v))}; }
 inline V store_int16(V a, int16_t* p) {
-  *p = static_cast<int16_t>(nearbyintf(a.v));
+  *p = fabsf(a.v) < 32767.5f ? static_cast<int16_t>(nearbyintf(a.v)) : 0;  // NaN is no integer
   return {static_cast<float>(*p)};
 }
 

@@ -1,0 +1,265 @@
+// Norms, the rotary embedding and one token's attention against float64.
+#include <algorithm>
+
+#include "attention.h"
+#include "test_help.h"
+
+using namespace moestro;
+
+namespace {
+
+constexpr double kRoom = 2e-6;  // of float32 arithmetic
+
+using Row = std::vector<double>;
+
+Row row_of(const Numbers& x, int64_t begin, int64_t count) {
+  Row row(count);
+  for (int64_t i = 0; i < count; ++i) row[i] = x.at(begin + i);
+  return row;
+}
+
+Row rounded(Format type, Row row) {
+  for (double& v : row) v = round_to(type, v);
+  return row;
+}
+
+// A norm's weight, offset and epsilon, over `width` numbers at a time.
+struct Norm {
+  Numbers weight;
+  float offset, epsilon;
+
+  Norm(int64_t width, float of, Rng& rng) : weight(Format::kFp32, width, rng), offset(of), epsilon(1e-3f) {}
+
+  // Not rounded to the type in the end. `shift` moves norm(x) a little where it is rounded before, since float32 may
+  // find it on either side of where two numbers of the type meet.
+  void apply(double* x, Format type, double shift = 0) const {
+    double squares = 0;
+    for (int64_t i = 0; i < weight.size(); ++i) squares += x[i] * x[i];
+    const double inverse = 1 / std::sqrt(squares / weight.size() + epsilon);
+    for (int64_t i = 0; i < weight.size(); ++i) {
+      const bool rounds = offset == 0 && type != Format::kFp32;
+      const double normal = x[i] * inverse;
+      x[i] = (rounds ? round_to(type, normal * (1 + shift)) : normal) * (offset + weight.at(i));
+    }
+  }
+};
+
+void check_norm(Machine& machine, Format type, int64_t rows, int64_t width, float offset, bool spoilt, Rng& rng) {
+  Numbers x(type, rows * width, rng, 3);
+  if (spoilt) x.set(rng.below(x.size()), rng.below(2) ? NAN : INFINITY);
+  Norm norm(width, offset, rng);
+  Row low = row_of(x, 0, x.size()), high = low;
+  for (int64_t i = 0; i < rows; ++i) {
+    norm.apply(&low[i * width], type, -kRoom);
+    norm.apply(&high[i * width], type, kRoom);
+  }
+  const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
+    runner.rms_norm(level, {x.bytes.data(), type, width}, rows, norm.weight.floats(), offset, norm.epsilon, out.bytes.data());
+  };
+  const auto error = [&](const Numbers& out) {
+    Row want = low;
+    for (int64_t i = 0; i < out.size(); ++i)
+      if (out.at(i) == round_to(type, high[i])) want[i] = high[i];
+    return relative_error(out, want);
+  };
+  machine.check(text("norm type=%d rows=%ld width=%ld offset=%g%s", static_cast<int>(type), (long)rows, (long)width, offset,
+                     spoilt ? " spoilt" : ""),
+                Numbers(type, x.size()), run, error, [](const Level&) { return kRoom; });
+}
+
+// As a plain torch family rotates: each product is rounded, and their sum.
+void rotate(Row& x, int64_t head, const Row& cosine, const Row& sine, Format type) {
+  const int64_t turned = cosine.size(), half = turned / 2;
+  for (size_t begin = 0; begin < x.size(); begin += head) {
+    const Row from(x.begin() + begin, x.begin() + begin + turned);
+    for (int64_t i = 0; i < turned; ++i) {
+      const double other = i < half ? -from[half + i] : from[i - half];
+      x[begin + i] = round_to(type, round_to(type, from[i] * cosine[i]) + round_to(type, other * sine[i]));
+    }
+  }
+}
+
+void check_rotate(Machine& machine, Format type, int64_t heads, int64_t head, int64_t turned, Rng& rng) {
+  Numbers x(type, heads * head, rng), cosine(type, turned, rng, 0.5), sine(type, turned, rng, 0.5);
+  Row want = row_of(x, 0, x.size());
+  rotate(want, head, row_of(cosine, 0, turned), row_of(sine, 0, turned), type);
+  const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
+    const int64_t width = round_up(x.size(), kGroup), wide = round_up(turned, kGroup);
+    runner.with_scratch(width + 2 * wide, [&](float* memory) {
+      level.read({cosine.bytes.data(), type, turned}, memory);
+      level.read({sine.bytes.data(), type, turned}, memory + wide);
+      level.rotate_row({x.bytes.data(), type, x.size()}, out.bytes.data(), head, memory, memory + wide, turned, memory + 2 * wide);
+    });
+  };
+  machine.check(text("rotate type=%d heads=%ld head=%ld turned=%ld", static_cast<int>(type), (long)heads, (long)head, (long)turned),
+                Numbers(type, x.size()), run, [&](const Numbers& out) { return relative_error(out, want); },
+                [](const Level&) { return kRoom; });
+}
+
+// One projection of an attention layer, and its twin.
+struct Projection {
+  std::vector<uint8_t> packed;
+  Row w;
+  Numbers bias;
+  Linear linear;
+
+  Projection(Format format, int64_t R, int64_t D, bool with_bias, Rng& rng)
+      : packed(matrix_bytes(format, R, D)), w(random_matrix(format, packed.data(), R, D, 0.2, rng)),
+        bias(Format::kFp32, R, rng), linear{packed.data(), R, D, format, with_bias ? bias.floats() : nullptr} {}
+
+  Row of(const Row& x, Format type) const {
+    Row y(linear.rows);
+    for (int64_t r = 0; r < linear.rows; ++r) {
+      y[r] = linear.bias ? bias.at(r) : 0;
+      for (int64_t k = 0; k < linear.columns; ++k) y[r] += w[r * linear.columns + k] * x[k];
+    }
+    return rounded(type, y);
+  }
+};
+
+enum class Norms { kNone, kHeads, kAll };  // over what q and k are normed
+
+struct Layer {
+  int64_t D, head, heads, key_heads, turned;
+  Format format, type;
+  bool bias;
+  Norms norms;
+  float offset;
+};
+
+void check_project(Machine& machine, const Layer& l, Rng& rng) {
+  Projection projections[3] = {{l.format, l.heads * l.head, l.D, l.bias, rng}, {l.format, l.key_heads * l.head, l.D, l.bias, rng},
+                               {l.format, l.key_heads * l.head, l.D, l.bias, rng}};
+  Numbers x(l.type, l.D, rng), cosine(l.type, l.turned), sine(l.type, l.turned);
+  for (int64_t i = 0; i < l.turned; ++i) {
+    const double angle = rng();
+    cosine.set(i, std::cos(angle));
+    sine.set(i, std::sin(angle));
+  }
+  Attention attention;
+  attention.head = l.head;
+  attention.type = l.type;
+  std::vector<Norm> norms;
+  for (int i = 0; i < 2; ++i) norms.emplace_back(l.norms == Norms::kAll ? projections[i].linear.rows : l.head, l.offset, rng);
+  if (l.norms != Norms::kNone) {
+    attention.q_norm = norms[0].weight.floats();
+    attention.k_norm = norms[1].weight.floats();
+  }
+  attention.q_norm_width = norms[0].weight.size();
+  attention.k_norm_width = norms[1].weight.size();
+  attention.q_offset = attention.k_offset = l.offset;
+  attention.q_epsilon = attention.k_epsilon = norms[0].epsilon;
+  attention.q = projections[0].linear;
+  attention.k = projections[1].linear;
+  attention.v = projections[2].linear;
+  Row want;
+  for (int i = 0; i < 3; ++i) {
+    Row y = projections[i].of(row_of(x, 0, l.D), l.type);
+    if (i < 2 && l.norms != Norms::kNone) {
+      for (size_t at = 0; at < y.size(); at += norms[i].weight.size()) norms[i].apply(&y[at], l.type);
+      y = rounded(l.type, y);
+    }
+    if (i < 2) rotate(y, l.head, row_of(cosine, 0, l.turned), row_of(sine, 0, l.turned), l.type);
+    want.insert(want.end(), y.begin(), y.end());
+  }
+  const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
+    Numbers parts[3] = {{l.type, attention.q.rows}, {l.type, attention.k.rows}, {l.type, attention.v.rows}};
+    attention.project(runner, level, x.bytes.data(), cosine.bytes.data(), sine.bytes.data(), l.turned, parts[0].bytes.data(),
+                      parts[1].bytes.data(), parts[2].bytes.data());
+    out.bytes.clear();
+    for (const Numbers& part : parts) out.bytes.insert(out.bytes.end(), part.bytes.begin(), part.bytes.end());
+  };
+  // Where a rounding on the way falls to the other side, the result is a step off.
+  const double roundings = l.type == Format::kFp32 ? 0 : step_of(l.type, 1) / 4;
+  machine.check(text("project format=%d type=%d D=%ld head=%ld heads=%ld/%ld turned=%ld norms=%d offset=%g bias=%d",
+                     static_cast<int>(l.format), static_cast<int>(l.type), (long)l.D, (long)l.head, (long)l.heads,
+                     (long)l.key_heads, (long)l.turned, static_cast<int>(l.norms), l.offset, l.bias),
+                Numbers(l.type, want.size()), run, [&](const Numbers& out) { return relative_error(out, want); },
+                [&](const Level& level) { return tolerance(level, l.format, 1) + roundings; });
+}
+
+Row softmax(Row scores) {
+  double most = -INFINITY, total = 0;
+  for (double s : scores) most = s > most ? s : most;
+  for (double& s : scores) total += s = std::exp(s - most);
+  for (double& s : scores) s /= total;
+  return scores;
+}
+
+void check_attend(Machine& machine, Format type, int64_t length, int64_t head, int64_t heads, int64_t key_heads, double size,
+                  bool spoilt, Rng& rng) {
+  const int64_t apart = (length + 3) * head;  // room behind each head's tokens, all NaN
+  Numbers q(type, heads * head, rng, size), keys(type, (key_heads - 1) * apart + length * head), values = keys;
+  for (int64_t g = 0; g < key_heads; ++g)
+    for (int64_t i = 0; i < length * head; ++i) {
+      keys.set(g * apart + i, rng());
+      values.set(g * apart + i, rng());
+    }
+  if (spoilt) (rng.below(2) ? keys : values).set((length - 1) * head + rng.below(head), rng.below(2) ? NAN : INFINITY);
+  Attention attention;
+  attention.head = head;
+  attention.type = type;
+  attention.scaling = 1 / std::sqrt(static_cast<float>(head));
+  attention.q.rows = heads * head;
+  attention.k.rows = key_heads * head;
+  Row want(heads * head, 0.0);
+  double largest = 0;
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t cache = h / (heads / key_heads) * apart;
+    Row scores(length);
+    for (int64_t s = 0; s < length; ++s) {
+      for (int64_t i = 0; i < head; ++i) scores[s] += q.at(h * head + i) * keys.at(cache + s * head + i) * attention.scaling;
+      if (std::isfinite(scores[s])) largest = std::max(largest, std::fabs(scores[s]));
+    }
+    scores = softmax(scores);
+    for (int64_t s = 0; s < length; ++s)
+      for (int64_t i = 0; i < head; ++i) want[h * head + i] += scores[s] * values.at(cache + s * head + i);
+  }
+  const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
+    attention.attend(runner, level, q.bytes.data(), keys.bytes.data(), values.bytes.data(), length, apart, out.bytes.data());
+  };
+  // The exponential of a score has the error of the score, which grows with it.
+  machine.check(text("attend type=%d length=%ld head=%ld heads=%ld/%ld size=%g%s", static_cast<int>(type), (long)length,
+                     (long)head, (long)heads, (long)key_heads, size, spoilt ? " spoilt" : ""),
+                Numbers(type, want.size()), run, [&](const Numbers& out) { return relative_error(out, want); },
+                [&](const Level&) { return kRoom + 2e-7 * largest; });
+}
+
+constexpr Format kTypes[] = {Format::kFp32, Format::kFp16, Format::kBf16};
+
+}  // namespace
+
+void check_norms(Machine& machine, Rng& rng) {
+  for (Format type : kTypes)
+    for (float offset : {0.0f, 1.0f}) {
+      for (int64_t width : {1, 2, 15, 16, 17, 63, 64, 65, 91, 128, 2881})
+        for (bool spoilt : {false, true}) check_norm(machine, type, 3, width, offset, spoilt, rng);
+      check_norm(machine, type, 700, 97, offset, false, rng);  // enough for the pool
+    }
+}
+
+void check_attention(Machine& machine, Rng& rng) {
+  for (Format type : kTypes) {
+    for (int64_t heads : {1, 3}) {
+      check_rotate(machine, type, heads, 16, 16, rng);
+      check_rotate(machine, type, heads, 80, 80, rng);
+      check_rotate(machine, type, heads, 33, 2, rng);
+      check_rotate(machine, type, heads, 64, 30, rng);
+    }
+    for (int f = 0; f < 5; ++f)
+      for (Norms norms : {Norms::kNone, Norms::kHeads, Norms::kAll})
+        for (bool bias : {false, true}) {
+          const float offset = bias ? 1.0f : 0.0f;
+          check_project(machine, {91, 16, 6, 2, 16, static_cast<Format>(f), type, bias, norms, offset}, rng);
+          check_project(machine, {130, 48, 3, 3, 32, static_cast<Format>(f), type, !bias, norms, offset}, rng);
+        }
+    for (int64_t length : {1, 2, 17, 129}) {
+      for (double size : {1.0, 50.0}) {
+        check_attend(machine, type, length, 16, 1, 1, size, false, rng);
+        check_attend(machine, type, length, 48, 6, 2, size, false, rng);
+        check_attend(machine, type, length, 128, 8, 4, size, false, rng);  // 129 tokens: enough for the pool
+      }
+      check_attend(machine, type, length, 64, 4, 2, 1, true, rng);
+    }
+  }
+}
