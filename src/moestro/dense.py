@@ -87,8 +87,7 @@ class PackedEmbedding(nn.Module):
         panels = self.packed.view(-1, self.fmt.panel_bytes(self.embedding_dim))
         parts = []
         for rows in ids.flatten().split(_ROWS_AT_ONCE):
-            near = self.fmt.unpack(panels[rows // PANEL], self.embedding_dim, self._dtype).unflatten(0, (-1, PANEL))
-            parts.append(near[torch.arange(len(rows)), rows % PANEL])
+            parts.append(self.fmt.unpack_rows(panels[rows // PANEL], rows % PANEL, self.embedding_dim, self._dtype))
         return torch.cat(parts).view(*ids.shape, self.embedding_dim)
 
 
