@@ -16,6 +16,7 @@ using namespace moestro;
 
 namespace {
 
+using CacheTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 using WorkTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
 
 const Level& level_of(const std::string& name) {
@@ -38,13 +39,13 @@ void run(Runner& runner, const std::string& level_name, const Shape& shape, uint
              static_cast<int>(list.size()), reinterpret_cast<float*>(out));
 }
 
-void run_linear(Runner& runner, const std::string& level_name, uintptr_t packed, Format format, int64_t rows,
-                int64_t columns, uintptr_t bias, uintptr_t x, Format x_type, int64_t tokens, uintptr_t out) {
+void run_linear(Runner& runner, const std::string& level_name, Linear linear, uintptr_t x, Format x_type, int64_t tokens,
+                uintptr_t out) {
   const Level& level = level_of(level_name);
-  const Linear linear{reinterpret_cast<const uint8_t*>(packed), rows, columns, format, reinterpret_cast<const float*>(bias),
-                      reinterpret_cast<void*>(out), x_type};
+  linear.out = reinterpret_cast<void*>(out);
+  linear.out_type = x_type;
   nb::gil_scoped_release release;
-  runner.run_linears(level, {reinterpret_cast<const void*>(x), x_type, columns}, tokens, &linear, 1);
+  runner.run_linears(level, {reinterpret_cast<const void*>(x), x_type, linear.columns}, tokens, &linear, 1);
 }
 
 void rms_norm(Runner& runner, const std::string& level_name, uintptr_t x, Format x_type, int64_t rows, int64_t columns,
@@ -85,6 +86,31 @@ void run_first_half(const FirstHalf& self, Runner& runner, const std::string& le
   self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
            reinterpret_cast<const void*>(sine), turned, reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length,
            apart, reinterpret_cast<void*>(hidden), reinterpret_cast<void*>(normed));
+}
+
+struct DecoderLayers {
+  std::vector<DecoderLayer> list;
+};
+
+int64_t run_token(const std::vector<DecoderLayer>& layers, Runner& runner, const std::string& level_name, uintptr_t x,
+                  uintptr_t cosine, uintptr_t sine, int64_t turned, const std::vector<CacheTuple>& caches, uintptr_t hidden) {
+  const Level& level = level_of(level_name);
+  if (layers.empty() || caches.size() != layers.size()) throw nb::value_error("one cache for each layer");
+  std::vector<CachePlace> places;
+  for (const auto& [keys, values, length, apart] : caches)
+    places.push_back({reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, apart});
+  nb::gil_scoped_release release;
+  return run_layers(layers, runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
+                    reinterpret_cast<const void*>(sine), turned, places.data(), reinterpret_cast<void*>(hidden));
+}
+
+void look_up(Runner& runner, const std::string& level_name, Linear table, uintptr_t ids, int64_t n, uintptr_t out,
+             Format out_type) {
+  const Level& level = level_of(level_name);
+  table.out = reinterpret_cast<void*>(out);
+  table.out_type = out_type;
+  nb::gil_scoped_release release;
+  runner.look_up(level, table, reinterpret_cast<const int64_t*>(ids), n);
 }
 
 void route(const Router& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t logits,
@@ -183,13 +209,31 @@ NB_MODULE(_kernels, m) {
         new (self) Router{reinterpret_cast<const void*>(weight), type, experts, hidden, top_k, normalized, score_type};
       })
       .def("run", &route);
+  nb::class_<DecoderLayer>(m, "DecoderLayer")
+      .def("__init__", [](DecoderLayer* self, const FirstHalf& first, const Router& router, const Shape& shape,
+                          const std::vector<uintptr_t>& experts) {
+        new (self) DecoderLayer{first, router, shape, {}};
+        for (uintptr_t packed : experts) self->experts.push_back(reinterpret_cast<const uint8_t*>(packed));
+      });
+  nb::class_<DecoderLayers>(m, "DecoderLayers")
+      .def("__init__", [](DecoderLayers* self, const std::vector<const DecoderLayer*>& layers) {
+        new (self) DecoderLayers;
+        for (const DecoderLayer* layer : layers) self->list.push_back(*layer);
+      })
+      .def("run", [](const DecoderLayers& self, Runner& runner, const std::string& level, uintptr_t x, uintptr_t cosine,
+                     uintptr_t sine, int64_t turned, const std::vector<CacheTuple>& caches, uintptr_t hidden) {
+        return run_token(self.list, runner, level, x, cosine, sine, turned, caches, hidden);
+      });
   nb::class_<Runner>(m, "Runner")
       .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("threads", &Runner::threads)
+      .def_prop_ro("busy_s", &Runner::busy_s)
       .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"),
            nb::arg("works"), nb::arg("out"))
-      .def("run_linear", &run_linear, nb::arg("level"), nb::arg("packed"), nb::arg("format"), nb::arg("rows"),
-           nb::arg("columns"), nb::arg("bias"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"), nb::arg("out"))
+      .def("run_linear", &run_linear, nb::arg("level"), nb::arg("linear"), nb::arg("x"), nb::arg("x_type"),
+           nb::arg("tokens"), nb::arg("out"))
+      .def("look_up", &look_up, nb::arg("level"), nb::arg("table"), nb::arg("ids"), nb::arg("count"), nb::arg("out"),
+           nb::arg("out_type"))
       .def("rms_norm", &rms_norm, nb::arg("level"), nb::arg("x"), nb::arg("x_type"), nb::arg("rows"), nb::arg("columns"),
            nb::arg("weight"), nb::arg("offset"), nb::arg("epsilon"), nb::arg("out"))
       .def("touch", [](Runner& self, uintptr_t memory, int64_t bytes) {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "run.h"
@@ -30,7 +32,7 @@ int64_t block_bytes(const Shape& shape) {
 
 namespace {
 
-constexpr int64_t kPoolElements = 1 << 16;  // of a norm that is worth waking other threads
+constexpr int64_t kPoolElements = 1 << 16;  // of a norm or a lookup that is worth waking other threads
 
 // Memory that is kept between calls and only grows, on cache lines.
 class Buffer {
@@ -58,6 +60,10 @@ int64_t tile_of(int64_t n) {
   return (n + tiles - 1) / tiles;
 }
 
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // What one token takes from one item: partial row, weight.
 struct Part {
   const float* partial;
@@ -78,6 +84,18 @@ struct Runner::Memory {
   }
 };
 
+// One call at a time, and timed.
+class Runner::Call {
+ public:
+  explicit Call(Runner& runner) : runner_(runner), one_(runner.one_call_), begin_s_(now_s()) {}
+  ~Call() { runner_.busy_s_ += now_s() - begin_s_; }
+
+ private:
+  Runner& runner_;
+  std::lock_guard<std::mutex> one_;
+  double begin_s_;
+};
+
 Runner::Runner(int threads, const std::vector<int>& cpus) : pool_(threads, cpus), memory_(new Memory) {
   memory_->buffers.resize(threads);
   memory_->scratch.resize(threads, Scratch{nullptr});
@@ -87,7 +105,7 @@ Runner::~Runner() = default;
 
 void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t tokens, const Work* works, int count,
                  float* out) {
-  std::lock_guard<std::mutex> one(one_call_);  // the memory is shared
+  const Call call(*this);
   const int64_t D = shape.hidden, wide = round_up(D, kPanel);
 
   std::vector<Item> items;
@@ -141,7 +159,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
 }
 
 void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, const Linear* linears, int count) {
-  std::lock_guard<std::mutex> one(one_call_);
+  const Call call(*this);
   std::vector<int64_t> rows(tokens);
   for (int64_t t = 0; t < tokens; ++t) rows[t] = t;
   std::vector<LinearItem> items;
@@ -160,8 +178,21 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
   pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
 }
 
+void Runner::look_up(const Level& level, const Linear& table, const int64_t* ids, int64_t n) {
+  const int64_t K = table.columns, stride = panel_bytes(table.format, K), row_bytes = K * size_of(table.out_type);
+  for (int64_t i = 0; i < n; ++i) {
+    if (ids[i] < 0 || ids[i] >= table.rows)
+      throw std::out_of_range("no row " + std::to_string(ids[i]) + " in a table of " + std::to_string(table.rows));
+  }
+  each(static_cast<int>(n), round_up(K, kGroup) + kPanel * kTileColumns, n * K >= kPoolElements, [&](int i, float* row) {
+    const uint8_t* panel = table.packed + ids[i] / kPanel * stride;
+    level.unpack_row(table.format, panel, ids[i] % kPanel, K, row + round_up(K, kGroup), row);
+    level.write(row, K, table.out_type, static_cast<uint8_t*>(table.out) + i * row_bytes);
+  });
+}
+
 void Runner::each(int count, int64_t floats, bool on_pool, const std::function<void(int, float*)>& do_one) {
-  std::lock_guard<std::mutex> one(one_call_);
+  const Call call(*this);
   Scratch* scratch = memory_->of_threads(floats);
   if (on_pool) return pool_.run(count, [&](int i, int thread) { do_one(i, scratch[thread].memory); });
   for (int i = 0; i < count; ++i) do_one(i, scratch[0].memory);
@@ -169,7 +200,7 @@ void Runner::each(int count, int64_t floats, bool on_pool, const std::function<v
 
 void Runner::rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon,
                       void* out) {
-  std::lock_guard<std::mutex> one(one_call_);
+  const Call call(*this);
   Scratch* scratch = memory_->of_threads(round_up(x.width, kGroup));
   const auto norm = [&](int i, int thread) { level.rms_norm(x, i, weight, offset, epsilon, out, scratch[thread].memory); };
   if (rows * x.width >= kPoolElements) return pool_.run(static_cast<int>(rows), norm);
@@ -185,14 +216,8 @@ void Runner::touch(uint8_t* memory, int64_t bytes) {
   });
 }
 
-namespace {
-double now_s() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-}  // namespace
-
 double Runner::read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch) {
-  std::lock_guard<std::mutex> one(one_call_);
+  const Call call(*this);
   constexpr int64_t kPiece = 4 << 20;  // 16 MiB: a thread reads long runs
   const int pieces = static_cast<int>((floats + kPiece - 1) / kPiece);
   std::atomic<int> finite{0};  // reads the sums, so that they are not taken out
@@ -205,7 +230,7 @@ double Runner::read_seconds(const Level& level, const float* memory, int64_t flo
 }
 
 double Runner::fma_flops(const Level& level, int64_t rounds) {
-  std::lock_guard<std::mutex> one(one_call_);
+  const Call call(*this);
   std::vector<double> operations(pool_.threads());
   const double begin = now_s();
   pool_.run(pool_.threads(), [&](int i, int) { operations[i] = level.fma(rounds); });

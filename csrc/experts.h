@@ -133,6 +133,8 @@ struct Level {
   const char* name;
   void (*run_item)(const Shape& shape, const Input& x, const Item& item, Scratch& scratch);
   void (*run_linear)(const Input& x, const LinearItem& item, Scratch& scratch);
+  // Row `lane` of a panel of K columns as float32; `tile` has room for 16 rows of kTileColumns.
+  void (*unpack_row)(Format format, const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to);
   void (*rms_norm)(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row);
   void (*read)(const Input& x, float* to);  // the first row, with zeros up to a whole group
   void (*write)(const float* from, int64_t count, Format type, void* to);

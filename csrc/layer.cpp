@@ -20,6 +20,17 @@ void append(const void* own, int64_t heads, int64_t head_bytes, void* cache, int
   }
 }
 
+// out = a + b, all [D] of one type.
+void add(Runner& runner, const Level& level, const void* a, const void* b, Format type, int64_t D, void* out) {
+  runner.with_scratch(2 * round_up(D, kGroup), [&](float* sum) {
+    float* other = sum + round_up(D, kGroup);
+    level.read({a, type, D}, sum);
+    level.read({b, type, D}, other);
+    level.axpy(1.0f, other, sum, D);
+    level.write(sum, D, type, out);
+  });
+}
+
 // The best k of the probabilities in order, by the very algorithm of torch.topk, so that equals fall alike.
 void best(std::vector<std::pair<float, int64_t>>& queue, int64_t k) {
   const auto greater = [](const auto& a, const auto& b) {
@@ -40,7 +51,7 @@ void FirstHalf::run(Runner& runner, const Level& level, const void* x, const voi
                     void* normed) const {
   const Format type = attention.type;
   const int64_t size = size_of(type), D = attention.q.columns, Q = attention.q.rows, K = attention.k.rows;
-  thread_local std::vector<uint8_t> memory;
+  thread_local std::vector<uint8_t> memory;  // kept from call to call; several threads may generate
   memory.resize(2 * (Q + K) * size);
   uint8_t *q = memory.data(), *k = q + Q * size, *v = k + K * size, *heads = v + K * size;
 
@@ -54,13 +65,7 @@ void FirstHalf::run(Runner& runner, const Level& level, const void* x, const voi
   linear.out = hidden;
   linear.out_type = type;
   runner.run_linears(level, {heads, type, Q}, 1, &linear, 1);
-  runner.with_scratch(2 * round_up(D, kGroup), [&](float* sum) {
-    float* added = sum + round_up(D, kGroup);
-    level.read({x, type, D}, sum);
-    level.read({hidden, type, D}, added);
-    level.axpy(1.0f, added, sum, D);
-    level.write(sum, D, type, hidden);
-  });
+  add(runner, level, x, hidden, type, D, hidden);
   runner.rms_norm(level, {hidden, type, D}, 1, after.weight, after.offset, after.epsilon, normed);
 }
 
@@ -91,6 +96,53 @@ void Router::run(Runner& runner, const Level& level, const void* x, void* logits
     chosen[i] = queue[i].second;
   }
   level.write(p, top_k, score_type, scores);
+}
+
+int64_t DecoderLayer::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
+                          int64_t turned, void* keys, void* values, int64_t length, int64_t apart, void* hidden) const {
+  const Format type = first.attention.type;
+  const int64_t D = shape.hidden, k = router.top_k;
+  thread_local std::vector<uint8_t> normed, logits, scores;
+  thread_local std::vector<float> weights, sum;
+  thread_local std::vector<int64_t> chosen;
+  normed.resize(D * size_of(type));
+  logits.resize(router.experts * size_of(router.type));
+  scores.resize(k * size_of(router.score_type));
+  weights.resize(round_up(k, kGroup));
+  chosen.resize(k);
+
+  first.run(runner, level, x, cosine, sine, turned, keys, values, length, apart, hidden, normed.data());
+  router.run(runner, level, normed.data(), logits.data(), scores.data(), chosen.data());
+  level.read({scores.data(), router.score_type, k}, weights.data());
+
+  static const int64_t first_row = 0;
+  std::vector<std::pair<int64_t, Work>> by_expert;  // whose order is that of the sum
+  for (int64_t i = 0; i < k; ++i) {
+    const Work work{experts[chosen[i]], 0, shape.neurons, &first_row, &weights[i], 1};
+    if (weights[i] != 0) by_expert.emplace_back(chosen[i], work);
+  }
+  std::sort(by_expert.begin(), by_expert.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<Work> works;
+  for (const auto& [expert, work] : by_expert) works.push_back(work);
+  sum.assign(D, 0.0f);
+  runner.run(level, shape, {normed.data(), type, D}, 1, works.data(), static_cast<int>(works.size()), sum.data());
+  level.write(sum.data(), D, type, normed.data());
+  add(runner, level, hidden, normed.data(), type, D, hidden);
+  return static_cast<int64_t>(works.size());
+}
+
+int64_t run_layers(const std::vector<DecoderLayer>& layers, Runner& runner, const Level& level, const void* x,
+                   const void* cosine, const void* sine, int64_t turned, const CachePlace* caches, void* hidden) {
+  thread_local std::vector<uint8_t> other;  // a layer may not write where it reads
+  other.resize(layers[0].shape.hidden * size_of(layers[0].first.attention.type));
+  int64_t experts = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    void* out = (layers.size() - i) % 2 ? hidden : other.data();  // so that the last one ends in hidden
+    const CachePlace& c = caches[i];
+    experts += layers[i].run(runner, level, x, cosine, sine, turned, c.keys, c.values, c.length, c.apart, out);
+    x = out;
+  }
+  return experts;
 }
 
 }  // namespace moestro

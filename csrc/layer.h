@@ -1,5 +1,7 @@
-// One token through a decoder layer: all that stands before its experts, and its router's choice of them.
+// One token through a decoder layer: all that stands before its experts, its router's choice of them, and the experts.
 #pragma once
+
+#include <vector>
 
 #include "attention.h"
 
@@ -33,5 +35,27 @@ struct Router {
   // x [D] -> logits [E], scores [k], chosen [k], best first, equals as torch.topk orders them.
   void run(Runner& runner, const Level& level, const void* x, void* logits, void* scores, int64_t* chosen) const;
 };
+
+// A whole layer whose experts are all in RAM: hidden = x + attention(norm(x)), then hidden += experts(norm(hidden)).
+struct DecoderLayer {
+  FirstHalf first;
+  Router router;  // of the attention's type
+  Shape shape;
+  std::vector<const uint8_t*> experts;  // packed, [E]
+
+  // As FirstHalf's. Returns how many experts computed.
+  int64_t run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
+              void* keys, void* values, int64_t length, int64_t apart, void* hidden) const;
+};
+
+// Where the cache of one layer is; see FirstHalf.
+struct CachePlace {
+  void *keys, *values;
+  int64_t length, apart;
+};
+
+// Layers that follow one another, through all of which a token goes in one call. Returns how many experts computed.
+int64_t run_layers(const std::vector<DecoderLayer>& layers, Runner& runner, const Level& level, const void* x,
+                   const void* cosine, const void* sine, int64_t turned, const CachePlace* caches, void* hidden);
 
 }  // namespace moestro

@@ -479,6 +479,26 @@ void run_linear(const Input& x, const LinearItem& item, Scratch& scratch) {
   }
 }
 
+// One row of a panel of K columns; `tile` has room for a tile of 512 columns.
+template <class F>
+inline void lane_of(const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to) {
+  for (int64_t k = 0; k < K; k += kTileColumns) {
+    const int64_t count = K - k < kTileColumns ? K - k : kTileColumns;
+    convert<F>(panel, k, count, tile);
+    for (int64_t i = 0; i < count; ++i) to[k + i] = tile[i * kPanel + lane];
+  }
+}
+
+void unpack_row(Format format, const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to) {
+  switch (format) {
+    case Format::kFp32: return lane_of<Fp32>(panel, lane, K, tile, to);
+    case Format::kFp16: return lane_of<Fp16>(panel, lane, K, tile, to);
+    case Format::kBf16: return lane_of<Bf16>(panel, lane, K, tile, to);
+    case Format::kInt8: return lane_of<Int8>(panel, lane, K, tile, to);
+    case Format::kInt4: return lane_of<Int4>(panel, lane, K, tile, to);
+  }
+}
+
 void axpy(float a, const float* x, float* y, int64_t n) {
   int64_t i = 0;
   const V av = V::set(a);
@@ -494,5 +514,5 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 #include "attention.inl"
 
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of};
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, unpack_row, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of};
 }

@@ -18,12 +18,16 @@ class Runner {
   ~Runner();
 
   int threads() const { return pool_.threads(); }
+  double busy_s() const { return busy_s_; }  // spent in the calls below, so far
 
   // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x [tokens, D], out float32 [tokens, D].
   void run(const Level& level, const Shape& shape, const Input& x, int64_t tokens, const Work* works, int count, float* out);
 
   // Dense layers that share one input: each fills its own out [tokens, R].
   void run_linears(const Level& level, const Input& x, int64_t tokens, const Linear* linears, int count);
+
+  // Rows `ids` [n] of a packed table, as its out_type, to its out [n, K]. Throws where there is no such row.
+  void look_up(const Level& level, const Linear& table, const int64_t* ids, int64_t n);
 
   // A norm of each of `rows` rows; see norm.inl.
   void rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon, void* out);
@@ -44,9 +48,11 @@ class Runner {
 
  private:
   struct Memory;
+  class Call;
   Pool pool_;
   std::unique_ptr<Memory> memory_;
-  std::mutex one_call_;
+  std::mutex one_call_;  // the memory is shared
+  double busy_s_ = 0;
 };
 
 }  // namespace moestro

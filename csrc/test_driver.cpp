@@ -167,6 +167,7 @@ int main(int argc, char** argv) {
   check_sums(machine, rng);
   check_norms(machine, rng);
   check_attention(machine, rng);
+  check_layers(machine, rng);
   for (int f = 0; f < 5; ++f) {
     const Format format = static_cast<Format>(f);
     for (int64_t n : {1, 2, 3, 5, 16, 17, 100})

@@ -100,3 +100,4 @@ class Machine {
 
 void check_norms(Machine& machine, Rng& rng);
 void check_attention(Machine& machine, Rng& rng);
+void check_layers(Machine& machine, Rng& rng);

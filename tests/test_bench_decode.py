@@ -39,6 +39,7 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     assert (printed["shape"], printed["layers"], printed["threads"]) == ("tiny", 2, 1)
     assert printed["level"] == best_level()
     assert printed["read_limit_gbps"] > 0.1
+    assert 0 < printed["outside_us"] < 1e6 / min(row["decode_tok_s"] for row in printed["engines"]) / 2
     assert {"cpu", "commit"} <= printed.keys()
     ours, alone = printed["engines"]
     assert (ours["engine"], ours["bits"], alone["engine"], alone["bits"]) == (OURS, 8, ALONE, 16)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moestro.compute import cpu
-from moestro.compute.cpu import CpuExperts, levels, recognize, run_linear
+from moestro.compute.cpu import CpuExperts, levels, look_up, recognize, run_linear
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
 from moestro.memory.formats import BLOCK, FORMATS, MATRIX_FORMATS, ExpertShape
+from packing import pack_matrix
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 
@@ -106,11 +107,12 @@ def test_kernels_against_float64(level: str, name: str, gate: str, tokens: int) 
 def test_linear_against_float64(level: str, name: str, tokens: int) -> None:
     rows, columns = (int(torch.randint(1, 300, ())) for _ in range(2))
     fmt, bias = MATRIX_FORMATS[name], torch.randn(rows) if tokens % 2 else None
-    packed = fmt.pack(torch.randn(rows, columns)).flatten()
+    matrix = pack_matrix(fmt, torch.randn(rows, columns), bias)
     x = torch.randn(tokens, columns)
-    weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(columns)), columns, torch.float64)[:rows]
-    expected = torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
-    results = [run_linear(packed, fmt, rows, x, bias, threads=threads, level=level) for threads in (2, 1, 3)]
+    expected = torch.nn.functional.linear(
+        x.double(), matrix.unpack(torch.float64), None if bias is None else bias.double()
+    )
+    results = [run_linear(matrix, x, threads=threads, level=level) for threads in (2, 1, 3)]
     error = (results[0] - expected).norm() / expected.norm()
     assert error <= _tolerance(name, level, tokens), f"[{rows}, {columns}]: relative error {error:.2e}"
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -119,28 +121,39 @@ def test_linear_against_float64(level: str, name: str, tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("level", [*LEVELS, "torch"])
 def test_linear_reads_and_writes_the_dtype_of_its_input(dtype: torch.dtype, level: str) -> None:
-    fmt = MATRIX_FORMATS["bf16"]
-    packed = fmt.pack(torch.randn(70, 50)).flatten()
+    matrix = pack_matrix(MATRIX_FORMATS["bf16"], torch.randn(70, 50))
     x = torch.randn(2, 3, 50).to(dtype)
-    out = run_linear(packed, fmt, 70, x, None, threads=2, level=level)
-    exact = run_linear(packed, fmt, 70, x.float(), None, threads=2, level=level)
+    out = run_linear(matrix, x, threads=2, level=level)
+    exact = run_linear(matrix, x.float(), threads=2, level=level)
     assert out.shape == (2, 3, 70)
     assert out.dtype == dtype
     assert (out.float() - exact.to(dtype).float()).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("level", [*LEVELS, "torch"])
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_a_table_are_those_of_its_matrix(level: str, name: str, dtype: torch.dtype) -> None:
+    for rows, columns, count in [(50, 130, 9), (7, 1, 0), (33, 1200, 300)]:  # the last is worth several threads
+        table = pack_matrix(MATRIX_FORMATS[name], torch.randn(rows, columns))
+        ids = torch.randint(rows, (1, count))
+        got = look_up(table, ids, dtype, threads=2, level=level)
+        assert torch.equal(got, table.unpack(torch.float32).to(dtype)[ids])
+    for wrong in (-1, 33, 40):
+        with pytest.raises(IndexError, match=f"no row .*{wrong}.* in a table of 33"):
+            look_up(table, torch.tensor([0, wrong]), dtype, threads=2, level=level)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_activations_of_very_unlike_sizes_keep_their_bits(level: str) -> None:
     """A group has a scale of its own, so a group a million times larger takes no bits from the others."""
-    fmt = MATRIX_FORMATS["int4"]
-    matrix = torch.randn(32, 256)
-    matrix[:, 64:128] = 0  # the large group meets no weights
-    packed = fmt.pack(matrix).flatten()
+    weight = torch.randn(32, 256)
+    weight[:, 64:128] = 0  # the large group meets no weights
+    matrix = pack_matrix(MATRIX_FORMATS["int4"], weight)
     x = torch.randn(1, 256)
     x[:, 64:128] *= 1e6
-    weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(256)), 256, torch.float64)
-    expected = x.double() @ weight.T
-    out = run_linear(packed, fmt, 32, x, None, threads=1, level=level)
+    expected = x.double() @ matrix.unpack(torch.float64).T
+    out = run_linear(matrix, x, threads=1, level=level)
     assert (out - expected).norm() / expected.norm() <= 1e-4
 
 
@@ -151,11 +164,9 @@ def test_activations_of_very_unlike_sizes_keep_their_bits(level: str) -> None:
 def test_an_activation_that_is_no_number_shows_in_every_result_of_its_token(
     level: str, name: str, tokens: int, bad: float
 ) -> None:
-    fmt = MATRIX_FORMATS[name]
-    packed = fmt.pack(torch.randn(70, 150)).flatten()
     x = torch.randn(tokens, 150)
     x[0, int(torch.randint(150, ()))] = bad
-    out = run_linear(packed, fmt, 70, x, None, threads=2, level=level)
+    out = run_linear(pack_matrix(MATRIX_FORMATS[name], torch.randn(70, 150)), x, threads=2, level=level)
     assert not out[0].isfinite().any()
     assert out[1:].isfinite().all()
 
@@ -264,7 +275,7 @@ def test_a_level_that_is_not_here_is_refused() -> None:
 def test_without_the_extension_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     math = ExpertMath(ExpertShape(hidden=24, neurons=100), FORMATS["bf16"], GATES["silu"])
     x, work, expected = _random_step(math, 4)
-    monkeypatch.setattr(cpu, "kernels", None)
+    monkeypatch.setattr(cpu, "_kernels", None)
     assert levels() == {}
     experts = CpuExperts(2)
     assert experts.kernel(math) is None

@@ -58,7 +58,7 @@ def test_each_part_has_its_own_bits(tmp_path: Path) -> None:
     save_model("qwen2_moe", tmp_path)
     model = load(str(tmp_path), bits=16, expert_bits=4, dense_bits=8, **ON_CPU)
     assert {math.format.name for math in model.moestro.math} == {"int4"}
-    formats = {name: m.fmt.name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    formats = {name: m.matrix.fmt.name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert formats.pop("lm_head") == "bf16"
     assert set(formats.values()) == {"int8"}
     assert any("shared_expert" in name for name in formats)
@@ -72,7 +72,7 @@ def test_a_tied_embedding_and_head_share_one_copy(tmp_path: Path) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, PackedEmbedding)
     assert isinstance(head, PackedLinear)
-    assert embedding.packed.data_ptr() == head.packed.data_ptr()
+    assert embedding.matrix.packed.data_ptr() == head.matrix.packed.data_ptr()
     _as_packed(reference, model)
     ids = torch.randint(3, 100, (2, 300))
     assert torch.equal(embedding(ids), reference.get_input_embeddings()(ids))

@@ -83,15 +83,6 @@ def test_weights_that_are_zero_or_equal_or_tiny_survive(name: str) -> None:
     assert ((again[3:10] - matrix[3:10]).abs() <= ranges / 15 * 1.1).all()  # a step of 4 bits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(FORMATS))
-def test_rows_unpack_as_the_matrix_does(name: str, dtype: torch.dtype) -> None:
-    fmt, rows = MATRIX_FORMATS[name], torch.randint(0, 50, (9,))
-    panels = fmt.pack(torch.randn(50, 130))
-    got = fmt.unpack_rows(panels[rows // 16], rows % 16, 130, dtype)
-    assert torch.equal(got, fmt.unpack(panels, 130, dtype)[rows])
-
-
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_bits_of_a_weight_are_as_the_format_says(name: str) -> None:
     bits = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8.25, "int4": 4.5}[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,13 @@ from transformers import DynamicCache
 from families import EXPERTS, save_model
 from moestro import load
 from moestro.compute.cpu import levels, rms_norm
-from moestro.compute.one_token import Matrix, Norm, OneTokenAttention, OneTokenRouter
+from moestro.errors import ModelError
 from moestro.fuse import fuse
 from moestro.fuse.attention import fuse_attention
 from moestro.fuse.cache import append
 from moestro.fuse.decoder_layer import fuse_decoder_layer
 from moestro.fuse.norm import FusedRmsNorm
 from moestro.fuse.router import fuse_router
-from moestro.memory.formats import MATRIX_FORMATS
 
 # Four query heads on two key heads of 16.
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -46,88 +46,6 @@ def test_norm_kernel_at_every_level(level: str, dtype: torch.dtype, offset: floa
         # Rounded twice where the family does so, each to half a place.
         step = max(torch.finfo(dtype).eps, 1e-6)
         assert ((got.double() - expected).abs() <= 1.5 * step * expected.abs() + 1e-7).all(), (width, level)
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """[heads, d] in float64."""
-    first, second = x.chunk(2, -1)
-    return x * cosine.double() + torch.cat((-second, first), -1) * sine.double()
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", ["plain", "whole", "each head"])
-def test_one_token_attention_at_every_level(level: str, dtype: torch.dtype, normed: str) -> None:
-    """Projection, norms, rotary embedding and attention against float64; outputs start as NaN."""
-    columns, head, heads, groups, scaling = 70, 48, 6, 2, 0.17
-    fmt = MATRIX_FORMATS["fp32"]
-    x, tolerance = torch.randn(columns).to(dtype), {torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 3e-2)
-    sizes = [heads * head, groups * head, groups * head]
-    matrices, biases = [torch.randn(size, columns) / 8 for size in sizes], [torch.randn(sizes[0]), None, None]
-    norms = [None if normed == "plain" else torch.randn(head if normed == "each head" else size) for size in sizes[:2]]
-    cosine, sine = (part(torch.rand(head // 2) * 6).repeat(2).to(dtype) for part in (torch.cos, torch.sin))
-    wanted: list[Tensor] = []
-    for matrix, bias, norm in zip(matrices, biases, [*norms, None], strict=True):
-        y = linear(x.double(), matrix.double(), None if bias is None else bias.double())
-        if norm is not None:
-            y = y.view(-1, norm.numel())
-            y = (y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm).flatten()
-        wanted.append(y.view(-1, head) if len(wanted) == 2 else _rotate(y.view(-1, head), cosine, sine))
-    for threads in (1, 3):
-        kernel = OneTokenAttention(
-            tuple(
-                Matrix(fmt.pack(m).flatten(), fmt, len(m), columns, b) for m, b in zip(matrices, biases, strict=True)
-            ),
-            tuple(None if norm is None else Norm(norm, 0.0, 1e-6) for norm in norms),
-            head=head,
-            scaling=scaling,
-            dtype=dtype,
-            threads=threads,
-            level=level,
-        )
-        q, k, v = (torch.full((size,), torch.nan, dtype=dtype) for size in sizes)
-        kernel.project(x, cosine, sine, q, k, v)
-        for got, exact in zip((q, k, v), wanted, strict=True):
-            assert (got.double() - exact.flatten()).norm() <= tolerance * exact.norm()
-        for length in (1, 2, 17, 129):
-            room = torch.randn(2, 1, groups, length + 5, head).to(dtype)
-            keys, values = room[0, :, :, :length], room[1, :, :, :length]  # heads are not next to one another
-            got = kernel.attend(q, keys, values)
-            query = q.double().view(groups, -1, head)
-            share = (query @ keys[0].double().transpose(1, 2) * scaling).softmax(-1)  # [G, H / G, S]
-            exact = (share @ values[0].double()).flatten()
-            assert (got.double() - exact).norm() <= tolerance * exact.norm()
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_router_kernel_at_every_level(level: str, dtype: torch.dtype) -> None:
-    for experts, width, top_k in [(4, 33, 2), (64, 70, 8), (130, 2048, 1), (7, 5, 7)]:
-        for normalized in (True, False):
-            weight, x = torch.randn(experts, width).to(dtype), torch.randn(width).to(dtype)
-            router = OneTokenRouter(
-                weight, top_k=top_k, normalized=normalized, score_dtype=torch.float32, threads=2, level=level
-            )
-            logits, scores, index = router.run(x)
-            exact = linear(x.double(), weight.double())
-            step = max(torch.finfo(dtype).eps, 1e-6)
-            assert (logits[0].double() - exact).norm() <= step * exact.norm()
-            shares, best = logits.float().softmax(-1).topk(top_k)
-            assert torch.equal(index, best)
-            torch.testing.assert_close(scores, shares / shares.sum() if normalized else shares, rtol=1e-5, atol=1e-8)
-
-
-@needs_kernels
-def test_equal_logits_are_chosen_as_torch_chooses() -> None:
-    ties = 0
-    for experts, top_k in [(8, 2), (64, 8), (128, 8), (256, 8), (600, 4)]:
-        for _ in range(30):
-            weight = torch.randint(-2, 3, (experts, 4)).float()
-            router = OneTokenRouter(weight, top_k=top_k, normalized=False, score_dtype=torch.float32, threads=1)
-            logits, _, index = router.run(torch.tensor([1.0, 0.5, 0.25, 0.125]).mul(4).round())
-            ties += len(logits.unique()) < experts
-            assert torch.equal(index, logits.softmax(-1).topk(top_k).indices)
-    assert ties > 100
 
 
 class _Norm(nn.Module):
@@ -187,7 +105,8 @@ def test_one_token_attention(family: str, dtype: str, tmp_path: Path) -> None:
     save_model(family, tmp_path, HEADS | {"num_experts_per_tok": EXPERTS})
     fused, plain = (load(str(tmp_path), fuse=on, **ON_CPU | {"dtype": dtype}) for on in (True, False))
     assert all(type(layer.self_attn.forward).__name__ == "FusedAttention" for layer in fused.model.layers)
-    assert all(type(layer.forward).__name__ == "_FusedLayer" for layer in fused.model.layers)
+    assert all(type(layer.forward).__name__ == "FusedLayer" for layer in fused.model.layers)
+    assert any(layer.forward._stretch is not None for layer in fused.model.layers)
     caches = [DynamicCache(), DynamicCache()]
     tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
     for step, count in enumerate([7, 1, 1, 3, 1, 1]):
@@ -223,8 +142,8 @@ def test_decoder_layers_are_known_by_what_they_compute(tmp_path: Path) -> None:
     fuse_attention(layer.self_attn, 1)
     assert not fuse_decoder_layer(layer)  # its norms are not fused
     fuse(model, 1)
-    assert all(type(layer.forward).__name__ == "_FusedLayer" for layer in model.model.layers)
-    assert all(type(layer.mlp.gate.forward).__name__ == "_FusedRouter" for layer in model.model.layers)
+    assert all(type(layer.forward).__name__ == "FusedLayer" for layer in model.model.layers)
+    assert all(type(layer.mlp.gate.forward).__name__ == "FusedRouter" for layer in model.model.layers)
     del layer.forward
     original = layer.forward
     layer.forward = lambda x, **given: original(x, **given) + 0.1 * x  # another residual sum
@@ -264,19 +183,100 @@ def test_a_router_that_chooses_otherwise_is_left_alone(tmp_path: Path) -> None:
 @needs_kernels
 @torch.no_grad()
 def test_who_listens_to_a_part_is_told(tmp_path: Path) -> None:
-    """A hook on a module that fused layers pass by, and router logits that were asked for."""
+    """A hook on a module that fused layers pass by, and hidden states and router logits that were asked for."""
     save_model("olmoe", tmp_path, HEADS)
-    model, ids = load(str(tmp_path), **ON_CPU), torch.randint(3, 100, (1, 5))
-    cache = DynamicCache()
-    model(ids, past_key_values=cache)
-    attention, heard = model.model.layers[0].self_attn, []
-    for part in (attention, attention.q_proj, model.model.layers[0].input_layernorm):
+    model, plain = (load(str(tmp_path), fuse=on, **ON_CPU) for on in (True, False))
+    ids, heard = torch.randint(3, 100, (1, 5)), []
+    caches = [DynamicCache(), DynamicCache()]
+    for each, cache in zip((model, plain), caches, strict=True):
+        each(ids, past_key_values=cache)
+    first, last = model.model.layers[0], model.model.layers[-1]
+    attention = first.self_attn
+    parts = [attention, attention.q_proj, first.input_layernorm, last, last.mlp, last.mlp.gate, last.mlp.experts]
+    for part in parts:
         hook = part.register_forward_hook(lambda *_: heard.append(1))
-        out = model(ids[:, :1], past_key_values=cache, output_router_logits=True)
+        model(ids[:, :1], past_key_values=caches[0])
         hook.remove()
         assert heard.pop()
         assert not heard
-        assert len(out.router_logits) == len(model.model.layers)
+    caches[0].crop(-len(parts))
+    asked = {"output_router_logits": True, "output_hidden_states": True}
+    for _ in range(2):
+        steps = [m(ids[:, :1], past_key_values=c, **asked) for m, c in zip((model, plain), caches, strict=True)]
+        for kind in ("router_logits", "hidden_states"):
+            ours, theirs = (step[kind] for step in steps)
+            assert len(ours) == len(theirs)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        for each, cache in zip((model, plain), caches, strict=True):
+            each(ids[:, :1], past_key_values=cache)  # and nobody asks
+
+
+@needs_kernels
+@torch.no_grad()
+def test_layers_that_follow_one_another_go_together(tmp_path: Path) -> None:
+    """Which layers do, that their steps are counted, and that fewer layers are fewer."""
+    save_model("olmoe", tmp_path, HEADS | {"num_hidden_layers": 4})
+    model, plain = (load(str(tmp_path), fuse=on, **ON_CPU) for on in (True, False))
+    ids, calls = torch.randint(3, 100, (1, 5)), []
+    stretch = model.model.layers[0].forward._stretch
+    run = stretch._kernel.run
+    stretch._kernel.run = lambda *given: calls.append(1) or run(*given)
+    for depth in (4, 2):
+        results = []
+        for each in (model, plain):
+            each.config.num_hidden_layers = depth  # as generation does that leaves a model early
+            cache = DynamicCache()
+            each(ids, past_key_values=cache)
+            before = dataclasses.replace(each.moestro.counters)
+            results.append(each(ids[:, :1], past_key_values=cache).logits)
+            after = each.moestro.counters
+            assert after.layer_steps - before.layer_steps == depth
+            assert after.misses - before.misses == depth * model.config.num_experts_per_tok
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 1
+    model.config.num_hidden_layers = 4
+    with pytest.raises(ModelError, match="only some layers were given a mask"):
+        stretch.run(1, _marked(stretch), {"attention_mask": ids})
+
+
+def _marked(stretch: Any) -> Tensor:
+    x = torch.zeros(1, 1, HEADS["hidden_size"])
+    x._moestro_done = stretch  # type: ignore[attr-defined]
+    return x
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["block", "loop", "nothing"])
+def test_layers_between_which_something_happens_stay_apart(change: str, tmp_path: Path) -> None:
+    save_model("olmoe", tmp_path, HEADS | {"num_hidden_layers": 3})
+    model = load(str(tmp_path), fuse=False, **ON_CPU)
+    decoder, layers = model.model, model.model.layers
+
+    def loop(input_ids: Tensor, past_key_values: Any, use_cache: bool) -> Tensor:
+        x, last = decoder.embed_tokens(input_ids), past_key_values.get_seq_length()
+        given = {"position_embeddings": decoder.rotary_emb(x, position_ids=torch.tensor([[last]]))}
+        for index, layer in enumerate(layers):
+            x = layer(x + 1 if index == 1 else x, attention_mask=None, past_key_values=past_key_values, **given)
+        return x
+
+    if change == "block":  # which returns more than its experts do
+        block = layers[1].mlp
+        original = block.forward
+        block.forward = lambda x: original(x) + x
+    elif change == "loop":
+        decoder.forward = loop
+    fuse(model, 1)
+    stretches = [vars(layer.forward)["_stretch"] for layer in layers]
+    if change == "nothing":
+        assert stretches[0] is stretches[1] is stretches[2] is not None
+    elif change == "block":
+        assert stretches[1] is None
+        assert stretches[0] is not stretches[2]
+    else:
+        assert stretches[0] is not stretches[1]
+        assert stretches[1] is stretches[2] is not None
 
 
 def _with(module: Any, name: str, value: Any, function: Any, given: dict[str, Any]) -> Any:
@@ -314,3 +314,18 @@ def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
         append(held, 0, torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))  # a copy's token does not reach ours
         assert shallow.keys.shape[-2] == length + 1
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+
+
+@needs_kernels
+@pytest.mark.parametrize("on", [True, False])
+@torch.no_grad()
+def test_a_compiled_model_computes_the_same(on: bool, tmp_path: Path) -> None:
+    """torch.compile leaves our calls outside of its graphs, for a prompt and for decoded tokens."""
+    save_model("olmoe", tmp_path, HEADS)
+    model, ids = load(str(tmp_path), bits=8, fuse=on, **ON_CPU), torch.randint(3, 100, (1, 8))
+    logits = []
+    for run in (model, torch.compile(model, backend="eager")):
+        cache = DynamicCache()
+        steps = [run(part, past_key_values=cache, use_cache=True).logits for part in ids.split([6, 1, 1], 1)]
+        logits.append(torch.cat(steps, 1))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)

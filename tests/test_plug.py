@@ -222,7 +222,7 @@ def test_what_cannot_be_done_says_so() -> None:
 
 def test_tied_embeddings_count_once_in_the_plan() -> None:
     model = load("demo", **ON_CPU)
-    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding)]
+    packed = [m.matrix.packed for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding)]
     tensors = [*model.parameters(), *model.buffers(), *packed]
     dense = {p.data_ptr(): p.numel() * p.element_size() for p in tensors}
     assert model.moestro.spec.dense_bytes == sum(dense.values())

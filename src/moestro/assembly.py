@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compute.cpu import CpuExperts, core_cpus, first_touch
+from .compute.cpu import CpuExperts, first_touch
 from .compute.devices import Device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
@@ -75,7 +75,8 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         ram_named=budget.ram_bytes is not None,
     )
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
-    first_touch(store.memory, config.threads or len(core_cpus()))
+    cpu = CpuExperts(config.threads)
+    first_touch(store.memory, cpu.threads)
     slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
@@ -87,7 +88,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         device=device,
         store=store,
         slots=SlotPool(slots, placement.held),
-        cpu=CpuExperts(config.threads),
+        cpu=cpu,
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
@@ -113,7 +114,7 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
     formats = dense_formats(model, config, device)
     if formats is None:
         return
-    threads = config.threads or len(core_cpus())
+    threads = model.moestro.cpu.threads
     pack_dense(model, formats, threads, fast=fast)
     if config.fuse:
         fuse(model, threads)

@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .compute.cpu import CpuExperts
+from .compute.cpu import CpuExperts, KernelShape
 from .compute.devices import Device, Queued
 from .compute.experts import ExpertMath, ExpertWork
 from .memory.formats import BLOCK
@@ -164,6 +164,25 @@ class Conductor:
         """
         with self._lock:
             return self._run_layer(layer, x, index, weights)
+
+    def only_choice(self, layer: int) -> tuple[KernelShape, list[Tensor]] | None:
+        """What the kernels need of a layer about which there is nothing to decide; None of others.
+
+        Without slots the contract allows one decision: all of an expert's neurons on the CPU. Who computes such a
+        step elsewhere, in fewer calls, says so by `count_only_choice`; the policy is not asked.
+        """
+        experts = [(layer, expert) for expert in range(self.spec.layers[layer].experts)]
+        shape = self.cpu.kernel_shape(self.math[layer])
+        if self.slots or shape is None or not all(expert in self.store for expert in experts):
+            return None
+        return shape, [self.store[expert] for expert in experts]
+
+    def count_only_choice(self, layers: int, experts: int) -> None:
+        """Account for layer steps of one token, computed elsewhere by so many experts in all."""
+        with self._lock:
+            self.counters.layer_steps += layers
+            self.counters.tokens += experts
+            self.counters.misses += experts if self.phase is Phase.DECODE else 0
 
     def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         start_s = time.perf_counter()

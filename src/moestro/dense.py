@@ -14,18 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .compute.cpu import first_touch, levels, run_linear
-from .compute.one_token import Matrix
+from .compute.cpu import Matrix, first_touch, levels, look_up, run_linear
 from .errors import refuse_gradients
 from .families import expert_modules
-from .memory.formats import PANEL, MatrixFormat
+from .memory.formats import MatrixFormat
 from .memory.store import map_memory
 from .routers import find_router
-
-_ROWS_AT_ONCE = 256  # of an embedding: each takes its panel of 16 along
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,56 +35,47 @@ class DenseFormats:
 class PackedLinear(nn.Module):
     """A linear layer whose packed weights are read by our kernels.
 
-    packed: uint8, the matrix [out_features, in_features] in `fmt`. bias: [out_features] or None.
+    matrix: its bytes, which are no buffer: they move to no device. bias: [out_features] or None.
     """
 
     def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.fmt, self.threads = fmt, threads
-        self.weight_dtype = linear.weight.dtype
-        self.packed = packed  # no buffer: it moves to no device
-        self.bias = linear.bias
+        self.weight_dtype, self.bias, self.threads = linear.weight.dtype, linear.bias, threads
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias)
 
     @property
     def weight(self) -> Tensor:
         """[R, K], unpacked for code that looks at it; slow."""
-        return _unpack(self.packed, self.fmt, self.in_features, self.weight_dtype)[: self.out_features]
+        return self.matrix.unpack(self.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
         refuse_gradients(x)
-        m = self.matrix
-        return run_linear(m.packed, m.fmt, m.rows, x, m.bias, threads=self.threads)
+        return run_linear(self.matrix, x, threads=self.threads)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.fmt.name}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.fmt.name}"
 
 
 class PackedEmbedding(nn.Module):
     """An embedding that unpacks the rows it is asked for; may share its bytes with the head."""
 
-    def __init__(self, packed: Tensor, fmt: MatrixFormat, embedding: nn.Embedding) -> None:
+    def __init__(self, packed: Tensor, fmt: MatrixFormat, embedding: nn.Embedding, threads: int) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx, self.fmt = embedding.padding_idx, fmt
-        self._dtype = embedding.weight.dtype
-        self.packed = packed
+        self.padding_idx, self.weight_dtype, self.threads = embedding.padding_idx, embedding.weight.dtype, threads
+        self.matrix = Matrix(packed, fmt, embedding.num_embeddings, embedding.embedding_dim)
 
     @property
     def weight(self) -> Tensor:
         """[N, D], unpacked for code that looks at it; slow."""
-        return _unpack(self.packed, self.fmt, self.embedding_dim, self._dtype)[: self.num_embeddings]
+        return self.matrix.unpack(self.weight_dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., D]."""
-        panels = self.packed.view(-1, self.fmt.panel_bytes(self.embedding_dim))
-        parts = []
-        for rows in ids.flatten().split(_ROWS_AT_ONCE):
-            parts.append(self.fmt.unpack_rows(panels[rows // PANEL], rows % PANEL, self.embedding_dim, self._dtype))
-        return torch.cat(parts).view(*ids.shape, self.embedding_dim)
+        return look_up(self.matrix, ids, self.weight_dtype, threads=self.threads)
 
 
 def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:
@@ -123,11 +110,8 @@ def pack_dense(model: nn.Module, formats: DenseFormats, threads: int, *, fast: b
         at += _aligned(size)
         for name, module in owners:
             parent, _, leaf = name.rpartition(".")
-            new: nn.Module = (
-                PackedEmbedding(packed, fmt, module)
-                if isinstance(module, nn.Embedding)
-                else PackedLinear(packed, fmt, module, threads)
-            )
+            kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear
+            new = kind(packed, fmt, module, threads)
             new.train(module.training)
             setattr(model.get_submodule(parent), leaf, new)
             module.weight = None  # whoever else holds the module must not hold the weight
@@ -168,10 +152,6 @@ def _packable(model: nn.Module, formats: DenseFormats) -> Iterator[tuple[Tensor,
 def _find(model: nn.Module, name: str) -> Tensor | None:
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf, None)
-
-
-def _unpack(packed: Tensor, fmt: MatrixFormat, columns: int, dtype: torch.dtype) -> Tensor:
-    return fmt.unpack(packed.view(-1, fmt.panel_bytes(columns)), columns, dtype)
 
 
 def _aligned(size: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -20,11 +19,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from .assembly import ExpertLayer, attach, home, pack_rest
 from .compute.devices import Device, make_device
+from .compute.eager import outside_of_graphs
 from .config import METHOD, MoestroConfig
 from .errors import CheckpointError, ModelError, refuse_gradients
 from .families import expert_modules
 
 
+@outside_of_graphs
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Transformers' experts interface: [..., D], [T, K], [T, K] -> [..., D].
 
@@ -37,9 +38,6 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             'experts_implementation="moestro" needs quantization_config=MoestroConfig(...) in from_pretrained, '
             "or use moestro.load"
         )
-    if torch.compiler.is_compiling():
-        out: Tensor = _outside_of_graphs(module, hidden_states, top_k_index, top_k_weights)
-        return out
     refuse_gradients(hidden_states)
     refuse_gradients(top_k_weights)
     x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
@@ -48,8 +46,6 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return combined if hidden_states.dim() == 2 else combined.view(hidden_states.shape)
 
 
-# Not around the function itself, where it would cost each eager call some microseconds.
-_outside_of_graphs = torch.compiler.disable(experts_forward)
 ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_forward)
 
 

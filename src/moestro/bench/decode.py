@@ -57,6 +57,7 @@ class DecodeReport:
     threads: int
     level: str
     read_limit_gbps: float
+    outside_us: float  # a layer of a token that we decode, all that is not in our kernels; embedding to head
     engines: tuple[EngineFigures, ...]
     ratios: dict[str, dict[str, float]]  # ours over each other engine's: the median of the turns' ratios
 
@@ -67,7 +68,9 @@ class DecodeReport:
     def print(self) -> None:
         """A table of the engines."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads; {self.shape}, {self.layers} layers")
-        print(f"read limit {self.read_limit_gbps:.1f} GB/s")
+        print(
+            f"read limit {self.read_limit_gbps:.1f} GB/s; decode outside our kernels {self.outside_us:.0f} us a layer"
+        )
         table = Table("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit")
         for row in self.engines:
             ratios = self.ratios.get(row.engine, {})
@@ -106,11 +109,12 @@ def measure_decode(
     count = threads or len(core_cpus())
     with ExitStack() as stack, one_torch_thread():
         engines: dict[str, tuple[int, EngineWorker]] = {}
+        ours = ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count)
 
         def add(name: str, engine_bits: int, engine: EngineWorker) -> None:
             engines[name] = (engine_bits, stack.enter_context(engine))
 
-        add(OURS, bits, ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count))
+        add(OURS, bits, ours)
         if rival:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             path = Path(folder) / "model.gguf"
@@ -119,14 +123,20 @@ def measure_decode(
             path.unlink()  # it is loaded
         if alone:
             add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
-        return _take_turns(shape, depth, count, engines, rounds)
+        return _take_turns(shape, depth, count, ours, engines, rounds)
 
 
 def _take_turns(
-    shape: str, layers: int, threads: int, engines: dict[str, tuple[int, EngineWorker]], rounds: int
+    shape: str,
+    layers: int,
+    threads: int,
+    ours: ModelWorker,
+    engines: dict[str, tuple[int, EngineWorker]],
+    rounds: int,
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
     limits: list[float] = []
+    outside_s: list[float] = []
     decodes: dict[str, list[float]] = {name: [] for name in engines}
     prefills: dict[str, dict[int, list[float]]] = {name: {n: [] for n in PROMPTS} for name in engines}
     for _ in range(rounds):
@@ -136,8 +146,9 @@ def _take_turns(
                 prefills[name][tokens].append(tokens / engine.prefill_s(tokens))
         for name, (_, engine) in engines.items():
             decodes[name].append(1 / engine.decode_s(CONTEXT, NEW_TOKENS))
+        outside_s.append(ours.outside_s())
     limit = median(limits)
-    token_bytes = engines[OURS][1].card["token_bytes"]
+    token_bytes = ours.card["token_bytes"]
     figures = tuple(
         EngineFigures(
             name,
@@ -154,7 +165,8 @@ def _take_turns(
         for name in engines
         if name != OURS
     }
-    return DecodeReport(shape, layers, threads, best_level(), limit, figures, ratios)
+    outside_us = median(outside_s) / layers * 1e6
+    return DecodeReport(shape, layers, threads, best_level(), limit, outside_us, figures, ratios)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:

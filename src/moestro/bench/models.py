@@ -22,6 +22,10 @@ class ModelWorker(EngineWorker):
     def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
         super().__init__("moestro.bench.models", [engine, shape, str(bits), str(layers), str(threads)])
 
+    def outside_s(self) -> float:
+        """Seconds a token, of the last `decode_s`, in which our kernels were not called."""
+        return float(self.ask("outside_s"))
+
 
 class Engine:
     """What the worker runs."""
@@ -30,6 +34,7 @@ class Engine:
         import torch
 
         from .. import MoestroConfig  # which registers the quantizer and the experts function
+        from ..compute.cpu import runner
         from ..random_model import build_random_model
 
         self._torch = torch
@@ -39,7 +44,9 @@ class Engine:
             self._model: Any = build_random_model(shape, config, dtype=torch.bfloat16, seed=0, layers=layers)
         else:
             self._model = _transformers_alone(shape, layers)
+        self._runner = runner(threads)
         self._cache: Any = None
+        self.outside_s = 0.0  # a token, of the last decode_s
         self.decode_s(16, 2)
 
     def card(self) -> dict[str, Any]:
@@ -49,7 +56,7 @@ class Engine:
             return {"token_bytes": 0}
         top_k = self._model.config.num_experts_per_tok
         embedding = self._model.get_input_embeddings()
-        table = embedding.packed if hasattr(embedding, "packed") else embedding.weight
+        table = embedding.matrix.packed if hasattr(embedding, "matrix") else embedding.weight
         looked_up = table.numel() * table.element_size()  # one row is read, not the table
         experts = sum(layer.expert_bytes * top_k for layer in conductor.spec.layers)
         return {"token_bytes": experts + conductor.spec.dense_bytes - looked_up}
@@ -65,7 +72,10 @@ class Engine:
             self.prefill_s(context)
         if (extra := self._cache.get_seq_length() - context) > 0:
             self._cache.crop(-extra)
-        return sum(self._forward(1) for _ in range(tokens)) / tokens
+        busy_s = self._runner.busy_s
+        token_s = sum(self._forward(1) for _ in range(tokens)) / tokens
+        self.outside_s = token_s - (self._runner.busy_s - busy_s) / tokens
+        return token_s
 
     def _forward(self, tokens: int) -> float:
         ids = self._torch.randint(0, self._model.config.vocab_size, (1, tokens))
@@ -106,7 +116,8 @@ def main() -> None:
 
     def start() -> tuple[dict[str, Any], Handlers]:
         model = Engine(engine, shape, *map(int, numbers))
-        return model.card(), {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
+        handlers: Handlers = {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
+        return model.card(), {**handlers, "outside_s": lambda: model.outside_s}
 
     serve(start, ours=engine == OURS)
 

@@ -87,10 +87,29 @@ class Router:
     ) -> None: ...
     def run(self, runner: Runner, level: str, x: int, logits: int, scores: int, chosen: int) -> None: ...
 
+class DecoderLayer:
+    def __init__(self, first: FirstHalf, router: Router, shape: Shape, experts: Sequence[int]) -> None: ...
+
+class DecoderLayers:
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None: ...
+    def run(
+        self,
+        runner: Runner,
+        level: str,
+        x: int,
+        cosine: int,
+        sine: int,
+        turned: int,
+        caches: Sequence[tuple[int, int, int, int]],
+        hidden: int,
+    ) -> int: ...
+
 class Runner:
     def __init__(self, threads: int, cpus: Sequence[int]) -> None: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def busy_s(self) -> float: ...
     def run(
         self,
         level: str,
@@ -104,16 +123,13 @@ class Runner:
     def run_linear(
         self,
         level: str,
-        packed: int,
-        format: Format,
-        rows: int,
-        columns: int,
-        bias: int,
+        linear: Linear,
         x: int,
         x_type: Format,
         tokens: int,
         out: int,
     ) -> None: ...
+    def look_up(self, level: str, table: Linear, ids: int, count: int, out: int, out_type: Format) -> None: ...
     def rms_norm(
         self,
         level: str,

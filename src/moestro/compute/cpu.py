@@ -1,8 +1,8 @@
 """What the compiled kernels calculate on the CPU, bound to tensors; the machine's limits beside it.
 
-Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`) and norms (`rms_norm`);
-what goes together for a single token is in one_token.py. A layer's experts run in the kernels when their
-format, and their family's gate, is one that the kernels have, else in the torch twin. Which gate it is, is found
+Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), embeddings (`look_up`) and
+norms (`rms_norm`); what goes together for a single token is in one_token.py. A layer's experts run in the kernels when
+their format, and their family's gate, is one that the kernels have, else in the torch twin. Which gate it is, is found
 by trying the family's own function on numbers, not by its name.
 
     CpuExperts(threads=8).run(math, x, work, out)
@@ -18,20 +18,25 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import psutil
 import torch
 from torch import Tensor
 
-from ..memory.formats import FLOAT_FORMATS, MatrixFormat
+from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat
+from .eager import outside_of_graphs
 from .experts import Activation, ExpertMath, ExpertWork, run_experts
 
 try:
-    from . import _kernels as kernels
+    from . import _kernels as _kernels  # one_token.py has it from here
 except ImportError:  # a pure wheel: no compiler was there when it was built
-    kernels = None  # type: ignore[assignment]
+    _kernels = None  # type: ignore[assignment]
 
-KERNEL_FORMATS = {} if kernels is None else dict(kernels.Format.__members__)
+KERNEL_FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
+
+KernelShape: TypeAlias = "_kernels.Shape"  # a layer's experts, as the kernels take them
+_ROWS_AT_ONCE = 256  # of a lookup in plain torch: each takes its panel of 16 along
 
 Kernel = tuple[str, float, float, float]  # gate's name in the kernels; alpha, limit and offset of the clamped one
 
@@ -45,13 +50,17 @@ class CpuExperts:
     """
 
     def __init__(self, threads: int | None = None, level: str | None = None) -> None:
-        self._threads = threads or len(core_cpus())
+        self.threads = threads or len(core_cpus())
         self._level = level or ""
         self._known: dict[int, _Known] = {}  # by the id of its math
 
     def kernel(self, math: ExpertMath) -> Kernel | None:
         """Which kernel computes these experts; None for the torch twin."""
         return self._know(math).kernel
+
+    def kernel_shape(self, math: ExpertMath) -> KernelShape | None:
+        """The experts as the kernels take them; None for the torch twin."""
+        return self._know(math).shape
 
     def _know(self, math: ExpertMath) -> _Known:
         known = self._known.get(id(math))
@@ -61,7 +70,7 @@ class CpuExperts:
         return known
 
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
-        if kernels is None or self._level == "torch" or math.post_norm is not None:
+        if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
         if math.format.name not in KERNEL_FORMATS:
             return None
@@ -74,7 +83,7 @@ class CpuExperts:
             run_experts(math, x, work, out)
             return
         x = _readable(x)  # [T, D]
-        runner(self._threads).run(
+        runner(self.threads).run(
             self._level,
             shape,
             x.data_ptr(),
@@ -99,53 +108,86 @@ class _Known:
 
     math: ExpertMath
     kernel: Kernel | None
-    shape: kernels.Shape | None
+    shape: KernelShape | None
 
 
-def _shape(math: ExpertMath, kernel: Kernel) -> kernels.Shape:
-    shape = kernels.Shape()
+def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
+    shape = _kernels.Shape()
     shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
     shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
     shape.format = KERNEL_FORMATS[math.format.name]
-    shape.activation = getattr(kernels.Activation, kernel[0])
+    shape.activation = getattr(_kernels.Activation, kernel[0])
     _, shape.alpha, shape.limit, shape.offset = kernel
     return shape
 
 
-def run_linear(
-    packed: Tensor, fmt: MatrixFormat, rows: int, x: Tensor, bias: Tensor | None, *, threads: int, level: str = ""
-) -> Tensor:
+class Matrix(NamedTuple):
+    """A linear layer, or a table of rows: packed bytes of [rows, columns] in `fmt`, and its float32 bias."""
+
+    packed: Tensor
+    fmt: MatrixFormat
+    rows: int
+    columns: int
+    bias: Tensor | None = None
+
+    def as_linear(self) -> _kernels.Linear:
+        """As the kernels take it."""
+        name = KERNEL_FORMATS[self.fmt.name]
+        return _kernels.linear(self.packed.data_ptr(), name, self.rows, self.columns, address(self.bias))
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """[rows, columns]."""
+        return self.fmt.unpack(self.panels, self.columns, dtype)[: self.rows]
+
+    @property
+    def panels(self) -> Tensor:
+        """uint8 [P, panel_bytes], a view."""
+        return self.packed.view(-1, self.fmt.panel_bytes(self.columns))
+
+
+@outside_of_graphs
+def run_linear(matrix: Matrix, x: Tensor, *, threads: int, level: str = "") -> Tensor:
     """x W^T + bias with a packed matrix, on the host.
 
     Args:
-        packed: uint8 of `fmt.matrix_bytes(rows, K)`.
-        x: [..., K], float32, float16 or bfloat16. bias: float32 [rows] or None.
+        x: [..., columns], float32, float16 or bfloat16.
         level: as in `CpuExperts`.
 
     Returns:
         [..., rows], in the dtype of `x`.
     """
-    if kernels is None or level == "torch":
-        weight = fmt.unpack(packed.view(-1, fmt.panel_bytes(x.shape[-1])), x.shape[-1], torch.float32)[:rows]
-        return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+    if _kernels is None or level == "torch":
+        return torch.nn.functional.linear(x.float(), matrix.unpack(torch.float32), matrix.bias).to(x.dtype)
     x = _readable(x)
-    out = x.new_empty((*x.shape[:-1], rows))
-    columns = x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], matrix.rows))
     runner(threads).run_linear(
-        level,
-        packed.data_ptr(),
-        KERNEL_FORMATS[fmt.name],
-        rows,
-        columns,
-        address(bias),
-        x.data_ptr(),
-        type_of(x),
-        x.numel() // columns,
-        out.data_ptr(),
+        level, matrix.as_linear(), x.data_ptr(), type_of(x), x.numel() // matrix.columns, out.data_ptr()
     )
     return out
 
 
+@outside_of_graphs
+def look_up(table: Matrix, ids: Tensor, dtype: torch.dtype, *, threads: int, level: str = "") -> Tensor:
+    """Rows of a packed table: int64 ids [...] -> [..., columns] in `dtype`, float32, float16 or bfloat16.
+
+    Raises:
+        IndexError: it has no such row.
+    """
+    if _kernels is None or level == "torch":
+        parts = []
+        for rows in ids.flatten().split(_ROWS_AT_ONCE):
+            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < table.rows:
+                raise IndexError(f"no row {rows.tolist()} in a table of {table.rows}")
+            near = table.fmt.unpack(table.panels[rows // PANEL], table.columns, torch.float32)
+            parts.append(near.unflatten(0, (-1, PANEL))[torch.arange(len(rows)), rows % PANEL].to(dtype))
+        return torch.cat(parts).view(*ids.shape, table.columns)
+    ids = ids.long().contiguous()
+    out = torch.empty((*ids.shape, table.columns), dtype=dtype)
+    runner(threads).look_up(level, table.as_linear(), ids.data_ptr(), ids.numel(), out.data_ptr(), type_of(out))
+    return out
+
+
+@outside_of_graphs
 def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, threads: int, level: str = "") -> Tensor:
     """Root-mean-square norm over the last dimension.
 
@@ -156,7 +198,7 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
     Returns:
         [..., D], in the dtype of x.
     """
-    assert kernels is not None
+    assert _kernels is not None
     out = torch.empty_like(x)
     columns = x.shape[-1]
     runner(threads).rms_norm(
@@ -179,13 +221,13 @@ def first_touch(memory: Tensor, threads: int) -> None:
     Args:
         memory: uint8 of a fresh mapping, all zeros.
     """
-    if kernels is not None:
+    if _kernels is not None:
         runner(threads).touch(memory.data_ptr(), memory.numel())
 
 
 def levels() -> dict[str, bool]:
     """ISA levels that are compiled in, best first, and whether this CPU runs each; empty without kernels."""
-    return dict(kernels.levels()) if kernels is not None else {}
+    return dict(_kernels.levels()) if _kernels is not None else {}
 
 
 def best_level() -> str:
@@ -216,10 +258,10 @@ def core_cpus() -> list[int]:
 
 
 @functools.cache
-def runner(threads: int) -> kernels.Runner:
+def runner(threads: int) -> _kernels.Runner:
     """One pool for each number of threads, shared by all models of the process."""
     cpus = core_cpus()
-    return kernels.Runner(threads, cpus if threads <= len(cpus) else [])
+    return _kernels.Runner(threads, cpus if threads <= len(cpus) else [])
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -232,7 +274,7 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def type_of(x: Tensor) -> kernels.Format:
+def type_of(x: Tensor) -> _kernels.Format:
     return KERNEL_FORMATS[FLOAT_FORMATS[x.dtype]]
 
 

@@ -8,33 +8,14 @@ Legend: D model width, H query heads, G key heads, d their width, S tokens in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..memory.formats import FLOAT_FORMATS, MatrixFormat
-from .cpu import KERNEL_FORMATS, address, runner
-
-try:
-    from . import _kernels as kernels
-except ImportError:  # a pure wheel, where nothing of this is made
-    kernels = None  # type: ignore[assignment]
-
-
-class Matrix(NamedTuple):
-    """A linear layer: packed bytes of [rows, columns] in `fmt`, and its float32 bias."""
-
-    packed: Tensor
-    fmt: MatrixFormat
-    rows: int
-    columns: int
-    bias: Tensor | None
-
-    def as_linear(self) -> kernels.Linear:
-        """As the kernels take it."""
-        name = KERNEL_FORMATS[self.fmt.name]
-        return kernels.linear(self.packed.data_ptr(), name, self.rows, self.columns, address(self.bias))
+from ..memory.formats import FLOAT_FORMATS
+from .cpu import KERNEL_FORMATS, KernelShape, Matrix, _kernels, runner
 
 
 class Norm(NamedTuple):
@@ -44,9 +25,9 @@ class Norm(NamedTuple):
     offset: float
     epsilon: float
 
-    def as_norm(self) -> kernels.Norm:
+    def as_norm(self) -> _kernels.Norm:
         """As the kernels take it."""
-        return kernels.Norm(self.weight.data_ptr(), self.offset, self.epsilon)
+        return _kernels.Norm(self.weight.data_ptr(), self.offset, self.epsilon)
 
 
 class OneTokenAttention:
@@ -69,9 +50,9 @@ class OneTokenAttention:
         threads: int,
         level: str = "",
     ) -> None:
-        self.kept = (projections, norms)  # the kernels see addresses only
-        self.threads, self.level, self.dtype = threads, level, dtype
-        self.kernel = kernels.Attention()
+        self._kept = (projections, norms)  # the kernels see addresses only
+        self.runner, self.level = runner(threads), level
+        self.kernel = _kernels.Attention()
         self.kernel.q, self.kernel.k, self.kernel.v = (matrix.as_linear() for matrix in projections)
         self.kernel.head, self.kernel.scaling = head, scaling
         self.kernel.type = KERNEL_FORMATS[FLOAT_FORMATS[dtype]]
@@ -82,7 +63,7 @@ class OneTokenAttention:
         """Fill q [H * d], k and v [G * d] from x [D]; cosine and sine are [d], all of one dtype."""
         cosine, sine, x = cosine.contiguous(), sine.contiguous(), x.contiguous()
         self.kernel.project(
-            runner(self.threads),
+            self.runner,
             self.level,
             x.data_ptr(),
             cosine.data_ptr(),
@@ -100,7 +81,7 @@ class OneTokenAttention:
         """
         out = torch.empty_like(query)
         self.kernel.attend(
-            runner(self.threads),
+            self.runner,
             self.level,
             query.data_ptr(),
             keys.data_ptr(),
@@ -121,10 +102,10 @@ class OneTokenFirstHalf:
 
     def __init__(self, attention: OneTokenAttention, output: Matrix, before: Norm, after: Norm) -> None:
         self._kept = (attention, output, before, after)
-        self._runner, self._level = runner(attention.threads), attention.level
-        self._kernel = kernels.FirstHalf()
-        self._kernel.attention, self._kernel.output = attention.kernel, output.as_linear()
-        self._kernel.before, self._kernel.after = before.as_norm(), after.as_norm()
+        self.runner, self.level = attention.runner, attention.level
+        self.kernel = _kernels.FirstHalf()
+        self.kernel.attention, self.kernel.output = attention.kernel, output.as_linear()
+        self.kernel.before, self.kernel.after = before.as_norm(), after.as_norm()
 
     def run(self, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token x [.., D] -> hidden and its norm, of the shape and dtype of x.
@@ -135,9 +116,9 @@ class OneTokenFirstHalf:
         """
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
         hidden, normed = torch.empty_like(x), torch.empty_like(x)
-        self._kernel.run(
-            self._runner,
-            self._level,
+        self.kernel.run(
+            self.runner,
+            self.level,
             x.data_ptr(),
             cosine.data_ptr(),
             sine.data_ptr(),
@@ -170,9 +151,10 @@ class OneTokenRouter:
         level: str = "",
     ) -> None:
         self._weight, self._top_k, self._score_dtype = weight.detach().contiguous(), top_k, score_dtype
+        self.width, self.dtype = weight.shape[1], weight.dtype
         self._runner, self._level = runner(threads), level
         names = [KERNEL_FORMATS[FLOAT_FORMATS[dtype]] for dtype in (weight.dtype, score_dtype)]
-        self._kernel = kernels.Router(
+        self.kernel = _kernels.Router(
             self._weight.data_ptr(), names[0], weight.shape[0], weight.shape[1], top_k, normalized, names[1]
         )
 
@@ -182,7 +164,52 @@ class OneTokenRouter:
         logits = torch.empty((1, self._weight.shape[0]), dtype=x.dtype)
         scores = torch.empty((1, self._top_k), dtype=self._score_dtype)
         index = torch.empty((1, self._top_k), dtype=torch.int64)
-        self._kernel.run(
-            self._runner, self._level, x.data_ptr(), logits.data_ptr(), scores.data_ptr(), index.data_ptr()
-        )
+        self.kernel.run(self._runner, self._level, x.data_ptr(), logits.data_ptr(), scores.data_ptr(), index.data_ptr())
         return logits, scores, index
+
+
+class OneTokenLayer:
+    """A whole decoder layer: its first half, its router, and experts that are all in RAM; run by `OneTokenLayers`.
+
+    Args:
+        shape: of the experts, as `CpuExperts.kernel_shape` has it. experts: uint8, the packed bytes of each.
+    """
+
+    def __init__(
+        self, first: OneTokenFirstHalf, router: OneTokenRouter, shape: KernelShape, experts: Sequence[Tensor]
+    ) -> None:
+        self._kept = (first, router, experts)
+        self.runner, self.level = first.runner, first.level
+        self.kernel = _kernels.DecoderLayer(first.kernel, router.kernel, shape, [e.data_ptr() for e in experts])
+
+
+class OneTokenLayers:
+    """Decoder layers that follow one another, of one width and dtype, in one call."""
+
+    def __init__(self, layers: Sequence[OneTokenLayer]) -> None:
+        self._kept = layers
+        self._runner, self._level = layers[0].runner, layers[0].level
+        self._kernel = _kernels.DecoderLayers([layer.kernel for layer in layers])
+
+    def run(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, int]:
+        """One token x [.., D] -> the last layer's output, of its shape and dtype, and how many experts computed.
+
+        Args:
+            cosine, sine: [.., d]. caches: keys and values [1, G, S, d] of each layer, as `OneTokenFirstHalf.run`'s.
+        """
+        x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
+        hidden = torch.empty_like(x)
+        places = [(k.data_ptr(), v.data_ptr(), k.shape[2], k.stride(1)) for k, v in caches]
+        experts = self._kernel.run(
+            self._runner,
+            self._level,
+            x.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            cosine.numel(),
+            places,
+            hidden.data_ptr(),
+        )
+        return hidden, experts

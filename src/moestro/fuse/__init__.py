@@ -22,6 +22,7 @@ from .attention import fuse_attention
 from .decoder_layer import fuse_decoder_layer
 from .norm import as_rms_norm
 from .router import fuse_router
+from .stretch import fuse_stretches
 
 
 @torch.no_grad()
@@ -44,3 +45,6 @@ def fuse(model: nn.Module, threads: int) -> None:
         fuse_attention(module, threads)
     for module in model.modules():
         fuse_decoder_layer(module)
+    training = model.training
+    fuse_stretches(model.eval())
+    model.train(training)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenAttention
 from ..dense import PackedLinear
 from .cache import append
@@ -48,9 +49,9 @@ class FusedAttention:
         self._original = forward_of(module)
         self.layer, self.output = module.layer_idx, module.o_proj
         norms = [getattr(module, name, None) for name in _NORMS]
-        self._parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
+        self.parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
-        self._dtype, self._head = module.o_proj.weight_dtype, module.head_dim
+        self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
         self._columns, self._scaling = q.in_features, module.scaling
         self._sizes = (q.out_features, k.out_features, v.out_features)
         self.kernel = OneTokenAttention(
@@ -58,10 +59,11 @@ class FusedAttention:
             (norms[0] and norms[0].norm, norms[1] and norms[1].norm),
             head=module.head_dim,
             scaling=module.scaling,
-            dtype=self._dtype,
+            dtype=self.dtype,
             threads=threads,
         )
 
+    @outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = kwargs.get("hidden_states")
         if args or x is None or not self.fits(x, kwargs):
@@ -73,14 +75,14 @@ class FusedAttention:
         rotary = given.get("position_embeddings")
         return (
             x.shape[:2] == (1, 1)
-            and x.dtype == self._dtype
+            and x.dtype == self.dtype
             and given.get("attention_mask") is None
             and rotary is not None
-            and rotary[0].dtype == self._dtype
-            and rotary[0].numel() == self._head
+            and rotary[0].dtype == self.dtype
+            and rotary[0].numel() == self.head
             and self._grows(given.get("past_key_values"))
             and not x.requires_grad
-            and not has_hooks(self._parts)
+            and not has_hooks(self.parts)
         )
 
     def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
@@ -91,9 +93,9 @@ class FusedAttention:
 
     def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """[1, 1, D] -> [H * d], [1, G, 1, d], [1, G, 1, d]."""
-        q, k, v = (torch.empty(size, dtype=self._dtype) for size in self._sizes)
+        q, k, v = (torch.empty(size, dtype=self.dtype) for size in self._sizes)
         self.kernel.project(x, *rotary, q, k, v)
-        return q, k.view(1, -1, 1, self._head), v.view(1, -1, 1, self._head)
+        return q, k.view(1, -1, 1, self.head), v.view(1, -1, 1, self.head)
 
     def _grows(self, cache: Any) -> bool:
         """Whether it is the plain cache, which returns all keys and values in one piece."""
@@ -124,19 +126,22 @@ class FusedAttention:
 
     def trial(self, scale: float, random: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor], list[DynamicCache]]:
         """A random token [1, 1, D] of that size, its rotary embedding, and two equal caches with some tokens."""
-        x = torch.randn(1, 1, self._columns, generator=random).mul_(scale).to(self._dtype)
-        angles = torch.rand(1, 1, self._head // 2, generator=random).mul_(6).repeat(1, 1, 2)
-        rotary = (angles.cos().to(self._dtype), angles.sin().to(self._dtype))
-        sizes = [(1, size // self._head, _PAST, self._head) for size in self._sizes[1:]]
-        past = [torch.randn(size, generator=random).mul_(scale).to(self._dtype) for size in sizes]
-        caches = [DynamicCache(), DynamicCache()]
+        x = torch.randn(1, 1, self._columns, generator=random).mul_(scale).to(self.dtype)
+        angles = torch.rand(1, 1, self.head // 2, generator=random).mul_(6).repeat(1, 1, 2)
+        rotary = (angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+        past, caches = self.past(scale, random), [DynamicCache(), DynamicCache()]
         for cache in caches:
             cache.update(*past, self.layer)
         return x, rotary, caches
 
+    def past(self, scale: float, random: torch.Generator) -> list[Tensor]:
+        """Random keys and values of some tokens, [1, G, S, d]."""
+        sizes = [(1, size // self.head, _PAST, self.head) for size in self._sizes[1:]]
+        return [torch.randn(size, generator=random).mul_(scale).to(self.dtype) for size in sizes]
+
     def _largest_score(self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor) -> float:
         """Of this token's queries against keys [1, G, S, d]."""
-        query = self._project(x, rotary)[0].float().view(keys.shape[1], -1, self._head)  # [G, H / G, d]
+        query = self._project(x, rotary)[0].float().view(keys.shape[1], -1, self.head)  # [G, H / G, d]
         largest = (query @ keys[0].float().transpose(1, 2)).abs().max()
         return float(largest) * float(self._scaling)
 

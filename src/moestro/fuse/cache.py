@@ -1,4 +1,4 @@
-"""Transformers' plain cache, made longer in place: its own update copies the whole cache for each token.
+"""Transformers' plain cache, made longer in place.
 
 Legend: G key heads, d their width, S tokens in the cache.
 """
@@ -8,31 +8,36 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 _ROOM = 128  # tokens, at least, for which a cache grows at once
 
 
 def append(cache: Any, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Add one token's key and value [1, G, 1, d] to a plain cache and return all of them, [1, G, S, d]."""
-    grown = grow(cache, index)
-    if grown is None:
+    if not can_grow(cache, index):
         keys, values = cache.update(k, v, index)
         return keys.contiguous(), values.contiguous()
-    keys, values = grown
+    keys, values = grow(cache, index)
     keys[:, :, -1:], values[:, :, -1:] = k, v
     return keys, values
 
 
-def grow(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
-    """Make a plain cache one token longer, which its caller writes, and return all of it, [1, G, S, d]; None if empty.
+def can_grow(cache: Any, index: int) -> bool:
+    """Whether a layer's cache is the plain one and holds tokens."""
+    if index >= len(cache.layers) or type(cache.layers[index]) is not DynamicLayer:
+        return False
+    return bool(cache.layers[index].is_initialized and cache.layers[index].keys.numel())
+
+
+def grow(cache: Any, index: int) -> tuple[Tensor, Tensor]:
+    """Make a cache that can grow one token longer, which the caller writes, and return all of it, [1, G, S, d].
 
     In place, in storage with room for more: Transformers' own update copies the whole cache for each token. What the
     cache holds stays a tensor like any other; where somebody replaced or copied it, new storage is made. After a
     crop, new tokens overwrite those that were cropped, also in views of them that somebody kept: clone such views.
     """
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
-        return None
+    layer = cache.layers[index]
     keys, values = layer.keys, layer.values
     length = keys.shape[2]
     owner, key_store, value_store = getattr(layer, "_moestro_storage", (0, keys, values))

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakMethod
 
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
 def forward_of(module: Any) -> Callable[..., Any]:
@@ -30,4 +31,6 @@ def forward_of(module: Any) -> Callable[..., Any]:
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody listens to one of these modules, which then has to be called."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenRouter
 from ..memory.formats import FLOAT_FORMATS
 from .original import forward_of
@@ -25,24 +26,24 @@ def fuse_router(router: Any, threads: int) -> bool:
     """Give a router a forward for single tokens; says whether it is one that we know."""
     known = _recognize(router, threads)
     if known is not None:
-        router.forward = _FusedRouter(router, known)
+        router.forward = FusedRouter(router, known)
     elif next(router.parameters()).dtype != torch.float32:
         _spare_small_products(router)
     return known is not None
 
 
-class _FusedRouter:
+class FusedRouter:
     """The forward of a recognized router."""
 
     def __init__(self, router: Any, kernel: OneTokenRouter) -> None:
-        self._original, self._kernel = forward_of(router), kernel
-        self._width, self._dtype = router.weight.shape[1], router.weight.dtype
+        self._original, self.kernel = forward_of(router), kernel
 
+    @outside_of_graphs
     def __call__(self, hidden_states: Tensor) -> Any:
         x = hidden_states
-        if x.numel() != self._width or x.dtype != self._dtype or x.requires_grad:
+        if x.numel() != self.kernel.width or x.dtype != self.kernel.dtype or x.requires_grad:
             return self._original(x)
-        return self._kernel.run(x)
+        return self.kernel.run(x)
 
 
 def _recognize(router: Any, threads: int) -> OneTokenRouter | None:

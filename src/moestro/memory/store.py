@@ -53,7 +53,7 @@ class ExpertStore:
 def map_memory(n_bytes: int) -> Tensor:
     """Zeroed memory of the process, in huge pages where allowed: uint8 [n_bytes].
 
-    Untouched pages cost nothing, so it grows as weights arrive. Lives as long as the tensor and its views.
+    Its pages are laid when they are first written. Lives as long as the tensor and its views.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         mapping = mmap.mmap(-1, max(n_bytes, 1))

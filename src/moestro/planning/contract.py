@@ -199,8 +199,7 @@ def check(decision: Decision, step: Step, view: View, spec: ModelSpec, block: in
     """
     layer, where = spec.layers[step.layer], f"layer {step.layer}"
     _check_shares(decision, step, layer, block, where)
-    if decision.moves:
-        check_moves(decision.moves, view, spec, where, step=step, gpu=decision.gpu)
+    check_moves(decision.moves, view, spec, where, step=step, gpu=decision.gpu)
     arriving = {move.expert for move in decision.moves}
     leaving = {move.evict for move in decision.moves} | set(decision.cancel)
     for expert in decision.gpu:

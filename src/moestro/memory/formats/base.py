@@ -47,11 +47,6 @@ class MatrixFormat(ABC):
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         """uint8 [P, panel_bytes] -> [P * 16, K] in `dtype`: what the kernels compute with."""
 
-    def unpack_rows(self, panels: Tensor, rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """One row of each panel, which costs less than all: uint8 [n, panel_bytes], int64 [n] in [0, 16) -> [n, K]."""
-        near: Tensor = self.unpack(panels, columns, dtype).unflatten(0, (-1, PANEL))
-        return near[torch.arange(len(rows)), rows]
-
 
 def pad_matrix(matrix: Tensor, columns: int) -> Tensor:
     """[R, K] -> [P, 16, columns], with zeros where the matrix has nothing."""

@@ -70,15 +70,6 @@ class Int4Format(MatrixFormat):
         nibbles = (halves.int()[..., None, :] >> shifts[:, None]) & 15  # [P, 16, G, 8, 4, 2]
         return _matrix((nibbles.flatten(3).to(dtype) - zero.to(dtype)) * scale.to(dtype), columns)
 
-    def unpack_rows(self, panels: Tensor, rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        each, groups = torch.arange(len(rows)), panels.unflatten(1, (-1, PANEL * (4 + GROUP // 2)))
-        scale, zero = (_numbers(groups, i)[each, rows].to(dtype) for i in range(2))  # [n, G, 1]
-        words = groups[..., 4 * PANEL :].view(torch.int16).unflatten(-1, (8, PANEL, 2))
-        halves = words[each, :, :, rows].int()  # [n, G, 8, 2]
-        nibbles = (halves[..., None, :] >> torch.arange(0, 16, 4, dtype=torch.int32)[:, None]) & 15  # [n, G, 8, 4, 2]
-        matrix: Tensor = ((nibbles.flatten(2).to(dtype) - zero) * scale).flatten(1)
-        return matrix[:, :columns]
-
 
 def _groups(matrix: Tensor) -> Tensor:
     """[R, K] -> float32 [P, 16, G, 64]."""

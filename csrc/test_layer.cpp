@@ -1,0 +1,179 @@
+// Whole decoder layers against their parts called one by one, which are tested by themselves; the router's choice and
+// rows of a table against float64.
+#include <algorithm>
+#include <numeric>
+
+#include "layer.h"
+#include "test_help.h"
+
+using namespace moestro;
+
+namespace {
+
+struct Weights {
+  std::vector<uint8_t> packed;
+  Linear linear;
+  Weights(Format format, int64_t R, int64_t K, Rng& rng) : packed(matrix_bytes(format, R, K)) {
+    random_matrix(format, packed.data(), R, K, 0.1, rng);
+    linear = {packed.data(), R, K, format};
+  }
+};
+
+// A packed expert without biases: random matrices, as its shape lays them out.
+std::vector<uint8_t> random_expert(const Shape& s, Rng& rng) {
+  const int64_t blocks = (s.neurons + kBlock - 1) / kBlock;
+  std::vector<uint8_t> packed(blocks * block_bytes(s));
+  uint8_t* at = packed.data();
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int i = 0; i < 2; ++i, at += matrix_bytes(s.format, kBlock, s.hidden)) random_matrix(s.format, at, kBlock, s.hidden, 0.1, rng);
+    random_matrix(s.format, at, s.hidden, kBlock, 0.1, rng);
+    at += matrix_bytes(s.format, s.hidden, kBlock);
+  }
+  return packed;
+}
+
+struct Sizes {
+  int64_t D, head, heads, key_heads, experts, top_k, length;
+};
+
+void check_layers(Machine& machine, Format format, Format type, const Sizes& z, Rng& rng) {
+  const int64_t Q = z.heads * z.head, K = z.key_heads * z.head, apart = (z.length + 2) * z.head;
+  Weights q(format, Q, z.D, rng), k(format, K, z.D, rng), v(format, K, z.D, rng), o(format, z.D, Q, rng);
+  Numbers before(Format::kFp32, z.D, rng), after(Format::kFp32, z.D, rng), gate(type, z.experts * z.D, rng, 0.2);
+  DecoderLayer layer;
+  Attention& attention = layer.first.attention;
+  attention.q = q.linear, attention.k = k.linear, attention.v = v.linear;
+  attention.head = z.head, attention.type = type, attention.scaling = 0.25f;
+  layer.first.output = o.linear;
+  layer.first.before = {before.floats(), 0, 1e-5f};
+  layer.first.after = {after.floats(), 1, 1e-5f};
+  layer.router = {gate.bytes.data(), type, z.experts, z.D, z.top_k, true, Format::kFp32};
+  layer.shape.hidden = z.D, layer.shape.neurons = 100, layer.shape.format = format;
+  std::vector<std::vector<uint8_t>> experts;
+  for (int64_t e = 0; e < z.experts; ++e) experts.push_back(random_expert(layer.shape, rng));
+  for (const auto& expert : experts) layer.experts.push_back(expert.data());
+
+  const Numbers x(type, z.D, rng), past(type, z.key_heads * apart, rng), cosine(type, z.head, rng), sine(type, z.head, rng);
+  const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
+    const std::vector<DecoderLayer> layers(3, layer);
+    std::vector<Numbers> caches(6, past);
+    std::vector<CachePlace> places;
+    for (int i = 0; i < 6; i += 2) places.push_back({caches[i].bytes.data(), caches[i + 1].bytes.data(), z.length, apart});
+    const int64_t count = run_layers(layers, runner, level, x.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head,
+                                     places.data(), out.bytes.data());
+    if (count != 3 * z.top_k) out.set(0, NAN);
+    for (const Numbers& cache : caches) out.bytes.insert(out.bytes.end(), cache.bytes.begin(), cache.bytes.end());
+  };
+  std::vector<double> want;
+  const auto by_parts = [&](Runner& runner, const Level& level) {
+    Numbers hidden = x, caches(type, 0);
+    want.clear();
+    for (int i = 0; i < 3; ++i) {
+      Numbers normed(type, z.D), query(type, Q), heads(type, Q), added(type, z.D), keys = past, values = past, own[2] = {{type, K}, {type, K}};
+      runner.rms_norm(level, {hidden.bytes.data(), type, z.D}, 1, before.floats(), 0, 1e-5f, normed.bytes.data());
+      attention.project(runner, level, normed.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head, query.bytes.data(),
+                        own[0].bytes.data(), own[1].bytes.data());
+      for (int64_t j = 0; j < K; ++j) {
+        const int64_t place = j / z.head * apart + (z.length - 1) * z.head + j % z.head;
+        keys.set(place, own[0].at(j));
+        values.set(place, own[1].at(j));
+      }
+      attention.attend(runner, level, query.bytes.data(), keys.bytes.data(), values.bytes.data(), z.length, apart, heads.bytes.data());
+      Linear output = o.linear;
+      output.out = added.bytes.data();
+      output.out_type = type;
+      runner.run_linears(level, {heads.bytes.data(), type, Q}, 1, &output, 1);
+      for (int64_t d = 0; d < z.D; ++d) hidden.set(d, hidden.at(d) + added.at(d));
+      runner.rms_norm(level, {hidden.bytes.data(), type, z.D}, 1, after.floats(), 1, 1e-5f, normed.bytes.data());
+      Numbers logits(type, z.experts), scores(Format::kFp32, z.top_k), sum(Format::kFp32, z.D);
+      std::vector<int64_t> chosen(z.top_k), order(z.top_k), row(1, 0);
+      layer.router.run(runner, level, normed.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());
+      std::iota(order.begin(), order.end(), 0);
+      std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
+      std::vector<Work> works;
+      for (int64_t j : order) works.push_back({layer.experts[chosen[j]], 0, layer.shape.neurons, row.data(), scores.floats() + j, 1});
+      std::fill(sum.bytes.begin(), sum.bytes.end(), 0);
+      runner.run(level, layer.shape, {normed.bytes.data(), type, z.D}, 1, works.data(), static_cast<int>(works.size()), sum.floats());
+      for (int64_t d = 0; d < z.D; ++d) hidden.set(d, hidden.at(d) + round_to(type, sum.at(d)));
+      for (const Numbers* part : {&keys, &values}) caches.bytes.insert(caches.bytes.end(), part->bytes.begin(), part->bytes.end());
+    }
+    for (const Numbers* part : {&hidden, &caches})
+      for (int64_t i = 0; i < part->size(); ++i) want.push_back(part->at(i));
+  };
+  machine.check(text("layers format=%d type=%d D=%ld heads=%ld/%ld experts=%ld/%ld length=%ld", static_cast<int>(format),
+                     static_cast<int>(type), (long)z.D, (long)z.heads, (long)z.key_heads, (long)z.top_k, (long)z.experts,
+                     (long)z.length),
+                Numbers(type, z.D),
+                [&](Runner& runner, const Level& level, Numbers& out) {
+                  by_parts(runner, level);
+                  run(runner, level, out);
+                },
+                [&](const Numbers& out) { return out.size() == static_cast<int64_t>(want.size()) ? relative_error(out, want) : INFINITY; },
+                [](const Level&) { return 1e-12; });
+}
+
+void check_router(Machine& machine, Format type, int64_t E, int64_t D, int64_t top_k, bool normalized, Rng& rng) {
+  const Numbers x(type, D, rng), weight(type, E * D, rng, 0.3);
+  const Router router{weight.bytes.data(), type, E, D, top_k, normalized, Format::kFp32};
+  std::vector<double> want(E);
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t d = 0; d < D; ++d) want[e] += weight.at(e * D + d) * x.at(d);
+  // Only the logits have rounding errors of their own: scores and choice are checked against those that came out.
+  const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
+    Numbers logits(type, E), scores(Format::kFp32, top_k);
+    std::vector<int64_t> chosen(top_k), order(E);
+    router.run(runner, level, x.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());
+    double total = 0, kept = 0;
+    for (int64_t e = 0; e < E; ++e) total += std::exp(logits.at(e));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits.at(a) > logits.at(b); });
+    for (int64_t i = 0; i < top_k; ++i) kept += std::exp(logits.at(order[i])) / total;
+    bool right = true;
+    for (int64_t i = 0; i < top_k; ++i) {
+      const double score = std::exp(logits.at(order[i])) / total / (normalized ? kept : 1);
+      right = right && std::fabs(scores.at(i) - score) <= 1e-5 * score && logits.at(chosen[i]) == logits.at(order[i]);
+    }
+    for (int64_t e = 0; e < E; ++e) out.set(e, right ? logits.at(e) : NAN);
+  };
+  machine.check(text("router type=%d experts=%ld/%ld D=%ld normalized=%d", static_cast<int>(type), (long)top_k, (long)E, (long)D, normalized),
+                Numbers(type, E), run, [&](const Numbers& out) { return relative_error(out, want); },
+                [](const Level&) { return 2e-6; });
+}
+
+void check_look_up(Machine& machine, Format format, Format type, int64_t R, int64_t K, int64_t n, Rng& rng) {
+  std::vector<uint8_t> packed(matrix_bytes(format, R, K));
+  const std::vector<double> w = random_matrix(format, packed.data(), R, K, 0.1, rng);
+  std::vector<int64_t> ids(n);
+  std::vector<double> want;
+  for (int64_t& id : ids) {
+    id = rng.below(R);
+    want.insert(want.end(), w.begin() + id * K, w.begin() + (id + 1) * K);
+  }
+  machine.check(text("look up format=%d type=%d R=%ld K=%ld n=%ld", static_cast<int>(format), static_cast<int>(type), (long)R, (long)K, (long)n),
+                Numbers(type, n * K),
+                [&](Runner& runner, const Level& level, Numbers& out) {
+                  runner.look_up(level, {packed.data(), R, K, format, nullptr, out.bytes.data(), type}, ids.data(), n);
+                },
+                [&](const Numbers& out) { return relative_error(out, want); }, [](const Level&) { return 2e-7; });
+}
+
+constexpr Format kTypes[] = {Format::kFp32, Format::kFp16, Format::kBf16};
+
+}  // namespace
+
+void check_layers(Machine& machine, Rng& rng) {
+  for (Format type : kTypes) {
+    for (int f = 0; f < 5; ++f) {
+      const Format format = static_cast<Format>(f);
+      check_layers(machine, format, type, {70, 16, 4, 2, 5, 2, 9}, rng);
+      check_look_up(machine, format, type, 50, 91, 7, rng);
+      check_look_up(machine, format, type, 33, 1200, 60, rng);  // enough for the pool
+    }
+    check_layers(machine, Format::kInt4, type, {128, 32, 4, 4, 70, 8, 400}, rng);  // cache and router, too
+    for (bool normalized : {false, true}) {
+      check_router(machine, type, 5, 33, 2, normalized, rng);
+      check_router(machine, type, 64, 700, 8, normalized, rng);
+      check_router(machine, type, 600, 70, 4, normalized, rng);
+    }
+  }
+}

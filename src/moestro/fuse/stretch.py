@@ -1,0 +1,229 @@
+"""One token through a stretch of decoder layers in one call: where there is nothing to decide about their experts.
+
+In decode the weights that stream by drive the interpreter and torch's small operations out of the caches, so that what
+Python does between two layers costs as much as a fifth of their kernels. Where each layer's second half is a router
+and experts, no more, and these are all in RAM with no slots to move them to, the first layer of a stretch computes all
+of it, and the others pass on what they are given.
+
+Nothing may happen between the layers: that is found by calling the model's loop with layers that only note what they
+are given. Who listens to a module inside (a hook) is told, layer by layer as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
+
+from ..compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
+from ..conductor import Conductor
+from ..errors import ModelError
+from .attention import FusedAttention
+from .cache import can_grow, grow
+from .decoder_layer import FusedLayer
+from .original import has_hooks
+from .router import FusedRouter
+
+_SCALES = (0.3, 3.0)  # of the numbers that a block is tried on
+_MARKS = ("sliding_window", "is_sliding", "attention_type", "layer_type")  # by which families tell layers apart
+
+
+def fuse_stretches(model: nn.Module) -> None:
+    """Join consecutive decoder layers that are fused already."""
+    for decoder in model.modules():
+        for layers in decoder.children():
+            if isinstance(layers, nn.ModuleList) and any(isinstance(layer.forward, FusedLayer) for layer in layers):
+                _join(decoder, layers)
+
+
+class Stretch:
+    """Some consecutive layers of a decoder. Its layers hold it, so it holds none of them."""
+
+    def __init__(self, layers: Sequence[_WholeLayer], decoder: Any, modules: nn.ModuleList) -> None:
+        self._attentions = [layer.attention for layer in layers]
+        self._conductor, self._last = layers[0].conductor, len(layers) - 1
+        self._kernel = OneTokenLayers([layer.kernel for layer in layers])
+        self._parts = [part for layer in layers for part in layer.parts]
+        self._quiet_at = -1  # how many hooks anything had ever been given when none was on our parts
+        self._decoder, self._modules = ref(decoder), ref(modules)
+        self._depth = self._depth_now()
+
+    def run(self, place: int, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        """What a layer returns, if the stretch is computed at once: all layers' result at the first; None if not.
+
+        Args:
+            place: which layer of the stretch is called.
+
+        Raises:
+            ModelError: the model treats a later layer otherwise than the first one.
+        """
+        if place:
+            return self._pass_on(place, x, given)
+        cache = given.get("past_key_values")
+        if not (self._attentions[0].fits(x, given) and self._is_as_it_was() and self._nobody_listens()):
+            return None
+        if not all(can_grow(cache, attention.layer) for attention in self._attentions):
+            return None
+        caches = [grow(cache, attention.layer) for attention in self._attentions]
+        cosine, sine = given["position_embeddings"]
+        hidden, experts = self._kernel.run(x, cosine, sine, caches)
+        self._conductor.count_only_choice(len(caches), experts)
+        if self._last:
+            hidden._moestro_done = self  # type: ignore[attr-defined]  # on the tensor, since other threads may generate
+        return hidden
+
+    def _pass_on(self, place: int, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        if getattr(x, "_moestro_done", None) is not self:
+            return None
+        if given.get("attention_mask") is not None:
+            raise ModelError("only some layers were given a mask, which is not known here; load with fuse=False")
+        if place == self._last:
+            del x._moestro_done  # type: ignore[attr-defined]
+        return x
+
+    def _is_as_it_was(self) -> bool:
+        """Whether nobody took layers away, or trains them."""
+        decoder = self._decoder()
+        return decoder is not None and not decoder.training and self._depth_now() == self._depth
+
+    def _depth_now(self) -> tuple[int, int | None]:
+        """How many layers there are, and how many the model's loop takes."""
+        decoder, modules = self._decoder(), self._modules()
+        assert decoder is not None
+        assert modules is not None
+        return len(modules), getattr(decoder.config, "num_hidden_layers", None)
+
+    def _nobody_listens(self) -> bool:
+        latest = RemovableHandle.next_id  # of the hook that will be registered next
+        if latest != self._quiet_at:
+            if has_hooks((*self._parts, *(self._modules() or ()))):
+                return False
+            self._quiet_at = latest
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _WholeLayer:
+    """A decoder layer whose second half is a router and experts, no more, about which there is nothing to decide.
+
+    parts: the modules that it passes by. kind: what its family says of it.
+    """
+
+    kernel: OneTokenLayer
+    attention: FusedAttention
+    conductor: Conductor
+    parts: list[nn.Module]
+    kind: list[Any]
+
+    @classmethod
+    def of(cls, module: Any) -> _WholeLayer | None:
+        """None where it is something else."""
+        fused = module.forward
+        if not isinstance(fused, FusedLayer):
+            return None
+        block = fused.block
+        children = list(block.children())
+        routers: list[Any] = [child for child in children if isinstance(child.forward, FusedRouter)]
+        experts: list[Any] = [child for child in children if hasattr(child, "_moestro")]
+        if not len(children) - 1 == len(routers) == len(experts) == 1:
+            return None
+        router: OneTokenRouter = routers[0].forward.kernel
+        conductor, index = experts[0]._moestro.conductor, experts[0]._moestro.index
+        choice = conductor.only_choice(index)
+        if choice is None or router.dtype != fused.attention.dtype or not _only_routes(block, experts[0], router):
+            return None
+        parts = [*fused.skipped, *fused.attention.parts, block, *children]
+        kind = [getattr(part, mark, None) for part in (module, fused.skipped[0]) for mark in _MARKS]
+        return cls(OneTokenLayer(fused.kernel, router, *choice), fused.attention, conductor, parts, kind)
+
+    def like(self, other: _WholeLayer) -> bool:
+        """Whether what fits one of them fits the other."""
+        a, b = self.attention, other.attention
+        return (a.dtype, a.head, self.kind) == (b.dtype, b.head, other.kind)
+
+
+def _only_routes(block: Any, experts: Any, router: OneTokenRouter) -> bool:
+    """Whether a block gives its experts what it was given and the router's choice, and returns what they return."""
+    seen: list[Tensor] = []
+    original, random = experts.forward, torch.Generator().manual_seed(0)
+
+    def stand_in(x: Tensor, index: Tensor, scores: Tensor) -> Tensor:
+        seen.extend((x, index, scores))
+        return x * 0.37 + scores.sum().to(x.dtype)
+
+    experts.forward = stand_in
+    try:
+        for scale in _SCALES:
+            seen.clear()
+            x = torch.randn(1, 1, router.width, generator=random).mul_(scale).to(router.dtype)
+            _, scores, index = router.run(x)
+            got, wanted = block(x), stand_in(x, index, scores)
+            pairs = zip((got, *seen[:3]), (wanted, x[0], index, scores), strict=True)
+            if not all(isinstance(a, Tensor) and torch.equal(a, b) for a, b in pairs):
+                return False
+    except Exception:  # it wants or returns something else
+        return False
+    finally:
+        experts.forward = original
+    return True
+
+
+def _join(decoder: Any, modules: Any) -> None:
+    """Give the layers of a decoder the stretches that they are part of."""
+    whole = [_WholeLayer.of(module) for module in modules]
+    known = next((layer for layer in whole if layer is not None), None)
+    if known is None:
+        return
+    joined = _nothing_between(decoder, modules, known.attention)
+    first = 0
+    for index, layer in enumerate(whole):
+        after = whole[index + 1] if index + 1 < len(whole) else None
+        if layer is None:
+            first = index + 1
+        elif after is None or not joined[index] or not layer.like(after):
+            members = [member for member in whole[first : index + 1] if member is not None]
+            stretch = Stretch(members, decoder, modules)
+            for place in range(len(members)):
+                modules[first + place].forward.join(stretch, place)
+            first = index + 1
+
+
+def _nothing_between(decoder: Any, modules: Any, attention: FusedAttention) -> list[bool]:
+    """Of each layer but the last: whether the next one is given what it returned, and all else the same."""
+    calls: list[tuple[int, Tensor, dict[str, Any], Tensor]] = []
+    forwards = [vars(module).get("forward") for module in modules]
+    none = [False] * (len(modules) - 1)
+
+    def note(index: int, hidden_states: Tensor, **given: Any) -> Tensor:
+        calls.append((index, hidden_states, given, hidden_states + 1))
+        return calls[-1][3]
+
+    random, cache = torch.Generator().manual_seed(0), DynamicCache()
+    for index, module in enumerate(modules):
+        cache.update(*attention.past(1.0, random), index)
+        module.forward = partial(note, index)
+    try:
+        decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    except Exception:  # it wants something else
+        return none
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+    if [index for index, *_ in calls] != list(range(len(modules))):
+        return none
+    return [
+        after[1] is before[3]
+        and after[2].keys() == before[2].keys()
+        and all(after[2][name] is value for name, value in before[2].items())
+        for before, after in pairwise(calls)
+    ]
