@@ -23,6 +23,7 @@ from moestro.fuse.attention import fuse_attention
 from moestro.fuse.cache import append
 from moestro.fuse.decoder_layer import fuse_decoder_layer
 from moestro.fuse.norm import FusedRmsNorm
+from moestro.fuse.rotary import fuse_rotary
 from moestro.fuse.router import fuse_router
 
 # Four query heads on two key heads of 16.
@@ -277,6 +278,28 @@ def test_layers_between_which_something_happens_stay_apart(change: str, tmp_path
     else:
         assert stretches[0] is not stretches[1]
         assert stretches[1] is stretches[2] is not None
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_rotary_embedding_is_looked_up(tmp_path: Path) -> None:
+    save_model("olmoe", tmp_path, HEADS)
+    ours, plain = (load(str(tmp_path), fuse=on, **ON_CPU).model.rotary_emb for on in (True, False))
+    assert type(ours.forward).__name__ == "_RotaryTable"
+    for dtype in DTYPES:
+        x = torch.zeros(1, 1, 64, dtype=dtype)
+        for position in (0, 1, 127, 128, 129, 3, 100_000):
+            ids = torch.tensor([[position]])
+            for a, b in zip(ours(x, ids), plain(x, ids), strict=True):
+                assert a.shape == b.shape
+                assert torch.equal(a, b)
+    ids = torch.tensor([[5, 6]])
+    assert all(torch.equal(a, b) for a, b in zip(ours(x, ids), plain(x, ids), strict=True))
+    for module in (ours, plain):
+        module.inv_freq = module.inv_freq * 2
+    assert torch.equal(ours(x, ids[:, :1])[0], plain(x, ids[:, :1])[0])
+    plain.rope_type = "dynamic"
+    assert not fuse_rotary(plain)
 
 
 def _with(module: Any, name: str, value: Any, function: Any, given: dict[str, Any]) -> Any:

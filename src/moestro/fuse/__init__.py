@@ -21,6 +21,7 @@ from ..routers import find_router
 from .attention import fuse_attention
 from .decoder_layer import fuse_decoder_layer
 from .norm import as_rms_norm
+from .rotary import fuse_rotary
 from .router import fuse_router
 from .stretch import fuse_stretches
 
@@ -42,6 +43,7 @@ def fuse(model: nn.Module, threads: int) -> None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, norm)
     for module in model.modules():
+        fuse_rotary(module)
         fuse_attention(module, threads)
     for module in model.modules():
         fuse_decoder_layer(module)

@@ -1,0 +1,74 @@
+"""The rotary embedding of single tokens out of a table of the next positions, which the model's own code fills.
+
+It is the same for all layers of a step, and in plain torch some ten operations, which in decode find the caches full of
+weights. Left alone are embeddings whose frequencies depend on how long the text is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..compute.eager import outside_of_graphs
+from .original import forward_of
+
+_POSITIONS = 128  # of a table
+_FIXED = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies are the same at every position
+_TRIALS = (0, 1, 777)  # positions
+
+
+@torch.no_grad()
+def fuse_rotary(module: nn.Module) -> bool:
+    """Give a rotary embedding a table for single tokens, if it is one that we know; says whether it is."""
+    kind, frequencies = getattr(module, "rope_type", None), getattr(module, "inv_freq", None)
+    if not (isinstance(kind, str) and kind in _FIXED and isinstance(frequencies, Tensor)):
+        return False
+    fused = _RotaryTable(module)
+    x = torch.zeros(1, 1, 8, dtype=torch.bfloat16)
+    try:
+        for position in _TRIALS:
+            ids = torch.tensor([[position]])
+            pairs = zip(fused(x, ids), module(x, ids), strict=True)
+            if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs):
+                return False
+    except Exception:  # it wants or returns something else
+        return False
+    module.forward = fused
+    return True
+
+
+class _Table(NamedTuple):
+    """Cosines and sines [1, positions, d] from `first` on, and what they were made with."""
+
+    first: int
+    dtype: torch.dtype
+    frequencies: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+
+class _RotaryTable:
+    """The forward of a recognized rotary embedding."""
+
+    def __init__(self, module: Any) -> None:
+        self._original, self._buffers = forward_of(module), module._buffers
+        self._table: _Table | None = None
+
+    @outside_of_graphs
+    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if position_ids.shape != (1, 1):
+            return self._original(x, position_ids)  # type: ignore[no-any-return]
+        position, table = int(position_ids), self._table
+        if table is None or not self._holds(table, position, x.dtype):
+            positions = torch.arange(position, position + _POSITIONS)[None]
+            cosine, sine = self._original(x, positions)
+            table = self._table = _Table(position, x.dtype, self._buffers["inv_freq"], cosine, sine)
+        at = position - table.first
+        return table.cosine[:, at : at + 1], table.sine[:, at : at + 1]
+
+    def _holds(self, table: _Table, position: int, dtype: torch.dtype) -> bool:
+        frequencies = self._buffers["inv_freq"]
+        near = table.first <= position < table.first + _POSITIONS
+        return near and table.dtype == dtype and table.frequencies is frequencies
