@@ -53,11 +53,23 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// How many tokens each of the nearly equal tiles of n tokens has at most.
-int64_t tile_of(int64_t n) {
+// How many tokens each of the nearly equal tiles of n tokens has, of `most` at most.
+int64_t tile_of(int64_t n, int64_t most) {
   if (n <= kThinTokens) return kThinTokens;
-  const int64_t tiles = (n + kTileTokens - 1) / kTileTokens;
+  const int64_t tiles = (n + most - 1) / most;
   return (n + tiles - 1) / tiles;
+}
+
+// The most tokens of a tile: weights are read once for each, but all threads want something to do. No result depends
+// on it, since no sum runs across tokens. `items_of` says how many items a choice would make.
+template <class ItemsOf>
+int64_t choose_tile(int threads, ItemsOf items_of) {
+  int64_t chosen = 0;
+  for (int64_t most : kTileTokens) {
+    chosen = most;
+    if (items_of(most) >= 4 * threads) break;
+  }
+  return chosen;
 }
 
 double now_s() {
@@ -112,11 +124,21 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   std::vector<const Work*> owner;
   std::vector<int64_t> first_row, offset;
   int64_t floats = 0, widest = 0;
+  const int64_t blocks = (shape.neurons + kBlock - 1) / kBlock;
+  const int64_t most = choose_tile(pool_.threads(), [&](int64_t tile) {
+    int64_t chunks = 0;
+    for (int w = 0; w < count; ++w) {
+      const int64_t own = (works[w].neuron_end - works[w].neuron_begin + kBlock - 1) / kBlock;
+      const int64_t chunk = chunk_blocks(blocks, works[w].tokens);
+      chunks += (works[w].tokens + tile - 1) / tile * ((own + chunk - 1) / chunk);
+    }
+    return chunks;
+  });
   for (int w = 0; w < count; ++w) {
     const Work& work = works[w];
     const int64_t begin = work.neuron_begin / kBlock, end = (work.neuron_end + kBlock - 1) / kBlock;
     const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
-    const int64_t tile = tile_of(work.tokens), chunk = chunk_blocks((shape.neurons + kBlock - 1) / kBlock, work.tokens);
+    const int64_t tile = tile_of(work.tokens, most), chunk = chunk_blocks(blocks, work.tokens);
     for (int64_t t = 0; t < work.tokens; t += tile) {
       const int64_t n = std::min(tile, work.tokens - t);
       for (int64_t b = begin; b < end; b += chunk) {
@@ -163,12 +185,17 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
   std::vector<int64_t> rows(tokens);
   for (int64_t t = 0; t < tokens; ++t) rows[t] = t;
   std::vector<LinearItem> items;
-  const int64_t tile = tile_of(tokens);
+  const int64_t height = tokens <= kThinTokens ? kThinItemPanels : kItemPanels;
+  const int64_t most = choose_tile(pool_.threads(), [&](int64_t tile) {
+    int64_t strips = 0;
+    for (int i = 0; i < count; ++i) strips += (linears[i].rows + height * kPanel - 1) / (height * kPanel);
+    return (tokens + tile - 1) / tile * strips;
+  });
+  const int64_t tile = tile_of(tokens, most);
   for (int64_t t = 0; t < tokens; t += tile) {
     const int64_t n = std::min(tile, tokens - t);
     for (int i = 0; i < count; ++i) {
       const int64_t panels = (linears[i].rows + kPanel - 1) / kPanel;
-      const int64_t height = n <= kThinTokens ? kThinItemPanels : kItemPanels;
       for (int64_t p = 0; p < panels; p += height) {
         items.push_back({&linears[i], p, std::min(p + height, panels), rows.data() + t, n});
       }

@@ -111,7 +111,7 @@ struct Scratch {
 };
 
 constexpr int64_t kThinTokens = 16;   // up to here a weight is converted in registers, and never written
-constexpr int64_t kTileTokens = 96;   // of an item with more
+constexpr int64_t kTileTokens[] = {256, 128, 96};  // of an item with more: the largest that leaves all threads enough items
 constexpr int64_t kThinItemPanels = 8, kItemPanels = 32;  // of a linear layer's item
 constexpr int64_t kTileColumns = 512;  // of a tile of converted weights, 4 panels high
 constexpr int64_t kMostBlocks = 16;    // of an item

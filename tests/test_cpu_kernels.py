@@ -189,7 +189,7 @@ def test_no_activation_function_hides_nan(level: str, gate: str, tokens: int) ->
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["bf16", "int4"])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])  # with many, the tiles depend on the threads
 def test_results_do_not_depend_on_the_number_of_threads(level: str, name: str, tokens: int) -> None:
     math = ExpertMath(ExpertShape(hidden=300, neurons=1300), FORMATS[name], GATES["silu"])
     x, work, _ = _random_step(math, tokens)
