@@ -1,11 +1,11 @@
 // Products by AMX tiles, of 16 rows of 64 bytes each: included by level.inl where the compiler's flags have them.
 //
 // Float weights (bf16) lie packed as tiles are wanted: 32 columns of a panel are one. An activation is two bf16
-// planes, x = high + low, which keep 16 of its 24 bits. Quantized weights become tiles of int8, a group of
+// planes, x = high + low, which keep 16 of its 24 bits, or one where it is bf16 already. Quantized weights become tiles of int8, a group of
 // 64 columns each; an activation is the 16-bit integer of the few-token product as two planes of bytes, x = 256 high
 // + low, so that sums within a group are exact.
 //
-// Tokens lie in tiles of equally many rows (the last one filled up with zeros): [tile][columns][plane][row] of 64
+// Tokens lie in tiles of equally many rows (the last one filled up with zeros): [tile][columns][plane][row], each 64
 // bytes, 32 columns of bf16 or a group of bytes. Results have room for the rows that fill up.
 
 #include <atomic>
@@ -41,8 +41,8 @@ class TileRows {
 // GCC's tile loads do not say that they read memory: keeps stores that come before them from moving behind.
 inline void before_tile_loads() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
-inline void pack_planes(const float* row, int64_t columns, int64_t rows, uint8_t* to) {
-  for (int64_t k = 0; k < columns; k += 32, to += 2 * rows * 64) {
+inline void pack_planes(const float* row, int64_t columns, int64_t rows, int64_t planes, uint8_t* to) {
+  for (int64_t k = 0; k < columns; k += 32, to += planes * rows * 64) {
     const __m512 a = _mm512_loadu_ps(row + k), b = _mm512_loadu_ps(row + k + 16);
     const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
     const auto float_of = [](__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); };
@@ -52,6 +52,7 @@ inline void pack_planes(const float* row, int64_t columns, int64_t rows, uint8_t
     const __m512 a_low = rest(a, float_of(_mm512_castsi512_si256(high)));
     const __m512 b_low = rest(b, float_of(_mm512_extracti64x4_epi64(high, 1)));
     _mm512_storeu_si512(to, high);
+    if (planes == 1) continue;
     _mm512_storeu_si512(to + rows * 64, (__m512i)_mm512_cvtne2ps_pbh(b_low, a_low));
   }
 }
@@ -71,17 +72,18 @@ inline void pack_bytes(const float* row, int64_t columns, int64_t rows, uint8_t*
 // Columns [begin, begin + count), both whole groups, of n tokens; row(t) gives those of the t-th.
 template <class Row>
 inline void pack_tiles(const Tokens& to, int64_t begin, int64_t count, Row row) {
-  const int64_t rows = to.tile_rows(), bytes = to.as == Packing::kWholeTiles ? 2 : 4;  // of a column
+  const int64_t rows = to.tile_rows(), bytes = to.column_bytes();
+  const bool whole = to.as == Packing::kWholeTiles;
   for (int64_t t = 0; t < to.tiles() * rows; ++t) {
     const int64_t at = t / rows * rows * to.columns + begin * rows, group = at / kGroup + t % rows;
     uint8_t* planes = to.planes + at * bytes + t % rows * 64;
     if (t >= to.count) {  // fills up
       for (int64_t i = 0; i < count * bytes / 64; ++i) memset(planes + i * rows * 64, 0, 64);
-      if (bytes == 2) for (int64_t g = 0; g < count / kGroup; ++g) to.scales[group + g * rows] = to.sums[group + g * rows] = 0;
-    } else if (bytes == 2) {
+      if (whole) for (int64_t g = 0; g < count / kGroup; ++g) to.scales[group + g * rows] = to.sums[group + g * rows] = 0;
+    } else if (whole) {
       pack_bytes(row(t), count, rows, planes, to.scales + group, to.sums + group);
     } else {
-      pack_planes(row(t), count, rows, planes);
+      pack_planes(row(t), count, rows, bytes / 2, planes);
     }
   }
 }
@@ -108,8 +110,8 @@ inline void ask_ahead(const Strip& s, const uint8_t* at, int64_t bytes) {
   for (int64_t i = s.pass * 64; i < bytes; i += s.passes * 64) _mm_prefetch(at + i, _MM_HINT_T1);
 }
 
-// T tiles of tokens times P panels of bf16.
-template <int T, int P>
+// T tiles of tokens in L planes times P panels of bf16.
+template <int L, int T, int P>
 inline void multiply_planes(const Strip& s, const uint8_t* x) {
   float *out = s.to.out, *below = out + s.rows * s.to.ld;
   const int64_t ld = s.to.ld * 4, plane = s.rows * 64;
@@ -124,13 +126,13 @@ inline void multiply_planes(const Strip& s, const uint8_t* x) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  x += s.begin * 4 * plane;
+  x += s.begin * 2 * L * plane;
   for (int64_t g = s.begin; g < s.end; ++g) {
     const uint8_t* w = s.to.w + g * s.piece;
     for (int step = 0; step < 2; ++step, w += 1024) {
       _tile_loadd(6, w, 64);
       if constexpr (P > 1) _tile_loadd(7, w + s.to.stride, 64);
-      for (int i = 0; i < 2; ++i, x += plane) {
+      for (int i = 0; i < L; ++i, x += plane) {
         _tile_loadd(4, x, 64);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (P > 1) _tile_dpbf16ps(1, 4, 7);
@@ -145,6 +147,12 @@ inline void multiply_planes(const Strip& s, const uint8_t* x) {
   if constexpr (P > 1) _tile_stored(1, out + s.to.apart, ld);
   if constexpr (T > 1) _tile_stored(2, below, ld);
   if constexpr (T > 1 && P > 1) _tile_stored(3, below + s.to.apart, ld);
+}
+
+template <int L>
+inline void multiply_some(const Strip& s, int tiles, int panels, const uint8_t* x) {
+  if (tiles == 2) panels == 2 ? multiply_planes<L, 2, 2>(s, x) : multiply_planes<L, 2, 1>(s, x);
+  else panels == 2 ? multiply_planes<L, 1, 2>(s, x) : multiply_planes<L, 1, 1>(s, x);
 }
 
 // A group's quantized numbers as a tile: [16][16 rows][4 columns].
@@ -233,9 +241,9 @@ inline void chunk_product(Strip s, int64_t panels, const Tokens& x, uint8_t* scr
       for (int64_t p = 0; p < panels; p += 2) {
         s.to.w = to.w + p * to.stride;
         s.to.out = to.out + i * s.rows * to.ld + p * to.apart;
-        const bool two = p + 1 < panels;
-        if (i + 1 < tiles) two ? multiply_planes<2, 2>(s, planes) : multiply_planes<2, 1>(s, planes);
-        else two ? multiply_planes<1, 2>(s, planes) : multiply_planes<1, 1>(s, planes);
+        const int count = p + 1 < panels ? 2 : 1;
+        if (x.as == Packing::kBf16Tiles) multiply_some<1>(s, i + 1 < tiles ? 2 : 1, count, planes);
+        else multiply_some<2>(s, i + 1 < tiles ? 2 : 1, count, planes);
       }
     }
   }
@@ -251,7 +259,7 @@ inline void tile_product(const Panels& to, int64_t piece, int64_t panels, int64_
   before_tile_loads();
   for (int64_t p = 0; p < panels; p += kHeight) {
     const int64_t height = panels - p < kHeight ? panels - p : kHeight;
-    Strip s{to, piece, rows, rows * x.columns * (kWhole ? 2 : 4), 0, 0, 0, 1};
+    Strip s{to, piece, rows, rows * x.columns * x.column_bytes(), 0, 0, 0, 1};
     s.to.w += p * to.stride;
     s.to.out += p * to.apart;
     for (int64_t g = 0; g < groups; g += kGroups, s.to.add = true) {

@@ -21,7 +21,7 @@ using moestro::LinearItem;
 using moestro::Scratch;
 using moestro::Shape;
 
-enum class Packing : int { kFloats, kWhole, kBytePlanes, kFloatTiles, kWholeTiles };
+enum class Packing : int { kFloats, kWhole, kBytePlanes, kBf16Tiles, kFloatTiles, kWholeTiles };
 
 // Tokens packed for the products, in tiles: floats [K][N] of each tile, one tile after another, or 16-bit
 // integers [K / 2][N][2], or their bytes in the order of to_byte_planes, with a scale and a sum [K / 64][N] of each
@@ -40,7 +40,8 @@ struct Tokens {
     scales = memory + rows * columns / 2;
     sums = scales + rows * columns / kGroup;
   }
-  bool tiled() const { return as == Packing::kFloatTiles || as == Packing::kWholeTiles; }
+  bool tiled() const { return as >= Packing::kBf16Tiles; }
+  int64_t column_bytes() const { return as == Packing::kFloatTiles ? 4 : 2; }  // of a token in matrix tiles
   int64_t tiles() const {
     const int64_t most = tiled() ? 16 : as == Packing::kFloats ? V::kTokens : V::kWholeTokens;
     return (count + most - 1) / most;
@@ -116,9 +117,13 @@ template <class Row> void pack_tiles(const Tokens&, int64_t, int64_t, Row) {}
 template <class F> void tile_product(const Panels&, int64_t, int64_t, int64_t, const Tokens&, float*) {}
 #endif
 
+// How n tokens of numbers of that type are packed for weights of a format.
 template <class F>
-inline Packing packing_of(int64_t n) {
-  if (n >= tiles_from<F>()) return IsQuantized<F>::value ? Packing::kWholeTiles : Packing::kFloatTiles;
+inline Packing packing_of(int64_t n, Format type) {
+  if (n >= tiles_from<F>()) {
+    if (IsQuantized<F>::value) return Packing::kWholeTiles;
+    return type == Format::kBf16 ? Packing::kBf16Tiles : Packing::kFloatTiles;
+  }
   if (!IsQuantized<F>::value || n > moestro::kThinTokens) return Packing::kFloats;
   return F::kFormat == Format::kInt4 && kHasByteDots ? Packing::kBytePlanes : Packing::kWhole;
 }
@@ -392,10 +397,9 @@ template <class F>
 inline void item_of(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
   const int64_t D = shape.hidden, n = item.tokens, wide = moestro::round_up(D, kPanel);
   const bool thin = n <= moestro::kThinTokens;
-  const Packing as = packing_of<F>(n);
   const Places at(scratch, D, n);
-  const Tokens x = pack_input(input, item.rows, n, as, at, scratch);
-  const Tokens h(n, thin ? kBlock : (item.block_end - item.block_begin) * kBlock, as, at.h);
+  const Tokens x = pack_input(input, item.rows, n, packing_of<F>(n, input.type), at, scratch);
+  const Tokens h(n, thin ? kBlock : (item.block_end - item.block_begin) * kBlock, packing_of<F>(n, Format::kFp32), at.h);
   const TileRows configured(x.tile_rows());
   const int64_t row_panel = moestro::panel_bytes(shape.format, D), down_panel = moestro::panel_bytes(shape.format, kBlock);
   const int64_t first = shape.has_gate ? 2 * kBlock : kBlock;  // rows of gate and up, one behind the other
@@ -446,7 +450,7 @@ inline void linear_of(const Input& input, const LinearItem& item, Scratch& scrat
   const moestro::Linear& linear = *item.linear;
   const int64_t n = item.tokens, K = linear.columns, stride = moestro::panel_bytes(linear.format, K);
   const Places at(scratch, K, n);
-  const Tokens x = pack_input(input, item.rows, n, packing_of<F>(n), at, scratch);
+  const Tokens x = pack_input(input, item.rows, n, packing_of<F>(n, input.type), at, scratch);
   const TileRows configured(x.tile_rows());
   for (int64_t p = item.panel_begin; p < item.panel_end; p += 4) {
     const int64_t panels = item.panel_end - p < 4 ? item.panel_end - p : 4, r = p * kPanel;

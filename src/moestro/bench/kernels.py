@@ -12,6 +12,7 @@ measurement.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ CALL_BYTES = 2**28  # that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row are at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
 TOKENS = (1, 4, 16, 64, 256)
+HIDDEN_DTYPES = defaultdict(lambda: torch.bfloat16, fp32=torch.float32, fp16=torch.float16)  # of a model in that format
 
 
 class MoeLayer(NamedTuple):
@@ -164,7 +166,8 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     math = ExpertMath(shape, FORMATS[format_name], swiglu)
     size = math.format.expert_bytes(shape)
     data = memory.view(torch.uint8)
-    x, rows, weights = torch.randn(tokens, shape.hidden), torch.arange(tokens), torch.rand(tokens)
+    x = torch.randn(tokens, shape.hidden).to(HIDDEN_DTYPES[format_name])
+    rows, weights = torch.arange(tokens), torch.rand(tokens)
     out = torch.zeros(tokens, shape.hidden)
     # One layer alone would time how threads wake; many tokens take long enough as it is.
     calls = max(1, CALL_BYTES // (top_k * size * tokens))
