@@ -88,11 +88,11 @@ inline void pack_tiles(const Tokens& to, int64_t begin, int64_t count, Row row) 
   }
 }
 
-// How many tokens go to tiles.
+// How many tokens go to tiles: fewer are faster without.
 template <class F> constexpr int64_t tiles_from() { return INT64_MAX; }
-template <> constexpr int64_t tiles_from<Bf16>() { return moestro::kThinTokens + 1; }
-template <> constexpr int64_t tiles_from<Int8>() { return moestro::kThinTokens + 1; }
-template <> constexpr int64_t tiles_from<Int4>() { return moestro::kThinTokens + 1; }
+template <> constexpr int64_t tiles_from<Bf16>() { return 9; }
+template <> constexpr int64_t tiles_from<Int8>() { return 12; }
+template <> constexpr int64_t tiles_from<Int4>() { return 12; }
 
 // Groups of columns [begin, end) of some panels, and the results of one or more tiles of tokens.
 struct Strip {

@@ -61,7 +61,7 @@ inline uint16_t fp16_of(float value) {  // to nearest even
 
 struct V {
   static constexpr int kWidth = 16;
-  static constexpr int kTokens = 12, kWholeTokens = 12;  // of a register tile of floats, and of integers
+  static constexpr int kTokens = 12, kWholeTokens = 10;  // of a register tile of floats, and of integers
   static constexpr int kRegisters = 32;
   __m512 v;
   static V zero() { return {_mm512_setzero_ps()}; }

@@ -114,7 +114,7 @@ double relative_error(const Numbers& got, const std::vector<double>& want) {
 
 double tolerance(const Level& level, Format format, int64_t tokens) {
   const bool quantized = format == Format::kInt8 || format == Format::kInt4;
-  const bool tiles = strcmp(level.name, "amx") == 0 && tokens > kThinTokens;
+  const bool tiles = strcmp(level.name, "amx") == 0 && tokens > 8;
   if (quantized && (tiles || tokens <= kThinTokens)) return 5e-4;
   return tiles && format == Format::kBf16 ? 2e-5 : 2e-6;
 }

@@ -24,8 +24,8 @@ TOLERANCE = 2e-6  # float32 arithmetic, against weights as the format rounded th
 
 
 def _tolerance(name: str, level: str, tokens: int) -> float:
-    """Few tokens, or many in matrix tiles, meet quantized weights as 16-bit integers; in tiles bf16 as two planes."""
-    tiles = level == "amx" and tokens > 16
+    """Few tokens, or more in matrix tiles, meet quantized weights as 16-bit integers; in tiles bf16 as two planes."""
+    tiles = level == "amx" and tokens > 8
     if name in ("int8", "int4") and (tiles or tokens <= 16):
         return 5e-4
     return 2e-5 if name == "bf16" and tiles else TOLERANCE
@@ -209,7 +209,7 @@ def test_the_twin_agrees_for_every_dtype_of_hidden_states(dtype: torch.dtype) ->
     ours, twin = torch.zeros(x.shape), torch.zeros(x.shape)
     CpuExperts(2).run(math, x, work, ours)
     run_experts(math, x, work, twin)
-    assert (ours - twin).norm() / twin.norm() <= TOLERANCE
+    assert (ours - twin).norm() / twin.norm() <= _tolerance("bf16", LEVELS[0], 9)
 
 
 def test_more_tokens_than_a_tile_and_more_neurons_than_a_chunk() -> None:
