@@ -100,7 +100,7 @@ struct Runner::Memory {
 class Runner::Call {
  public:
   explicit Call(Runner& runner) : runner_(runner), one_(runner.one_call_), begin_s_(now_s()) {}
-  ~Call() { runner_.busy_s_ += now_s() - begin_s_; }
+  ~Call() { runner_.busy_s_.store(runner_.busy_s_.load() + now_s() - begin_s_); }
 
  private:
   Runner& runner_;

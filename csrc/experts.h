@@ -110,7 +110,7 @@ struct Scratch {
   int packed_as = -1;
 };
 
-constexpr int64_t kThinTokens = 16;   // up to here a weight is converted in registers, and never written
+constexpr int64_t kThinTokens = 16;   // up to here weights are bound by memory, and go block by block
 constexpr int64_t kTileTokens[] = {256, 128, 96};  // of an item with more: the largest that leaves all threads enough items
 constexpr int64_t kThinItemPanels = 8, kItemPanels = 32;  // of a linear layer's item
 constexpr int64_t kTileColumns = 512;  // of a tile of converted weights, 4 panels high

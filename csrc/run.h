@@ -1,6 +1,7 @@
 // Runs layer steps on a pool of threads; what the bindings hold.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -18,7 +19,7 @@ class Runner {
   ~Runner();
 
   int threads() const { return pool_.threads(); }
-  double busy_s() const { return busy_s_; }  // spent in the calls below, so far
+  double busy_s() const { return busy_s_.load(); }  // spent in calls that compute, so far
 
   // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x [tokens, D], out float32 [tokens, D].
   void run(const Level& level, const Shape& shape, const Input& x, int64_t tokens, const Work* works, int count, float* out);
@@ -52,7 +53,7 @@ class Runner {
   Pool pool_;
   std::unique_ptr<Memory> memory_;
   std::mutex one_call_;  // the memory is shared
-  double busy_s_ = 0;
+  std::atomic<double> busy_s_{0};
 };
 
 }  // namespace moestro

@@ -101,10 +101,10 @@ void check_linear(Machine& machine, Format format, Format type, int64_t R, int64
                 [&](const Level& level) { return tolerance(level, format, n); });
 }
 
-void check_experts(Machine& machine, const Shape& s, int64_t n, bool spoilt, Rng& rng) {
+void check_experts(Machine& machine, const Shape& s, Format type, int64_t n, bool spoilt, Rng& rng) {
   const int64_t D = s.hidden, F = s.neurons, T = n + 2;
   const Expert experts[2] = {make_expert(s, rng), make_expert(s, rng)};
-  Numbers x(Format::kFp32, T * D, rng), start(Format::kFp32, T * D, rng);
+  Numbers x(type, T * D, rng), start(Format::kFp32, T * D, rng);
   std::vector<float> weights(n);
   for (auto& v : weights) v = std::fabs(rng());
   std::vector<int64_t> rows(n);
@@ -119,11 +119,11 @@ void check_experts(Machine& machine, const Shape& s, int64_t n, bool spoilt, Rng
   for (int64_t i = 0; i < T * D; ++i) want[i] = start.at(i);
   for (const Expert& e : experts) {
     for (int64_t t = 0; t < n; ++t) {
-      const float* xt = x.floats() + rows[t] * D;
+      const int64_t row = rows[t] * D;
       std::vector<double> h(F);
       for (int64_t f = 0; f < F; ++f) {
         double g = e.gate_bias[f], u = e.up_bias[f];
-        for (int64_t d = 0; d < D; ++d) { g += e.gate[f * D + d] * xt[d]; u += e.up[f * D + d] * xt[d]; }
+        for (int64_t d = 0; d < D; ++d) { g += e.gate[f * D + d] * x.at(row + d); u += e.up[f * D + d] * x.at(row + d); }
         h[f] = activate(s, g, u);
       }
       for (int64_t d = 0; d < D; ++d) {
@@ -134,9 +134,9 @@ void check_experts(Machine& machine, const Shape& s, int64_t n, bool spoilt, Rng
     }
   }
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    runner.run(level, s, {x.bytes.data(), Format::kFp32, D}, T, works.data(), static_cast<int>(works.size()), out.floats());
+    runner.run(level, s, {x.bytes.data(), type, D}, T, works.data(), static_cast<int>(works.size()), out.floats());
   };
-  machine.check(text("experts format=%d gate=%d bias=%d act=%d D=%ld F=%ld n=%ld%s", static_cast<int>(s.format), s.has_gate,
+  machine.check(text("experts format=%d type=%d gate=%d bias=%d act=%d D=%ld F=%ld n=%ld%s", static_cast<int>(s.format), static_cast<int>(type), s.has_gate,
                      s.has_bias, static_cast<int>(s.activation), (long)D, (long)F, (long)n, spoilt ? " spoilt" : ""),
                 start, run, [&](const Numbers& out) { return relative_error(out, want); },
                 [&](const Level& level) { return tolerance(level, s.format, n); });
@@ -174,7 +174,8 @@ int main(int argc, char** argv) {
       for (int type = 0; type < 3; ++type)
         for (bool spoilt : {false, true}) check_linear(machine, format, static_cast<Format>(type), 150 - n, 91 + n, n, spoilt, rng);
     for (int a = 0; a < 5; ++a)
-      for (int64_t n : {1, 2, 3, 7, 8, 16, 17, 128}) {
+      for (int64_t n : {1, 2, 3, 7, 8, 9, 12, 16, 17, 128}) {
+        const Format type = static_cast<Format>((a + n) % 3);
         Shape s;
         s.format = format;
         s.activation = static_cast<Activation>(a);
@@ -185,16 +186,23 @@ int main(int argc, char** argv) {
         s.has_bias = a == 4 || (n + f) % 4 == 0;
         s.hidden = n == 128 ? 40 : 33 + 7 * a;
         s.neurons = n == 128 ? 130 : 200 - 17 * a;
-        check_experts(machine, s, n, false, rng);
-        if (n == 3 || n == 17) check_experts(machine, s, n, true, rng);
+        check_experts(machine, s, type, n, false, rng);
+        if (n == 3 || n == 17) check_experts(machine, s, type, n, true, rng);
       }
     for (bool wide : {false, true}) {  // more than one chunk, and rows or columns of neurons that are cut
       Shape s;
       s.format = format;
       s.hidden = wide ? 1100 : 70;
       s.neurons = wide ? 200 : 2200;
-      for (int64_t n : {3, 20}) check_experts(machine, s, n, false, rng);
+      for (int64_t n : {3, 20}) check_experts(machine, s, Format::kFp32, n, false, rng);
     }
+  }
+  for (Format format : {Format::kBf16, Format::kInt8}) {  // more tokens than a tile
+    Shape s;
+    s.format = format;
+    s.hidden = 70;
+    s.neurons = 90;
+    for (Format type : {Format::kFp32, Format::kBf16}) check_experts(machine, s, type, 300, false, rng);
   }
   return machine.finish();
 }

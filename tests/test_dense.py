@@ -79,6 +79,15 @@ def test_a_tied_embedding_and_head_share_one_copy(tmp_path: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_embedding_is_its_weight(bits: int, tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path)
+    embedding = load(str(tmp_path), bits=bits, **ON_CPU | {"dtype": "bfloat16"}).get_input_embeddings()
+    ids = torch.arange(100)
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+
+
+@needs_kernels
 def test_originals_are_freed(tmp_path: Path) -> None:
     save_model("mixtral", tmp_path)
     model = load(str(tmp_path), bits=8, **ON_CPU)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from moestro.compute.cpu import levels, rms_norm
 from moestro.errors import ModelError
 from moestro.fuse import fuse
 from moestro.fuse.attention import fuse_attention
-from moestro.fuse.cache import append
+from moestro.fuse.cache import CacheKind, append
 from moestro.fuse.decoder_layer import fuse_decoder_layer
 from moestro.fuse.norm import FusedRmsNorm
 from moestro.fuse.rotary import fuse_rotary
@@ -201,6 +200,9 @@ def test_who_listens_to_a_part_is_told(tmp_path: Path) -> None:
         assert heard.pop()
         assert not heard
     caches[0].crop(-len(parts))
+    kernel, calls = first.forward._stretch._kernel, []
+    run = kernel.run
+    kernel.run = lambda *given: calls.append(1) or run(*given)
     asked = {"output_router_logits": True, "output_hidden_states": True}
     for _ in range(2):
         steps = [m(ids[:, :1], past_key_values=c, **asked) for m, c in zip((model, plain), caches, strict=True)]
@@ -211,6 +213,8 @@ def test_who_listens_to_a_part_is_told(tmp_path: Path) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         for each, cache in zip((model, plain), caches, strict=True):
             each(ids[:, :1], past_key_values=cache)  # and nobody asks
+        assert len(calls) == 1
+        calls.clear()
 
 
 @needs_kernels
@@ -237,8 +241,93 @@ def test_layers_that_follow_one_another_go_together(tmp_path: Path) -> None:
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
         assert len(calls) == 1
     model.config.num_hidden_layers = 4
+    stretch._loop._of_thread.runs = True
     with pytest.raises(ModelError, match="only some layers were given a mask"):
         stretch.run(1, _marked(stretch), {"attention_mask": ids})
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["pruned", "swapped", "replaced block", "patched block", "patched loop", "own loop"])
+def test_who_changes_the_layers_gets_what_he_made(change: str, tmp_path: Path) -> None:
+    save_model("olmoe", tmp_path, HEADS | {"num_hidden_layers": 4})
+    ids, results = torch.randint(3, 100, (1, 5)), []
+    for on in (True, False):
+        model = load(str(tmp_path), fuse=on, **ON_CPU)
+        decoder, cache = model.model, DynamicCache()
+        model(ids, past_key_values=cache)
+        layers = decoder.layers
+        given: dict[str, Any] = {"attention_mask": None, "past_key_values": cache}
+        if change == "pruned":
+            decoder.layers = layers[:2]
+        elif change == "swapped":
+            layers[1], layers[2] = layers[2], layers[1]
+        elif change == "replaced block":
+            layers[1].mlp = nn.Identity()
+        elif change == "patched block":
+            layers[1].mlp.forward = lambda x: 2 * x
+        if change not in ("patched loop", "own loop"):
+            results.append([model(ids[:, :1], past_key_values=cache).logits])
+            continue
+        x = decoder.embed_tokens(ids[:, :1])
+        given["position_embeddings"] = decoder.rotary_emb(x, position_ids=torch.tensor([[5]]))
+        states = []
+        for layer in layers[:2] if change == "patched loop" else layers:
+            x = layer(x, **given)
+            states.append(x.clone())
+            x = x + 0.01
+        results.append(states)
+        lengths = [cache.get_seq_length(index) for index in range(4)]
+        assert lengths == ([6, 6, 5, 5] if change == "patched loop" else [6] * 4)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_cache_of_another_kind_is_left_to_transformers(tmp_path: Path) -> None:
+    class Counting(DynamicCache):
+        updates = 0
+
+        def update(self, *given: Any, **options: Any) -> Any:
+            self.updates += 1
+            return super().update(*given, **options)
+
+    save_model("olmoe", tmp_path, HEADS | {"num_hidden_layers": 2})
+    model, plain = (load(str(tmp_path), fuse=on, **ON_CPU) for on in (True, False))
+    ids, caches = torch.randint(3, 100, (1, 5)), [DynamicCache(), DynamicCache()]
+    for each, cache in zip((model, plain), caches, strict=True):
+        each(ids, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.half(), layer.values.half()  # as a prompt may be kept
+    logits = [m(ids[:, :1], past_key_values=c).logits for m, c in zip((model, plain), caches, strict=True)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    counting = Counting()
+    for part in ids.split([4, 1], 1):
+        model(part, past_key_values=counting)
+    assert counting.updates == 4
+
+
+@needs_kernels
+@torch.no_grad()
+def test_an_interrupted_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
+    save_model("olmoe", tmp_path, HEADS)
+    model, ids, cache = load(str(tmp_path), **ON_CPU), torch.randint(3, 100, (1, 5)), DynamicCache()
+    model(ids, past_key_values=cache)
+    wanted = model(ids[:, :1], past_key_values=cache).logits
+    cache.crop(-1)
+    kernel = model.model.layers[0].forward._stretch._kernel
+    run = kernel.run
+
+    def interrupt(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    kernel.run = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 5
+    kernel.run = run
+    assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, wanted)
 
 
 def _marked(stretch: Any) -> Tensor:
@@ -318,9 +407,10 @@ def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
         torch.manual_seed(1)
         cache.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 0)
     copies: list[Any] = []
+    kind = CacheKind(torch.float32, 2, 16)
     for step in range(300):
         k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
-        got, wanted = append(ours, 0, k, v), theirs.update(k, v, 0)
+        got, wanted = append(ours, 0, k, v, kind), theirs.update(k, v, 0)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         if step % 50 == 10:
             copies.append((copy.deepcopy(ours), copy.copy(ours.layers[0]), theirs.layers[0].keys.clone()))
@@ -332,22 +422,24 @@ def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
                 cache.reorder_cache(torch.tensor([0]))
     for deep, shallow, keys in copies:
         assert torch.equal(deep.layers[0].keys, keys)
-        held = SimpleNamespace(layers=[shallow])
+        held = DynamicCache()
+        held.layers = [shallow]
         length = shallow.keys.shape[-2]
-        append(held, 0, torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))  # a copy's token does not reach ours
+        append(held, 0, torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), kind)  # a copy's token does not reach ours
         assert shallow.keys.shape[-2] == length + 1
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
 
 
 @needs_kernels
 @pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @torch.no_grad()
-def test_a_compiled_model_computes_the_same(on: bool, tmp_path: Path) -> None:
+def test_a_compiled_model_computes_the_same(on: bool, backend: str, tmp_path: Path) -> None:
     """torch.compile leaves our calls outside of its graphs, for a prompt and for decoded tokens."""
     save_model("olmoe", tmp_path, HEADS)
     model, ids = load(str(tmp_path), bits=8, fuse=on, **ON_CPU), torch.randint(3, 100, (1, 8))
     logits = []
-    for run in (model, torch.compile(model, backend="eager")):
+    for run in (model, torch.compile(model, backend=backend)):
         cache = DynamicCache()
         steps = [run(part, past_key_values=cache, use_cache=True).logits for part in ids.split([6, 1, 1], 1)]
         logits.append(torch.cat(steps, 1))

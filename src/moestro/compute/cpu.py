@@ -136,8 +136,9 @@ class Matrix(NamedTuple):
         return _kernels.linear(self.packed.data_ptr(), name, self.rows, self.columns, address(self.bias))
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """[rows, columns]."""
-        return self.fmt.unpack(self.panels, self.columns, dtype)[: self.rows]
+        """[rows, columns], rounded once."""
+        exact = dtype if dtype.itemsize > 4 else torch.float32
+        return self.fmt.unpack(self.panels, self.columns, exact)[: self.rows].to(dtype)
 
     @property
     def panels(self) -> Tensor:

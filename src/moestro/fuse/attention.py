@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenAttention
 from ..dense import PackedLinear
-from .cache import append
+from .cache import CacheKind, append, is_plain
 from .norm import FusedRmsNorm
 from .original import forward_of, has_hooks
 
@@ -54,6 +53,7 @@ class FusedAttention:
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
         self._columns, self._scaling = q.in_features, module.scaling
         self._sizes = (q.out_features, k.out_features, v.out_features)
+        self.cache_kind = CacheKind(self.dtype, k.out_features // self.head, self.head)
         self.kernel = OneTokenAttention(
             (q.matrix, k.matrix, v.matrix),
             (norms[0] and norms[0].norm, norms[1] and norms[1].norm),
@@ -80,14 +80,14 @@ class FusedAttention:
             and rotary is not None
             and rotary[0].dtype == self.dtype
             and rotary[0].numel() == self.head
-            and self._grows(given.get("past_key_values"))
+            and is_plain(given.get("past_key_values"), self.layer)
             and not x.requires_grad
             and not has_hooks(self.parts)
         )
 
     def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         q, k, v = self._project(x, rotary)
-        keys, values = append(cache, self.layer, k, v)
+        keys, values = append(cache, self.layer, k, v, self.cache_kind)
         out: Tensor = self.output(self.kernel.attend(q, keys, values).view(1, 1, -1))
         return out
 
@@ -96,12 +96,6 @@ class FusedAttention:
         q, k, v = (torch.empty(size, dtype=self.dtype) for size in self._sizes)
         self.kernel.project(x, *rotary, q, k, v)
         return q, k.view(1, -1, 1, self.head), v.view(1, -1, 1, self.head)
-
-    def _grows(self, cache: Any) -> bool:
-        """Whether it is the plain cache, which returns all keys and values in one piece."""
-        if not isinstance(cache, DynamicCache):
-            return False
-        return self.layer >= len(cache.layers) or type(cache.layers[self.layer]) is DynamicLayer
 
     def agrees(self) -> bool:
         """Whether it computes what the layer did, tried with small and with large scores."""

@@ -74,7 +74,9 @@ class FusedLayer:
             if out is not None:
                 return out
         cache, index = kwargs.get("past_key_values"), self.attention.layer
-        if args or not self.attention.fits(x, kwargs) or has_hooks(self.skipped) or not can_grow(cache, index):
+        if args or not self.attention.fits(x, kwargs) or has_hooks(self.skipped):
+            return self._original(x, *args, **kwargs)
+        if not can_grow(cache, index, self.attention.cache_kind):
             return self._original(x, *args, **kwargs)
         cosine, sine = kwargs["position_embeddings"]
         hidden, normed = self.kernel.run(x, cosine, sine, *grow(cache, index))

@@ -9,6 +9,7 @@ from weakref import WeakMethod
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers.utils import output_capturing
 
 
 def forward_of(module: Any) -> Callable[..., Any]:
@@ -33,4 +34,16 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody listens to one of these modules, which then has to be called."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any((m._forward_hooks or m._forward_pre_hooks) and _listens(m) for m in modules)
+
+
+def is_collecting() -> bool:
+    """Whether hidden states or router logits were asked for, which Transformers collects by hooks that then stay."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is None or bool(collector.get())  # empty where nothing was asked for
+
+
+def _listens(module: nn.Module) -> bool:
+    if module._forward_pre_hooks or is_collecting():
+        return True
+    return any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in module._forward_hooks.values())

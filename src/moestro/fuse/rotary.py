@@ -6,6 +6,7 @@ weights. Left alone are embeddings whose frequencies depend on how long the text
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -54,17 +55,18 @@ class _RotaryTable:
 
     def __init__(self, module: Any) -> None:
         self._original, self._buffers = forward_of(module), module._buffers
-        self._table: _Table | None = None
+        self._of_thread = threading.local()  # who generates beside us is at another position
 
     @outside_of_graphs
-    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if position_ids.shape != (1, 1):
-            return self._original(x, position_ids)  # type: ignore[no-any-return]
-        position, table = int(position_ids), self._table
+    def __call__(self, x: Tensor, position_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not isinstance(position_ids, Tensor) or position_ids.shape != (1, 1):
+            return self._original(x, position_ids, *args, **kwargs)
+        position = int(position_ids)
+        table: _Table | None = getattr(self._of_thread, "table", None)
         if table is None or not self._holds(table, position, x.dtype):
             positions = torch.arange(position, position + _POSITIONS)[None]
             cosine, sine = self._original(x, positions)
-            table = self._table = _Table(position, x.dtype, self._buffers["inv_freq"], cosine, sine)
+            table = self._of_thread.table = _Table(position, x.dtype, self._buffers["inv_freq"], cosine, sine)
         at = position - table.first
         return table.cosine[:, at : at + 1], table.sine[:, at : at + 1]
 

@@ -6,14 +6,17 @@ and experts, no more, and these are all in RAM with no slots to move them to, th
 of it, and the others pass on what they are given.
 
 Nothing may happen between the layers: that is found by calling the model's loop with layers that only note what they
-are given. Who listens to a module inside (a hook) is told, layer by layer as before.
+are given. Who listens to a module inside (a hook) is told, who calls one layer gets its own result, and where a layer
+was replaced or left out, all go layer by layer as before.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 from weakref import ref
@@ -27,9 +30,9 @@ from ..compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
 from ..conductor import Conductor
 from ..errors import ModelError
 from .attention import FusedAttention
-from .cache import can_grow, grow
+from .cache import can_grow, grow, shrink
 from .decoder_layer import FusedLayer
-from .original import has_hooks
+from .original import forward_of, has_hooks, is_collecting
 from .router import FusedRouter
 
 _SCALES = (0.3, 3.0)  # of the numbers that a block is tried on
@@ -44,17 +47,54 @@ def fuse_stretches(model: nn.Module) -> None:
                 _join(decoder, layers)
 
 
+class _Loop:
+    """A decoder's own forward, in which alone its stretches run: who calls a layer by itself gets that layer's result.
+
+    Held by the decoder, so it holds neither that nor its layers.
+    """
+
+    def __init__(self, decoder: Any, layers: Any) -> None:
+        self._forward, self._decoder, self._layers = forward_of(decoder), ref(decoder), [ref(layer) for layer in layers]
+        self._name = next(name for name, module in decoder.named_children() if module is layers)
+        self._depth = getattr(decoder.config, "num_hidden_layers", None)
+        self._of_thread = threading.local()
+        self.__signature__ = signature(decoder.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._is_as_it_was():
+            return self._forward(*args, **kwargs)
+        self._of_thread.runs = True
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._of_thread.runs = False
+
+    def runs(self) -> bool:
+        """Whether this thread is in it, and it goes through the layers that it went through at first."""
+        return getattr(self._of_thread, "runs", False)
+
+    def layers(self) -> list[nn.Module]:
+        """Those that are still there."""
+        return [layer for find in self._layers if (layer := find()) is not None]
+
+    def _is_as_it_was(self) -> bool:
+        decoder: Any = self._decoder()
+        now = getattr(decoder, self._name)
+        if decoder.training or getattr(decoder.config, "num_hidden_layers", None) != self._depth:
+            return False
+        return len(now) == len(self._layers) and all(a() is b for a, b in zip(self._layers, now, strict=True))
+
+
 class Stretch:
     """Some consecutive layers of a decoder. Its layers hold it, so it holds none of them."""
 
-    def __init__(self, layers: Sequence[_WholeLayer], decoder: Any, modules: nn.ModuleList) -> None:
+    def __init__(self, layers: Sequence[_WholeLayer], loop: _Loop) -> None:
         self._attentions = [layer.attention for layer in layers]
-        self._conductor, self._last = layers[0].conductor, len(layers) - 1
+        self._conductor, self._last, self._loop = layers[0].conductor, len(layers) - 1, loop
         self._kernel = OneTokenLayers([layer.kernel for layer in layers])
         self._parts = [part for layer in layers for part in layer.parts]
+        self._watched = [entry for layer in layers for entry in layer.watched]
         self._quiet_at = -1  # how many hooks anything had ever been given when none was on our parts
-        self._decoder, self._modules = ref(decoder), ref(modules)
-        self._depth = self._depth_now()
 
     def run(self, place: int, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         """What a layer returns, if the stretch is computed at once: all layers' result at the first; None if not.
@@ -65,17 +105,26 @@ class Stretch:
         Raises:
             ModelError: the model treats a later layer otherwise than the first one.
         """
+        if not self._loop.runs():
+            return None
         if place:
             return self._pass_on(place, x, given)
-        cache = given.get("past_key_values")
-        if not (self._attentions[0].fits(x, given) and self._is_as_it_was() and self._nobody_listens()):
+        if not (self._attentions[0].fits(x, given) and self._nobody_listens() and self._is_as_it_was()):
             return None
-        if not all(can_grow(cache, attention.layer) for attention in self._attentions):
+        cache = given["past_key_values"]
+        if not all(can_grow(cache, attention.layer, attention.cache_kind) for attention in self._attentions):
             return None
-        caches = [grow(cache, attention.layer) for attention in self._attentions]
-        cosine, sine = given["position_embeddings"]
-        hidden, experts = self._kernel.run(x, cosine, sine, caches)
-        self._conductor.count_only_choice(len(caches), experts)
+        grown: list[tuple[Tensor, Tensor]] = []
+        try:
+            for attention in self._attentions:
+                grown.append(grow(cache, attention.layer))
+            cosine, sine = given["position_embeddings"]
+            hidden, experts = self._kernel.run(x, cosine, sine, grown)
+        except BaseException:  # an interrupt: no cache may keep a token that nobody wrote
+            for attention, _ in zip(self._attentions, grown, strict=False):
+                shrink(cache, attention.layer)
+            raise
+        self._conductor.count_only_choice(len(grown), experts)
         if self._last:
             hidden._moestro_done = self  # type: ignore[attr-defined]  # on the tensor, since other threads may generate
         return hidden
@@ -90,21 +139,15 @@ class Stretch:
         return x
 
     def _is_as_it_was(self) -> bool:
-        """Whether nobody took layers away, or trains them."""
-        decoder = self._decoder()
-        return decoder is not None and not decoder.training and self._depth_now() == self._depth
-
-    def _depth_now(self) -> tuple[int, int | None]:
-        """How many layers there are, and how many the model's loop takes."""
-        decoder, modules = self._decoder(), self._modules()
-        assert decoder is not None
-        assert modules is not None
-        return len(modules), getattr(decoder.config, "num_hidden_layers", None)
+        """Whether nobody replaced a module of ours or its forward."""
+        return all(entries.get(name) is value for entries, name, value in self._watched)
 
     def _nobody_listens(self) -> bool:
+        if is_collecting():
+            return not has_hooks((*self._parts, *self._loop.layers()))
         latest = RemovableHandle.next_id  # of the hook that will be registered next
         if latest != self._quiet_at:
-            if has_hooks((*self._parts, *(self._modules() or ()))):
+            if has_hooks((*self._parts, *self._loop.layers())):
                 return False
             self._quiet_at = latest
         return True
@@ -114,13 +157,15 @@ class Stretch:
 class _WholeLayer:
     """A decoder layer whose second half is a router and experts, no more, about which there is nothing to decide.
 
-    parts: the modules that it passes by. kind: what its family says of it.
+    parts: the modules that it passes by. watched: where each is found, and its forward: a dict, a name, a value. kind:
+    what its family says of it.
     """
 
     kernel: OneTokenLayer
     attention: FusedAttention
     conductor: Conductor
     parts: list[nn.Module]
+    watched: list[tuple[Mapping[str, Any], str, Any]]
     kind: list[Any]
 
     @classmethod
@@ -141,8 +186,11 @@ class _WholeLayer:
         if choice is None or router.dtype != fused.attention.dtype or not _only_routes(block, experts[0], router):
             return None
         parts = [*fused.skipped, *fused.attention.parts, block, *children]
+        owners = (module, fused.skipped[0], block)
+        watched = [(owner._modules, name, child) for owner in owners for name, child in owner._modules.items()]
+        watched += [(vars(part), "forward", vars(part).get("forward")) for part in parts]
         kind = [getattr(part, mark, None) for part in (module, fused.skipped[0]) for mark in _MARKS]
-        return cls(OneTokenLayer(fused.kernel, router, *choice), fused.attention, conductor, parts, kind)
+        return cls(OneTokenLayer(fused.kernel, router, *choice), fused.attention, conductor, parts, watched, kind)
 
     def like(self, other: _WholeLayer) -> bool:
         """Whether what fits one of them fits the other."""
@@ -183,17 +231,18 @@ def _join(decoder: Any, modules: Any) -> None:
     if known is None:
         return
     joined = _nothing_between(decoder, modules, known.attention)
-    first = 0
+    loop, first = _Loop(decoder, modules), 0
     for index, layer in enumerate(whole):
         after = whole[index + 1] if index + 1 < len(whole) else None
         if layer is None:
             first = index + 1
         elif after is None or not joined[index] or not layer.like(after):
             members = [member for member in whole[first : index + 1] if member is not None]
-            stretch = Stretch(members, decoder, modules)
+            stretch = Stretch(members, loop)
             for place in range(len(members)):
                 modules[first + place].forward.join(stretch, place)
             first = index + 1
+    decoder.forward = loop
 
 
 def _nothing_between(decoder: Any, modules: Any, attention: FusedAttention) -> list[bool]:
