@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -19,8 +20,14 @@ namespace {
 using CacheTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 using WorkTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
 
+// The level of that name; without one the level that MOESTRO_LEVEL names, else the best.
 const Level& level_of(const std::string& name) {
-  const Level* level = name.empty() ? best_level() : find_level(name.c_str());
+  static const std::string chosen = [] {
+    const char* named = std::getenv("MOESTRO_LEVEL");
+    return std::string(named && *named ? named : best_level()->name);
+  }();
+  if (name.empty()) return level_of(chosen);
+  const Level* level = find_level(name.c_str());
   if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + name).c_str());
   return *level;
 }

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -282,3 +285,23 @@ def test_without_the_extension_the_twin_runs(monkeypatch: pytest.MonkeyPatch) ->
     out = torch.zeros_like(x)
     experts.run(math, x, work, out)
     assert (out - expected).norm() / expected.norm() <= TOLERANCE
+
+
+def test_a_level_may_be_named_for_the_whole_process() -> None:
+    """As by a user who wants to know what another CPU would get; in its own process, since it holds for good."""
+    code = (
+        "import torch; from moestro.compute.cpu import *; from moestro.memory.formats import MATRIX_FORMATS as F;"
+        "torch.manual_seed(0); w, x = torch.randn(33, 70), torch.randn(1, 70);"
+        "m = Matrix(F['int4'].pack(w).flatten(), F['int4'], 33, 70);"
+        "print(best_level(), torch.equal(run_linear(m, x, threads=1), run_linear(m, x, threads=1, level='scalar')))"
+    )
+    for level, printed in [("scalar", "scalar True"), ("sparc", "MOESTRO_LEVEL=sparc: this CPU runs")]:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"MOESTRO_LEVEL": level},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert printed in done.stdout + done.stderr
+        assert (done.returncode == 0) == (level == "scalar")

@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat
 from .eager import outside_of_graphs
 from .experts import Activation, ExpertMath, ExpertWork, run_experts
@@ -232,8 +233,16 @@ def levels() -> dict[str, bool]:
 
 
 def best_level() -> str:
-    """The best that this CPU runs; "torch", the twin, without kernels."""
-    return next((name for name, usable in levels().items() if usable), "torch")
+    """The best that this CPU runs, or what MOESTRO_LEVEL names; "torch", the twin, without kernels.
+
+    Raises:
+        RequestError: this CPU does not run the level that was named.
+    """
+    usable = [name for name, runs in levels().items() if runs]
+    named = os.environ.get("MOESTRO_LEVEL")
+    if named and usable and named not in usable:
+        raise RequestError(f"MOESTRO_LEVEL={named}: this CPU runs {', '.join(usable)}; name one of them, or none")
+    return named if named and usable else (usable or ["torch"])[0]
 
 
 def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:
@@ -261,6 +270,7 @@ def core_cpus() -> list[int]:
 @functools.cache
 def runner(threads: int) -> _kernels.Runner:
     """One pool for each number of threads, shared by all models of the process."""
+    best_level()  # refuses one that was named and is not here
     cpus = core_cpus()
     return _kernels.Runner(threads, cpus if threads <= len(cpus) else [])
 
