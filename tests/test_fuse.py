@@ -300,8 +300,8 @@ def test_a_cache_of_another_kind_is_left_to_transformers(tmp_path: Path) -> None
         each(ids, past_key_values=cache)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.half(), layer.values.half()  # as a prompt may be kept
-    logits = [m(ids[:, :1], past_key_values=c).logits for m, c in zip((model, plain), caches, strict=True)]
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    a, b = (m(ids[:, :1], past_key_values=c).logits for m, c in zip((model, plain), caches, strict=True))
+    assert (a - b).norm() <= 1e-3 * b.norm()  # a key may fall to either side of where two numbers of 16 bits meet
     counting = Counting()
     for part in ids.split([4, 1], 1):
         model(part, past_key_values=counting)
