@@ -154,6 +154,10 @@ inline void finish(const Panels& to, V (&acc)[P][N][VP]) {
       for (int v = 0; v < VP; ++v) acc[p][t][v].store(to.out + t * to.ld + p * to.apart + v * W);
 }
 
+// Whether one token's panels meet it one after another, since the registers do not hold the weights of all.
+template <class F, int P, int N>
+constexpr bool one_by_one() { return N == 1 && P * (1 + F::kStep) * VP >= V::kRegisters; }
+
 // out[t, r] = (or +=) sum over K of w[r, k] * x[k, t], for P panels at once and N tokens.
 template <class F, int P, int N>
 inline void multiply_floats(const Panels& to, const float* x, int64_t K) {
@@ -163,6 +167,16 @@ inline void multiply_floats(const Panels& to, const float* x, int64_t K) {
       for (int v = 0; v < VP; ++v) acc[p][t][v] = V::zero();
   const uint8_t* w = to.w;
   for (int64_t k = 0; k < K; k += F::kStep, w += F::kStepBytes, x += F::kStep * N) {
+    if constexpr (one_by_one<F, P, N>()) {
+      for (int p = 0; p < P; ++p) {
+        V wv[F::kStep][VP];
+        if (F::kFromMemory) prefetch(w + p * to.stride + kAhead);
+        F::load(w + p * to.stride, wv);
+        for (int j = 0; j < F::kStep; ++j)
+          for (int v = 0; v < VP; ++v) acc[p][0][v] = fma(wv[j][v], V::set(x[j]), acc[p][0][v]);
+      }
+      continue;
+    }
     V wv[P][F::kStep][VP];
     for (int p = 0; p < P; ++p) {
       if (F::kFromMemory) prefetch(w + p * to.stride + kAhead);
@@ -178,6 +192,10 @@ inline void multiply_floats(const Panels& to, const float* x, int64_t K) {
   finish(to, acc);
 }
 
+// How many sums of integers a panel and token have: a single one where four panels leave no registers for two.
+template <int P, int N>
+constexpr int sums_of_panel() { return P == 4 && N == 1 && 8 * VP > V::kRegisters - 8 ? 1 : 2; }
+
 // The same with quantized weights and activations as 16-bit integers: exact sums within a group of columns.
 template <class Q, int P, int N>
 inline void multiply_whole(const Panels& to, const int16_t* x, const float* scales, const float* sums, int64_t groups) {
@@ -185,22 +203,24 @@ inline void multiply_whole(const Panels& to, const int16_t* x, const float* scal
   for (int p = 0; p < P; ++p)
     for (int t = 0; t < N; ++t)
       for (int v = 0; v < VP; ++v) acc[p][t][v] = V::zero();
+  constexpr int kSums = sums_of_panel<P, N>();
   const uint8_t* group = to.w;
   for (int64_t g = 0; g < groups; ++g, group += Q::kGroupBytes, x += kGroup * N, scales += N, sums += N) {
-    I dots[P][2][N][VP];
+    I dots[P][kSums][N][VP];
     for (int p = 0; p < P; ++p)
       for (int t = 0; t < N; ++t)
-        for (int v = 0; v < VP; ++v) dots[p][0][t][v] = dots[p][1][t][v] = I::zero();
+        for (int v = 0; v < VP; ++v) dots[p][0][t][v] = dots[p][kSums - 1][t][v] = I::zero();
     for (int s = 0; s < kGroup / (2 * Q::kPairs); ++s) {
       for (int p = 0; p < P; ++p) {
         I w[Q::kPairs][VP];
         const uint8_t* at = group + p * to.stride + Q::kHeader + s * Q::kStepBytes;
         prefetch(at + kAhead);
-        Q::factors(at, w);
+        if constexpr (kSums == 1) Q::numbers(at, w);
+        else Q::factors(at, w);
         for (int j = 0; j < Q::kPairs; ++j)
           for (int t = 0; t < N; ++t)
             for (int v = 0; v < VP; ++v) {
-              I& sum = dots[p][j % 2][t][v];
+              I& sum = dots[p][j % kSums][t][v];
               sum = Q::dot(w[j][v], I::set_pair(x + 2 * ((s * Q::kPairs + j) * N + t)), sum);
             }
       }
@@ -210,7 +230,8 @@ inline void multiply_whole(const Panels& to, const int16_t* x, const float* scal
       load_scales<Q>(group + p * to.stride, scale, zero);
       for (int t = 0; t < N; ++t)
         for (int v = 0; v < VP; ++v) {
-          V sum = to_float(Q::total(dots[p][0][t][v], dots[p][1][t][v])) * V::set(scales[t]);
+          const I dot = kSums == 1 ? dots[p][0][t][v] : Q::total(dots[p][0][t][v], dots[p][kSums - 1][t][v]);
+          V sum = to_float(dot) * V::set(scales[t]);
           if (Q::kHasZero) sum = sum - zero[v] * V::set(sums[t]);
           acc[p][t][v] = fma(sum, scale[v], acc[p][t][v]);
         }
@@ -222,7 +243,9 @@ inline void multiply_whole(const Panels& to, const int16_t* x, const float* scal
 // How many panels fit in the registers with their sums for N tokens.
 template <class F, int N>
 constexpr int panels_at_once() {
-  if constexpr (IsQuantized<F>::value) return 8 * N * VP <= V::kRegisters - 8 ? 4 : 4 * N * VP <= V::kRegisters - 8 ? 2 : 1;
+  if constexpr (IsQuantized<F>::value && N == 1) return 4 * VP <= V::kRegisters / 2 ? 4 : 1;
+  else if constexpr (IsQuantized<F>::value) return 8 * N * VP <= V::kRegisters - 8 ? 4 : 4 * N * VP <= V::kRegisters - 8 ? 2 : 1;
+  else if constexpr (N == 1 && (4 + F::kStep) * VP < V::kRegisters) return 4;
   else return 4 * (N + F::kStep) * VP < V::kRegisters ? 4 : 2 * (N + F::kStep) * VP < V::kRegisters ? 2 : 1;
 }
 

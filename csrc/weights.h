@@ -81,6 +81,7 @@ struct Int8 {
     }
   }
   static void factors(const uint8_t* at, I (&w)[2][VP]) { load(at, w); }
+  static void numbers(const uint8_t* at, I (&w)[2][VP]) { load(at, w); }
   static I dot(I w, I x, I sum) { return dot_pairs(w, x, sum); }
   static I total(I even, I odd) { return even + odd; }
 };
@@ -102,6 +103,17 @@ struct Int4 {
       w[1][v] = words & high;
       w[2][v] = upper & low;
       w[3][v] = upper & high;
+    }
+  }
+  // As they are, for a sum of all: one operation more.
+  static void numbers(const uint8_t* at, I (&w)[4][VP]) {
+    const I low = I::set16(0x000F);
+    for (int v = 0; v < VP; ++v) {
+      const I words = I::load(at + v * W * 4);
+      w[0][v] = words & low;
+      w[1][v] = shift_right16<4>(words) & low;
+      w[2][v] = shift_right16<8>(words) & low;
+      w[3][v] = shift_right16<12>(words);
     }
   }
 #if defined(MOESTRO_BYTE_DOTS)
