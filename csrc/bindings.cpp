@@ -20,13 +20,17 @@ namespace {
 using CacheTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 using WorkTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
 
-// The level of that name; without one the level that MOESTRO_LEVEL names, else the best.
-const Level& level_of(const std::string& name) {
-  static const std::string chosen = [] {
+// The level that MOESTRO_LEVEL names, or the best: read once.
+const std::string& process_level() {
+  static const std::string name = [] {
     const char* named = std::getenv("MOESTRO_LEVEL");
     return std::string(named && *named ? named : best_level()->name);
   }();
-  if (name.empty()) return level_of(chosen);
+  return name;
+}
+
+const Level& level_of(const std::string& given) {
+  const std::string& name = given.empty() ? process_level() : given;
   const Level* level = find_level(name.c_str());
   if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + name).c_str());
   return *level;
@@ -85,30 +89,31 @@ void attend(const Attention& self, Runner& runner, const std::string& level_name
               reinterpret_cast<const void*>(values), length, apart, reinterpret_cast<void*>(out));
 }
 
-void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t cosine,
-                    uintptr_t sine, int64_t turned, uintptr_t keys, uintptr_t values, int64_t length, int64_t apart,
-                    uintptr_t hidden, uintptr_t normed) {
-  const Level& level = level_of(level_name);
-  nb::gil_scoped_release release;
-  self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
-           reinterpret_cast<const void*>(sine), turned, reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length,
-           apart, reinterpret_cast<void*>(hidden), reinterpret_cast<void*>(normed));
+CachePlace place_of(const CacheTuple& cache) {
+  const auto [keys, values, length, apart] = cache;
+  return {reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, apart};
 }
 
-struct DecoderLayers {
-  std::vector<DecoderLayer> list;
-};
-
-int64_t run_token(const std::vector<DecoderLayer>& layers, Runner& runner, const std::string& level_name, uintptr_t x,
-                  uintptr_t cosine, uintptr_t sine, int64_t turned, const std::vector<CacheTuple>& caches, uintptr_t hidden) {
+void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t cosine,
+                    uintptr_t sine, int64_t turned, const CacheTuple& cache, uintptr_t hidden, uintptr_t normed) {
   const Level& level = level_of(level_name);
-  if (layers.empty() || caches.size() != layers.size()) throw nb::value_error("one cache for each layer");
-  std::vector<CachePlace> places;
-  for (const auto& [keys, values, length, apart] : caches)
-    places.push_back({reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, apart});
+  const CachePlace place = place_of(cache);
   nb::gil_scoped_release release;
-  return run_layers(layers, runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
-                    reinterpret_cast<const void*>(sine), turned, places.data(), reinterpret_cast<void*>(hidden));
+  self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
+           reinterpret_cast<const void*>(sine), turned, place, reinterpret_cast<void*>(hidden),
+           reinterpret_cast<void*>(normed));
+}
+
+int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std::string& level_name, uintptr_t x,
+                           uintptr_t cosine, uintptr_t sine, int64_t turned, const std::vector<CacheTuple>& caches,
+                           uintptr_t hidden) {
+  const Level& level = level_of(level_name);
+  if (self.layers.empty() || caches.size() != self.layers.size()) throw nb::value_error("one cache for each layer");
+  std::vector<CachePlace> places;
+  for (const CacheTuple& cache : caches) places.push_back(place_of(cache));
+  nb::gil_scoped_release release;
+  return self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
+                  reinterpret_cast<const void*>(sine), turned, places.data(), reinterpret_cast<void*>(hidden));
 }
 
 void look_up(Runner& runner, const std::string& level_name, Linear table, uintptr_t ids, int64_t n, uintptr_t out,
@@ -225,12 +230,9 @@ NB_MODULE(_kernels, m) {
   nb::class_<DecoderLayers>(m, "DecoderLayers")
       .def("__init__", [](DecoderLayers* self, const std::vector<const DecoderLayer*>& layers) {
         new (self) DecoderLayers;
-        for (const DecoderLayer* layer : layers) self->list.push_back(*layer);
+        for (const DecoderLayer* layer : layers) self->layers.push_back(*layer);
       })
-      .def("run", [](const DecoderLayers& self, Runner& runner, const std::string& level, uintptr_t x, uintptr_t cosine,
-                     uintptr_t sine, int64_t turned, const std::vector<CacheTuple>& caches, uintptr_t hidden) {
-        return run_token(self.list, runner, level, x, cosine, sine, turned, caches, hidden);
-      });
+      .def("run", &run_decoder_layers);
   nb::class_<Runner>(m, "Runner")
       .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("threads", &Runner::threads)
@@ -249,5 +251,6 @@ NB_MODULE(_kernels, m) {
       })
       .def("read_seconds", &read_seconds, nb::arg("level"), nb::arg("memory"), nb::arg("bytes"), nb::arg("prefetch"))
       .def("fma_flops", &fma_flops, nb::arg("level"), nb::arg("rounds"));
+  m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

@@ -227,11 +227,8 @@ void Runner::each(int count, int64_t floats, bool on_pool, const std::function<v
 
 void Runner::rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon,
                       void* out) {
-  const Call call(*this);
-  Scratch* scratch = memory_->of_threads(round_up(x.width, kGroup));
-  const auto norm = [&](int i, int thread) { level.rms_norm(x, i, weight, offset, epsilon, out, scratch[thread].memory); };
-  if (rows * x.width >= kPoolElements) return pool_.run(static_cast<int>(rows), norm);
-  for (int64_t i = 0; i < rows; ++i) norm(static_cast<int>(i), 0);
+  each(static_cast<int>(rows), round_up(x.width, kGroup), rows * x.width >= kPoolElements,
+       [&](int i, float* row) { level.rms_norm(x, i, weight, offset, epsilon, out, row); });
 }
 
 void Runner::touch(uint8_t* memory, int64_t bytes) {

@@ -47,8 +47,7 @@ void best(std::vector<std::pair<float, int64_t>>& queue, int64_t k) {
 }  // namespace
 
 void FirstHalf::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
-                    int64_t turned, void* keys, void* values, int64_t length, int64_t apart, void* hidden,
-                    void* normed) const {
+                    int64_t turned, const CachePlace& cache, void* hidden, void* normed) const {
   const Format type = attention.type;
   const int64_t size = size_of(type), D = attention.q.columns, Q = attention.q.rows, K = attention.k.rows;
   thread_local std::vector<uint8_t> memory;  // kept from call to call; several threads may generate
@@ -58,9 +57,9 @@ void FirstHalf::run(Runner& runner, const Level& level, const void* x, const voi
   runner.rms_norm(level, {x, type, D}, 1, before.weight, before.offset, before.epsilon, normed);
   attention.project(runner, level, normed, cosine, sine, turned, q, k, v);
   const int64_t head_bytes = attention.head * size;
-  append(k, K / attention.head, head_bytes, keys, apart * size, length - 1);
-  append(v, K / attention.head, head_bytes, values, apart * size, length - 1);
-  attention.attend(runner, level, q, keys, values, length, apart, heads);
+  append(k, K / attention.head, head_bytes, cache.keys, cache.apart * size, cache.length - 1);
+  append(v, K / attention.head, head_bytes, cache.values, cache.apart * size, cache.length - 1);
+  attention.attend(runner, level, q, cache.keys, cache.values, cache.length, cache.apart, heads);
   Linear linear = output;
   linear.out = hidden;
   linear.out_type = type;
@@ -99,7 +98,7 @@ void Router::run(Runner& runner, const Level& level, const void* x, void* logits
 }
 
 int64_t DecoderLayer::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
-                          int64_t turned, void* keys, void* values, int64_t length, int64_t apart, void* hidden) const {
+                          int64_t turned, const CachePlace& cache, void* hidden) const {
   const Format type = first.attention.type;
   const int64_t D = shape.hidden, k = router.top_k;
   thread_local std::vector<uint8_t> normed, logits, scores;
@@ -111,7 +110,7 @@ int64_t DecoderLayer::run(Runner& runner, const Level& level, const void* x, con
   weights.resize(round_up(k, kGroup));
   chosen.resize(k);
 
-  first.run(runner, level, x, cosine, sine, turned, keys, values, length, apart, hidden, normed.data());
+  first.run(runner, level, x, cosine, sine, turned, cache, hidden, normed.data());
   router.run(runner, level, normed.data(), logits.data(), scores.data(), chosen.data());
   level.read({scores.data(), router.score_type, k}, weights.data());
 
@@ -131,15 +130,14 @@ int64_t DecoderLayer::run(Runner& runner, const Level& level, const void* x, con
   return static_cast<int64_t>(works.size());
 }
 
-int64_t run_layers(const std::vector<DecoderLayer>& layers, Runner& runner, const Level& level, const void* x,
-                   const void* cosine, const void* sine, int64_t turned, const CachePlace* caches, void* hidden) {
+int64_t DecoderLayers::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
+                           int64_t turned, const CachePlace* caches, void* hidden) const {
   thread_local std::vector<uint8_t> other;  // a layer may not write where it reads
   other.resize(layers[0].shape.hidden * size_of(layers[0].first.attention.type));
   int64_t experts = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     void* out = (layers.size() - i) % 2 ? hidden : other.data();  // so that the last one ends in hidden
-    const CachePlace& c = caches[i];
-    experts += layers[i].run(runner, level, x, cosine, sine, turned, c.keys, c.values, c.length, c.apart, out);
+    experts += layers[i].run(runner, level, x, cosine, sine, turned, caches[i], out);
     x = out;
   }
   return experts;

@@ -7,6 +7,13 @@
 
 namespace moestro {
 
+// Where the keys and values of one layer's cache are, [G, length, d]: heads `apart` elements apart, the last token the
+// one that is on its way.
+struct CachePlace {
+  void *keys, *values;
+  int64_t length, apart;
+};
+
 struct Norm {
   const float* weight = nullptr;
   float offset = 0, epsilon = 0;
@@ -18,10 +25,10 @@ struct FirstHalf {
   Linear output;  // of the attention
   Norm before, after;
 
-  // x, hidden and normed [D], cosine and sine [turned], all of the attention's type. keys and values [G, length, d],
-  // heads `apart` elements apart: the last of them is the token's own and written here.
+  // x, hidden and normed [D], cosine and sine [turned], all of the attention's type, as is the cache, whose last token
+  // is written here.
   void run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
-           void* keys, void* values, int64_t length, int64_t apart, void* hidden, void* normed) const;
+           const CachePlace& cache, void* hidden, void* normed) const;
 };
 
 // Softmax over all experts, then the best k of them.
@@ -45,17 +52,16 @@ struct DecoderLayer {
 
   // As FirstHalf's. Returns how many experts computed.
   int64_t run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
-              void* keys, void* values, int64_t length, int64_t apart, void* hidden) const;
+              const CachePlace& cache, void* hidden) const;
 };
 
-// Where the cache of one layer is; see FirstHalf.
-struct CachePlace {
-  void *keys, *values;
-  int64_t length, apart;
-};
+// Layers that follow one another, through all of which a token goes in one call.
+struct DecoderLayers {
+  std::vector<DecoderLayer> layers;
 
-// Layers that follow one another, through all of which a token goes in one call. Returns how many experts computed.
-int64_t run_layers(const std::vector<DecoderLayer>& layers, Runner& runner, const Level& level, const void* x,
-                   const void* cosine, const void* sine, int64_t turned, const CachePlace* caches, void* hidden);
+  // As a layer's, with a cache for each.
+  int64_t run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine, int64_t turned,
+              const CachePlace* caches, void* hidden) const;
+};
 
 }  // namespace moestro

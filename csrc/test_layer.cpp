@@ -55,11 +55,11 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
 
   const Numbers x(type, z.D, rng), past(type, z.key_heads * apart, rng), cosine(type, z.head, rng), sine(type, z.head, rng);
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    const std::vector<DecoderLayer> layers(3, layer);
+    const DecoderLayers layers{{3, layer}};
     std::vector<Numbers> caches(6, past);
     std::vector<CachePlace> places;
     for (int i = 0; i < 6; i += 2) places.push_back({caches[i].bytes.data(), caches[i + 1].bytes.data(), z.length, apart});
-    const int64_t count = run_layers(layers, runner, level, x.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head,
+    const int64_t count = layers.run(runner, level, x.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head,
                                      places.data(), out.bytes.data());
     if (count != 3 * z.top_k) out.set(0, NAN);
     for (const Numbers& cache : caches) out.bytes.insert(out.bytes.end(), cache.bytes.begin(), cache.bytes.end());

@@ -168,6 +168,18 @@ class Terminal:
         before, self.text = self.text[: found.end()], self.text[found.end() :]
         return before
 
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C, and again each second, until the pattern comes."""
+        end_s = time.monotonic() + 60
+        while time.monotonic() < end_s:
+            os.kill(self.pid, signal.SIGINT)
+            try:
+                self.wait_for(pattern, timeout_s=1)
+                return
+            except AssertionError:
+                continue
+        raise AssertionError(self.text)
+
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
@@ -187,9 +199,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
     chat.wait_for("> ")
     chat.type("/new\n")
     chat.wait_for("> ")
-    time.sleep(0.5)  # Python's input() misses a signal between its prompt and its read
-    os.kill(chat.pid, signal.SIGINT)
-    chat.wait_for("Ctrl-D leaves")
+    chat.interrupt_until("Ctrl-D leaves")  # Python's input() misses a signal between its prompt and its read
     chat.type("\x04")
     assert chat.status() == 0
 

@@ -35,7 +35,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head
             with the embedding; None for `bits`.
         fuse: what one token meets in as few calls as are recognized, on the CPU. A module that is replaced after
-            loading is not noticed then.
+            loading is not always noticed then.
 
     Raises:
         RequestError: an amount, policy, device or number of bits that is none.

@@ -12,7 +12,6 @@ measurement.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, levels,
 from ..compute.experts import ExpertMath, ExpertWork
 from ..errors import RequestError
 from ..machine import available_ram_bytes, cpu_model
-from ..memory.formats import FORMATS, ExpertShape
+from ..memory.formats import FLOAT_FORMATS, FORMATS, ExpertShape
 from ..planning.budget import format_bytes
 from .device import git_commit
 
@@ -40,7 +39,6 @@ CALL_BYTES = 2**28  # that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row are at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
 TOKENS = (1, 4, 16, 64, 256)
-HIDDEN_DTYPES = defaultdict(lambda: torch.bfloat16, fp32=torch.float32, fp16=torch.float16)  # of a model in that format
 
 
 class MoeLayer(NamedTuple):
@@ -166,7 +164,7 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     math = ExpertMath(shape, FORMATS[format_name], swiglu)
     size = math.format.expert_bytes(shape)
     data = memory.view(torch.uint8)
-    x = torch.randn(tokens, shape.hidden).to(HIDDEN_DTYPES[format_name])
+    x = torch.randn(tokens, shape.hidden).to(hidden_dtype(format_name))
     rows, weights = torch.arange(tokens), torch.rand(tokens)
     out = torch.zeros(tokens, shape.hidden)
     # One layer alone would time how threads wake; many tokens take long enough as it is.
@@ -186,6 +184,11 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     seconds = (perf_counter() - start_s) / calls
     operations = 6 * tokens * top_k * shape.hidden * shape.neurons  # three matrices, a multiply and an add each
     return top_k * size / seconds / 1e9, operations / seconds / 1e9, position
+
+
+def hidden_dtype(format_name: str) -> torch.dtype:
+    """Of the hidden states of a model whose weights are in that format."""
+    return next((dtype for dtype, name in FLOAT_FORMATS.items() if name == format_name), torch.bfloat16)
 
 
 def swiglu(gate: Tensor | None, up: Tensor) -> Tensor:

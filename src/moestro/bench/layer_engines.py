@@ -22,10 +22,8 @@ from ..compute.experts import ExpertMath, ExpertWork
 from ..conductor import group_by_expert
 from ..memory.formats import FORMATS, ExpertShape
 from ..memory.store import ExpertStore, map_memory
-from .kernels import plausible_weights, swiglu
+from .kernels import hidden_dtype, plausible_weights, swiglu
 from .layer_workers import FORWARDS, Draw, draw_steps, median_s
-
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class OurLayer:
@@ -40,7 +38,7 @@ class OurLayer:
         for expert in range(experts):
             self.store[0, expert].copy_(packed)
         self._experts, self._top_k = experts, top_k
-        self._type = _TYPES.get(format_name, torch.bfloat16)  # of hidden states
+        self._type = hidden_dtype(format_name)  # of hidden states
         self._cpu = CpuExperts(threads)
         assert self._cpu.kernel(self.math) is not None
         self._next, self._all = 0, range(self.math.shape.neurons)
@@ -83,7 +81,7 @@ class TorchExperts:
 
     def __init__(self, hidden: int, neurons: int, experts: int, format_name: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._hidden, self._neurons, self._type = hidden, neurons, _TYPES[format_name]
+        self._hidden, self._neurons, self._type = hidden, neurons, hidden_dtype(format_name)
         one = plausible_weights(3 * hidden * neurons * self._type.itemsize).view(self._type)
         memory = map_memory(experts * one.nbytes).view(self._type)
         self._weights = memory.view(experts, 3, hidden * neurons)

@@ -73,10 +73,7 @@ class FirstHalf:
         cosine: int,
         sine: int,
         turned: int,
-        keys: int,
-        values: int,
-        length: int,
-        apart: int,
+        cache: tuple[int, int, int, int],
         hidden: int,
         normed: int,
     ) -> None: ...
@@ -146,4 +143,5 @@ class Runner:
     def read_seconds(self, level: str, memory: int, bytes: int, prefetch: int) -> float: ...
     def fma_flops(self, level: str, rounds: int) -> float: ...
 
+def best_level() -> str: ...
 def levels() -> list[tuple[str, bool]]: ...

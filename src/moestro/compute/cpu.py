@@ -238,11 +238,15 @@ def best_level() -> str:
     Raises:
         RequestError: this CPU does not run the level that was named.
     """
-    usable = [name for name, runs in levels().items() if runs]
-    named = os.environ.get("MOESTRO_LEVEL")
-    if named and usable and named not in usable:
-        raise RequestError(f"MOESTRO_LEVEL={named}: this CPU runs {', '.join(usable)}; name one of them, or none")
-    return named if named and usable else (usable or ["torch"])[0]
+    if _kernels is None:
+        return "torch"
+    try:
+        return _kernels.best_level()
+    except ValueError:
+        named, usable = os.environ.get("MOESTRO_LEVEL"), [name for name, runs in levels().items() if runs]
+        raise RequestError(
+            f"MOESTRO_LEVEL={named}: this CPU runs {', '.join(usable)}; name one of them, or none"
+        ) from None
 
 
 def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:

@@ -123,10 +123,7 @@ class OneTokenFirstHalf:
             cosine.data_ptr(),
             sine.data_ptr(),
             cosine.numel(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[2],
-            keys.stride(1),
+            _place(keys, values),
             hidden.data_ptr(),
             normed.data_ptr(),
         )
@@ -201,7 +198,6 @@ class OneTokenLayers:
         """
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
         hidden = torch.empty_like(x)
-        places = [(k.data_ptr(), v.data_ptr(), k.shape[2], k.stride(1)) for k, v in caches]
         experts = self._kernel.run(
             self._runner,
             self._level,
@@ -209,7 +205,12 @@ class OneTokenLayers:
             cosine.data_ptr(),
             sine.data_ptr(),
             cosine.numel(),
-            places,
+            [_place(keys, values) for keys, values in caches],
             hidden.data_ptr(),
         )
         return hidden, experts
+
+
+def _place(keys: Tensor, values: Tensor) -> tuple[int, int, int, int]:
+    """One layer's cache, [1, G, S, d] each, as the kernels take it."""
+    return keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.stride(1)

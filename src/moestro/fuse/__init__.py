@@ -1,8 +1,9 @@
 """Fewer operations in a decode step: what is swapped in a loaded model whose dense part is on the CPU.
 
 At one token a layer's small operations cost more host time than its kernels wait for memory. Norms and routers become
-one call each, single-token attention two, and all that stands before a layer's experts one; what is not recognized
-stays as it is. Tokens are the same either way.
+one call each, single-token attention two, all that stands before a layer's experts one, and layers that follow one
+another, where nothing is left to decide about their experts, one together; rotary tables are kept. What is not
+recognized stays as it is. Tokens are the same either way.
 """
 
 from __future__ import annotations

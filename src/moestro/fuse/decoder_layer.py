@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .stretch import Stretch
 
 _ATTENTION, _BEFORE, _AFTER = "self_attn", "input_layernorm", "post_attention_layernorm"
-_SCALES = (0.3, 3.0)
+SCALES = (0.3, 3.0)  # of the numbers that a layer, or its second half, is tried on
 
 
 def fuse_decoder_layer(module: nn.Module) -> bool:
@@ -88,7 +88,7 @@ class FusedLayer:
         block = self.block
         setattr(module, self._rest, _Halved())
         try:
-            return all(self._agrees(scale) for scale in _SCALES)
+            return all(self._agrees(scale) for scale in SCALES)
         except Exception:  # it wants or returns something else
             return False
         finally:

@@ -31,11 +31,10 @@ from ..conductor import Conductor
 from ..errors import ModelError
 from .attention import FusedAttention
 from .cache import can_grow, grow, shrink
-from .decoder_layer import FusedLayer
+from .decoder_layer import SCALES, FusedLayer
 from .original import forward_of, has_hooks, is_collecting
 from .router import FusedRouter
 
-_SCALES = (0.3, 3.0)  # of the numbers that a block is tried on
 _MARKS = ("sliding_window", "is_sliding", "attention_type", "layer_type")  # by which families tell layers apart
 
 
@@ -209,7 +208,7 @@ def _only_routes(block: Any, experts: Any, router: OneTokenRouter) -> bool:
 
     experts.forward = stand_in
     try:
-        for scale in _SCALES:
+        for scale in SCALES:
             seen.clear()
             x = torch.randn(1, 1, router.width, generator=random).mul_(scale).to(router.dtype)
             _, scores, index = router.run(x)
