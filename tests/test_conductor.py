@@ -36,6 +36,7 @@ from moestro.planning.contract import (
     Step,
     View,
 )
+from moestro.planning.policies import BasePolicy
 
 SHAPE, FORMAT, LAYERS, EXPERTS, TOP_K = ExpertShape(hidden=24, neurons=160), FORMATS["fp32"], 3, 6, 2
 
@@ -45,7 +46,7 @@ def _gate(gate: Tensor | None, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-class Drawn:
+class Drawn(BasePolicy):
     """A policy whose decisions a test draws: who computes, what is copied, split and evicted."""
 
     name = "drawn"
@@ -154,7 +155,7 @@ def test_any_lawful_decision_gives_the_reference_result(
     assert counters.moved_bytes == sum(o.moved_bytes for o in policy.outcomes)
 
 
-class Fixed:
+class Fixed(BasePolicy):
     """A policy that always says the same."""
 
     name = "fixed"
@@ -240,7 +241,7 @@ def test_a_queued_guess_can_be_dropped() -> None:
     running = conductor.slots.find((1, 4))
     while not running.filling.future.running():  # type: ignore[union-attr]
         time.sleep(0.001)
-    policy.decision = Decision(cpu={1: FULL}, cancel=((1, 4), (2, 4)))
+    policy.decision = Decision(cpu={1: FULL}, drop=((1, 4), (2, 4)))
     conductor.run_layer(0, x, index, weights)
     assert conductor.slots.find((1, 4)) is not None  # was running: cannot be dropped
     assert conductor.slots.find((2, 4)) is None
@@ -335,7 +336,7 @@ def test_moves_before_the_first_layer_are_checked() -> None:
     policy = Eager(Decision(cpu={1: FULL}))
     conductor, _ = _conductor(policy, 1, EmulatedDevice(link_gbps=None))
     for moves, says in (
-        ((Move((0, 1)), Move((0, 2))), "fewer are empty"),
+        ((Move((0, 1)), Move((0, 2))), "no more are empty"),
         ((Move((0, 1), neurons=range(64), keep=False),), "needs keep=False and a GPU share"),
         ((Move((9, 1)),), "which the model does not have"),
     ):

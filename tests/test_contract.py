@@ -8,6 +8,7 @@ import pytest
 
 from moestro.errors import BudgetError, ContractError, RequestError
 from moestro.planning.budget import Budget, check_fits, format_bytes, parse_bytes
+from moestro.planning.check import check
 from moestro.planning.contract import (
     GPU0,
     RAM,
@@ -22,7 +23,6 @@ from moestro.planning.contract import (
     Place,
     Placement,
     Step,
-    check,
 )
 from moestro.planning.policies import POLICIES, make_policy
 
@@ -64,7 +64,7 @@ def test_an_expert_may_be_split_at_a_block_with_its_copy() -> None:
         cpu={0: FULL, 3: range(64, 160)}, gpu={3: range(64)}, moves=(Move((1, 3), neurons=range(64), keep=False),)
     )
     check(split, STEP, FakeView(empty=1), SPEC, 64)
-    with pytest.raises(ContractError, match="fewer are empty"):
+    with pytest.raises(ContractError, match="no more are empty"):
         check(split, STEP, FakeView(), SPEC, 64)
 
 
@@ -102,8 +102,7 @@ def test_an_expert_without_ram_copy_cannot_run_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("decision", "says"),
     [
-        (Decision(cpu={0: FULL}, gpu={3: FULL}, cancel=((1, 3),)), "given to the GPU and taken from it"),
-        (Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(Move((2, 0), evict=(1, 3)),)), "given to the GPU and taken"),
+        (Decision(cpu={0: FULL}, gpu={3: FULL}, drop=((1, 3),)), "given to the GPU and taken from it"),
         (Decision(cpu={0: FULL, 3: FULL}, moves=(Move((1, 9)),)), "which the model does not have"),
         (Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(Move((2, 0), neurons=range(64), keep=False),)), "keep=False"),
     ],
@@ -111,6 +110,35 @@ def test_an_expert_without_ram_copy_cannot_run_on_the_cpu() -> None:
 def test_a_decision_that_takes_what_it_uses_is_refused(decision: Decision, says: str) -> None:
     with pytest.raises(ContractError, match=says):
         check(decision, STEP, FakeView({(1, 3)}, empty=2), SPEC, 64)
+
+
+BOTH_ON_GPU = {0: FULL, 3: FULL}
+
+
+def test_a_slot_may_be_used_again_within_a_step() -> None:
+    """An expert leaves when it was computed: one that was there, or one that an earlier move brought."""
+    view = FakeView({(1, 3)})
+    check(Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0), evict=(1, 3)),)), STEP, view, SPEC, 64)
+    check(
+        Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0), evict=(1, 3)), Move((2, 0), evict=(1, 0)))), STEP, view, SPEC, 64
+    )
+    check(
+        Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0)), Move((1, 3), evict=(1, 0)))), STEP, FakeView(empty=1), SPEC, 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("moves", "says"),
+    [
+        ((Move((1, 3), evict=(1, 0)), Move((1, 0))), "evicted before the move that brings it"),
+        ((Move((1, 0)), Move((1, 3), evict=(1, 0)), Move((2, 0), evict=(1, 0))), "evicted from gpu:0 twice"),
+        ((Move((1, 0)), Move((2, 0), evict=(2, 1)), Move((1, 3), evict=(2, 0))), "not evictable"),
+        ((Move((1, 0)), Move((1, 3))), "no more are empty"),
+    ],
+)
+def test_a_chain_of_moves_through_a_slot_must_hold(moves: tuple[Move, ...], says: str) -> None:
+    with pytest.raises(ContractError, match=says):
+        check(Decision(gpu=BOTH_ON_GPU, moves=moves), STEP, FakeView(empty=1), SPEC, 64)
 
 
 def test_a_gpu_share_must_lie_within_the_neurons_that_move() -> None:
@@ -124,10 +152,10 @@ def test_a_gpu_share_must_lie_within_the_neurons_that_move() -> None:
 def test_every_policy_decides_for_every_layer(name: str, gpu_bytes: int) -> None:
     policy = make_policy(name)
     placement = policy.place(SPEC, gpu_bytes, {})
-    assert sum(SPEC.layers[layer].expert_bytes for layer, _ in placement.held) <= gpu_bytes
+    assert (len(placement.held) + placement.slots) * SPEC.slot_bytes <= gpu_bytes
     for layer in range(3):
         step = Step(layer, Phase.DECODE, {1: 1, 2: 4}, {1: 1.0, 2: 2.0})
-        view = FakeView(placement.held)
+        view = FakeView(placement.held, empty=placement.slots)
         check(policy.decide(step, view, Costs()), step, view, SPEC, 64)
 
 
@@ -139,7 +167,7 @@ def test_layer_split_holds_the_last_whole_layers() -> None:
 
 
 def test_no_such_policy() -> None:
-    with pytest.raises(RequestError, match="cpu-only, layer-split"):
+    with pytest.raises(RequestError, match="bandwidth-split, cpu-only"):
         make_policy("wishful")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .compute.devices import Device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import MoestroConfig
-from .dense import DenseFormats, dense_bytes, pack_dense
+from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
 from .fuse import fuse
@@ -28,8 +29,14 @@ from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import Budget, check_fits, format_bytes
-from .planning.contract import LayerSpec, ModelSpec, Phase
+from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase
+from .planning.machines import THIS, machine_named
 from .planning.policies import make_policy
+from .planning.replay import experts_room
+from .planning.trace import Trace
+from .planning.virtual import machine_clock
+from .routers import Gate, find_router
+from .this_machine import this_machine
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 
@@ -64,8 +71,16 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     spec = _spec_of(model, modules, layouts, fmt, dense_bytes(model, dense))
     budget, policy = config.budget, make_policy(config.policy)
     on_gpu = device.torch_device.type != "cpu"
-    gpu_bytes = _gpu_bytes(budget, device)
-    placement = policy.place(spec, max(0, gpu_bytes - (spec.dense_bytes if on_gpu else 0)), {})
+    machine = None if config.machine in (None, THIS) else machine_named(config.machine)
+    if config.clock == "virtual":
+        machine = machine or this_machine(device, config.threads)
+        gpu_bytes = experts_room(spec, machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
+    else:
+        gpu_bytes = _gpu_bytes(budget, device)
+    placement = policy.place(spec, max(0, gpu_bytes - (spec.dense_bytes if on_gpu else 0)), _heat(config.profile, spec))
+    if machine is None and placement.slots:
+        machine = this_machine(device, config.threads)
+    costs = Costs() if machine is None else machine.costs
     check_fits(
         spec,
         placement,
@@ -89,6 +104,9 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         store=store,
         slots=SlotPool(slots, placement.held),
         cpu=cpu,
+        costs=costs,
+        gates=[Gate(router) if (router := find_router(model, name)) is not None else None for name in modules],
+        clock=machine_clock(spec, placement, machine) if machine is not None and config.clock == "virtual" else None,
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
@@ -96,6 +114,24 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     model.register_forward_pre_hook(_begin_step(conductor), with_kwargs=True)
     model.moestro = conductor
     return conductor
+
+
+def _heat(profile: str | None, spec: ModelSpec) -> dict[Expert, float]:
+    """How often each expert was used in a trace.
+
+    Raises:
+        RequestError: it cannot be read, or is another model's.
+    """
+    if profile is None:
+        return {}
+    trace = Trace.load(Path(profile))
+    counts = [[layer.experts for layer in found.layers] for found in (trace.spec, spec)]
+    if counts[0] != counts[1]:
+        raise RequestError(
+            f"the profile {profile} is of {trace.model}, {len(counts[0])} layers of {counts[0][0]} experts; this model "
+            f"has {len(counts[1])} of {counts[1][0]}: record one with moestro trace"
+        )
+    return trace.heat()
 
 
 def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
@@ -150,10 +186,13 @@ def _spec_of(
                 neurons=layouts[name].shape.neurons,
                 expert_bytes=fmt.expert_bytes(layouts[name].shape),
                 splittable=not module.has_post_expert_norm,
+                hidden=layouts[name].shape.hidden,
+                matrices=3 if layouts[name].shape.has_gate else 2,
             )
             for name, module in modules.items()
         ),
         dense_bytes=dense,
+        dense_weights=dense_weights(model),
     )
 
 

@@ -2,47 +2,36 @@
 
 Asks the policy, checks its decision, starts copies, lets the device compute what is in slots while the
 CPU computes the rest, and adds the parts in float32. Nothing else in the package moves weights. Does not
-know families or checkpoints: `plug.py` builds it and calls `run_layer`.
+know families or checkpoints: `plug.py` builds it and calls `run_layer`. What is done in which order is
+`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one.
 
-Legend: T tokens, K top-k, D model width.
+Legend: T tokens, K top-k, D model width, E experts.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import threading
-import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .compute.cpu import CpuExperts, KernelShape
-from .compute.devices import Device, Queued
+from .compute.devices import Device, HostBatch, Queued
 from .compute.experts import ExpertMath, ExpertWork
 from .memory.formats import BLOCK
-from .memory.slots import SlotPool, Transfer
+from .memory.slots import SlotPool
 from .memory.store import ExpertStore
-from .planning.contract import (
-    GPU0,
-    RAM,
-    Costs,
-    Decision,
-    Expert,
-    Lane,
-    ModelSpec,
-    Move,
-    Outcome,
-    Phase,
-    Place,
-    Policy,
-    Step,
-    check,
-    check_moves,
-)
+from .planning.check import check, check_moves
+from .planning.clock import Clock, Share, WallClock
+from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
+from .planning.dispatch import Found, classify, dispatch
+from .planning.slots import Transfer
+from .planning.view import TableView
+from .routers import Gate
 
 
 @dataclass(slots=True)
@@ -112,11 +101,31 @@ def _zeros(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 
+class Recorder(Protocol):
+    """Listens to what the routers choose; tracing.py has one."""
+
+    lookahead: int  # for how many later layers it wants guesses
+
+    def begin(self, tokens: int, phase: Phase) -> None:
+        """A step begins."""
+
+    def record(self, step: Step, top_k: int) -> None:
+        """One layer of it, for a router that gives each token so many experts."""
+
+
+class _Ran(NamedTuple):
+    """Work queued on the device, and when its clock expects it to be done."""
+
+    queued: Queued
+    end_s: float
+
+
 @dataclass
 class Conductor:
     """Carries out a policy's decisions for one model.
 
-    math: for each MoE layer, what its experts compute.
+    math: for each MoE layer, what its experts compute. gates: for each MoE layer, its router, where one was found.
+    clock: the wall's unless given.
     """
 
     spec: ModelSpec
@@ -128,27 +137,29 @@ class Conductor:
     cpu: CpuExperts = field(default_factory=CpuExperts)
     costs: Costs = field(default_factory=Costs)
     counters: Counters = field(default_factory=Counters)
+    gates: Sequence[Gate | None] = ()
+    clock: Clock | None = None
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.phase = Phase.PREFILL
-        self.link_free_s = 0.0
+        self.time: Clock = self.clock or WallClock(self.costs)
+        self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a model in Moestro's hands cannot be copied or pickled; load it again")
 
-    @property
-    def view(self) -> LiveView:
-        """What a policy sees. Made anew, since keeping it would be a cycle that keeps the store alive."""
-        return LiveView(self)
-
     def begin(self, tokens: int, phase: Phase) -> None:
         """Before the first layer of a step that adds `tokens` tokens to each sequence."""
         with self._lock:
             self.phase = phase
+            if self.recorder is not None:
+                self.recorder.begin(tokens, phase)
             moves = self.policy.begin(tokens, self.view, self.costs)
             check_moves(moves, self.view, self.spec, "before the first layer")
-            self._start(moves)
+            for move in moves:
+                self._start(move, None)
 
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer, weighted and summed.
@@ -169,7 +180,8 @@ class Conductor:
         """What the kernels need of a layer about which there is nothing to decide; None of others.
 
         Without slots the contract allows one decision: all of an expert's neurons on the CPU. Who computes such a
-        step elsewhere, in fewer calls, says so by `count_only_choice`; the policy is not asked.
+        step elsewhere, in fewer calls, says so by `count_only_choice`; the policy is not asked. Not while a recorder
+        listens.
         """
         experts = [(layer, expert) for expert in range(self.spec.layers[layer].experts)]
         shape = self.cpu.kernel_shape(self.math[layer])
@@ -185,133 +197,133 @@ class Conductor:
             self.counters.misses += experts if self.phase is Phase.DECODE else 0
 
     def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        start_s = time.perf_counter()
-        host = self.device.read_router(index, weights, x)
+        host = self.device.read_router(index, weights, x, self._guess(layer, x, index))
         groups = group_by_expert(host.index, host.weights, self.spec.layers[layer].experts)
-        step = Step(
+        self.time.begin_layer(layer, x.shape[0])
+        start_s = self.time.now_s
+        step = self._step(layer, host, groups)
+        if self.recorder is not None:
+            self.recorder.record(step, index.shape[1])
+        decision = self.policy.decide(step, self.view, self.costs)
+        check(decision, step, self.view, self.spec, BLOCK)
+        found = classify(step, self.slots)
+        moved_before = self.slots.moved_bytes
+        queued: list[Queued] = []
+        try:
+            run = functools.partial(self._run_on_device, step, decision, x, groups, queued)
+            dispatch(decision, layer, self.slots, self._start, run)
+            cpu_start_s = self.time.now_s
+            on_cpu = self._run_on_cpu(step, decision, host.x, groups)
+            cpu_s = self.time.lane_free_s(Lane.CPU) - cpu_start_s
+            out = self.device.combine(x, on_cpu, queued)
+            self.time.end_layer()
+        except BaseException:
+            self._forget_unfinished(step, decision)
+            raise
+        finally:
+            self.slots.release(layer)
+        self._account(step, found, self.slots.moved_bytes - moved_before, cpu_s, self.time.now_s - start_s)
+        return out
+
+    def _guess(self, layer: int, x: Tensor, index: Tensor) -> Tensor | None:
+        """What the next gates make of this layer's hidden states: float32 [ahead, E], or None."""
+        wanted = max(self.policy.lookahead, self.recorder.lookahead if self.recorder is not None else 0)
+        gates = self.gates[layer + 1 : layer + 1 + wanted]
+        if wanted and layer < len(self.gates) and (own := self.gates[layer]) is not None:
+            own.learn(x, index)
+        if not gates:
+            return None
+        scores = [gate.guess(x) if gate is not None else None for gate in gates]
+        width = max((s.shape[0] for s in scores if s is not None), default=0)
+        if not width:
+            return None
+        padded = [x.new_zeros(width, dtype=torch.float32) if s is None else _padded(s, width) for s in scores]
+        return torch.stack(padded)
+
+    def _step(self, layer: int, host: HostBatch, groups: dict[int, Routed]) -> Step:
+        guesses: dict[int, dict[int, float]] = {}
+        for ahead, scores in enumerate(host.guesses.tolist() if host.guesses is not None else ()):
+            ranked = sorted(((score, expert) for expert, score in enumerate(scores) if score > 0), reverse=True)
+            if ranked:
+                guesses[layer + 1 + ahead] = {expert: score for score, expert in ranked}
+        return Step(
             layer=layer,
             phase=self.phase,
             tokens={expert: len(routed.span) for expert, routed in groups.items()},
             mass={expert: routed.mass for expert, routed in groups.items()},
+            guesses=guesses,
         )
-        view = self.view
-        decision = self.policy.decide(step, view, self.costs)
-        check(decision, step, view, self.spec, BLOCK)
-        found = self._classify(step)
-        self._drop(decision.cancel)
-        moved_bytes = self._start(decision.moves)
-        try:
-            queued = self._run_on_device(step, decision, x, groups)
-            cpu_start_s = time.perf_counter()
-            on_cpu = self._run_on_cpu(step, decision, host.x, groups)
-            cpu_s = time.perf_counter() - cpu_start_s
-            out = self.device.combine(x, on_cpu, queued)
-        except BaseException:
-            # Nobody knows what arrived: forget what was on its way for this step, so that the next one copies.
-            self._forget((layer, expert) for expert in step.tokens if not self.slots.ready((layer, expert)))
-            self._forget(move.expert for move in decision.moves if not self.slots.ready(move.expert))
-            raise
-        finally:
-            self._release(step, decision)
-        self._account(step, found, moved_bytes, cpu_s, time.perf_counter() - start_s)
-        return out
 
-    def _classify(self, step: Step) -> dict[str, tuple[int, ...]]:
-        """Active experts by where they were when the step was decided: hits, joined, misses."""
-        if not self.slots:
-            return {"hits": (), "joined": (), "misses": tuple(step.tokens)}
-        found: dict[str, list[int]] = {"hits": [], "joined": [], "misses": []}
-        for expert in step.tokens:
-            slot = self.slots.find((step.layer, expert))
-            ready = slot is not None and self.slots.ready((step.layer, expert))
-            found["misses" if slot is None else "hits" if ready else "joined"].append(expert)
-        return {kind: tuple(experts) for kind, experts in found.items()}
+    def _start(self, move: Move, after: _Ran | None) -> None:
+        """Start a copy, behind work that must be over first; one that is there or on its way is joined."""
+        experts = self.math[move.expert[0]]
+        neurons = move.neurons or range(experts.shape.neurons)
+        span = experts.format.byte_range(experts.shape, neurons)
 
-    def _start(self, moves: Iterable[Move]) -> int:
-        """Start copies; returns the bytes queued on the link."""
-        queued_bytes = 0
-        for move in moves:
-            if self.slots.find(move.expert) is not None:
-                continue
-            experts = self.math[move.expert[0]]
-            neurons = move.neurons or range(experts.shape.neurons)
-            span = experts.format.byte_range(experts.shape, neurons)
-            source = self.store[move.expert][span.start : span.stop]
-            if self.costs.link_gbps:
-                now_s = time.perf_counter()
-                self.link_free_s = max(now_s, self.link_free_s) + len(span) / (self.costs.link_gbps * 1e9)
+        def fill(index: int, before: Transfer | None) -> Transfer:
+            source, target = self.store[move.expert], self.slots.memory[index]
+            copy = self.device.copy(
+                source[span.start : span.stop],
+                target[span.start : span.stop],
+                move.urgent,
+                before if after is None else after.queued,
+            )
+            after_s = 0.0 if after is None else after.end_s
+            return self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
 
-            def start(
-                target: Tensor, source: Tensor = source, span: range = span, urgent: bool = move.urgent
-            ) -> Transfer:
-                return self.device.copy(source, target[span.start : span.stop], urgent)
+        is_new = self.slots.find(move.expert) is None
+        slot = self.slots.load(move.expert, move.evict, fill, len(span), move.keep)
+        if is_new and slot.filling is not None:
+            slot.eta_s = self.time.arrival_s(slot.filling, len(span))
 
-            self.slots.load(move.expert, move.evict, start, self.link_free_s, move.keep)
-            queued_bytes += len(span)
-        return queued_bytes
-
-    def _drop(self, cancel: Iterable[Expert]) -> None:
-        for expert in cancel:
-            slot = self.slots.find(expert)
-            if slot is not None and slot.filling is not None and slot.filling.cancel():
-                self.slots.forget(expert)
-
-    def _run_on_device(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> list[Queued]:
-        """Queue experts that are ready as one piece of work, then each that a copy is still bringing."""
-        if not decision.gpu:
-            return []
-        ready: list[ExpertWork] = []
-        arriving: list[tuple[ExpertWork, Transfer | None]] = []
-        for expert, neurons in sorted(decision.gpu.items()):
-            key = (step.layer, expert)
-            slot = self.slots.find(key)
-            assert slot is not None
-            slot.pinned = True
-            work = groups[expert].work(self.slots[key], neurons)
-            if self.slots.ready(key):
-                ready.append(work)
-            else:
-                arriving.append((work, slot.filling))
-        experts = self.math[step.layer]
-        queued = [self.device.run(experts, x, ready)] if ready else []
-        return queued + [self.device.run(experts, x, [work], after=copy) for work, copy in arriving]
+    def _run_on_device(
+        self,
+        step: Step,
+        decision: Decision,
+        x: Tensor,
+        groups: dict[int, Routed],
+        queued: list[Queued],
+        experts: list[int],
+        after: Transfer | None,
+    ) -> _Ran:
+        keys = [(step.layer, expert) for expert in experts]
+        work = [groups[key[1]].work(self.slots[key], decision.gpu[key[1]]) for key in keys]
+        queued.append(self.device.run(self.math[step.layer], x, work, after=after))
+        shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
+        return _Ran(queued[-1], self.time.run_gpu(shares, after))
 
     def _run_on_cpu(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> Tensor | None:
         if not decision.cpu:
             return None
         out = torch.zeros(x.shape, dtype=torch.float32)
-        work = [
-            groups[expert].work(self.store[step.layer, expert], neurons)
-            for expert, neurons in sorted(decision.cpu.items())
-        ]
+        shares = sorted(decision.cpu.items())
+        work = [groups[expert].work(self.store[step.layer, expert], neurons) for expert, neurons in shares]
         self.cpu.run(self.math[step.layer], x, work, out)
+        self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
-    def _release(self, step: Step, decision: Decision) -> None:
-        """Unpin what the step used and empty the slots that were only borrowed for it."""
-        for expert in decision.gpu:
-            if (slot := self.slots.find((step.layer, expert))) is not None:
-                slot.pinned = False
-        self._forget(self.slots.borrowed(step.layer))
+    def _forget_unfinished(self, step: Step, decision: Decision) -> None:
+        """After a failure nobody knows what arrived: forget what was on its way, so that the next step copies."""
+        touched = [(step.layer, expert) for expert in step.tokens] + [move.expert for move in decision.moves]
+        for expert in touched:
+            slot = self.slots.find(expert)
+            if slot is None or self.slots.ready(expert) or slot.filling is None:
+                continue
+            if not slot.filling.cancel():
+                _wait_quietly(slot.filling)  # a copy that runs would write into whoever has the slot next
+            self.slots.forget(expert)
 
-    def _forget(self, experts: Iterable[Expert]) -> None:
-        for expert in experts:
-            if self.slots.find(expert) is not None:
-                self.slots.forget(expert)
-
-    def _account(
-        self, step: Step, found: dict[str, tuple[int, ...]], moved_bytes: int, cpu_s: float, wall_s: float
-    ) -> None:
+    def _account(self, step: Step, found: Found, moved_bytes: int, cpu_s: float, wall_s: float) -> None:
         counters = self.counters
         counters.layer_steps += 1
         counters.tokens += sum(step.tokens.values())
-        counters.moved_bytes += moved_bytes
+        counters.moved_bytes = self.slots.moved_bytes
         if step.phase is Phase.DECODE:
-            counters.hits += len(found["hits"])
-            counters.joined += len(found["joined"])
-            counters.misses += len(found["misses"])
+            counters.hits += len(found.hits)
+            counters.joined += len(found.joined)
+            counters.misses += len(found.misses)
         self.policy.observe(
-            Outcome(step.layer, step.phase, **found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
+            Outcome(step.layer, step.phase, *found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
         )
 
     def close(self) -> None:
@@ -319,31 +331,16 @@ class Conductor:
         self.device.close()
 
 
-@dataclass(frozen=True, slots=True)
-class LiveView:
-    """Where experts are now, on the wall clock."""
+def _ram_ready_s(store: ExpertStore, clock: Clock, expert: Expert) -> float:
+    return clock.in_ram_s(expert) if expert in store else float("inf")
 
-    conductor: Conductor
 
-    @property
-    def now_s(self) -> float:
-        return time.perf_counter()
+def _padded(scores: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(scores, (0, width - scores.shape[0]))
 
-    def ready_s(self, expert: Expert, at: Place) -> float:
-        if at is RAM or at == RAM:
-            return 0.0 if expert in self.conductor.store else float("inf")
-        slot = self.conductor.slots.find(expert) if at == GPU0 else None
-        if slot is None:
-            return float("inf")
-        now_s = self.now_s
-        # Later than now while it is in flight, also where no rate is known to say when.
-        return now_s if self.conductor.slots.ready(expert) else max(slot.eta_s, math.nextafter(now_s, math.inf))
 
-    def evictable(self, at: Place, layer: int) -> Collection[Expert]:
-        return self.conductor.slots.evictable() if at == GPU0 else ()
-
-    def free_slots(self, at: Place, layer: int) -> int:
-        return self.conductor.slots.empty() if at == GPU0 else 0
-
-    def lane_free_s(self, lane: Lane) -> float:
-        return self.conductor.link_free_s if lane is Lane.LINK else self.now_s
+def _wait_quietly(copy: Transfer) -> None:
+    try:
+        copy.wait()
+    except BaseException:  # its failure is being told already
+        return

@@ -15,10 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .compute.devices import DEVICE_NAMES
 from .errors import RequestError
 from .planning.budget import Budget
+from .planning.machines import machine_names
 from .planning.policies import DEFAULT_POLICY, POLICIES
 
 METHOD = "moestro"
 BITS = (16, 8, 4)
+CLOCKS = ("wall", "virtual")
 
 
 @register_quantization_config(METHOD)
@@ -30,6 +32,10 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: the most RAM to use for weights; None for what is free.
         policy: a name from `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated".
+        machine: whose rates the policy reckons with, a name from `moestro.planning.machines`; None for this one's,
+            measured when they are needed.
+        clock: "wall", or "virtual": real results at the modelled speed of `machine`, on the emulated device.
+        profile: a trace file (`moestro trace`) by which popular experts are placed; None for no preference.
         threads: CPU threads of our kernels; None for one on each physical core.
         bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head
@@ -48,6 +54,9 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: str | int | None = None,
         policy: str = DEFAULT_POLICY,
         device: str = "auto",
+        machine: str | None = None,
+        clock: str = "wall",
+        profile: str | None = None,
         threads: int | None = None,
         bits: int | None = None,
         expert_bits: int | None = None,
@@ -72,7 +81,13 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         }.items():
             if value is not None and value not in BITS:
                 raise RequestError(f"--{option} {value}: there are {', '.join(map(str, BITS))}")
-        self.device = device
+        if clock not in CLOCKS:
+            raise RequestError(f"no clock {clock!r}; there are: {', '.join(CLOCKS)}")
+        if clock == "virtual" and (device != "emulated" or machine is None):
+            raise RequestError("--clock virtual needs --device emulated and --machine NAME, whose time it models")
+        if machine is not None and machine not in machine_names():
+            raise RequestError(f"no machine {machine!r}; there are: {', '.join(machine_names())}")
+        self.device, self.machine, self.clock, self.profile = device, machine, clock, profile
         self.threads = threads
         self.fuse = fuse
         self.bits, self.expert_bits, self.dense_bits, self.head_bits = bits, expert_bits, dense_bits, head_bits
@@ -86,6 +101,9 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "ram": self.budget.ram_bytes,
             "policy": self.policy,
             "device": self.device,
+            "machine": self.machine,
+            "clock": self.clock,
+            "profile": self.profile,
             "threads": self.threads,
             "bits": self.bits,
             "expert_bits": self.expert_bits,

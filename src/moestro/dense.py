@@ -80,16 +80,25 @@ class PackedEmbedding(nn.Module):
 
 def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:
     """Bytes that the weights outside the experts will take, packed ones as they are packed."""
-    experts = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
-    sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    tied = getattr(model, "all_tied_weights_keys", {})
-    for target, source in tied.items():
-        if (weight := _find(model, target)) is not _find(model, source):  # two tensors until they are tied
-            sizes.pop(id(weight), None)
+    sizes = {key: t.numel() * t.element_size() for key, t in _dense_tensors(model).items()}
     if formats is not None:
-        for weight, fmt, _ in _packable(model, formats):
-            sizes[id(weight)] = fmt.matrix_bytes(*weight.shape)
-    return sum(size for key, size in sizes.items() if key not in experts)
+        sizes |= {id(weight): fmt.matrix_bytes(*weight.shape) for weight, fmt, _ in _packable(model, formats)}
+    return sum(sizes.values())
+
+
+def dense_weights(model: nn.Module) -> int:
+    """How many weights there are outside the experts."""
+    return sum(tensor.numel() for tensor in _dense_tensors(model).values())
+
+
+def _dense_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """All tensors outside the experts by id, tied ones once."""
+    experts = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
+    found = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in experts}
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if (weight := _find(model, target)) is not _find(model, source):  # two tensors until they are tied
+            found.pop(id(weight), None)
+    return found
 
 
 def pack_dense(model: nn.Module, formats: DenseFormats, threads: int, *, fast: bool = False) -> None:

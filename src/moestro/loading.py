@@ -51,6 +51,9 @@ def load(
     ram: str | int | None = None,
     policy: str = DEFAULT_POLICY,
     device: str = "auto",
+    machine: str | None = None,
+    clock: str = "wall",
+    profile: str | None = None,
     dtype: str | torch.dtype = "auto",
     threads: int | None = None,
     bits: int | None = None,
@@ -68,6 +71,7 @@ def load(
         gpu_memory, ram: the most memory to use, like "12GiB"; None for what is free.
         policy: who decides which expert runs where; see `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
+        machine, clock, profile: see `MoestroConfig`.
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
         threads: CPU threads of the expert kernels and of torch, for the whole process; None for one on each
             physical core in the kernels, and torch's as they are.
@@ -89,6 +93,9 @@ def load(
         ram=ram,
         policy=policy,
         device=device,
+        machine=machine,
+        clock=clock,
+        profile=profile,
         threads=threads,
         bits=bits,
         expert_bits=expert_bits,

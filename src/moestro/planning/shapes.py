@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .contract import LayerSpec, ModelSpec
+
 SHAPES: dict[str, dict[str, Any]] = {
     # mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x7b": {
@@ -68,3 +70,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
     },
 }
+
+
+def top_k_of_shape(name: str) -> int:
+    """Experts a token."""
+    return int(SHAPES[name]["num_experts_per_tok"])
+
+
+def spec_of_shape(name: str) -> ModelSpec:
+    """A shape as the planner sees it, in bf16: attention, norms, routers, embedding and head are its dense part."""
+    shape = SHAPES[name]
+    width, vocab, layers = shape["hidden_size"], shape["vocab_size"], shape["num_hidden_layers"]
+    heads, key_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head = shape.get("head_dim", width // heads)
+    experts = shape.get("num_local_experts") or shape["num_experts"]
+    neurons = shape.get("moe_intermediate_size", shape["intermediate_size"])
+    norms = 2 * width
+    if shape["model_type"] == "olmoe":  # q and k are normalized over all heads
+        norms += (heads + key_heads) * head
+    elif shape["model_type"] == "qwen3_moe":  # over each head
+        norms += 2 * head
+    attention = 2 * width * (heads + key_heads) * head
+    weights = layers * (attention + norms + width * experts) + width + 2 * vocab * width
+    layer = LayerSpec(experts, neurons, 2 * 3 * width * neurons, hidden=width)
+    return ModelSpec((layer,) * layers, dense_bytes=2 * weights, dense_weights=weights)

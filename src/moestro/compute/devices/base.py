@@ -18,11 +18,15 @@ from ..experts import ExpertMath, ExpertWork
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """What the host must see of a layer step: index int64 [T, K], weights float32 [T, K], x [T, D]."""
+    """What the host must see of a layer step: index int64 [T, K], weights float32 [T, K], x [T, D].
+
+    guesses: float32 [ahead, E], how much the next layers' gates would give each expert; None where nobody asked.
+    """
 
     index: Tensor
     weights: Tensor
     x: Tensor
+    guesses: Tensor | None = None
 
 
 class Copy(Protocol):
@@ -36,6 +40,9 @@ class Copy(Protocol):
 
     def cancel(self) -> bool:
         """Drop the copy if it has not begun; False when it has."""
+
+    def hasten(self) -> None:
+        """A step waits for it now: it goes before what nobody waits for, where the device can order copies."""
 
 
 class Queued(Protocol):
@@ -60,14 +67,15 @@ class Device(Protocol):
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         """uint8 [slots, slot_bytes] in the device's memory."""
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
+    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
         """Start copying bytes of host memory into device memory; both uint8 and of one length.
 
-        An urgent copy overtakes those that are not, where the device can order them.
+        An urgent copy overtakes those that are not, where the device can order them. With `after` it begins when that
+        work is over, which reads the target, or that copy, which writes it.
         """
 
-    def read_router(self, index: Tensor, weights: Tensor, x: Tensor) -> HostBatch:
-        """Bring the routing and the hidden states to the host; waits for the device."""
+    def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
+        """Bring the routing, the hidden states and the guesses to the host; waits for the device."""
 
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
         """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes."""

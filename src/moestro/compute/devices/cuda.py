@@ -32,6 +32,9 @@ class _Copy:
     def cancel(self) -> bool:
         return False
 
+    def hasten(self) -> None:
+        pass  # a stream's order is fixed
+
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
@@ -60,7 +63,8 @@ class CudaDevice:
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
+    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
+        # Also behind `after`, which was queued on one of the two streams.
         self._link.wait_stream(torch.cuda.current_stream())
         event = torch.cuda.Event()
         with torch.cuda.stream(self._link):
@@ -70,10 +74,11 @@ class CudaDevice:
             event.record()
         return _Copy(event)
 
-    def read_router(self, index: Tensor, weights: Tensor, x: Tensor) -> HostBatch:
-        parts = [t.to("cpu", non_blocking=True) for t in (index, weights.float(), x)]
+    def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
+        on_host = [t.to("cpu", non_blocking=True) for t in (index, weights.float(), x)]
+        guessed = None if guesses is None else guesses.to("cpu", non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return HostBatch(*parts)
+        return HostBatch(on_host[0], on_host[1], on_host[2], guessed)
 
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
         if after is not None:

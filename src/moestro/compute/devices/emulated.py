@@ -6,13 +6,13 @@ and the results are real, the speeds are not and are never quoted. Slots are pla
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,17 @@ DEFAULT_LINK_GBPS = 12.0  # PCIe 3.0 x16
 PIECE_BYTES = 16 * 2**20
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
-    """A copy on the link, ordered: urgent ones first, then as they came."""
+    """A copy on the link. rank: urgent ones first, then as they came."""
 
     rank: tuple[bool, int]
-    source: Tensor = field(compare=False)
-    target: Tensor = field(compare=False)
-    future: Future[None] = field(compare=False, default_factory=Future)
-    copied_bytes: int = field(compare=False, default=0)
+    link: _Link
+    source: Tensor
+    target: Tensor
+    after: Future[Any] | None
+    future: Future[None] = field(default_factory=Future)
+    copied_bytes: int = 0
 
     def done(self) -> bool:
         return self.future.done() and not self.future.cancelled() and self.future.exception() is None
@@ -44,6 +46,9 @@ class _Job:
 
     def cancel(self) -> bool:
         return self.future.cancel()
+
+    def hasten(self) -> None:
+        self.link.hasten(self)
 
 
 class _Link:
@@ -58,14 +63,29 @@ class _Link:
         # A daemon, so that a program may end while copies are queued that nobody will read.
         threading.Thread(target=self._work, name="moestro-emulated-link", daemon=True).start()
 
-    def submit(self, source: Tensor, target: Tensor, urgent: bool) -> _Job:
+    def submit(self, source: Tensor, target: Tensor, urgent: bool, after: Future[Any] | None) -> _Job:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the device is closed; load the model again")
-            job = _Job((not urgent, next(self._order)), source, target)
-            heapq.heappush(self._queue, job)
+            job = _Job((not urgent, next(self._order)), self, source, target, after)
+            self._queue.append(job)
             self._changed.notify()
+        if after is not None:
+            after.add_done_callback(self._wake)
         return job
+
+    def hasten(self, job: _Job) -> None:
+        with self._changed:
+            job.rank = (False, job.rank[1])
+
+    def _wake(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _next(self) -> _Job | None:
+        """The first job whose turn has come; None while all wait for work that reads their targets."""
+        ready = (job for job in self._queue if job.after is None or job.after.done())
+        return min(ready, key=lambda job: job.rank, default=None)
 
     def close(self) -> None:
         with self._changed:
@@ -78,14 +98,14 @@ class _Link:
         free_s = 0.0  # when the link will have carried all pieces so far
         while True:
             with self._changed:
-                while not self._queue and not self._closed:
+                while (job := self._next()) is None and not self._closed:
                     self._changed.wait()
                 if self._closed:
                     for job in self._queue:
                         if not job.future.done():
                             job.future.set_exception(RuntimeError("the device was closed during a copy"))
                     return
-                job = self._queue[0]
+            assert job is not None
             if not job.copied_bytes and not job.future.set_running_or_notify_cancel():
                 self._finish(job)
                 continue
@@ -113,7 +133,13 @@ class _Link:
     def _finish(self, job: _Job) -> None:
         with self._changed:
             self._queue.remove(job)
-            heapq.heapify(self._queue)
+
+
+def _job_of(copy: Any) -> _Job:
+    """The job of a copy, also of one that a virtual clock watches."""
+    found = copy if isinstance(copy, _Job) else copy.real
+    assert isinstance(found, _Job)
+    return found
 
 
 class EmulatedDevice(HostDevice):
@@ -127,7 +153,7 @@ class EmulatedDevice(HostDevice):
     name = "emulated"
 
     def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self.link_gbps = memory_bytes, link_gbps
         self._pool_bytes = 0
         self._compute = ThreadPoolExecutor(1, "moestro-emulated-gpu")
         self._link = _Link(link_gbps)
@@ -143,8 +169,9 @@ class EmulatedDevice(HostDevice):
         # Named, since models are built under `torch.device("meta")`.
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device="cpu")
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
-        return self._link.submit(source, target, urgent)
+    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
+        waits_for = after if after is None or isinstance(after, Future) else _job_of(after).future
+        return self._link.submit(source, target, urgent, waits_for)
 
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
         return self._compute.submit(self._run, math, x, work, after)

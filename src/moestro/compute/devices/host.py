@@ -26,11 +26,11 @@ class HostDevice:
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(0, slot_bytes, dtype=torch.uint8, device="cpu")
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool) -> Copy:
+    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
         raise NotImplementedError("there is no device memory to copy to")
 
-    def read_router(self, index: Tensor, weights: Tensor, x: Tensor) -> HostBatch:
-        return HostBatch(index, weights.float(), x)
+    def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
+        return HostBatch(index, weights.float(), x, guesses)
 
     def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
         raise NotImplementedError("there is no device to run on")

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...errors import RequestError
-from ..contract import Policy
+from ..contract import Bound, Policy
+from .bandwidth_split import BandwidthSplit
+from .base import BasePolicy
 from .cpu_only import CpuOnly
+from .fiddler import Fiddler
 from .layer_split import LayerSplit
+from .layer_streaming import LayerStreaming
+from .lru import Lru
+from .lru_speculative import LruSpeculative
 
-POLICIES: dict[str, Callable[[], Policy]] = {CpuOnly.name: CpuOnly, LayerSplit.name: LayerSplit}
+POLICIES: dict[str, Callable[[], Policy]] = {
+    policy.name: policy
+    for policy in (CpuOnly, LayerSplit, LayerStreaming, Lru, LruSpeculative, Fiddler, BandwidthSplit)
+}
 DEFAULT_POLICY = CpuOnly.name
+
+__all__ = ["DEFAULT_POLICY", "POLICIES", "BasePolicy", "Bound", "make_policy"]
 
 
 def make_policy(name: str) -> Policy:

@@ -6,25 +6,15 @@ the GPU where there is one; only activations cross. No parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from ..contract import Bound, Costs, Outcome, Step
+from .base import BasePolicy
 
-from ..contract import Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
 
-
-class CpuOnly:
+class CpuOnly(BasePolicy):
     """Run all experts on the CPU; move nothing."""
 
     name = "cpu-only"
 
-    def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
-        self._neurons = [layer.neurons for layer in spec.layers]
-        return Placement()
-
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        return ()
-
-    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
-        return Decision(cpu={expert: range(self._neurons[step.layer]) for expert in step.tokens})
-
-    def observe(self, done: Outcome) -> None:
-        pass
+    def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
+        layer = self.spec.layers[step.layer]
+        return Bound(dense_s + sum(costs.cpu_s(layer, tokens) for tokens in step.tokens.values()))

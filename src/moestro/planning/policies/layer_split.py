@@ -10,32 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..contract import Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
+from ..contract import Bound, Costs, Decision, Expert, ModelSpec, Outcome, Placement, Step, View
+from .base import BasePolicy
 
 
-class LayerSplit:
+class LayerSplit(BasePolicy):
     """Hold the last layers' experts on the GPU, as many whole layers as fit."""
 
     name = "layer-split"
 
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
-        self._neurons = [layer.neurons for layer in spec.layers]
-        first, free_bytes = len(spec.layers), gpu_bytes
-        while first > 0:
-            free_bytes -= spec.layers[first - 1].experts * spec.slot_bytes
-            if free_bytes < 0:
-                break
+        super().place(spec, gpu_bytes, heat)
+        first, free = len(spec.layers), self.slots
+        while first > 0 and spec.layers[first - 1].experts <= free:
             first -= 1
+            free -= spec.layers[first].experts
         self.first_gpu_layer = first
         held = ((i, e) for i in range(first, len(spec.layers)) for e in range(spec.layers[i].experts))
         return Placement(held=frozenset(held))
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        return ()
-
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
-        shares = {expert: range(self._neurons[step.layer]) for expert in step.tokens}
+        shares = self.whole(step, step.tokens)
         return Decision(gpu=shares) if step.layer >= self.first_gpu_layer else Decision(cpu=shares)
 
-    def observe(self, done: Outcome) -> None:
-        pass
+    def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
+        layer = self.spec.layers[step.layer]
+        cost = costs.gpu_s if step.layer >= self.first_gpu_layer else costs.cpu_s
+        return Bound(dense_s + sum(cost(layer, tokens) for tokens in step.tokens.values()))

@@ -1,0 +1,92 @@
+"""The clock that a conductor works by: the wall's, or the virtual one of virtual.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from .contract import Expert, Lane
+from .costs import Costs
+from .slots import Transfer
+
+
+class Share(NamedTuple):
+    """Some neurons of one expert, to be computed for so many tokens."""
+
+    expert: Expert
+    tokens: int
+    neurons: int
+
+
+class Clock(Protocol):
+    """Time, and what is queued on the lanes; told what is done so that a virtual one can charge for it."""
+
+    @property
+    def now_s(self) -> float:
+        """The time; its zero means nothing."""
+
+    def lane_free_s(self, lane: Lane) -> float:
+        """When `lane` will have done what is queued on it."""
+
+    def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
+        """When a copy that was queued just now, of so many bytes, is expected to be done."""
+
+    def in_ram_s(self, expert: Expert) -> float:
+        """When an expert that has a home in RAM can be read there: it may be on the disk."""
+
+    def begin_layer(self, layer: int, tokens: int) -> None:
+        """A layer step of that many tokens has come to its experts: its dense part is over."""
+
+    def copy(
+        self, expert: Expert, n_bytes: int, urgent: bool, after_s: float, before: Transfer | None, real: Transfer
+    ) -> Transfer:
+        """A copy was queued, to begin at `after_s` or later and behind `before`; returns what stands for it here."""
+
+    def run_gpu(self, shares: Sequence[Share], after: Transfer | None) -> float:
+        """Experts were queued on the GPU, behind a copy that they need; returns when they will be done."""
+
+    def run_cpu(self, shares: Sequence[Share]) -> None:
+        """The CPU computed these beside the GPU, whose work was told before."""
+
+    def end_layer(self) -> None:
+        """All parts of the layer step are there."""
+
+
+class WallClock:
+    """Real time. What the link will do is reckoned from its rate; without one it counts as done at once."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs, self._link_free_s = costs, 0.0
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    def lane_free_s(self, lane: Lane) -> float:
+        return max(self.now_s, self._link_free_s) if lane is Lane.LINK else self.now_s
+
+    def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
+        if self._costs.link_gbps:
+            self._link_free_s = max(self.now_s, self._link_free_s) + self._costs.link_s(n_bytes)
+        return self._link_free_s
+
+    def in_ram_s(self, expert: Expert) -> float:
+        return 0.0
+
+    def begin_layer(self, layer: int, tokens: int) -> None:
+        pass
+
+    def copy(
+        self, expert: Expert, n_bytes: int, urgent: bool, after_s: float, before: Transfer | None, real: Transfer
+    ) -> Transfer:
+        return real
+
+    def run_gpu(self, shares: Sequence[Share], after: Transfer | None) -> float:
+        return 0.0
+
+    def run_cpu(self, shares: Sequence[Share]) -> None:
+        pass
+
+    def end_layer(self) -> None:
+        pass

@@ -1,0 +1,66 @@
+"""What a machine can do, as the rates that policies and the simulation reckon with. Pure arithmetic.
+
+    Costs(cpu_gbps=30, link_gbps=12).link_s(2**20)
+
+A rate is in GB/s (1e9 bytes a second) or GFLOP/s; None where nothing was measured. Two rates bound each piece of
+work: how fast its weights are read, and how fast they are multiplied; the slower one counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One MoE layer as the planner sees it: counts and bytes, no tensors."""
+
+    experts: int
+    neurons: int  # F, the expert's hidden size
+    expert_bytes: int  # packed, scales and biases included
+    splittable: bool = True  # False where a norm follows the expert: its output is no sum over neurons
+    hidden: int = 0  # D, the width of the hidden states
+    matrices: int = 3  # of an expert: gate, up and down, or without a gate
+
+    @property
+    def token_flops(self) -> int:
+        """Operations of one token in one expert: a multiply and an add for each weight."""
+        return 2 * self.matrices * self.neurons * self.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Rates of one machine.
+
+    cpu_beside_link_gbps: what the CPU reads while the link copies, since both share the RAM; None: as alone.
+    disk_gbps: None where experts are never on disk.
+    """
+
+    cpu_gbps: float | None = None
+    link_gbps: float | None = None
+    gpu_gbps: float | None = None
+    cpu_beside_link_gbps: float | None = None
+    cpu_gflops: float | None = None
+    gpu_gflops: float | None = None
+    disk_gbps: float | None = None
+
+    def cpu_s(self, layer: LayerSpec, tokens: int, neurons: int | None = None, *, beside_link: bool = False) -> float:
+        """Seconds of the CPU for one expert, or some of its neurons; inf where the CPU's rate is not known."""
+        gbps = self.cpu_beside_link_gbps if beside_link and self.cpu_beside_link_gbps else self.cpu_gbps
+        return _roofline_s(layer, tokens, neurons, gbps, self.cpu_gflops)
+
+    def gpu_s(self, layer: LayerSpec, tokens: int, neurons: int | None = None) -> float:
+        """The same for the GPU, the weights being there."""
+        return _roofline_s(layer, tokens, neurons, self.gpu_gbps, self.gpu_gflops)
+
+    def link_s(self, n_bytes: float) -> float:
+        """Seconds of the link for so many bytes; inf where its rate is not known."""
+        return n_bytes / (self.link_gbps * 1e9) if self.link_gbps else float("inf")
+
+
+def _roofline_s(layer: LayerSpec, tokens: int, neurons: int | None, gbps: float | None, gflops: float | None) -> float:
+    if not gbps:
+        return float("inf")
+    read_s = layer.expert_bytes / (gbps * 1e9)
+    compute_s = tokens * layer.token_flops / (gflops * 1e9) if gflops else 0.0
+    return max(read_s, compute_s) * (1 if neurons is None else neurons / layer.neurons)

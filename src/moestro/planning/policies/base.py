@@ -1,0 +1,105 @@
+"""What policies share: the defaults of a policy that moves nothing, and arithmetic on a step.
+
+A policy of one's own derives from `BasePolicy` and writes `place` and `decide`; docs/policies.md shows one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..contract import GPU0, Bound, Costs, Decision, Expert, LayerSpec, ModelSpec, Move, Outcome, Placement, Step, View
+
+
+class BasePolicy:
+    """Holds nothing, moves nothing, computes all experts on the CPU.
+
+    After `place` a policy has `spec`, the model's, and `slots`, how many experts it may have on the GPU in all.
+    """
+
+    name = "base"
+    lookahead = 0
+
+    spec: ModelSpec
+    slots: int
+
+    def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
+        self.spec, self.slots = spec, count_slots(spec, gpu_bytes)
+        return Placement()
+
+    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        return ()
+
+    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
+        return Decision(cpu=self.whole(step, step.tokens))
+
+    def observe(self, done: Outcome) -> None:
+        pass
+
+    def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
+        """The hybrid limit, unless a method has its own."""
+        return Bound(dense_s + hybrid_limit_s(self.spec.layers[step.layer], step, done, costs))
+
+    def whole(self, step: Step, experts: Iterable[int]) -> dict[int, range]:
+        """All neurons of some experts of a step."""
+        return dict.fromkeys(experts, range(self.spec.layers[step.layer].neurons))
+
+
+def count_slots(spec: ModelSpec, gpu_bytes: int) -> int:
+    """How many experts fit in so many bytes; no more than the model has."""
+    experts = sum(layer.experts for layer in spec.layers)
+    return min(gpu_bytes // spec.slot_bytes, experts) if spec.slot_bytes else 0
+
+
+def hottest(spec: ModelSpec, heat: Mapping[Expert, float], count: int) -> list[Expert]:
+    """The experts that are used most; without a profile the first of each layer, layers in turn."""
+    experts = [(layer, e) for layer, of in enumerate(spec.layers) for e in range(of.experts)]
+    return sorted(experts, key=lambda key: (-heat.get(key, 0.0), key[1], key[0]))[:count]
+
+
+def here(step: Step, view: View) -> list[int]:
+    """Active experts that are on the GPU or on their way there."""
+    layer = step.layer
+    return [expert for expert in step.tokens if view.ready_s((layer, expert), GPU0) < float("inf")]
+
+
+def through_ring(step: Step, experts: Iterable[int], slots: int) -> tuple[Move, ...]:
+    """Moves of experts through so many empty slots: each next one into the slot of the one that was computed first."""
+    moves: list[Move] = []
+    for i, expert in enumerate(experts):
+        evict = moves[i - slots].expert if i >= slots else None
+        moves.append(Move((step.layer, expert), evict=evict, keep=False))
+    return tuple(moves)
+
+
+def hybrid_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
+    """The least time of a step's experts, however they are spread: hits on the GPU, misses on CPU and link at once.
+
+    The misses' bytes pass at the rate of both together; where products bind and not bytes, at the compute rates of
+    CPU and GPU. What was joined counts nothing: its bytes may have crossed before.
+    """
+    gpu_s = sum(costs.gpu_s(layer, step.tokens[e]) for e in done.hits)
+    return max(gpu_s, sum(_together_s(layer, step.tokens[e], costs) for e in done.misses))
+
+
+def _together_s(layer: LayerSpec, tokens: int, costs: Costs) -> float:
+    alone_s = costs.cpu_s(layer, tokens)
+    link_s = max(costs.link_s(layer.expert_bytes), costs.gpu_s(layer, tokens))
+    if link_s == float("inf"):
+        return alone_s
+    beside_s = costs.cpu_s(layer, tokens, beside_link=True)
+    return min(alone_s, link_s / (1 + link_s / beside_s))
+
+
+def whole_experts_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
+    """The same where an expert is computed in one place: the best number of misses to copy, the rest on the CPU."""
+    gpu_s = sum(costs.gpu_s(layer, step.tokens[e]) for e in done.hits)
+    tokens = sorted((step.tokens[e] for e in done.misses), reverse=True)
+    return max(gpu_s, min(sides_s(layer, tokens, copied, costs) for copied in range(len(tokens) + 1)))
+
+
+def sides_s(layer: LayerSpec, tokens: list[int], copied: int, costs: Costs) -> float:
+    """When both sides are done if the first `copied` of these misses (tokens of each) cross the link."""
+    cpu_s = sum(costs.cpu_s(layer, n, beside_link=copied > 0) for n in tokens[copied:])
+    return max(
+        cpu_s, copied * costs.link_s(layer.expert_bytes) + costs.gpu_s(layer, tokens[copied - 1]) if copied else 0.0
+    )

@@ -1,0 +1,302 @@
+"""Runs a policy over a recorded trace on a virtual machine: the policy objects that run live, without a GPU.
+
+    replay(trace, make_policy("lru"), machine_named("t4-colab"), gpu_bytes=12 * 2**30).decode_tok_s
+
+A conductor without tensors: it asks, checks and carries out in the same order as the live one (dispatch.py), on a
+virtual clock. What the model would have computed is not known here, and nothing depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ..errors import BudgetError
+from .belady import belady_hits
+from .budget import format_bytes
+from .check import check, check_moves
+from .clock import Share
+from .contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
+from .costs import Costs
+from .dispatch import Found, classify, dispatch
+from .machines import Machine
+from .policies.base import hybrid_limit_s
+from .slots import SlotTable, Transfer
+from .timeline import Timeline
+from .trace import Trace
+from .view import TableView
+from .virtual import machine_clock
+
+BLOCK = 64  # neurons; memory.formats has the same, and a test holds them together
+
+
+@dataclass(slots=True)
+class PhaseFigures:
+    """What a replay found of prefill or decode.
+
+    limit_s: the least time that the method's own arithmetic allows, at its hits. hybrid_s: that of any method at these
+    hits, by DESIGN's formula. Both without what the host adds.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    step_limit_s: float = 0.0
+    link_limit_s: float = 0.0
+    hybrid_s: float = 0.0
+    hits: int = 0
+    joined: int = 0
+    misses: int = 0
+    moved_bytes: int = 0
+
+    @property
+    def tok_s(self) -> float:
+        """Tokens a second; 0 where there were none."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits of all (expert, step) pairs."""
+        used = self.hits + self.joined + self.misses
+        return self.hits / used if used else 0.0
+
+    @property
+    def own_share(self) -> float:
+        """Of the method's own limit."""
+        return max(self.step_limit_s, self.link_limit_s) / self.seconds if self.seconds else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the hybrid limit at this policy's own hit rate."""
+        return self.hybrid_s / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The figures of one replay.
+
+    lanes: lane -> (seconds busy, bytes). belady_rate: the best hit rate of decode that any policy which loads only what
+    is asked for could have with these slots. belady_share: of the hybrid limit at that rate.
+    """
+
+    policy: str
+    machine: str
+    slots: int
+    prefill: PhaseFigures
+    decode: PhaseFigures
+    seconds: float
+    lanes: dict[Lane, tuple[float, float]]
+    belady_rate: float
+    belady_share: float
+    moved_bytes: int
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it; the first six names are those of a row of `moestro bench policies`."""
+        return {
+            "policy": self.policy,
+            "prefill_tok_s": self.prefill.tok_s,
+            "decode_tok_s": self.decode.tok_s,
+            "hit_rate": self.decode.hit_rate,
+            "bytes_moved": self.moved_bytes,
+            "share": self.decode.share,
+            "share_of_own_limit": self.decode.own_share,
+            "prefill_share_of_own_limit": self.prefill.own_share,
+            "share_at_belady": self.belady_share,
+            "belady_hit_rate": self.belady_rate,
+            "hits": self.decode.hits,
+            "joined": self.decode.joined,
+            "misses": self.decode.misses,
+            "slots": self.slots,
+            "machine": self.machine,
+            "lanes": {
+                lane.value: {"busy_s": busy_s, "idle_s": max(0.0, self.seconds - busy_s), "bytes": int(n_bytes)}
+                for lane, (busy_s, n_bytes) in self.lanes.items()
+            },
+        }
+
+
+def replay(
+    trace: Trace,
+    policy: Policy,
+    machine: Machine,
+    *,
+    gpu_bytes: int | None = None,
+    heat: dict[Expert, float] | None = None,
+    host_s: float = 0.0,
+    timeline: Timeline | None = None,
+) -> Replay:
+    """Run `policy` over `trace` as if on `machine`.
+
+    Args:
+        gpu_bytes: the GPU's memory for dense weights and experts; None for all that the machine has.
+        heat: the profile that the policy places by; None for none.
+        host_s: what the host adds to each layer step.
+
+    Raises:
+        BudgetError: the dense part does not fit. ContractError: a decision that cannot be carried out.
+    """
+    run = _Run(trace.spec, policy, machine, gpu_bytes, heat or {}, host_s, timeline)
+    for one in trace.passes:
+        run.begin(one.tokens, one.phase)
+        for step in one.steps:
+            run.layer(step, one.tokens)
+        run.end()
+    return run.result(trace)
+
+
+class _Run:
+    """The state of one replay."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        machine: Machine,
+        gpu_bytes: int | None,
+        heat: dict[Expert, float],
+        host_s: float,
+        timeline: Timeline | None,
+    ) -> None:
+        self.spec, self.policy, self.machine, self.costs = spec, policy, machine, machine.costs
+        room_bytes = experts_room(spec, machine, gpu_bytes)
+        placement = policy.place(spec, room_bytes, heat)
+        self.slots = SlotTable(len(placement.held) + placement.slots, placement.held)
+        if len(self.slots) * spec.slot_bytes > room_bytes:
+            raise BudgetError(
+                f"{policy.name} wants {len(self.slots)} experts on the GPU, "
+                f"{format_bytes(len(self.slots) * spec.slot_bytes)}, but {format_bytes(room_bytes)} are left for them"
+            )
+        self.clock = machine_clock(spec, placement, machine, host_s=host_s, timeline=timeline)
+        self.view = TableView(self.slots, self.clock, self._ram_ready_s)
+        self.figures = {phase: PhaseFigures() for phase in Phase}
+        self.phase = Phase.PREFILL
+        self.outcomes: list[Outcome] = []
+        self._limits: dict[Any, tuple[float, float, float]] = {}  # which depend on counts alone
+        self._begun_s = 0.0
+
+    def begin(self, tokens: int, phase: Phase) -> None:
+        self.phase, self._begun_s = phase, self.clock.now_s
+        self.figures[phase].tokens += tokens
+        moves = self.policy.begin(tokens, self.view, self.costs)
+        if moves:
+            check_moves(moves, self.view, self.spec, "before the first layer")
+            for move in moves:
+                self._start(move, None)
+
+    def layer(self, step: Step, tokens: int) -> None:
+        clock = self.clock
+        clock.begin_layer(step.layer, tokens)
+        start_s = clock.now_s
+        decision = self.policy.decide(step, self.view, self.costs)
+        check(decision, step, self.view, self.spec, BLOCK)
+        found = classify(step, self.slots)
+        moved_before = self.slots.moved_bytes
+        dispatch(decision, step.layer, self.slots, self._start, partial(self._run_gpu, step, decision))
+        cpu = sorted(decision.cpu.items())
+        clock.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in cpu])
+        cpu_s = clock.lane_free_s(Lane.CPU) - start_s
+        clock.end_layer()
+        self.slots.release(step.layer)
+        moved = self.slots.moved_bytes - moved_before
+        done = Outcome(step.layer, step.phase, *found, moved_bytes=moved, cpu_s=cpu_s, wall_s=clock.now_s - start_s)
+        self._account(step, found, done, tokens, moved)
+        self.policy.observe(done)
+
+    def end(self) -> None:
+        self.figures[self.phase].seconds += self.clock.now_s - self._begun_s
+
+    def _start(self, move: Move, after: float | None) -> None:
+        layer = self.spec.layers[move.expert[0]]
+        n_bytes = layer.expert_bytes
+        if move.neurons is not None:
+            n_bytes = layer.expert_bytes * len(move.neurons) // layer.neurons
+
+        def fill(_: int, before: Transfer | None) -> Transfer:
+            return self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
+
+        is_new = self.slots.find(move.expert) is None
+        slot = self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep)
+        if is_new and slot.filling is not None:
+            slot.eta_s = self.clock.arrival_s(slot.filling, n_bytes)
+
+    def _run_gpu(self, step: Step, decision: Decision, experts: list[int], after: Transfer | None) -> float:
+        shares = [Share((step.layer, e), step.tokens[e], len(decision.gpu[e])) for e in experts]
+        return self.clock.run_gpu(shares, after)
+
+    def _ram_ready_s(self, expert: Expert) -> float:
+        return float("inf") if expert in self.slots.held else self.clock.in_ram_s(expert)
+
+    def _account(self, step: Step, found: Found, done: Outcome, tokens: int, moved: int) -> None:
+        figures = self.figures[self.phase]
+        figures.hits += len(found.hits)
+        figures.joined += len(found.joined)
+        figures.misses += len(found.misses)
+        figures.moved_bytes += moved
+        key = (step.layer, tokens, moved, *((*[step.tokens[e] for e in experts], -1) for experts in found))
+        limits = self._limits.get(key)
+        if limits is None:
+            dense_s = self.clock.dense_s(tokens)
+            hybrid_s = dense_s + hybrid_limit_s(self.spec.layers[step.layer], step, done, self.costs)
+            limits = self._limits[key] = (*self.policy.bound(step, done, self.costs, dense_s), hybrid_s)
+        figures.step_limit_s += limits[0]
+        figures.link_limit_s += limits[1]
+        figures.hybrid_s += limits[2]
+        self.outcomes.append(done)
+
+    def result(self, trace: Trace) -> Replay:
+        rate, limit_s = belady_limit(trace, len(self.slots), self.costs, self.clock.dense_s(1))
+        decode = self.figures[Phase.DECODE]
+        return Replay(
+            policy=self.policy.name,
+            machine=self.machine.name,
+            slots=len(self.slots),
+            prefill=self.figures[Phase.PREFILL],
+            decode=decode,
+            seconds=self.clock.now_s,
+            lanes=self.clock.lanes(),
+            belady_rate=rate,
+            belady_share=limit_s / decode.seconds if decode.seconds else 0.0,
+            moved_bytes=self.slots.moved_bytes,
+            outcomes=self.outcomes,
+        )
+
+
+def experts_room(spec: ModelSpec, machine: Machine, gpu_bytes: int | None) -> int:
+    """Bytes of the GPU that are left for experts.
+
+    Raises:
+        BudgetError: the dense part alone does not fit, or more was asked for than the machine has.
+    """
+    if not machine.costs.gpu_gbps:
+        return 0
+    total = machine.gpu_bytes if gpu_bytes is None else gpu_bytes
+    if total > machine.gpu_bytes:
+        raise BudgetError(
+            f"--gpu-memory {format_bytes(total)}, but {machine.name} has "
+            f"{format_bytes(machine.gpu_bytes)}; ask for less"
+        )
+    if total < spec.dense_bytes:
+        raise BudgetError(
+            f"the dense part needs {format_bytes(spec.dense_bytes)} of GPU memory, but there are "
+            f"{format_bytes(total)}; give more, or fewer --bits"
+        )
+    return total - spec.dense_bytes
+
+
+def belady_limit(trace: Trace, slots: int, costs: Costs, dense_s: float) -> tuple[float, float]:
+    """Belady's hit rate in decode with so many slots, and the hybrid limit of decode at it, in seconds."""
+    steps = list(trace.steps(Phase.DECODE))
+    hits = belady_hits([[(step.layer, e) for e in step.tokens] for step in steps], slots)
+    found = sum(map(len, hits))
+    used = sum(len(step.tokens) for step in steps)
+    limits: dict[Any, float] = {}
+    total_s = 0.0
+    for step, hit in zip(steps, hits, strict=True):
+        key = (step.layer, len(hit), *step.tokens.values())
+        if key not in limits:
+            missed = tuple(e for e in step.tokens if (step.layer, e) not in hit)
+            done = Outcome(step.layer, step.phase, tuple(e for _, e in hit), (), missed, 0, 0.0, 0.0)
+            limits[key] = dense_s + hybrid_limit_s(trace.spec.layers[step.layer], step, done, costs)
+        total_s += limits[key]
+    return found / used if used else 0.0, total_s

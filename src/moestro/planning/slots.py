@@ -1,0 +1,163 @@
+"""Who is in which slot of the device, and who is on the way there. Pure bookkeeping: no bytes, no clock.
+
+One table of equal slots over all layers. A slot is empty, filling (its copy is in flight) or ready, so nothing reads
+a half-filled one, and a second request for an expert in flight joins the first. Eviction forgets: the weights are
+still in RAM, so nothing is copied back. Held experts are slots that are never evictable. The live pool
+(`memory.slots`) and the replay both stand on this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+Expert = tuple[int, int]  # (MoE layer, expert), as in contract.py
+
+
+class Transfer(Protocol):
+    """A copy in flight, as the table needs to see it."""
+
+    def done(self) -> bool:
+        """Whether the bytes have arrived."""
+
+    def wait(self) -> None:
+        """Let the device's next work wait for the bytes."""
+
+    def cancel(self) -> bool:
+        """Drop the copy if it has not begun; False when it has."""
+
+    def hasten(self) -> None:
+        """A step waits for it now: it goes before what nobody waits for."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """One place for an expert on the device."""
+
+    index: int
+    expert: Expert | None = None
+    filling: Transfer | None = None
+    eta_s: float = 0.0  # when the copy is expected to be done
+    n_bytes: int = 0  # of the copy
+    keep: bool = True  # False: only borrowed, until its layer's next step is over
+
+
+class SlotTable:
+    """Who is where.
+
+    Args:
+        slots: how many there are. held: experts that occupy the first of them for good.
+    """
+
+    def __init__(self, slots: int, held: Iterable[Expert] = ()) -> None:
+        self.held = frozenset(held)
+        if len(self.held) > slots:
+            raise ValueError(f"{len(self.held)} held experts do not fit {slots} slots")
+        self._slots = slots
+        self._where = {expert: Slot(i, expert) for i, expert in enumerate(sorted(self.held))}
+        self._empty = [Slot(i) for i in reversed(range(len(self.held), slots))]
+        self.moved_bytes = 0  # queued so far, without what was dropped before it began
+        self._borrowed: dict[int, set[Expert]] = {}  # by layer
+
+    def __len__(self) -> int:
+        """How many slots there are, full or empty."""
+        return self._slots
+
+    def find(self, expert: Expert) -> Slot | None:
+        """The slot of an expert that is here or on its way."""
+        return self._where.get(expert)
+
+    def ready(self, expert: Expert) -> bool:
+        """Whether the expert can be computed from its slot now."""
+        slot = self._where.get(expert)
+        if slot is None:
+            return False
+        if slot.filling is not None and slot.filling.done():
+            slot.filling = None
+        return slot.filling is None
+
+    def evictable(self) -> Collection[Expert]:
+        """Experts whose slot may be taken: ready and not held. Looks at the table, copies nothing."""
+        return _Evictable(self)
+
+    def empty(self) -> int:
+        """How many slots are empty."""
+        return len(self._empty)
+
+    def load(
+        self,
+        expert: Expert,
+        evict: Expert | None,
+        start: Callable[[int, Transfer | None], Transfer],
+        n_bytes: int,
+        keep: bool = True,
+    ) -> Slot:
+        """Give `expert` a slot and start filling it; joins a load of it that is in flight, and keeps it if asked.
+
+        Args:
+            evict: whose slot to take; None for an empty one.
+            start: begins to fill the slot of that index, with n_bytes, behind a copy into it that is still in flight.
+        """
+        if (slot := self._where.get(expert)) is not None:
+            if keep and not slot.keep:
+                slot.keep = True
+                self._borrowed[expert[0]].discard(expert)
+            return slot
+        before = None
+        if evict is not None:
+            before = None if self.ready(evict) else self._where[evict].filling
+            self.forget(evict)
+        slot = self._empty[-1]
+        slot.filling = start(slot.index, before)  # if it cannot, the slot stays empty
+        self._empty.pop()
+        slot.expert, slot.keep, slot.n_bytes = expert, keep, n_bytes
+        self.moved_bytes += n_bytes
+        self._where[expert] = slot
+        if not keep:
+            self._borrowed.setdefault(expert[0], set()).add(expert)
+        return slot
+
+    def forget(self, expert: Expert) -> None:
+        """Empty an expert's slot."""
+        slot = self._where.pop(expert)
+        if not slot.keep:
+            self._borrowed[expert[0]].discard(expert)
+        slot.expert = slot.filling = None
+        self._empty.append(slot)
+
+    def drop(self, expert: Expert) -> None:
+        """Empty the slot of an expert that nobody wants, unless it is held or its copy has begun."""
+        slot = self._where.get(expert)
+        if slot is None or expert in self.held:
+            return
+        if self.ready(expert):
+            self.forget(expert)
+        elif slot.filling is not None and slot.filling.cancel():
+            self.moved_bytes -= slot.n_bytes
+            self.forget(expert)
+
+    def release(self, layer: int) -> None:
+        """Empty the slots of a layer's experts that were only to stay for its step, which is over."""
+        for expert in list(self._borrowed.get(layer, ())):
+            self.drop(expert)  # one that is still coming goes after the layer's next step
+
+
+class _Evictable(Collection[Expert]):
+    """The experts of a table whose slot may be taken, asked one by one."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: SlotTable) -> None:
+        self._table = table
+
+    def __contains__(self, expert: object) -> bool:
+        table = self._table
+        slot = table._where.get(expert)  # type: ignore[call-overload]
+        return slot is not None and expert not in table.held and table.ready(slot.expert)
+
+    def __iter__(self) -> Iterator[Expert]:
+        return (expert for expert in list(self._table._where) if expert in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,47 @@
+"""What a policy sees: a slot table on a clock, live or in a replay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from .clock import Clock
+from .contract import GPU0, Expert, Lane, Place
+from .slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class TableView:
+    """Where experts are now.
+
+    Args:
+        ram_ready_s: when an expert can be read from RAM; inf for one that has no copy there.
+    """
+
+    table: SlotTable
+    clock: Clock
+    ram_ready_s: Callable[[Expert], float]
+
+    @property
+    def now_s(self) -> float:
+        return self.clock.now_s
+
+    def ready_s(self, expert: Expert, at: Place) -> float:
+        if at.tier == "ram":
+            return self.ram_ready_s(expert)
+        slot = self.table.find(expert) if at.tier == "gpu" and at.index == 0 else None
+        if slot is None:
+            return math.inf
+        now_s = self.clock.now_s
+        # Later than now while it is in flight, also where no rate is known to say when.
+        return now_s if self.table.ready(expert) else max(slot.eta_s, math.nextafter(now_s, math.inf))
+
+    def evictable(self, at: Place, layer: int) -> Collection[Expert]:
+        return self.table.evictable() if at == GPU0 else ()
+
+    def free_slots(self, at: Place, layer: int) -> int:
+        return self.table.empty() if at == GPU0 else 0
+
+    def lane_free_s(self, lane: Lane) -> float:
+        return self.clock.lane_free_s(lane)

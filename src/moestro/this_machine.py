@@ -1,0 +1,84 @@
+"""This machine's rates, measured quickly: what a policy reckons with when no `--machine` is named.
+
+About a second; `moestro.bench.rates` measures more, and longer. A rate measured alone lies where CPU and link share the
+RAM, so the CPU's rate beside the link is taken as what remains of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from .compute.cpu import core_cpus, fma_gflops, levels, read_gbps
+from .compute.devices import Device
+from .compute.devices.emulated import EmulatedDevice
+from .machine import total_ram_bytes
+from .memory.store import map_memory
+from .planning.machines import THIS, Machine, costs_of
+
+_READ_BYTES = 512 * 2**20
+_LINK_BYTES = 256 * 2**20
+_MATRIX = 4096
+
+
+def this_machine(device: Device, threads: int | None = None) -> Machine:
+    """This machine with a device: a GPU, a pretended one (whose link has its pace), or none."""
+    cpu_gbps, cpu_gflops = _cpu_rates(threads or len(core_cpus()))
+    ram_bytes = total_ram_bytes()
+    if isinstance(device, EmulatedDevice):
+        # The pretended GPU computes on the CPU, at its rate.
+        costs = costs_of(
+            cpu_gbps=cpu_gbps,
+            link_gbps=device.link_gbps or cpu_gbps,
+            gpu_gbps=cpu_gbps,
+            cpu_gflops=cpu_gflops,
+            gpu_gflops=cpu_gflops,
+        )
+        return Machine(THIS, "this machine with a pretended GPU", device.memory_bytes(), ram_bytes, costs)
+    if device.name == "cuda":
+        gpu_gbps, gpu_gflops, link = _gpu_rates(device.torch_device)
+        costs = costs_of(
+            cpu_gbps=cpu_gbps, link_gbps=link, gpu_gbps=gpu_gbps, cpu_gflops=cpu_gflops, gpu_gflops=gpu_gflops
+        )
+        return Machine(THIS, torch.cuda.get_device_name(), device.memory_bytes(), ram_bytes, costs)
+    return Machine(THIS, "this machine, no GPU", 0, ram_bytes, costs_of(cpu_gbps=cpu_gbps, cpu_gflops=cpu_gflops))
+
+
+@functools.cache
+def _cpu_rates(threads: int) -> tuple[float, float]:
+    """GB/s that the CPU reads, GFLOP/s that it multiplies in float32."""
+    memory = map_memory(_READ_BYTES).fill_(1).view(torch.float32)
+    if not any(levels().values()):  # no kernels here: torch's own sum and product
+        start_s = time.perf_counter()
+        memory.sum()
+        gbps = _READ_BYTES / (time.perf_counter() - start_s) / 1e9
+        return gbps, _product_gflops(torch.device("cpu"), torch.float32, 1024)
+    return max(read_gbps(memory, threads, ahead) for ahead in (0, 512)), fma_gflops(threads)
+
+
+@functools.cache
+def _gpu_rates(device: torch.device) -> tuple[float, float, float]:
+    """GB/s of the GPU's memory, GFLOP/s of 16-bit products, GB/s of the link from pinned memory."""
+    pinned = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(pinned, device=device)
+    link_gbps = _LINK_BYTES / _seconds(lambda: target.copy_(pinned, non_blocking=True)) / 1e9
+    memory_gbps = 2 * _LINK_BYTES / _seconds(lambda: target.clone()) / 1e9  # read and written
+    return memory_gbps, _product_gflops(device, torch.float16, _MATRIX), link_gbps
+
+
+def _product_gflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _seconds(lambda: a @ a) / 1e9
+
+
+def _seconds(work: Callable[[], torch.Tensor]) -> float:
+    """Of the quickest of a few, its result being there."""
+    times = []
+    for _ in range(4):
+        start_s = time.perf_counter()
+        work().view(-1)[:1].cpu()
+        times.append(time.perf_counter() - start_s)
+    return min(times)
