@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class Recorder:
         self.top_k = max(self.top_k, top_k)
         most = max(_LEAST_GUESSES, 2 * top_k)
         kept = {layer: dict(list(guesses.items())[:most]) for layer, guesses in step.guesses.items()}
-        self._steps.append(replace(step, guesses=kept))
+        self._steps.append(step._replace(guesses=kept))
 
     def _end(self) -> None:
         if self._steps:

@@ -14,11 +14,11 @@ class SlotPool(SlotTable):
 
     Args:
         memory: uint8 [slots, slot_bytes] on the device.
-        held: experts that occupy the first slots for good.
+        held, warm: as in `SlotTable`; who fills the memory of the warm ones is not said here.
     """
 
-    def __init__(self, memory: Tensor, held: Iterable[Expert] = ()) -> None:
-        super().__init__(memory.shape[0], held)
+    def __init__(self, memory: Tensor, held: Iterable[Expert] = (), warm: Iterable[Expert] = ()) -> None:
+        super().__init__(memory.shape[0], held, warm)
         self.memory = memory
 
     def __getitem__(self, expert: Expert) -> Tensor:

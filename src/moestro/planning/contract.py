@@ -12,9 +12,10 @@ To write a policy, derive from `policies.BasePolicy`; docs/policies.md shows one
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .costs import Costs, LayerSpec
 from .slots import Expert  # (MoE layer, expert), both counted from 0 within the model
@@ -39,6 +40,9 @@ __all__ = [
     "Step",
     "View",
 ]
+
+
+_NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 class Phase(Enum):
@@ -90,8 +94,7 @@ class ModelSpec:
         return max(layer.expert_bytes for layer in self.layers)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What one MoE layer is asked to do, as its router said.
 
     tokens: expert -> tokens routed to it (only experts with at least one; the sentinel is removed).
@@ -104,7 +107,7 @@ class Step:
     phase: Phase
     tokens: Mapping[int, int]
     mass: Mapping[int, float]
-    guesses: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    guesses: Mapping[int, Mapping[int, float]] = _NONE
 
 
 class View(Protocol):
@@ -127,8 +130,7 @@ class View(Protocol):
         """When `lane` will have done what is queued on it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """Bring an expert, or the neurons of it that a step needs, to a place; one that is there stays there.
 
     evict: whose slot to take; None takes an empty one. It may be an expert that the GPU computes in this very step,
@@ -147,29 +149,32 @@ class Move:
     urgent: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Who computes which neurons of which active expert of the step's layer, and what moves meanwhile.
 
     `gpu` and `cpu` together tile each active expert's neurons [0, F) exactly once.
     drop: experts that are no longer wanted on the GPU, before anything moves; a copy that has begun goes on.
     """
 
-    gpu: Mapping[int, range] = field(default_factory=dict)
-    cpu: Mapping[int, range] = field(default_factory=dict)
+    gpu: Mapping[int, range] = _NONE
+    cpu: Mapping[int, range] = _NONE
     moves: tuple[Move, ...] = ()
     drop: tuple[Expert, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step really did, told to the policy afterwards. moved_bytes: queued, less what was dropped in time."""
+class Outcome(NamedTuple):
+    """What a step really did, told to the policy afterwards.
+
+    joined_bytes: what had not crossed yet of the copies that it joined; 0 where the device cannot say.
+    moved_bytes: queued by this step, less what was dropped before it began.
+    """
 
     layer: int
     phase: Phase
     hits: tuple[int, ...]
     joined: tuple[int, ...]
     misses: tuple[int, ...]
+    joined_bytes: int
     moved_bytes: int
     cpu_s: float
     wall_s: float
@@ -187,10 +192,15 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where experts start. Held ones never leave the GPU and need no copy in RAM."""
+    """Where experts start.
+
+    held: never leave the GPU and need no copy in RAM. slots: of the shared pool, besides those of the held experts.
+    warm: experts that are in slots of the pool before the first step, and may leave; none that is held.
+    """
 
     held: frozenset[Expert] = frozenset()
-    slots: int = 0  # slots of the shared pool, besides those of the held experts
+    slots: int = 0
+    warm: tuple[Expert, ...] = ()
 
 
 class Policy(Protocol):

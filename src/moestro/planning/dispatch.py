@@ -21,6 +21,7 @@ class Found(NamedTuple):
     hits: tuple[int, ...]
     joined: tuple[int, ...]
     misses: tuple[int, ...]
+    joined_bytes: int = 0  # what had not crossed yet
 
 
 def classify(step: Step, table: SlotTable) -> Found:
@@ -30,13 +31,17 @@ def classify(step: Step, table: SlotTable) -> Found:
     hits: list[int] = []
     joined: list[int] = []
     misses: list[int] = []
+    left_bytes = 0
     for expert in step.tokens:
-        key = (step.layer, expert)
-        if table.find(key) is None:
+        slot = table.find((step.layer, expert))
+        if slot is None:
             misses.append(expert)
+        elif slot.filling is None or table.ready((step.layer, expert)):
+            hits.append(expert)
         else:
-            (hits if table.ready(key) else joined).append(expert)
-    return Found(tuple(hits), tuple(joined), tuple(misses))
+            joined.append(expert)
+            left_bytes += slot.filling.left_bytes()
+    return Found(tuple(hits), tuple(joined), tuple(misses), left_bytes)
 
 
 def dispatch(

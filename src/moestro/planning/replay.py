@@ -161,7 +161,7 @@ class _Run:
         self.spec, self.policy, self.machine, self.costs = spec, policy, machine, machine.costs
         room_bytes = experts_room(spec, machine, gpu_bytes)
         placement = policy.place(spec, room_bytes, heat)
-        self.slots = SlotTable(len(placement.held) + placement.slots, placement.held)
+        self.slots = SlotTable(len(placement.held) + placement.slots, placement.held, placement.warm)
         if len(self.slots) * spec.slot_bytes > room_bytes:
             raise BudgetError(
                 f"{policy.name} wants {len(self.slots)} experts on the GPU, "
@@ -170,14 +170,15 @@ class _Run:
         self.clock = machine_clock(spec, placement, machine, host_s=host_s, timeline=timeline)
         self.view = TableView(self.slots, self.clock, self._ram_ready_s)
         self.figures = {phase: PhaseFigures() for phase in Phase}
-        self.phase = Phase.PREFILL
+        self._now = self.figures[Phase.PREFILL]
         self.outcomes: list[Outcome] = []
         self._limits: dict[Any, tuple[float, float, float]] = {}  # which depend on counts alone
         self._begun_s = 0.0
 
     def begin(self, tokens: int, phase: Phase) -> None:
-        self.phase, self._begun_s = phase, self.clock.now_s
-        self.figures[phase].tokens += tokens
+        self._begun_s = self.clock.now_s
+        self._now = self.figures[phase]
+        self._now.tokens += tokens
         moves = self.policy.begin(tokens, self.view, self.costs)
         if moves:
             check_moves(moves, self.view, self.spec, "before the first layer")
@@ -204,7 +205,7 @@ class _Run:
         self.policy.observe(done)
 
     def end(self) -> None:
-        self.figures[self.phase].seconds += self.clock.now_s - self._begun_s
+        self._now.seconds += self.clock.now_s - self._begun_s
 
     def _start(self, move: Move, after: float | None) -> None:
         layer = self.spec.layers[move.expert[0]]
@@ -228,12 +229,18 @@ class _Run:
         return float("inf") if expert in self.slots.held else self.clock.in_ram_s(expert)
 
     def _account(self, step: Step, found: Found, done: Outcome, tokens: int, moved: int) -> None:
-        figures = self.figures[self.phase]
+        figures = self._now
         figures.hits += len(found.hits)
         figures.joined += len(found.joined)
         figures.misses += len(found.misses)
         figures.moved_bytes += moved
-        key = (step.layer, tokens, moved, *((*[step.tokens[e] for e in experts], -1) for experts in found))
+        key = (
+            step.layer,
+            tokens,
+            moved,
+            found.joined_bytes,
+            *((*[step.tokens[e] for e in experts], -1) for experts in found[:3]),
+        )
         limits = self._limits.get(key)
         if limits is None:
             dense_s = self.clock.dense_s(tokens)
@@ -296,7 +303,7 @@ def belady_limit(trace: Trace, slots: int, costs: Costs, dense_s: float) -> tupl
         key = (step.layer, len(hit), *step.tokens.values())
         if key not in limits:
             missed = tuple(e for e in step.tokens if (step.layer, e) not in hit)
-            done = Outcome(step.layer, step.phase, tuple(e for _, e in hit), (), missed, 0, 0.0, 0.0)
+            done = Outcome(step.layer, step.phase, tuple(e for _, e in hit), (), missed, 0, 0, 0.0, 0.0)
             limits[key] = dense_s + hybrid_limit_s(trace.spec.layers[step.layer], step, done, costs)
         total_s += limits[key]
     return found / used if used else 0.0, total_s

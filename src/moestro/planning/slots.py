@@ -30,6 +30,9 @@ class Transfer(Protocol):
     def hasten(self) -> None:
         """A step waits for it now: it goes before what nobody waits for."""
 
+    def left_bytes(self) -> int:
+        """How much of it has not crossed yet; 0 where that is not known."""
+
 
 @dataclass(slots=True)
 class Slot:
@@ -48,15 +51,17 @@ class SlotTable:
 
     Args:
         slots: how many there are. held: experts that occupy the first of them for good.
+        warm: experts that are in the next ones, and may leave.
     """
 
-    def __init__(self, slots: int, held: Iterable[Expert] = ()) -> None:
+    def __init__(self, slots: int, held: Iterable[Expert] = (), warm: Iterable[Expert] = ()) -> None:
         self.held = frozenset(held)
-        if len(self.held) > slots:
-            raise ValueError(f"{len(self.held)} held experts do not fit {slots} slots")
+        there = [*sorted(self.held), *warm]
+        if len(there) > slots:
+            raise ValueError(f"{len(there)} experts do not fit {slots} slots")
         self._slots = slots
-        self._where = {expert: Slot(i, expert) for i, expert in enumerate(sorted(self.held))}
-        self._empty = [Slot(i) for i in reversed(range(len(self.held), slots))]
+        self._where = {expert: Slot(i, expert) for i, expert in enumerate(there)}
+        self._empty = [Slot(i) for i in reversed(range(len(there), slots))]
         self.moved_bytes = 0  # queued so far, without what was dropped before it began
         self._borrowed: dict[int, set[Expert]] = {}  # by layer
 
@@ -73,9 +78,12 @@ class SlotTable:
         slot = self._where.get(expert)
         if slot is None:
             return False
-        if slot.filling is not None and slot.filling.done():
+        if slot.filling is None:
+            return True
+        if slot.filling.done():
             slot.filling = None
-        return slot.filling is None
+            return True
+        return False
 
     def evictable(self) -> Collection[Expert]:
         """Experts whose slot may be taken: ready and not held. Looks at the table, copies nothing."""

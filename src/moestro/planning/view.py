@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from .clock import Clock
-from .contract import GPU0, Expert, Lane, Place
+from .contract import GPU0, RAM, Expert, Lane, Place
 from .slots import SlotTable
 
 
@@ -28,9 +28,9 @@ class TableView:
         return self.clock.now_s
 
     def ready_s(self, expert: Expert, at: Place) -> float:
-        if at.tier == "ram":
+        if at is RAM or at == RAM:
             return self.ram_ready_s(expert)
-        slot = self.table.find(expert) if at.tier == "gpu" and at.index == 0 else None
+        slot = self.table.find(expert) if at is GPU0 or at == GPU0 else None
         if slot is None:
             return math.inf
         now_s = self.clock.now_s

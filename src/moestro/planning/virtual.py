@@ -13,6 +13,7 @@ kernel launches, and what the host does between layers (`host_s`, 0 unless given
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import ceil
@@ -41,6 +42,7 @@ class VirtualCopy:
         "n_bytes",
         "not_before_s",
         "order",
+        "over",
         "real",
         "started",
         "urgent",
@@ -59,14 +61,13 @@ class VirtualCopy:
     ) -> None:
         self._machine, self.expert, self.n_bytes, self.urgent = machine, expert, n_bytes, urgent
         self.before, self.real = before, real
-        if urgent and before is not None:
-            before.urgent = True
         self.left_s, self.not_before_s, self.order = machine.costs.link_s(n_bytes), not_before_s, order
-        self.started, self.done_s = False, float("inf")
+        self.started, self.over, self.done_s = False, False, float("inf")  # over: done, or dropped
 
     def done(self) -> bool:
-        now_s = self._machine.now_s
-        self._machine.link.advance(now_s)
+        now_s, link = self._machine.now_s, self._machine.link
+        if link.free_s < now_s:
+            link.advance(now_s)
         if self.done_s > now_s:
             return False
         self.wait()
@@ -86,7 +87,11 @@ class VirtualCopy:
 
     def hasten(self) -> None:
         self._machine.link.advance(self._machine.now_s)
-        self.urgent = True
+        self._machine.link.hasten(self)
+
+    def left_bytes(self) -> int:
+        self._machine.link.advance(self._machine.now_s)
+        return round(self.left_s / self._machine.costs.link_s(1))
 
 
 class VirtualLink:
@@ -94,28 +99,53 @@ class VirtualLink:
 
     def __init__(self, piece_s: float, timeline: Timeline | None) -> None:
         self._piece_s, self._timeline = piece_s, timeline
-        self._queue: list[VirtualCopy] = []
+        self._urgent: list[VirtualCopy] = []  # both in the order in which they came
+        self._others: list[VirtualCopy] = []
+        self._left_s = [0.0, 0.0]  # of the urgent ones, of the others
         self.free_s = 0.0  # when the last committed piece ends
         self.busy: list[tuple[float, float]] = []  # committed since the layer began
         self.busy_s = 0.0
         self.n_bytes = 0.0  # carried
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is queued."""
+        return not self._urgent and not self._others
+
     def submit(self, copy: VirtualCopy, now_s: float) -> None:
-        if not self._queue:
+        if self.is_idle:
             self.free_s = max(self.free_s, now_s)
-        self._queue.append(copy)
+        (self._urgent if copy.urgent else self._others).append(copy)
+        self._left_s[not copy.urgent] += copy.left_s
+        if copy.urgent and copy.before is not None:
+            self.hasten(copy.before)
+
+    def hasten(self, copy: VirtualCopy) -> None:
+        """Put a queued copy among the urgent ones."""
+        if copy.urgent or copy not in self._others:
+            return
+        self._remove(copy)
+        copy.urgent = True
+        insort(self._urgent, copy, key=lambda one: one.order)
+        self._left_s[0] += copy.left_s
 
     def drop(self, copy: VirtualCopy) -> bool:
         """Take a copy back that has not begun."""
-        if copy.started or copy not in self._queue:
+        if copy.started or copy.over:
             return False
-        self._queue.remove(copy)
+        self._remove(copy)
+        copy.over = True
         return True
+
+    def _remove(self, copy: VirtualCopy) -> None:
+        (self._urgent if copy.urgent else self._others).remove(copy)
+        self._left_s[not copy.urgent] -= copy.left_s
+        if self.is_idle:
+            self._left_s = [0.0, 0.0]  # of rounding
 
     def advance(self, until_s: float, wanted: VirtualCopy | None = None) -> None:
         """Commit all pieces that begin before `until_s`; no further than to the end of `wanted`, if given."""
-        queue = self._queue
-        while queue and self.free_s < until_s and not (wanted is not None and wanted.done_s < float("inf")):
+        while self.free_s < until_s and (self._urgent or self._others) and not (wanted is not None and wanted.over):
             start_s = self.free_s
             copy, limit_s = self._next(start_s)
             if copy is None:  # all wait for a slot or for the disk
@@ -130,25 +160,19 @@ class VirtualLink:
 
     def _next(self, now_s: float) -> tuple[VirtualCopy | None, float]:
         """The copy whose turn it is, and the moment at which another may take its place."""
-        queue = self._queue
-        if len(queue) == 1 and queue[0].not_before_s <= now_s:
-            return queue[0], float("inf")
-        best: VirtualCopy | None = None
-        for copy in queue:
-            if copy.before is not None and copy.before in queue:
-                continue  # that one ends this one's waiting, so it is no moment of its own
-            if copy.not_before_s <= now_s and (best is None or _before(copy, best)):
-                best = copy
         limit_s = float("inf")
-        for copy in queue:
-            if copy.not_before_s > now_s and (best is None or _before(copy, best)):
+        for queue in (self._urgent, self._others):
+            for copy in queue:
+                if copy.before is not None and not copy.before.over:
+                    continue  # its turn comes when that one is through, which is no moment of its own
+                if copy.not_before_s <= now_s:
+                    return copy, limit_s
                 limit_s = min(limit_s, copy.not_before_s)
-        return best, limit_s
+        return None, limit_s
 
     def _commit(self, copy: VirtualCopy, start_s: float, run_s: float) -> None:
         end_s = start_s + run_s
-        whole_s = copy.left_s
-        copy.started, copy.left_s = True, whole_s - run_s
+        copy.started = True
         self.free_s = end_s
         self.busy_s += run_s
         if self.busy and self.busy[-1][1] == start_s:
@@ -157,28 +181,22 @@ class VirtualLink:
             self.busy.append((start_s, end_s))
         if self._timeline is not None:
             self._timeline.add(Lane.LINK, copy.expert, start_s, end_s, "copy" if copy.urgent else "guess")
-        if copy.left_s <= 0.0:
-            copy.done_s = end_s
-            self._queue.remove(copy)
+        if run_s >= copy.left_s:
+            self._remove(copy)
+            copy.done_s, copy.over, copy.left_s = end_s, True, 0.0
             self.n_bytes += copy.n_bytes
+        else:
+            copy.left_s -= run_s
+            self._left_s[not copy.urgent] -= run_s
 
     def eta_s(self, copy: VirtualCopy) -> float:
-        """When a queued copy will be done if nothing else comes."""
-        before_s = sum(other.left_s for other in self._queue if other is not copy and _before(other, copy))
-        return max(self.free_s, copy.not_before_s) + before_s + copy.left_s
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is queued."""
-        return not self._queue
+        """When a copy that came last will be done if nothing else comes."""
+        before_s = self._left_s[0] if copy.urgent else self._left_s[0] + self._left_s[1]
+        return max(self.free_s + before_s, copy.not_before_s + copy.left_s)
 
     def drained_s(self) -> float:
         """When everything queued will be done."""
-        return self.free_s + sum(copy.left_s for copy in self._queue)
-
-
-def _before(a: VirtualCopy, b: VirtualCopy) -> bool:
-    return (not a.urgent, a.order) < (not b.urgent, b.order)
+        return self.free_s + self._left_s[0] + self._left_s[1]
 
 
 class VirtualMachine:

@@ -44,6 +44,9 @@ class Copy(Protocol):
     def hasten(self) -> None:
         """A step waits for it now: it goes before what nobody waits for, where the device can order copies."""
 
+    def left_bytes(self) -> int:
+        """How much of it has not crossed yet; 0 where that is not known."""
+
 
 class Queued(Protocol):
     """Work queued on the device."""

@@ -35,6 +35,9 @@ class _Copy:
     def hasten(self) -> None:
         pass  # a stream's order is fixed
 
+    def left_bytes(self) -> int:
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class _Queued:

@@ -50,6 +50,9 @@ class _Job:
     def hasten(self) -> None:
         self.link.hasten(self)
 
+    def left_bytes(self) -> int:
+        return self.source.numel() - self.copied_bytes
+
 
 class _Link:
     """One thread that copies piece by piece, so that an urgent copy overtakes between two pieces."""

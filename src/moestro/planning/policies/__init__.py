@@ -14,10 +14,11 @@ from .layer_split import LayerSplit
 from .layer_streaming import LayerStreaming
 from .lru import Lru
 from .lru_speculative import LruSpeculative
+from .moestro import Moestro
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     policy.name: policy
-    for policy in (CpuOnly, LayerSplit, LayerStreaming, Lru, LruSpeculative, Fiddler, BandwidthSplit)
+    for policy in (CpuOnly, LayerSplit, LayerStreaming, Lru, LruSpeculative, Fiddler, BandwidthSplit, Moestro)
 }
 DEFAULT_POLICY = CpuOnly.name
 

@@ -5,7 +5,8 @@ A policy of one's own derives from `BasePolicy` and writes `place` and `decide`;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, LayerSpec, ModelSpec, Move, Outcome, Placement, Step, View
 
@@ -93,13 +94,33 @@ def _together_s(layer: LayerSpec, tokens: int, costs: Costs) -> float:
 def whole_experts_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
     """The same where an expert is computed in one place: the best number of misses to copy, the rest on the CPU."""
     gpu_s = sum(costs.gpu_s(layer, step.tokens[e]) for e in done.hits)
-    tokens = sorted((step.tokens[e] for e in done.misses), reverse=True)
-    return max(gpu_s, min(sides_s(layer, tokens, copied, costs) for copied in range(len(tokens) + 1)))
+    tokens = tuple(sorted((step.tokens[e] for e in done.misses), reverse=True))
+    return max(gpu_s, sides_s(layer, tokens, best_copies(layer, tokens, costs), costs))
 
 
-def sides_s(layer: LayerSpec, tokens: list[int], copied: int, costs: Costs) -> float:
-    """When both sides are done if the first `copied` of these misses (tokens of each) cross the link."""
-    cpu_s = sum(costs.cpu_s(layer, n, beside_link=copied > 0) for n in tokens[copied:])
-    return max(
-        cpu_s, copied * costs.link_s(layer.expert_bytes) + costs.gpu_s(layer, tokens[copied - 1]) if copied else 0.0
-    )
+def best_copies(layer: LayerSpec, tokens: tuple[int, ...], costs: Costs, link_s: float = 0.0) -> int:
+    """How many of these misses (tokens of each, the most first) to copy so that both sides are done soonest."""
+    if link_s:
+        return min(range(len(tokens) + 1), key=lambda copied: sides_s(layer, tokens, copied, costs, link_s))
+    return _best_copies(layer, tokens, costs)
+
+
+@lru_cache(maxsize=4096)
+def _best_copies(layer: LayerSpec, tokens: tuple[int, ...], costs: Costs) -> int:
+    return min(range(len(tokens) + 1), key=lambda copied: sides_s(layer, tokens, copied, costs))
+
+
+def sides_s(layer: LayerSpec, tokens: Sequence[int], copied: int, costs: Costs, link_s: float = 0.0) -> float:
+    """When both sides are done if the first `copied` of these misses cross the link and the CPU computes the others.
+
+    Args:
+        link_s: until the link is free.
+    """
+    rest = tokens[copied:]
+    cpu_s = sum(costs.cpu_s(layer, n) for n in rest)
+    link_s += copied * costs.link_s(layer.expert_bytes) if copied else 0.0
+    if link_s:
+        beside_s = sum(costs.cpu_s(layer, n, beside_link=True) for n in rest)
+        # Beyond the copies it reads as fast as alone.
+        cpu_s = beside_s if beside_s <= link_s else link_s + (1 - link_s / beside_s) * cpu_s
+    return max(cpu_s, link_s + costs.gpu_s(layer, tokens[copied - 1]) if copied else 0.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Outcome, Placement, Step, View
-from .base import BasePolicy, here, hottest, sides_s, through_ring, whole_experts_limit_s
+from .base import BasePolicy, best_copies, here, hottest, through_ring, whole_experts_limit_s
 
 
 class Fiddler(BasePolicy):
@@ -35,9 +35,8 @@ class Fiddler(BasePolicy):
         hits = here(step, view)
         misses = sorted((e for e in step.tokens if e not in hits), key=lambda e: -step.tokens[e])
         room = view.free_slots(GPU0, step.layer)
-        layer, tokens = self.spec.layers[step.layer], [step.tokens[e] for e in misses]
-        counts = range(len(misses) + 1 if room else 1)
-        copied = min(counts, key=lambda m: sides_s(layer, tokens, m, costs))
+        tokens = tuple(step.tokens[e] for e in misses)
+        copied = best_copies(self.spec.layers[step.layer], tokens, costs) if room else 0
         return Decision(
             gpu=self.whole(step, hits + misses[:copied]),
             cpu=self.whole(step, misses[copied:]),

@@ -34,11 +34,9 @@ class LayerStreaming(BasePolicy):
         if not self.slots:
             return Decision(cpu=self.whole(step, step.tokens))
         layer, loaded = step.layer, self._loaded
-        for expert in [e for e in loaded if view.ready_s(e, GPU0) == float("inf")]:
-            del loaded[expert]
         following = (layer + 1) % len(self.spec.layers)
         active = [(layer, e) for e in step.tokens]
-        missing = [e for e in active if e not in loaded]
+        missing = [e for e in active if e not in loaded or view.ready_s(e, GPU0) == float("inf")]
         victims = [e for e in loaded if e[0] not in (layer, following)]  # if in flight, the next copy waits for it
         victims += [e for e in loaded if e[0] == layer and e[1] not in step.tokens]
         victims += [e for e in active if e in loaded]  # once they were computed

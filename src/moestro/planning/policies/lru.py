@@ -39,6 +39,12 @@ class Lru(BasePolicy):
         self._order: list[dict[int, None]] = [{} for _ in spec.layers]  # experts of each layer, oldest first
         return Placement(slots=self.slots)
 
+    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        for layer, order in enumerate(self._order):
+            for expert in [e for e in order if view.ready_s((layer, e), GPU0) == float("inf")]:
+                del order[expert]  # its copy failed
+        return ()
+
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
         if not self.slots:
             return Decision(cpu=self.whole(step, step.tokens))
@@ -53,8 +59,6 @@ class Lru(BasePolicy):
         """Moves that bring a step's misses, and experts that leave for staged ones, which take a place of the layer."""
         layer = step.layer
         order, k = self._order[layer], self.k[layer]
-        for expert in [e for e in order if view.ready_s((layer, e), GPU0) == float("inf")]:
-            del order[expert]  # its copy failed
         active = step.tokens
         hits = [e for e in order if e in active]
         victims = [e for e in order if e not in active]

@@ -49,10 +49,11 @@ class LruSpeculative(Lru):
         return [Move(expert, keep=False, urgent=False) for expert in missing[: max(0, empty - unfilled)]]
 
     def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
-        """Copies overlap the steps, but those that nobody guessed are waited for."""
+        """What nobody guessed in time is waited for: misses, and what had not crossed of guesses that came true."""
         if not self.k[step.layer]:
             return super().bound(step, done, costs, dense_s)
         layer = self.spec.layers[step.layer]
         gpu_s = sum(costs.gpu_s(layer, tokens) for tokens in step.tokens.values())
-        link_s = len(done.misses) * costs.link_s(layer.expert_bytes)
-        return Bound(dense_s + max(gpu_s, link_s), costs.link_s(done.moved_bytes))
+        link_s = costs.link_s(len(done.misses) * layer.expert_bytes + done.joined_bytes)
+        last_s = min((costs.gpu_s(layer, step.tokens[e]) for e in (*done.misses, *done.joined)), default=0.0)
+        return Bound(dense_s + max(gpu_s, link_s + last_s), costs.link_s(done.moved_bytes))

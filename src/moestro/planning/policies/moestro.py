@@ -1,0 +1,291 @@
+"""`moestro`: misses split by neurons between CPU and link, a cache of what is used most, guesses where they are free.
+
+What it takes from where: the CPU-or-copy choice from a latency model (Fiddler), the cache and the next gate's guesses
+(Eliseev and Mazur), one pool over all layers and both sides ending together (FreeToken). What it adds:
+
+1. Misses, those with the most tokens first, cross the link until the next one would end later than the CPU ends with
+   the rest; that one is split at the neuron where both end together. An expert on its way counts with what is left of
+   its copy, so a guess that came half way is worth half. Where the CPU alone takes all that the RAM gives, copying
+   makes nothing faster, and the CPU computes all.
+2. An expert is cached when it was used clearly more than the one that leaves: by `margin` standard deviations of such
+   a count, uses weighted by their age. The copy is not waited for: the CPU computes the miss meanwhile. So the cache
+   holds still where use is steady, and follows where it drifts.
+3. A guess of the next layer's gate is copied into a borrowed slot, behind everything else, if what it is expected to
+   save there (by how often guesses of its rank came true, and how much of it will have crossed by then) exceeds what
+   its copy takes from the CPU's reading in this step.
+
+Left out: eviction chosen by replaying the model's own trace, costs that follow what is measured.
+Parameters: half_life_tokens, after which a use counts half (256); margin, standard deviations (2).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from math import sqrt
+
+from ..contract import (
+    GPU0,
+    Costs,
+    Decision,
+    Expert,
+    Lane,
+    LayerSpec,
+    ModelSpec,
+    Move,
+    Outcome,
+    Phase,
+    Placement,
+    Step,
+    View,
+)
+from .base import BasePolicy, best_copies, hottest, sides_s
+
+_LEARNED = 0.02  # of each new value that is averaged
+_BLOCK = 64
+_REBASE = 1e100
+
+
+class Moestro(BasePolicy):
+    """Split misses, cache by use, guess when the link has time."""
+
+    name = "moestro"
+    lookahead = 1
+
+    def __init__(self, half_life_tokens: float = 256.0, margin: float = 2.0) -> None:
+        self._growth = 2.0 ** (1.0 / half_life_tokens)
+        self._margin = margin
+
+    def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
+        super().place(spec, gpu_bytes, heat)
+        all_fit = self.slots == sum(layer.experts for layer in spec.layers)
+        self._staging = 0 if all_fit else min(self.slots, max(2, min(16, self.slots // 40)))
+        pool = self.slots - self._staging
+        self._weight = 1.0  # of a use now; earlier ones weigh less and less beside it
+        self._uses = self._expected_uses(heat)
+        self._cached = dict.fromkeys(hottest(spec, heat, pool) if heat else ())
+        self._least = [(self._uses.get(e, 0.0), e) for e in self._cached]  # a heap of (uses when pushed, cached expert)
+        heapq.heapify(self._least)
+        self._began_s = self._ended_s = 0.0  # the last layer step
+        self._gap_s = 0.0  # between two of them: attention, mostly
+        self._pending: tuple[int, list[tuple[int, int]]] = (-1, [])  # a layer, ranks and experts guessed for it
+        self._right: dict[int, float] = {}  # rank of a guess -> how often it came true
+        return Placement(slots=self.slots, warm=tuple(self._cached))
+
+    def _expected_uses(self, heat: Mapping[Expert, float]) -> dict[Expert, float]:
+        """What the profile's uses amount to when each counts half after a while: top-2 for want of knowing better."""
+        of_layer: dict[int, float] = {}
+        for (layer, _), uses in heat.items():
+            of_layer[layer] = of_layer.get(layer, 0.0) + uses
+        kept = 2 / (1 - 1 / self._growth)  # the sum of the ages' weights, of two experts a token
+        return {(layer, e): kept * uses / of_layer[layer] for (layer, e), uses in heat.items()}
+
+    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        self._weight *= self._growth**tokens
+        if self._weight > _REBASE:
+            self._uses = {e: uses / self._weight for e, uses in self._uses.items()}
+            self._least = [(uses / self._weight, e) for uses, e in self._least]
+            self._weight = 1.0
+        for expert in [e for e in self._cached if view.ready_s(e, GPU0) == float("inf")]:
+            del self._cached[expert]  # its copy failed
+        return ()
+
+    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
+        layer, uses = step.layer, self._uses
+        for expert, tokens in step.tokens.items():
+            uses[layer, expert] = uses.get((layer, expert), 0.0) + tokens * self._weight
+        self._learn(step, view.now_s)
+        gpu, misses, link_s = self._reachable(step, view, costs)
+        if not self.slots:
+            return Decision(cpu=self.whole(step, misses))
+        moves: list[Move] = []
+        cpu: dict[int, range] = {}
+        room = max(0, view.free_slots(GPU0, layer) - max(0, self.slots - self._staging - len(self._cached)))
+        if not costs.link_gbps or not costs.cpu_gbps:
+            room = 0  # nothing to reckon with
+        if misses:
+            self._split(step, misses, link_s, costs, room, gpu, cpu, moves)
+        borrowed = len(moves)
+        moves += self._cache(step, list(cpu), gpu, view)
+        kept, leaving = self._keep(step, gpu, moves, view)
+        if step.phase is Phase.DECODE:
+            moves += self._guess(step, cpu, view, costs, room - borrowed)
+        return Decision(gpu=gpu, cpu=cpu, moves=(*moves, *kept), drop=tuple(leaving))
+
+    def _keep(
+        self, step: Step, gpu: Mapping[int, range], moves: list[Move], view: View
+    ) -> tuple[list[Move], list[Expert]]:
+        """Guesses that came true and are used enough stay; the cached experts that leave for them."""
+        kept: list[Move] = []
+        leaving: list[Expert] = []
+        brief = {move.evict for move in moves} | {move.expert for move in moves if move.neurons is not None}
+        for expert in gpu:
+            key = (step.layer, expert)
+            if key in self._cached or key in brief or not self.slots - self._staging:
+                continue
+            if len(self._cached) >= self.slots - self._staging:
+                evict = self._least_used(view, step)
+                if evict is None or self._uses[key] <= self._uses[evict]:
+                    continue
+                del self._cached[evict]
+                leaving.append(evict)
+            kept.append(Move(key))
+            self._enter(key)
+        return kept, leaving
+
+    def _enter(self, key: Expert) -> None:
+        self._cached[key] = None
+        heapq.heappush(self._least, (self._uses[key], key))
+
+    def _reachable(self, step: Step, view: View, costs: Costs) -> tuple[dict[int, range], list[int], float]:
+        """What the GPU has, or will have sooner than the CPU; the rest; when the link is free of it."""
+        of, now_s = self.spec.layers[step.layer], view.now_s
+        gpu: list[int] = []
+        rest: list[int] = []
+        arrivals: list[tuple[float, int]] = []
+        for expert in step.tokens:
+            ready_s = view.ready_s((step.layer, expert), GPU0)
+            if ready_s <= now_s:
+                gpu.append(expert)
+            elif ready_s < float("inf"):
+                arrivals.append((ready_s - now_s, expert))
+            else:
+                rest.append(expert)
+        if not arrivals:
+            return self.whole(step, gpu), rest, 0.0
+        cpu_s = sum(costs.cpu_s(of, step.tokens[e]) for e in (*rest, *(e for _, e in arrivals)))
+        link_s = 0.0
+        for left_s, expert in sorted(arrivals):
+            own_s = costs.cpu_s(of, step.tokens[expert])
+            if left_s <= cpu_s or own_s == float("inf"):
+                gpu.append(expert)
+                link_s = left_s
+                cpu_s -= own_s
+            else:
+                rest.append(expert)
+        return self.whole(step, gpu), rest, link_s
+
+    def _split(
+        self,
+        step: Step,
+        misses: list[int],
+        link_s: float,
+        costs: Costs,
+        room: int,
+        gpu: dict[int, range],
+        cpu: dict[int, range],
+        moves: list[Move],
+    ) -> None:
+        """Divide the misses so that both sides end as soon as they can; fills gpu, cpu and moves."""
+        of = self.spec.layers[step.layer]
+        misses.sort(key=lambda e: -step.tokens[e])
+        tokens = tuple(step.tokens[e] for e in misses)
+        copied = best_copies(of, tokens, costs, link_s) if room else 0
+        part, best_s = 0, sides_s(of, tokens, copied, costs, link_s)
+        if room and of.splittable:
+            for whole in {max(0, copied - 1), copied} - {len(misses)}:
+                neurons, ends_s = _balance(of, tokens, whole, costs, link_s)
+                if neurons and ends_s < best_s:
+                    copied, part, best_s = whole, neurons, ends_s
+        for i, expert in enumerate(misses):
+            if i > copied or (i == copied and not part):
+                cpu[expert] = range(of.neurons)
+                continue
+            evict = moves[i - room].expert if i >= room else None
+            gpu[expert] = range(of.neurons if i < copied else part)
+            if i == copied:
+                cpu[expert] = range(part, of.neurons)
+            share = None if i < copied else range(part)
+            moves.append(Move((step.layer, expert), evict=evict, neurons=share, keep=False))
+
+    def _cache(self, step: Step, missed: list[int], gpu: Mapping[int, range], view: View) -> list[Move]:
+        """Copies of experts that are used more than the least used cached one; nobody waits for them."""
+        moves: list[Move] = []
+        pool = self.slots - self._staging
+        for expert in missed:
+            key = (step.layer, expert)
+            if expert in gpu or not pool or view.ready_s(key, GPU0) < float("inf"):
+                continue
+            if len(self._cached) < pool:
+                evict = None
+            else:
+                evict = self._least_used(view, step)
+                if evict is None or not self._clearly_more(self._uses[key], self._uses[evict]):
+                    break
+                del self._cached[evict]
+            moves.append(Move(key, evict=evict, urgent=False))
+            self._enter(key)
+        return moves
+
+    def _clearly_more(self, uses: float, others: float) -> bool:
+        """Whether a count exceeds another by more than chance: variances of aged counts are about half of them."""
+        weight = self._weight
+        return uses - others > self._margin * sqrt((uses + others) / 2 * weight)
+
+    def _least_used(self, view: View, step: Step) -> Expert | None:
+        """The cached expert with the fewest uses, if it can leave now."""
+        heap = self._least
+        while heap:
+            uses, expert = heap[0]
+            if expert not in self._cached:
+                heapq.heappop(heap)
+            elif self._uses[expert] > uses:
+                heapq.heapreplace(heap, (self._uses[expert], expert))
+            else:
+                in_use = expert[0] == step.layer and expert[1] in step.tokens
+                return None if in_use or expert not in view.evictable(GPU0, step.layer) else expert
+        return None
+
+    def _guess(self, step: Step, cpu: Mapping[int, range], view: View, costs: Costs, room: int) -> list[Move]:
+        """Copies of the next layer's likely experts into borrowed slots, if the link has nothing to do."""
+        following = step.layer + 1
+        if room <= 0 or following not in step.guesses:
+            return []
+        if view.lane_free_s(Lane.LINK) > view.now_s:
+            return []
+        of = self.spec.layers[step.layer]
+        busy_s = sum(costs.cpu_s(of, step.tokens[e]) * len(neurons) / of.neurons for e, neurons in cpu.items())
+        copy_s, alone_s = costs.link_s(of.expert_bytes), costs.cpu_s(of, 1)
+        lost_s = min(copy_s, busy_s) * (1 - alone_s / costs.cpu_s(of, 1, beside_link=True))
+        late_s = max(0.0, copy_s - busy_s - self._gap_s)  # after the next step has begun
+        moves: list[Move] = []
+        self._pending = following, []
+        for rank, expert in enumerate(list(step.guesses[following])[: len(step.tokens)]):
+            key = (following, expert)
+            if view.ready_s(key, GPU0) < float("inf"):
+                continue
+            self._pending[1].append((rank, expert))
+            if len(moves) < room and self._right.get(rank, 1.0) * (alone_s - late_s) > lost_s:
+                moves.append(Move(key, keep=False, urgent=False))
+                late_s += copy_s
+        return moves
+
+    def _learn(self, step: Step, now_s: float) -> None:
+        """How long it takes from step to step, and how often guesses of each rank came true."""
+        if step.phase is Phase.DECODE and step.layer:
+            self._gap_s += _LEARNED * (now_s - self._ended_s - self._gap_s)
+        self._began_s = now_s
+        layer, guessed = self._pending
+        if layer == step.layer:
+            for rank, expert in guessed:
+                before = self._right.get(rank, 0.5)
+                self._right[rank] = before + _LEARNED * ((expert in step.tokens) - before)
+
+    def observe(self, done: Outcome) -> None:
+        self._ended_s = self._began_s + done.wall_s
+
+
+def _balance(of: LayerSpec, tokens: tuple[int, ...], copied: int, costs: Costs, link_s: float) -> tuple[int, float]:
+    """How many neurons of expert `copied` to copy besides the ones before it, and when CPU and link then end together.
+
+    Args:
+        tokens: of each miss, the most first. link_s: until the link is free.
+    """
+    copy_s = costs.link_s(of.expert_bytes)
+    beside_s = [costs.cpu_s(of, n, beside_link=True) for n in tokens[copied:]]
+    start_s = link_s + copied * copy_s
+    share = (sum(beside_s) - start_s) / (copy_s + beside_s[0])  # start + f copy = the rest - f of the first
+    neurons = int(share * of.neurons) // _BLOCK * _BLOCK
+    if not 0 < neurons < of.neurons:
+        return 0, 0.0
+    return neurons, max(start_s + copy_s * neurons / of.neurons, sum(beside_s) - beside_s[0] * neurons / of.neurons)
