@@ -29,8 +29,8 @@ from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import Budget, check_fits, format_bytes
-from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase
-from .planning.machines import THIS, machine_named
+from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
+from .planning.machines import THIS, Machine, machine_named
 from .planning.policies import make_policy
 from .planning.replay import experts_room
 from .planning.trace import Trace
@@ -69,26 +69,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     fmt = FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]
     dense = dense_formats(model, config, device)
     spec = _spec_of(model, modules, layouts, fmt, dense_bytes(model, dense))
-    budget, policy = config.budget, make_policy(config.policy)
-    on_gpu = device.torch_device.type != "cpu"
-    machine = None if config.machine in (None, THIS) else machine_named(config.machine)
-    if config.clock == "virtual":
-        machine = machine or this_machine(device, config.threads)
-        gpu_bytes = experts_room(spec, machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
-    else:
-        gpu_bytes = _gpu_bytes(budget, device)
-    placement = policy.place(spec, max(0, gpu_bytes - (spec.dense_bytes if on_gpu else 0)), _heat(config.profile, spec))
-    if machine is None and placement.slots:
-        machine = this_machine(device, config.threads)
-    costs = Costs() if machine is None else machine.costs
-    check_fits(
-        spec,
-        placement,
-        gpu_bytes=gpu_bytes,
-        ram_bytes=available_ram_bytes() if budget.ram_bytes is None else budget.ram_bytes,
-        dense_on_gpu=on_gpu,
-        ram_named=budget.ram_bytes is not None,
-    )
+    policy, placement, machine = _plan(spec, config, device)
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
     cpu = CpuExperts(config.threads)
     first_touch(store.memory, cpu.threads)
@@ -102,9 +83,9 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         policy=policy,
         device=device,
         store=store,
-        slots=SlotPool(slots, placement.held),
+        slots=SlotPool(slots, placement.held, placement.warm),
         cpu=cpu,
-        costs=costs,
+        costs=Costs() if machine is None else machine.costs,
         gates=[Gate(router) if (router := find_router(model, name)) is not None else None for name in modules],
         clock=machine_clock(spec, placement, machine) if machine is not None and config.clock == "virtual" else None,
     )
@@ -114,6 +95,35 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     model.register_forward_pre_hook(_begin_step(conductor), with_kwargs=True)
     model.moestro = conductor
     return conductor
+
+
+def _plan(spec: ModelSpec, config: MoestroConfig, device: Device) -> tuple[Policy, Placement, Machine | None]:
+    """Who decides, where experts start, and the machine that is reckoned with, where one is needed.
+
+    Raises:
+        BudgetError: it does not fit. RequestError: a GPU budget without a GPU, or a profile of another model.
+    """
+    budget, policy = config.budget, make_policy(config.policy)
+    machine = None if config.machine in (None, THIS) else machine_named(config.machine)
+    dense_on_gpu = device.torch_device.type != "cpu"
+    if config.clock == "virtual":
+        machine = machine or this_machine(device, config.threads)
+        gpu_bytes = experts_room(spec, machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
+    else:
+        gpu_bytes = _gpu_bytes(budget, device)
+    room_bytes = max(0, gpu_bytes - (spec.dense_bytes if dense_on_gpu else 0))
+    placement = policy.place(spec, room_bytes, _heat(config.profile, spec))
+    check_fits(
+        spec,
+        placement,
+        gpu_bytes=gpu_bytes,
+        ram_bytes=available_ram_bytes() if budget.ram_bytes is None else budget.ram_bytes,
+        dense_on_gpu=dense_on_gpu,
+        ram_named=budget.ram_bytes is not None,
+    )
+    if machine is None and placement.slots:
+        machine = this_machine(device, config.threads)
+    return policy, placement, machine
 
 
 def _heat(profile: str | None, spec: ModelSpec) -> dict[Expert, float]:

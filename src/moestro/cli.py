@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from inspect import signature
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,10 @@ from . import __version__
 from .bench.commands import bench
 from .errors import MoestroError, RequestError
 from .options import (
+    AsShape,
     Bits,
+    Clock,
+    DecodeTokens,
     DenseBits,
     DeviceName,
     Dtype,
@@ -27,20 +31,28 @@ from .options import (
     GpuMemory,
     HeadBits,
     Json,
+    MachineName,
     MaxNewTokens,
     MinP,
     Model,
     NumBeams,
     PolicyName,
+    Profile,
+    PromptTokens,
     Ram,
     RepetitionPenalty,
+    ReplayBits,
+    ReplayGpuMemory,
+    ReplayMachine,
     Seed,
     Shape,
     Stop,
     Temperature,
+    TextFile,
     Threads,
     TopK,
     TopP,
+    TraceTokens,
 )
 from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
@@ -90,6 +102,9 @@ def run(
     ram: Ram = None,
     policy: PolicyName = DEFAULT_POLICY,
     device: DeviceName = "auto",
+    machine: MachineName = None,
+    clock: Clock = "wall",
+    profile: Profile = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     bits: Bits = None,
@@ -97,6 +112,10 @@ def run(
     dense_bits: DenseBits = None,
     head_bits: HeadBits = None,
     fuse: Fuse = True,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Record what the routers choose. [default: no]", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue one prompt, streaming, and print how fast it went."""
@@ -110,7 +129,8 @@ def run(
     loaded, tokenizer = _load(model, shape, context)
     if not as_json:
         print(text, end="", flush=True)
-    result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
+    with _recorded(loaded, trace, model or shape or "", text):
+        result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -138,6 +158,9 @@ def chat(
     ram: Ram = None,
     policy: PolicyName = DEFAULT_POLICY,
     device: DeviceName = "auto",
+    machine: MachineName = None,
+    clock: Clock = "wall",
+    profile: Profile = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     bits: Bits = None,
@@ -168,6 +191,92 @@ def chat(
                 _say(f"{error}; /new starts over")
             except KeyboardInterrupt:
                 _say("\nstopped; that message is forgotten")
+
+
+@app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
+def trace_command(
+    context: typer.Context,
+    text: TextFile,
+    model: Model = None,
+    shape: Shape = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where to keep the trace. [default: nowhere]", show_default=False
+        ),
+    ] = None,
+    tokens: TraceTokens = 1024,
+    prompt_tokens: PromptTokens = 64,
+    decode_tokens: DecodeTokens = 192,
+    gpu_memory: GpuMemory = None,
+    ram: Ram = None,
+    policy: PolicyName = DEFAULT_POLICY,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    bits: Bits = None,
+    expert_bits: ExpertBits = None,
+    dense_bits: DenseBits = None,
+    head_bits: HeadBits = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
+    from .bench.traces import print_summary
+    from .planning.trace_summary import summarize
+    from .tracing import trace_text
+
+    words = _read_file(text)
+    loaded, tokenizer = _load(model, shape, context)
+    name = model or shape or ""
+    found = trace_text(
+        loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
+    )
+    if output is not None:
+        found.save(_writable(output))
+    summary = summarize(found)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print_summary(summary)
+
+
+@app.command(
+    "replay", epilog="Example: moestro replay demo.trace --policy lru --machine rtx4090 --as-shape mixtral-8x7b"
+)
+def replay_command(
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A file that moestro trace wrote.", show_default=False)],
+    policy: PolicyName = DEFAULT_POLICY,
+    machine: ReplayMachine = "rtx4090",
+    gpu_memory: ReplayGpuMemory = None,
+    as_shape: AsShape = None,
+    bits: ReplayBits = None,
+    profile: Profile = None,
+    timeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Keep what each lane did, as a Chrome trace. [default: no]", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
+    from .bench.traces import print_replay, run_replay
+
+    found = run_replay(
+        trace,
+        policy,
+        machine,
+        gpu_memory=gpu_memory,
+        shape=as_shape,
+        bits=bits,
+        profile=profile,
+        timeline=None if timeline is None else _writable(timeline),
+    )
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        print_replay(found)
 
 
 @app.command(epilog="Example: moestro doctor")
@@ -210,6 +319,37 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
     return sys.stdin.read() if prompt in (None, "-") else str(prompt)
+
+
+def _read_file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the text {path} cannot be read ({error}); give a text file in UTF-8") from None
+
+
+def _writable(path: str) -> Path:
+    """A file that will be written, refused before the work is done."""
+    found = Path(path)
+    try:
+        found.touch()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
+    return found
+
+
+@contextmanager
+def _recorded(model: Any, path: str | None, name: str, text: str) -> Iterator[None]:
+    """Record what the model's routers choose within it, if there is a file for it."""
+    if path is None:
+        yield
+        return
+    from .tracing import recording
+
+    target = _writable(path)
+    with recording(model) as recorder:
+        yield
+    recorder.trace(model, name, text).save(target)
 
 
 def _read_line() -> str | None:

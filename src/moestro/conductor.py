@@ -145,6 +145,7 @@ class Conductor:
         self.phase = Phase.PREFILL
         self.time: Clock = self.clock or WallClock(self.costs)
         self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
+        self._to_warm = list(self.slots.warm)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
 
     def __reduce__(self) -> NoReturn:
@@ -154,12 +155,23 @@ class Conductor:
         """Before the first layer of a step that adds `tokens` tokens to each sequence."""
         with self._lock:
             self.phase = phase
+            self._warm()
             if self.recorder is not None:
                 self.recorder.begin(tokens, phase)
             moves = self.policy.begin(tokens, self.view, self.costs)
             check_moves(moves, self.view, self.spec, "before the first layer")
             for move in moves:
                 self._start(move, None)
+
+    def _warm(self) -> None:
+        """Before the first step: bring the experts that the policy wants in slots from the start."""
+        copies = []
+        for key in self._to_warm:
+            source = self.store[key]
+            copies.append(self.device.copy(source, self.slots[key][: source.numel()], False))
+        for copy in copies:
+            copy.wait()
+        self._to_warm = []
 
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer, weighted and summed.

@@ -182,7 +182,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     Raises:
         RequestError: there is nothing to start from.
     """
-    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

@@ -86,8 +86,6 @@ def load(
     Raises:
         MoestroError: one line on what was found, what was needed and what to do.
     """
-    if (model is None) == (shape is None):
-        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
     config = MoestroConfig(
         gpu_memory=gpu_memory,
         ram=ram,
@@ -103,13 +101,7 @@ def load(
         head_bits=head_bits,
         fuse=fuse,
     )
-    torch_dtype = _parse_dtype(dtype)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if shape is not None:
-        return build_random_model(shape, config, dtype=torch_dtype, seed=seed)
-    assert model is not None
-    return _load_checkpoint(model, config, torch_dtype)
+    return _load(model, shape, config, _parse_dtype(dtype), seed)
 
 
 def load_tokenizer(model: str | None = None, *, shape: str | None = None) -> PreTrainedTokenizerBase:
@@ -130,6 +122,17 @@ def load_tokenizer(model: str | None = None, *, shape: str | None = None) -> Pre
             f"{model} has no tokenizer that Transformers can read; put its tokenizer.json beside the weights "
             f"({_first_line(error)})"
         ) from error
+
+
+def _load(model: str | None, shape: str | None, config: MoestroConfig, dtype: Any, seed: int) -> PreTrainedModel:
+    if (model is None) == (shape is None):
+        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if shape is not None:
+        return build_random_model(shape, config, dtype=dtype, seed=seed)
+    assert model is not None
+    return _load_checkpoint(model, config, dtype)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .planning.machines import machine_names
 from .planning.policies import POLICIES
 from .planning.shapes import SHAPES
 
@@ -47,6 +48,27 @@ DeviceName = Annotated[
         "--device",
         metavar="NAME",
         help="auto (a GPU where there is one), cpu, cuda, or emulated (for tests).",
+    ),
+]
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        "--machine",
+        metavar="NAME",
+        help=f"Whose rates the policy reckons with: {', '.join(machine_names())}. [default: this, measured]",
+        show_default=False,
+    ),
+]
+Clock = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="wall, or virtual: real results at the modelled speed of --machine, on --device emulated."
+    ),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="A trace by which popular experts are placed. [default: none]", show_default=False
     ),
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, float16 or bfloat16.")]
@@ -95,3 +117,36 @@ Stop = Annotated[
 ]
 NumBeams = Annotated[int, typer.Option(help="Beams of a beam search; the text then comes at the end.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
+TextFile = Annotated[str, typer.Option("--text", metavar="FILE", help="The text to read.", show_default=False)]
+TraceTokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode in all.")]
+PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece of the text, read at once.")]
+DecodeTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece, one by one after its prompt.")]
+AsShape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Sizes and depth of a real shape, its layers choosing as the trace's do. [default: the trace's]",
+        show_default=False,
+    ),
+]
+ReplayBits = Annotated[
+    int | None,
+    typer.Option(
+        "--bits",
+        metavar="N",
+        help="Bits of the experts' weights: 16, 8 or 4. [default: the trace's]",
+        show_default=False,
+    ),
+]
+ReplayMachine = Annotated[
+    str, typer.Option("--machine", metavar="NAME", help=f"The machine: {', '.join(machine_names())}.")
+]
+ReplayGpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="GPU memory for dense weights and experts. [default: all that the machine has]",
+        show_default=False,
+    ),
+]

@@ -2,7 +2,7 @@
 
     with recording(model) as recorder:
         model.generate(...)
-    recorder.trace(model, "demo", text).save(Path("demo.trace"))
+    recorder.trace(model, "demo", ids).save(Path("demo.trace"))
 
 It only listens: policy, tokens and speed of a device are as without it, but for the time that guessing takes. Layers
 are then no longer computed in one call (fuse/stretch.py).
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from .errors import RequestError
@@ -52,15 +53,15 @@ class Recorder:
             self._passes.append(Pass(self._phase, self._tokens, tuple(self._steps)))
         self._steps = []
 
-    def trace(self, model: Any, name: str, text: str) -> Trace:
-        """What was recorded so far."""
+    def trace(self, model: Any, name: str, text: str | None) -> Trace:
+        """What was recorded so far, of a text or of no text."""
         self._end()
         conductor = model.moestro
         return Trace(
             model=name,
             spec=conductor.spec,
             top_k=self.top_k,
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            text_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
             passes=tuple(self._passes),
             lookahead=self.lookahead,
             agreement=tuple(None if gate is None else gate.agreement for gate in conductor.gates),
@@ -68,9 +69,9 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: Any) -> Iterator[Recorder]:
+def recording(model: Any, lookahead: int = LOOKAHEAD) -> Iterator[Recorder]:
     """Listen to a loaded model."""
-    recorder = Recorder()
+    recorder = Recorder(lookahead)
     model.moestro.recorder = recorder
     try:
         yield recorder
@@ -78,36 +79,71 @@ def recording(model: Any) -> Iterator[Recorder]:
         model.moestro.recorder = None
 
 
-@torch.no_grad()
-def trace_text(
-    model: Any, tokenizer: Any, name: str, text: str, *, tokens: int, prompt_tokens: int, decode_tokens: int
+def trace_text(model: Any, tokenizer: Any, name: str, text: str, **pieces: int) -> Trace:
+    """As `trace_ids`, of a text."""
+    return trace_ids(model, name, encode(tokenizer, text), text, **pieces)
+
+
+def trace_ids(
+    model: Any,
+    name: str,
+    ids: Tensor,
+    text: str | None = None,
+    *,
+    tokens: int,
+    prompt_tokens: int,
+    decode_tokens: int,
+    lookahead: int = LOOKAHEAD,
 ) -> Trace:
-    """Read a text as prompts, each followed by decode steps that are given the text's own next tokens.
+    """Record a model that reads tokens as `read_pieces` gives them.
 
     Args:
-        tokens: decode steps in all, at most. prompt_tokens, decode_tokens: of each piece of the text.
+        ids: int64 [tokens], those of `text` if it has one.
+        lookahead: for how many later layers gates guess.
 
     Raises:
-        RequestError: the text is too short, or a piece is longer than the model's context.
+        RequestError: too few tokens, or a piece that is longer than the model's context.
+    """
+    with recording(model, lookahead) as recorder:
+        pieces = {"tokens": tokens, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+        for _ in read_pieces(model, ids.to(model.device), **pieces):
+            pass
+    return recorder.trace(model, name, text)
+
+
+@torch.no_grad()
+def read_pieces(
+    model: Any, ids: Tensor, *, tokens: int, prompt_tokens: int, decode_tokens: int
+) -> Iterator[tuple[Phase, int, float]]:
+    """Let a model read tokens as prompts, each followed by decode steps that are given the next tokens.
+
+    Args:
+        ids: int64 [tokens], where the model is.
+        tokens: decode steps in all, at most. prompt_tokens, decode_tokens: of each piece.
+
+    Yields:
+        For each step its phase, its tokens, and its seconds on the conductor's clock.
+
+    Raises:
+        RequestError: too few tokens, or a piece that is longer than the model's context.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     piece = prompt_tokens + decode_tokens
     if context and piece > context:
         raise RequestError(f"--prompt-tokens and --decode-tokens are {piece}, more than the context of {context}")
-    ids = encode(tokenizer, text).to(model.device)
     if len(ids) <= prompt_tokens:
-        raise RequestError(
-            f"the text has {len(ids)} tokens, but a prompt alone takes {prompt_tokens}; give a longer one"
-        )
-    done = 0
-    with recording(model) as recorder:
-        for start in range(0, len(ids) - prompt_tokens, piece):
-            cache = DynamicCache(config=model.config)
-            at = start + prompt_tokens
-            model(input_ids=ids[None, start:at], past_key_values=cache, use_cache=True)
-            for token in ids[at : min(at + decode_tokens, at + tokens - done)]:
-                model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
-                done += 1
-            if done >= tokens:
-                break
-    return recorder.trace(model, name, text)
+        raise RequestError(f"the text has {len(ids)} tokens, but a prompt takes {prompt_tokens}; give a longer one")
+    clock, done = model.moestro.time, 0
+    for start in range(0, len(ids) - prompt_tokens, piece):
+        cache = DynamicCache(config=model.config)
+        at = start + prompt_tokens
+        end = min(at + decode_tokens, at + tokens - done, len(ids))
+        for span in [slice(start, at), *(slice(i, i + 1) for i in range(at, end))]:
+            begun_s = clock.now_s
+            logits = model(input_ids=ids[None, span], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits[0, -1, 0].item()  # the step is over when a GPU has its result
+            is_prompt = span.start == start
+            yield Phase.PREFILL if is_prompt else Phase.DECODE, span.stop - span.start, clock.now_s - begun_s
+        done += end - at
+        if done >= tokens:
+            return

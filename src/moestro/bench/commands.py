@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..options import Json, Threads
+from ..options import (
+    AsShape,
+    DecodeTokens,
+    Json,
+    Model,
+    PromptTokens,
+    ReplayBits,
+    ReplayGpuMemory,
+    ReplayMachine,
+    Seed,
+    Shape,
+    Threads,
+    TraceTokens,
+)
+from ..planning.policies import POLICIES
 from ..planning.shapes import SHAPES
 
+TextSource = Annotated[
+    str | None,
+    typer.Option("--text", metavar="FILE", help="The text to read. [default: random tokens]", show_default=False),
+]
 KERNEL_SHAPES = tuple(name for name in SHAPES if name != "tiny")
 
 bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
@@ -95,6 +114,104 @@ def bench_decode(
     from .decode import measure_decode
 
     report = measure_decode(shape, bits, layers=layers, rounds=rounds, threads=threads, alone=alone)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.print()
+
+
+@bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
+def bench_policies(
+    model: Model = None,
+    shape: Shape = None,
+    text: TextSource = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A recorded trace instead of MODEL and --text. [default: none]", show_default=False
+        ),
+    ] = None,
+    machine: ReplayMachine = "rtx4090",
+    gpu_memory: ReplayGpuMemory = None,
+    as_shape: AsShape = None,
+    bits: ReplayBits = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Only this one; may be given several times. [default: {', '.join(POLICIES)}]",
+            show_default=False,
+        ),
+    ] = None,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live", help="Run the model under each: on its GPU, or pretended on the machine's virtual clock."
+        ),
+    ] = False,
+    tokens: TraceTokens = 512,
+    prompt_tokens: PromptTokens = 64,
+    decode_tokens: DecodeTokens = 192,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
+    from .policies import compare_policies
+
+    found = compare_policies(
+        model,
+        shape,
+        text,
+        trace,
+        machine=machine,
+        gpu_memory=gpu_memory,
+        as_shape=as_shape,
+        bits=bits,
+        names=tuple(policy or POLICIES),
+        live=live,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        found.print()
+
+
+@bench.command("recall", epilog="Example: moestro bench recall demo --text story.txt --plot recall.svg")
+def bench_recall(
+    model: Model = None,
+    shape: Shape = None,
+    text: TextSource = None,
+    tokens: TraceTokens = 1024,
+    prompt_tokens: PromptTokens = 64,
+    decode_tokens: DecodeTokens = 192,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw both as an SVG. [default: no]", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """LRU hits against slots, and recall of the next gates' guesses against their number."""
+    from .policies import record
+    from .recall import FARTHEST, measure_recall
+
+    report = measure_recall(
+        record(
+            model,
+            shape,
+            text,
+            tokens=tokens,
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            seed=seed,
+            lookahead=FARTHEST,
+        )
+    )
+    if plot is not None:
+        report.plot(Path(plot))
     if as_json:
         print(json.dumps(report.to_json()))
     else:

@@ -56,7 +56,8 @@ class SlotTable:
 
     def __init__(self, slots: int, held: Iterable[Expert] = (), warm: Iterable[Expert] = ()) -> None:
         self.held = frozenset(held)
-        there = [*sorted(self.held), *warm]
+        self.warm = tuple(warm)
+        there = [*sorted(self.held), *self.warm]
         if len(there) > slots:
             raise ValueError(f"{len(there)} experts do not fit {slots} slots")
         self._slots = slots

@@ -37,6 +37,12 @@ def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
     return replace(spec, layers=tuple(of(layer) for layer in spec.layers))
 
 
+def resized(trace: Trace, shape: str | None, bits: int | None) -> Trace:
+    """A trace at another shape's size, or with experts of other bits; as it is where nothing is asked."""
+    found = trace if shape is None else as_shape(trace, shape)
+    return found if bits is None else replace(found, spec=at_bits(found.spec, bits))
+
+
 def as_shape(trace: Trace, shape: str) -> Trace:
     """The trace as if a model of that shape, in bf16, had chosen so.
 

@@ -9,8 +9,8 @@ The file, version 1, is one line of JSON (the header), a line feed, and a zlib s
     active   uint16 expert, uint32 tokens routed to it, float32 sum of their routing weights
     guesses  for each layer step and each of `lookahead` layers: uint16 count; then uint16 expert, uint16 score * 65535
 
-The header has the model's name and shape (`spec`), the text's SHA-256, the router's top-k, and how often each gate's
-rule gives its own layer's choice (`agreement`, null where a family has no gate that was found).
+The header has the model's name and shape (`spec`), the text's SHA-256 (null for random tokens), the router's top-k, and
+how often each gate's rule gives its own layer's choice (`agreement`, null where a family has no gate that was found).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Trace:
     model: str
     spec: ModelSpec
     top_k: int
-    text_sha256: str
+    text_sha256: str | None
     passes: Sequence[Pass]
     lookahead: int = 0
     agreement: tuple[float | None, ...] = field(default=())
@@ -165,7 +165,7 @@ def _read(header: dict[str, Any], body: bytes) -> Trace:
         model=str(header["model"]),
         spec=ModelSpec(layers, **spec),
         top_k=int(header["top_k"]),
-        text_sha256=str(header["text_sha256"]),
+        text_sha256=header["text_sha256"],
         passes=_read_passes(columns, lookahead, layers),
         lookahead=lookahead,
         agreement=tuple(header["agreement"]),

@@ -1,0 +1,111 @@
+"""Figure 2 of Eliseev and Mazur (arXiv 2312.17238), re-measured: LRU hits against k, recall of guesses against their
+number.
+
+    moestro bench recall demo --text data/stories/heldout.txt --plot docs/recall.svg
+
+Guesses 1, 2 and 10 layers ahead, or as many as the model has layers for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import RequestError
+from ..planning.trace import Trace
+from ..planning.trace_summary import lru_hit_rate, recall
+
+FARTHEST = 10  # layers ahead, as in the paper
+
+
+@dataclass(frozen=True, slots=True)
+class RecallReport:
+    """hits: k -> LRU hit ratio. recall: layers ahead -> experts guessed -> share of those used that are among them."""
+
+    model: str
+    experts: int
+    top_k: int
+    decode_tokens: int
+    text_sha256: str | None
+    hits: dict[int, float]
+    recall: dict[int, dict[int, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self)
+
+    def print(self) -> None:
+        """Two tables."""
+        console = Console(width=100)
+        hits = Table(title=f"{self.model}: LRU hit ratio, k of {self.experts} experts a layer", title_justify="left")
+        hits.add_column("k")
+        hits.add_column("LRU", justify="right")
+        hits.add_column("random", justify="right")
+        for k, rate in self.hits.items():
+            hits.add_row(str(k), f"{rate:.3f}", f"{k / self.experts:.3f}")
+        console.print(hits)
+        table = Table(
+            title=f"recall of the next gates' guesses, top-{self.top_k} of {self.experts}", title_justify="left"
+        )
+        table.add_column("guessed")
+        for ahead in self.recall:
+            table.add_column(f"{ahead} ahead", justify="right")
+        for count in next(iter(self.recall.values()), {}):
+            table.add_row(str(count), *(f"{rates[count]:.3f}" for rates in self.recall.values()))
+        console.print(table)
+        console.print(f"{self.decode_tokens} decoded tokens")
+
+    def plot(self, path: Path) -> None:
+        """Draw both as an SVG.
+
+        Raises:
+            RequestError: matplotlib is not installed.
+        """
+        try:
+            import matplotlib  # type: ignore[import-not-found,unused-ignore]
+        except ImportError:
+            raise RequestError("--plot needs matplotlib; install it with: pip install 'moestro[plots]'") from None
+        matplotlib.use("svg")
+        matplotlib.rcParams["svg.hashsalt"] = "moestro"  # the same picture, the same file
+        from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+        left.plot(list(self.hits), list(self.hits.values()), "o-", label="LRU")
+        left.plot(list(self.hits), [k / self.experts for k in self.hits], ":", color="grey", label="random")
+        left.set(xlabel="slots a layer, k", ylabel="hit ratio", ylim=(0, 1.02))
+        for (ahead, rates), style in zip(self.recall.items(), ("o-", "o--", "o:"), strict=False):
+            right.plot(list(rates), list(rates.values()), style, label=f"{ahead} ahead")
+        right.set(xlabel="experts guessed", ylabel="recall")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(f"{self.model}, top-{self.top_k} of {self.experts} experts, {self.decode_tokens} tokens")
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+
+
+def measure_recall(trace: Trace) -> RecallReport:
+    """Hits of an LRU in a trace, and recall of its guesses."""
+    lookahead = sorted({1, 2, min(trace.lookahead, FARTHEST, len(trace.spec.layers) - 1)})
+    experts = max(layer.experts for layer in trace.spec.layers)
+    kept = max((len(g) for step in trace.passes[-1].steps for g in step.guesses.values()), default=0)
+    counts = range(1, min(experts, kept) + 1)
+    found = {ahead: {count: recall(trace, ahead, count) for count in counts} for ahead in lookahead}
+    ks = [k for k in range(1, experts + 1) if k <= 8 or k % (experts // 8) == 0]
+    return RecallReport(
+        model=trace.model,
+        experts=experts,
+        top_k=trace.top_k,
+        decode_tokens=sum(one.tokens for one in trace.passes if one.phase.value == "decode"),
+        text_sha256=trace.text_sha256,
+        hits={k: lru_hit_rate(trace, k) for k in ks},
+        recall={
+            ahead: {count: rate for count, rate in rates.items() if rate is not None}
+            for ahead, rates in found.items()
+            if any(rate is not None for rate in rates.values())
+        },
+    )

@@ -1,0 +1,109 @@
+"""What `moestro trace` and `moestro replay` do behind their options, and how they print it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..planning.budget import format_bytes, parse_bytes
+from ..planning.machines import THIS, Machine, machine_named
+from ..planning.policies import make_policy
+from ..planning.replay import PhaseFigures, Replay, replay
+from ..planning.tile import resized
+from ..planning.timeline import Timeline
+from ..planning.trace import Trace
+
+
+def load_trace(path: str, shape: str | None, bits: int | None) -> Trace:
+    """A trace file, at another shape's size or with experts of other bits if asked."""
+    return resized(Trace.load(Path(path)), shape, bits)
+
+
+def find_machine(name: str) -> Machine:
+    """A machine by name; `this` is measured."""
+    if name != THIS:
+        return machine_named(name)
+    from ..compute.devices import make_device
+    from ..this_machine import this_machine
+
+    return this_machine(make_device("auto"))
+
+
+def run_replay(
+    path: str,
+    policy: str,
+    machine: str,
+    *,
+    gpu_memory: str | None,
+    shape: str | None,
+    bits: int | None,
+    profile: str | None,
+    timeline: Path | None,
+) -> Replay:
+    """What `moestro replay` is asked for; all of them as its options are."""
+    trace = load_trace(path, shape, bits)
+    heat = None if profile is None else load_trace(profile, shape, bits).heat()
+    spans = None if timeline is None else Timeline()
+    gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+    found = replay(trace, make_policy(policy), find_machine(machine), gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
+    if timeline is not None and spans is not None:
+        spans.save(timeline)
+    return found
+
+
+def print_replay(found: Replay) -> None:
+    """Speeds, hits and lanes."""
+    console = Console(width=100)
+    console.print(f"{found.policy} on {found.machine}, {found.slots} experts in GPU memory")
+    for name, phase in (("prefill", found.prefill), ("decode", found.decode)):
+        console.print(_line(name, phase))
+    console.print(
+        f"Belady's hit rate with these slots {found.belady_rate:.1%}; decode at {found.belady_share:.2f} of the limit there"
+    )
+    table = Table()
+    for column in ("lane", "busy", "idle", "moved or read"):
+        table.add_column(column, justify="left" if column == "lane" else "right")
+    for lane, (busy_s, n_bytes) in found.lanes.items():
+        idle_s = max(0.0, found.seconds - busy_s)
+        table.add_row(lane.value, f"{busy_s:.3f} s", f"{idle_s:.3f} s", format_bytes(n_bytes))
+    console.print(table)
+
+
+def _line(name: str, phase: PhaseFigures) -> str:
+    if not phase.tokens:
+        return f"{name:8} no tokens in the trace"
+    return (
+        f"{name:8} {phase.tok_s:8.2f} tok/s   {phase.tokens} tokens   hit {phase.hits}, joined {phase.joined}, "
+        f"miss {phase.misses}   {phase.share:.2f} of the hybrid limit, {phase.own_share:.2f} of its own"
+    )
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """What `moestro trace` prints without --json."""
+    console = Console(width=100)
+    console.print(
+        f"{summary['model']}: {summary['layers']} layers of {summary['experts']} experts, top-{summary['top_k']}; "
+        f"{summary['prefill_tokens']} prompt tokens, {summary['decode_tokens']} decoded"
+    )
+    popular = summary["popularity"]
+    console.print(
+        f"popularity   the hottest expert {popular['hottest']:.2f} x the mean, the coldest {popular['coldest']:.2f} x, "
+        f"the hottest quarter {popular['hottest_quarter']:.1%} of all uses"
+    )
+    reuse = "   ".join(f"{n}: {share:.1%}" for n, share in summary["reuse"].items())
+    console.print(f"reused within so many tokens   {reuse}")
+    for ahead, rates in summary["recall"].items():
+        found = "   ".join(f"{n}: {rate:.3f}" for n, rate in rates.items() if rate is not None)
+        console.print(
+            f"recall {ahead} layer{'s' if ahead > 1 else ''} ahead, by experts guessed   {found or 'no gate'}"
+        )
+    agreement = [share for share in summary["gate_agreement"] if share is not None]
+    if len(agreement) < summary["layers"]:
+        console.print(f"no gate was found for {summary['layers'] - len(agreement)} of {summary['layers']} layers")
+    if agreement and min(agreement) < 0.99:
+        console.print(
+            f"gates give only {min(agreement):.1%} of their own layer's choices: this family routes otherwise"
+        )
