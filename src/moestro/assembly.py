@@ -35,7 +35,7 @@ from .planning.policies import make_policy
 from .planning.replay import experts_room
 from .planning.trace import Trace
 from .planning.virtual import machine_clock
-from .routers import Gate, find_router
+from .routers import find_gate
 from .this_machine import this_machine
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
@@ -86,7 +86,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         slots=SlotPool(slots, placement.held, placement.warm),
         cpu=cpu,
         costs=Costs() if machine is None else machine.costs,
-        gates=[Gate(router) if (router := find_router(model, name)) is not None else None for name in modules],
+        gates=[find_gate(model, name) for name in modules],
         clock=machine_clock(spec, placement, machine) if machine is not None and config.clock == "virtual" else None,
     )
     for index, (name, module) in enumerate(modules.items()):

@@ -284,7 +284,7 @@ class Conductor:
             return self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
 
         is_new = self.slots.find(move.expert) is None
-        slot = self.slots.load(move.expert, move.evict, fill, len(span), move.keep)
+        slot = self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent)
         if is_new and slot.filling is not None:
             slot.eta_s = self.time.arrival_s(slot.filling, len(span))
 

@@ -61,7 +61,7 @@ def print_replay(found: Replay) -> None:
     for name, phase in (("prefill", found.prefill), ("decode", found.decode)):
         console.print(_line(name, phase))
     console.print(
-        f"Belady's hit rate with these slots {found.belady_rate:.1%}; decode at {found.belady_share:.2f} of the limit there"
+        f"Belady's hit rate with these slots {found.belady_rate:.1%}; {found.belady_share:.2f} of the limit there"
     )
     table = Table()
     for column in ("lane", "busy", "idle", "moved or read"):

@@ -17,17 +17,25 @@ def belady_hits(steps: Sequence[Collection[Item]], slots: int) -> list[set[Item]
     """For each step, which of the items asked for were there before it.
 
     Args:
-        steps: the items that each step asks for. slots: how many can be there between two steps.
+        steps: the items that each step asks for.
+        slots: how many can be there between two steps; before the first, those that are wanted soonest.
     """
     upcoming = _next_uses(steps)
-    cached: dict[Item, int] = {}  # item -> the step that uses it next
-    farthest: list[tuple[int, int, Item]] = []  # a heap of (-next use, tie, item), some of them out of date
+    first: dict[Item, int] = {}  # item -> the step that asks for it first
+    for i, items in enumerate(steps):
+        for item in items:
+            first.setdefault(item, i)
+    cached = dict(list(first.items())[:slots])  # item -> the step that uses it next
+    tie = len(cached)
+    # A heap of (-next use, tie, item), some of them out of date.
+    farthest = [(-use, i, item) for i, (item, use) in enumerate(cached.items())]
+    heapq.heapify(farthest)
     hits: list[set[Item]] = []
-    tie = 0
     for items, following in zip(steps, upcoming, strict=True):
         hits.append({item for item in items if item in cached})
-        for item, use in following.items():
+        for item in following:
             cached.pop(item, None)
+        for item, use in following.items():
             if not slots or use == _NEVER:
                 continue
             if len(cached) >= slots:

@@ -32,6 +32,9 @@ class Clock(Protocol):
     def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
         """When a copy that was queued just now, of so many bytes, is expected to be done."""
 
+    def left_s(self, copy: Transfer) -> float:
+        """The least that a copy in flight still takes, in seconds; 0 where that is not known."""
+
     def in_ram_s(self, expert: Expert) -> float:
         """When an expert that has a home in RAM can be read there: it may be on the disk."""
 
@@ -70,6 +73,9 @@ class WallClock:
         if self._costs.link_gbps:
             self._link_free_s = max(self.now_s, self._link_free_s) + self._costs.link_s(n_bytes)
         return self._link_free_s
+
+    def left_s(self, copy: Transfer) -> float:
+        return self._costs.link_s(copy.left_bytes()) if self._costs.link_gbps else 0.0
 
     def in_ram_s(self, expert: Expert) -> float:
         return 0.0

@@ -138,7 +138,7 @@ class Move(NamedTuple):
         is in flight: then it waits for that.
     neurons: None for all of them.
     keep: stays after its layer's next step, also if it was there as one that would not.
-    urgent: this step waits for it, so it overtakes guesses.
+    urgent: this step waits for it, so it overtakes guesses, also if it was on its way as one.
     """
 
     expert: Expert

@@ -71,7 +71,6 @@ def dispatch(
             ready.append(expert)
         else:
             waiting.append((slot.eta_s, expert))
-            slot.filling.hasten()  # type: ignore[union-attr]  # it is not ready, so it is filling
     ran: dict[int, Ran] = dict.fromkeys(ready, run(ready, None)) if ready else {}
     queue = [expert for _, expert in sorted(waiting)]
 

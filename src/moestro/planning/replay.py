@@ -35,14 +35,16 @@ BLOCK = 64  # neurons; memory.formats has the same, and a test holds them togeth
 class PhaseFigures:
     """What a replay found of prefill or decode.
 
-    limit_s: the least time that the method's own arithmetic allows, at its hits. hybrid_s: that of any method at these
-    hits, by DESIGN's formula. Both without what the host adds.
+    step_limit_s, link_limit_s: the least time that the method's own arithmetic allows at its hits, for steps one after
+    another and for the link beside them. hybrid_s: that of any method at these hits. All without what the host adds.
+    link_busy_s: what really crossed.
     """
 
     tokens: int = 0
     seconds: float = 0.0
     step_limit_s: float = 0.0
     link_limit_s: float = 0.0
+    link_busy_s: float = 0.0
     hybrid_s: float = 0.0
     hits: int = 0
     joined: int = 0
@@ -63,7 +65,8 @@ class PhaseFigures:
     @property
     def own_share(self) -> float:
         """Of the method's own limit."""
-        return max(self.step_limit_s, self.link_limit_s) / self.seconds if self.seconds else 0.0
+        link_s = min(self.link_limit_s, self.link_busy_s)  # what was still queued at the end did not cross
+        return max(self.step_limit_s, link_s) / self.seconds if self.seconds else 0.0
 
     @property
     def share(self) -> float:
@@ -173,10 +176,10 @@ class _Run:
         self._now = self.figures[Phase.PREFILL]
         self.outcomes: list[Outcome] = []
         self._limits: dict[Any, tuple[float, float, float]] = {}  # which depend on counts alone
-        self._begun_s = 0.0
+        self._begun_s = self._link_s = 0.0
 
     def begin(self, tokens: int, phase: Phase) -> None:
-        self._begun_s = self.clock.now_s
+        self._begun_s, self._link_s = self.clock.now_s, self.clock.link.busy_s
         self._now = self.figures[phase]
         self._now.tokens += tokens
         moves = self.policy.begin(tokens, self.view, self.costs)
@@ -206,6 +209,7 @@ class _Run:
 
     def end(self) -> None:
         self._now.seconds += self.clock.now_s - self._begun_s
+        self._now.link_busy_s += min(self.clock.link.busy_s - self._link_s, self.clock.now_s - self._begun_s)
 
     def _start(self, move: Move, after: float | None) -> None:
         layer = self.spec.layers[move.expert[0]]
@@ -217,7 +221,7 @@ class _Run:
             return self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
 
         is_new = self.slots.find(move.expert) is None
-        slot = self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep)
+        slot = self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent)
         if is_new and slot.filling is not None:
             slot.eta_s = self.clock.arrival_s(slot.filling, n_bytes)
 

@@ -101,14 +101,17 @@ class SlotTable:
         start: Callable[[int, Transfer | None], Transfer],
         n_bytes: int,
         keep: bool = True,
+        urgent: bool = True,
     ) -> Slot:
-        """Give `expert` a slot and start filling it; joins a load of it that is in flight, and keeps it if asked.
+        """Give `expert` a slot and start filling it; joins a load in flight, hastens it and keeps it if asked.
 
         Args:
             evict: whose slot to take; None for an empty one.
             start: begins to fill the slot of that index, with n_bytes, behind a copy into it that is still in flight.
         """
         if (slot := self._where.get(expert)) is not None:
+            if urgent and slot.filling is not None:
+                slot.filling.hasten()
             if keep and not slot.keep:
                 slot.keep = True
                 self._borrowed[expert[0]].discard(expert)

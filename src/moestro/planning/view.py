@@ -34,8 +34,11 @@ class TableView:
         if slot is None:
             return math.inf
         now_s = self.clock.now_s
+        if self.table.ready(expert):
+            return now_s
+        assert slot.filling is not None
         # Later than now while it is in flight, also where no rate is known to say when.
-        return now_s if self.table.ready(expert) else max(slot.eta_s, math.nextafter(now_s, math.inf))
+        return max(slot.eta_s, now_s + self.clock.left_s(slot.filling), math.nextafter(now_s, math.inf))
 
     def evictable(self, at: Place, layer: int) -> Collection[Expert]:
         return self.table.evictable() if at == GPU0 else ()

@@ -113,8 +113,7 @@ class VirtualLink:
         return not self._urgent and not self._others
 
     def submit(self, copy: VirtualCopy, now_s: float) -> None:
-        if self.is_idle:
-            self.free_s = max(self.free_s, now_s)
+        self.free_s = max(self.free_s, now_s)
         (self._urgent if copy.urgent else self._others).append(copy)
         self._left_s[not copy.urgent] += copy.left_s
         if copy.urgent and copy.before is not None:
@@ -150,12 +149,14 @@ class VirtualLink:
             copy, limit_s = self._next(start_s)
             if copy is None:  # all wait for a slot or for the disk
                 if limit_s >= until_s:
+                    self.free_s = until_s
                     return
                 self.free_s = limit_s
                 continue
             run_s, limit_s = copy.left_s, min(limit_s, until_s)
             if start_s + run_s > limit_s:
-                run_s = min(run_s, ceil((limit_s - start_s) / self._piece_s) * self._piece_s)
+                pieces = max(1, ceil((limit_s - start_s) / self._piece_s - 1e-9))  # rounding begins no further piece
+                run_s = min(run_s, pieces * self._piece_s)
             self._commit(copy, start_s, run_s)
 
     def _next(self, now_s: float) -> tuple[VirtualCopy | None, float]:
@@ -240,6 +241,11 @@ class VirtualMachine:
     def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
         assert isinstance(copy, VirtualCopy)
         return self.link.eta_s(copy)
+
+    def left_s(self, copy: Transfer) -> float:
+        assert isinstance(copy, VirtualCopy)
+        self.link.advance(self.now_s)
+        return copy.left_s
 
     def in_ram_s(self, expert: Expert) -> float:
         return self.disk.ready_s(expert, self.spec.layers[expert[0]].expert_bytes, self.now_s)

@@ -75,20 +75,31 @@ def through_ring(step: Step, experts: Iterable[int], slots: int) -> tuple[Move, 
 def hybrid_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
     """The least time of a step's experts, however they are spread: hits on the GPU, misses on CPU and link at once.
 
-    The misses' bytes pass at the rate of both together; where products bind and not bytes, at the compute rates of
-    CPU and GPU. What was joined counts nothing: its bytes may have crossed before.
+    Where bytes bind, the misses pass at the rate of both together; in general those with the most tokens cross the link
+    and one is divided (the optimum of dividing each at will). What was joined counts nothing: it may have crossed.
     """
     gpu_s = sum(costs.gpu_s(layer, step.tokens[e]) for e in done.hits)
-    return max(gpu_s, sum(_together_s(layer, step.tokens[e], costs) for e in done.misses))
+    tokens = tuple(sorted((step.tokens[e] for e in done.misses), reverse=True))
+    return max(gpu_s, _divided_s(layer, tokens, costs)) if tokens else gpu_s
 
 
-def _together_s(layer: LayerSpec, tokens: int, costs: Costs) -> float:
-    alone_s = costs.cpu_s(layer, tokens)
-    link_s = max(costs.link_s(layer.expert_bytes), costs.gpu_s(layer, tokens))
-    if link_s == float("inf"):
-        return alone_s
-    beside_s = costs.cpu_s(layer, tokens, beside_link=True)
-    return min(alone_s, link_s / (1 + link_s / beside_s))
+@lru_cache(maxsize=4096)
+def _divided_s(layer: LayerSpec, tokens: tuple[int, ...], costs: Costs) -> float:
+    copy_s = costs.link_s(layer.expert_bytes)
+    alone_s = [costs.cpu_s(layer, n) for n in tokens]
+    if copy_s == float("inf"):
+        return sum(alone_s)
+    beside_s = [costs.cpu_s(layer, n, beside_link=True) for n in tokens]
+    best_s = sum(alone_s)
+    for copied in range(len(tokens) + 1):
+        link_s, rest_s = copied * copy_s, sum(beside_s[copied:])
+        if rest_s <= link_s:  # both ended together before this one had crossed whole
+            return min(best_s, link_s)
+        best_s = min(best_s, _cpu_s(layer, tokens[copied:], link_s, costs))
+        share = (rest_s - link_s) / (copy_s + beside_s[copied])  # of the next, so that both end together
+        if share <= 1:
+            best_s = min(best_s, link_s + share * copy_s)
+    return best_s
 
 
 def whole_experts_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
@@ -116,11 +127,19 @@ def sides_s(layer: LayerSpec, tokens: Sequence[int], copied: int, costs: Costs, 
     Args:
         link_s: until the link is free.
     """
-    rest = tokens[copied:]
-    cpu_s = sum(costs.cpu_s(layer, n) for n in rest)
     link_s += copied * costs.link_s(layer.expert_bytes) if copied else 0.0
-    if link_s:
-        beside_s = sum(costs.cpu_s(layer, n, beside_link=True) for n in rest)
-        # Beyond the copies it reads as fast as alone.
-        cpu_s = beside_s if beside_s <= link_s else link_s + (1 - link_s / beside_s) * cpu_s
+    cpu_s = _cpu_s(layer, tokens[copied:], link_s, costs)
     return max(cpu_s, link_s + costs.gpu_s(layer, tokens[copied - 1]) if copied else 0.0)
+
+
+def _cpu_s(layer: LayerSpec, tokens: Sequence[int], link_s: float, costs: Costs) -> float:
+    """When the CPU is done with these experts, the most tokens first, if the link copies until `link_s`."""
+    at_s = 0.0
+    for n in tokens:
+        alone_s = costs.cpu_s(layer, n)
+        if at_s >= link_s:
+            at_s += alone_s
+            continue
+        beside_s = costs.cpu_s(layer, n, beside_link=True)
+        at_s = at_s + beside_s if at_s + beside_s <= link_s else link_s + (1 - (link_s - at_s) / beside_s) * alone_s
+    return at_s

@@ -71,5 +71,7 @@ class LayerStreaming(BasePolicy):
 
     def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
         layer = self.spec.layers[step.layer]
+        if not self.slots:
+            return super().bound(step, done, costs, dense_s)
         gpu_s = sum(costs.gpu_s(layer, tokens) for tokens in step.tokens.values())
         return Bound(dense_s + gpu_s, costs.link_s(layer.experts * layer.expert_bytes))

@@ -69,8 +69,9 @@ class Lru(BasePolicy):
         leaving: list[Expert] = []
         for expert in staged:
             if len(order) >= k:
-                if not victims:
-                    break  # all its layer's experts are in use: it stays borrowed
+                if not victims:  # all its layer's experts are in use: it stays borrowed
+                    moves.append(Move((layer, expert), keep=False))
+                    continue
                 leaving.append((layer, victims.pop(0)))
                 del order[leaving[-1][1]]
             moves.append(Move((layer, expert)))

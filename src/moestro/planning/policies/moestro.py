@@ -98,14 +98,15 @@ class Moestro(BasePolicy):
         gpu, misses, link_s = self._reachable(step, view, costs)
         if not self.slots:
             return Decision(cpu=self.whole(step, misses))
-        moves: list[Move] = []
+        moves = [Move((layer, e), keep=False) for e in gpu if view.ready_s((layer, e), GPU0) > view.now_s]  # hastened
+        joined = len(moves)
         cpu: dict[int, range] = {}
         room = max(0, view.free_slots(GPU0, layer) - max(0, self.slots - self._staging - len(self._cached)))
         if not costs.link_gbps or not costs.cpu_gbps:
             room = 0  # nothing to reckon with
         if misses:
             self._split(step, misses, link_s, costs, room, gpu, cpu, moves)
-        borrowed = len(moves)
+        borrowed = len(moves) - joined
         moves += self._cache(step, list(cpu), gpu, view)
         kept, leaving = self._keep(step, gpu, moves, view)
         if step.phase is Phase.DECODE:
@@ -180,6 +181,7 @@ class Moestro(BasePolicy):
         of = self.spec.layers[step.layer]
         misses.sort(key=lambda e: -step.tokens[e])
         tokens = tuple(step.tokens[e] for e in misses)
+        joined = len(moves)
         copied = best_copies(of, tokens, costs, link_s) if room else 0
         part, best_s = 0, sides_s(of, tokens, copied, costs, link_s)
         if room and of.splittable:
@@ -191,7 +193,7 @@ class Moestro(BasePolicy):
             if i > copied or (i == copied and not part):
                 cpu[expert] = range(of.neurons)
                 continue
-            evict = moves[i - room].expert if i >= room else None
+            evict = moves[joined + i - room].expert if i >= room else None
             gpu[expert] = range(of.neurons if i < copied else part)
             if i == copied:
                 cpu[expert] = range(part, of.neurons)
