@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from inspect import signature
-from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,13 +122,14 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
+    from .bench.traces import recorded
     from .generation import generate_text
 
     options, text = _text_options(context), _read_prompt(prompt)
     loaded, tokenizer = _load(model, shape, context)
     if not as_json:
         print(text, end="", flush=True)
-    with _recorded(loaded, trace, model or shape or "", text):
+    with recorded(loaded, trace, model or shape or "", text):
         result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
     if as_json:
         print(json.dumps(result.to_json()))
@@ -222,18 +222,18 @@ def trace_command(
     as_json: Json = False,
 ) -> None:
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
-    from .bench.traces import print_summary
+    from .bench.traces import print_summary, read_text, writable
     from .planning.trace_summary import summarize
     from .tracing import trace_text
 
-    words = _read_file(text)
+    words = read_text(text)
     loaded, tokenizer = _load(model, shape, context)
     name = model or shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
     )
     if output is not None:
-        found.save(_writable(output))
+        found.save(writable(output))
     summary = summarize(found)
     if as_json:
         print(json.dumps(summary))
@@ -261,7 +261,7 @@ def replay_command(
     as_json: Json = False,
 ) -> None:
     """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
-    from .bench.traces import print_replay, run_replay
+    from .bench.traces import print_replay, run_replay, writable
 
     found = run_replay(
         trace,
@@ -271,7 +271,7 @@ def replay_command(
         shape=as_shape,
         bits=bits,
         profile=profile,
-        timeline=None if timeline is None else _writable(timeline),
+        timeline=None if timeline is None else writable(timeline),
     )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -319,37 +319,6 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
     return sys.stdin.read() if prompt in (None, "-") else str(prompt)
-
-
-def _read_file(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the text {path} cannot be read ({error}); give a text file in UTF-8") from None
-
-
-def _writable(path: str) -> Path:
-    """A file that will be written, refused before the work is done."""
-    found = Path(path)
-    try:
-        found.touch()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
-    return found
-
-
-@contextmanager
-def _recorded(model: Any, path: str | None, name: str, text: str) -> Iterator[None]:
-    """Record what the model's routers choose within it, if there is a file for it."""
-    if path is None:
-        yield
-        return
-    from .tracing import recording
-
-    target = _writable(path)
-    with recording(model) as recorder:
-        yield
-    recorder.trace(model, name, text).save(target)
 
 
 def _read_line() -> str | None:

@@ -28,7 +28,7 @@ from ..planning.replay import replay
 from ..planning.tile import resized
 from ..planning.trace import Trace
 from ..tracing import LOOKAHEAD, read_pieces, trace_ids
-from .traces import find_machine
+from .traces import find_machine, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +208,7 @@ def _ids(
         random = torch.Generator().manual_seed(seed)
         vocabulary = loaded.config.get_text_config().vocab_size
         return torch.randint(vocabulary, (pieces * (prompt_tokens + decode_tokens),), generator=random), None
-    try:
-        words = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the text {text} cannot be read ({error}); give a text file in UTF-8") from None
+    words = read_text(text)
     return encode(load_tokenizer(model, shape=shape), words), words
 
 

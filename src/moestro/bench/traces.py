@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import RequestError
 from ..planning.budget import format_bytes, parse_bytes
 from ..planning.machines import THIS, Machine, machine_named
 from ..planning.policies import make_policy
@@ -107,3 +110,35 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(
             f"gates give only {min(agreement):.1%} of their own layer's choices: this family routes otherwise"
         )
+
+
+def read_text(path: str) -> str:
+    """A text file's text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the text {path} cannot be read ({error}); give a text file in UTF-8") from None
+
+
+def writable(path: str) -> Path:
+    """A file that will be written, refused before the work is done."""
+    found = Path(path)
+    try:
+        found.touch()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
+    return found
+
+
+@contextmanager
+def recorded(model: Any, path: str | None, name: str, text: str) -> Iterator[None]:
+    """Record what the model's routers choose within it, if there is a file for it."""
+    if path is None:
+        yield
+        return
+    from ..tracing import recording
+
+    target = writable(path)
+    with recording(model) as recorder:
+        yield
+    recorder.trace(model, name, text).save(target)

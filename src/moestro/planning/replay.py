@@ -8,7 +8,7 @@ virtual clock. What the model would have computed is not known here, and nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,6 @@ class Replay:
     belady_rate: float
     belady_share: float
     moved_bytes: int
-    outcomes: list[Outcome] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it; the first six names are those of a row of `moestro bench policies`."""
@@ -174,7 +173,6 @@ class _Run:
         self.view = TableView(self.slots, self.clock, self._ram_ready_s)
         self.figures = {phase: PhaseFigures() for phase in Phase}
         self._now = self.figures[Phase.PREFILL]
-        self.outcomes: list[Outcome] = []
         self._limits: dict[Any, tuple[float, float, float]] = {}  # which depend on counts alone
         self._begun_s = self._link_s = 0.0
 
@@ -238,13 +236,11 @@ class _Run:
         figures.joined += len(found.joined)
         figures.misses += len(found.misses)
         figures.moved_bytes += moved
-        key = (
-            step.layer,
-            tokens,
-            moved,
-            found.joined_bytes,
-            *((*[step.tokens[e] for e in experts], -1) for experts in found[:3]),
-        )
+        if tokens == 1:  # as in most steps: then only how many there are of each kind matters
+            key: Any = (step.layer, moved, found.joined_bytes, len(found.hits), len(found.joined), len(found.misses))
+        else:
+            counts = [tuple(step.tokens[e] for e in experts) for experts in found[:3]]
+            key = (step.layer, tokens, moved, found.joined_bytes, *counts)
         limits = self._limits.get(key)
         if limits is None:
             dense_s = self.clock.dense_s(tokens)
@@ -253,7 +249,6 @@ class _Run:
         figures.step_limit_s += limits[0]
         figures.link_limit_s += limits[1]
         figures.hybrid_s += limits[2]
-        self.outcomes.append(done)
 
     def result(self, trace: Trace) -> Replay:
         rate, limit_s = belady_limit(trace, len(self.slots), self.costs, self.clock.dense_s(1))
@@ -269,7 +264,6 @@ class _Run:
             belady_rate=rate,
             belady_share=limit_s / decode.seconds if decode.seconds else 0.0,
             moved_bytes=self.slots.moved_bytes,
-            outcomes=self.outcomes,
         )
 
 

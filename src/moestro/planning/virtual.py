@@ -13,191 +13,20 @@ kernel launches, and what the host does between layers (`host_s`, 0 unless given
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import OrderedDict
 from collections.abc import Sequence
-from math import ceil
 
 from .clock import Share
 from .contract import Expert, Lane, ModelSpec, Placement
 from .costs import Costs
 from .machines import Machine
+from .page_cache import PageCache
 from .slots import Transfer
 from .timeline import Timeline
+from .virtual_link import VirtualCopy, VirtualLink
 
 PIECE_BYTES = 16 * 2**20
 RAM_SHARE = 0.9  # of a machine's RAM, for experts: the rest is the system's
 _ACTIVATION_BYTES = 2  # of a hidden state's element on the link
-
-
-class VirtualCopy:
-    """A copy on the virtual link."""
-
-    __slots__ = (
-        "_machine",
-        "before",
-        "done_s",
-        "expert",
-        "left_s",
-        "n_bytes",
-        "not_before_s",
-        "order",
-        "over",
-        "real",
-        "started",
-        "urgent",
-    )
-
-    def __init__(
-        self,
-        machine: VirtualMachine,
-        expert: Expert,
-        n_bytes: int,
-        urgent: bool,
-        not_before_s: float,
-        order: int,
-        before: VirtualCopy | None,
-        real: Transfer | None,
-    ) -> None:
-        self._machine, self.expert, self.n_bytes, self.urgent = machine, expert, n_bytes, urgent
-        self.before, self.real = before, real
-        self.left_s, self.not_before_s, self.order = machine.costs.link_s(n_bytes), not_before_s, order
-        self.started, self.over, self.done_s = False, False, float("inf")  # over: done, or dropped
-
-    def done(self) -> bool:
-        now_s, link = self._machine.now_s, self._machine.link
-        if link.free_s < now_s:
-            link.advance(now_s)
-        if self.done_s > now_s:
-            return False
-        self.wait()
-        return True
-
-    def wait(self) -> None:
-        if self.real is not None:
-            self.real.wait()
-
-    def cancel(self) -> bool:
-        self._machine.link.advance(self._machine.now_s)
-        if not self._machine.link.drop(self):
-            return False
-        if self.real is not None and not self.real.cancel():
-            self.real.wait()  # it would write into whoever has the slot next
-        return True
-
-    def hasten(self) -> None:
-        self._machine.link.advance(self._machine.now_s)
-        self._machine.link.hasten(self)
-
-    def left_bytes(self) -> int:
-        self._machine.link.advance(self._machine.now_s)
-        return round(self.left_s / self._machine.costs.link_s(1))
-
-
-class VirtualLink:
-    """Copies one after another, by priority, in pieces. `advance` commits what happens before a moment."""
-
-    def __init__(self, piece_s: float, timeline: Timeline | None) -> None:
-        self._piece_s, self._timeline = piece_s, timeline
-        self._urgent: list[VirtualCopy] = []  # both in the order in which they came
-        self._others: list[VirtualCopy] = []
-        self._left_s = [0.0, 0.0]  # of the urgent ones, of the others
-        self.free_s = 0.0  # when the last committed piece ends
-        self.busy: list[tuple[float, float]] = []  # committed since the layer began
-        self.busy_s = 0.0
-        self.n_bytes = 0.0  # carried
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is queued."""
-        return not self._urgent and not self._others
-
-    def submit(self, copy: VirtualCopy, now_s: float) -> None:
-        self.free_s = max(self.free_s, now_s)
-        (self._urgent if copy.urgent else self._others).append(copy)
-        self._left_s[not copy.urgent] += copy.left_s
-        if copy.urgent and copy.before is not None:
-            self.hasten(copy.before)
-
-    def hasten(self, copy: VirtualCopy) -> None:
-        """Put a queued copy among the urgent ones."""
-        if copy.urgent or copy not in self._others:
-            return
-        self._remove(copy)
-        copy.urgent = True
-        insort(self._urgent, copy, key=lambda one: one.order)
-        self._left_s[0] += copy.left_s
-
-    def drop(self, copy: VirtualCopy) -> bool:
-        """Take a copy back that has not begun."""
-        if copy.started or copy.over:
-            return False
-        self._remove(copy)
-        copy.over = True
-        return True
-
-    def _remove(self, copy: VirtualCopy) -> None:
-        (self._urgent if copy.urgent else self._others).remove(copy)
-        self._left_s[not copy.urgent] -= copy.left_s
-        if self.is_idle:
-            self._left_s = [0.0, 0.0]  # of rounding
-
-    def advance(self, until_s: float, wanted: VirtualCopy | None = None) -> None:
-        """Commit all pieces that begin before `until_s`; no further than to the end of `wanted`, if given."""
-        while self.free_s < until_s and (self._urgent or self._others) and not (wanted is not None and wanted.over):
-            start_s = self.free_s
-            copy, limit_s = self._next(start_s)
-            if copy is None:  # all wait for a slot or for the disk
-                if limit_s >= until_s:
-                    self.free_s = until_s
-                    return
-                self.free_s = limit_s
-                continue
-            run_s, limit_s = copy.left_s, min(limit_s, until_s)
-            if start_s + run_s > limit_s:
-                pieces = max(1, ceil((limit_s - start_s) / self._piece_s - 1e-9))  # rounding begins no further piece
-                run_s = min(run_s, pieces * self._piece_s)
-            self._commit(copy, start_s, run_s)
-
-    def _next(self, now_s: float) -> tuple[VirtualCopy | None, float]:
-        """The copy whose turn it is, and the moment at which another may take its place."""
-        limit_s = float("inf")
-        for queue in (self._urgent, self._others):
-            for copy in queue:
-                if copy.before is not None and not copy.before.over:
-                    continue  # its turn comes when that one is through, which is no moment of its own
-                if copy.not_before_s <= now_s:
-                    return copy, limit_s
-                limit_s = min(limit_s, copy.not_before_s)
-        return None, limit_s
-
-    def _commit(self, copy: VirtualCopy, start_s: float, run_s: float) -> None:
-        end_s = start_s + run_s
-        copy.started = True
-        self.free_s = end_s
-        self.busy_s += run_s
-        if self.busy and self.busy[-1][1] == start_s:
-            self.busy[-1] = (self.busy[-1][0], end_s)
-        else:
-            self.busy.append((start_s, end_s))
-        if self._timeline is not None:
-            self._timeline.add(Lane.LINK, copy.expert, start_s, end_s, "copy" if copy.urgent else "guess")
-        if run_s >= copy.left_s:
-            self._remove(copy)
-            copy.done_s, copy.over, copy.left_s = end_s, True, 0.0
-            self.n_bytes += copy.n_bytes
-        else:
-            copy.left_s -= run_s
-            self._left_s[not copy.urgent] -= run_s
-
-    def eta_s(self, copy: VirtualCopy) -> float:
-        """When a copy that came last will be done if nothing else comes."""
-        before_s = self._left_s[0] if copy.urgent else self._left_s[0] + self._left_s[1]
-        return max(self.free_s + before_s, copy.not_before_s + copy.left_s)
-
-    def drained_s(self) -> float:
-        """When everything queued will be done."""
-        return self.free_s + self._left_s[0] + self._left_s[1]
 
 
 class VirtualMachine:
@@ -406,50 +235,3 @@ def machine_clock(
     room_bytes = int(machine.ram_bytes * RAM_SHARE)
     ram_bytes = room_bytes if in_ram_bytes > room_bytes else None
     return VirtualMachine(spec, machine.costs, ram_bytes=ram_bytes, host_s=host_s, timeline=timeline)
-
-
-class PageCache:
-    """RAM over a disk: experts in the order of their last use; what does not fit is read again when it is used.
-
-    Args:
-        gbps: of the disk. ram_bytes: room for experts; None where all fit, and nothing is ever read.
-    """
-
-    def __init__(self, gbps: float | None, ram_bytes: int | None, timeline: Timeline | None = None) -> None:
-        self._gbps, self._room_bytes, self._timeline = gbps, ram_bytes, timeline
-        self._in_ram: OrderedDict[Expert, tuple[float, int]] = OrderedDict()  # when it came, bytes
-        self.holds_all = ram_bytes is None
-        self.free_s = 0.0
-        self.busy_s = 0.0
-        self.n_bytes = 0
-
-    def ready_s(self, expert: Expert, n_bytes: int, now_s: float) -> float:
-        """When an expert can be in RAM if it is asked for now."""
-        if self._room_bytes is None:
-            return 0.0
-        if expert in self._in_ram:
-            return self._in_ram[expert][0]
-        return max(now_s, self.free_s) + self._read_s(n_bytes)
-
-    def read(self, expert: Expert, n_bytes: int, now_s: float) -> float:
-        """Use an expert, from the disk if it is not in RAM; when it is there."""
-        if self._room_bytes is None:
-            return 0.0
-        if expert in self._in_ram:
-            self._in_ram.move_to_end(expert)
-            return self._in_ram[expert][0]
-        start_s = max(now_s, self.free_s)
-        self.free_s = start_s + self._read_s(n_bytes)
-        self.busy_s += self.free_s - start_s
-        self.n_bytes += n_bytes
-        if self._timeline is not None:
-            self._timeline.add(Lane.DISK, expert, start_s, self.free_s, "read")
-        self._in_ram[expert] = (self.free_s, n_bytes)
-        self._room_bytes -= n_bytes
-        while self._room_bytes < 0 and len(self._in_ram) > 1:
-            _, (_, freed_bytes) = self._in_ram.popitem(last=False)
-            self._room_bytes += freed_bytes
-        return self.free_s
-
-    def _read_s(self, n_bytes: int) -> float:
-        return n_bytes / (self._gbps * 1e9) if self._gbps else float("inf")

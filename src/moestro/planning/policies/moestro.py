@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from functools import lru_cache
 from math import sqrt
 
 from ..contract import (
@@ -95,21 +96,20 @@ class Moestro(BasePolicy):
         for expert, tokens in step.tokens.items():
             uses[layer, expert] = uses.get((layer, expert), 0.0) + tokens * self._weight
         self._learn(step, view.now_s)
-        gpu, misses, link_s = self._reachable(step, view, costs)
+        gpu, misses, joined, link_s = self._reachable(step, view, costs)
         if not self.slots:
             return Decision(cpu=self.whole(step, misses))
-        moves = [Move((layer, e), keep=False) for e in gpu if view.ready_s((layer, e), GPU0) > view.now_s]  # hastened
-        joined = len(moves)
+        moves = [Move((layer, e), keep=False) for e in joined]  # which hastens them
         cpu: dict[int, range] = {}
         room = max(0, view.free_slots(GPU0, layer) - max(0, self.slots - self._staging - len(self._cached)))
         if not costs.link_gbps or not costs.cpu_gbps:
             room = 0  # nothing to reckon with
         if misses:
             self._split(step, misses, link_s, costs, room, gpu, cpu, moves)
-        borrowed = len(moves) - joined
-        moves += self._cache(step, list(cpu), gpu, view)
+        borrowed = len(moves) - len(joined)
         kept, leaving = self._keep(step, gpu, moves, view)
-        if step.phase is Phase.DECODE:
+        if step.phase is Phase.DECODE:  # a prompt needs the link for itself
+            moves += self._cache(step, list(cpu), gpu, view)
             moves += self._guess(step, cpu, view, costs, room - borrowed)
         return Decision(gpu=gpu, cpu=cpu, moves=(*moves, *kept), drop=tuple(leaving))
 
@@ -138,33 +138,32 @@ class Moestro(BasePolicy):
         self._cached[key] = None
         heapq.heappush(self._least, (self._uses[key], key))
 
-    def _reachable(self, step: Step, view: View, costs: Costs) -> tuple[dict[int, range], list[int], float]:
-        """What the GPU has, or will have sooner than the CPU; the rest; when the link is free of it."""
-        of, now_s = self.spec.layers[step.layer], view.now_s
+    def _reachable(self, step: Step, view: View, costs: Costs) -> tuple[dict[int, range], list[int], list[int], float]:
+        """What the GPU has, or will have sooner than the CPU; the rest; who is waited for, and until when."""
+        of = self.spec.layers[step.layer]
         gpu: list[int] = []
         rest: list[int] = []
         arrivals: list[tuple[float, int]] = []
         for expert in step.tokens:
             ready_s = view.ready_s((step.layer, expert), GPU0)
-            if ready_s <= now_s:
-                gpu.append(expert)
-            elif ready_s < float("inf"):
-                arrivals.append((ready_s - now_s, expert))
-            else:
+            if ready_s == float("inf"):
                 rest.append(expert)
-        if not arrivals:
-            return self.whole(step, gpu), rest, 0.0
-        cpu_s = sum(costs.cpu_s(of, step.tokens[e]) for e in (*rest, *(e for _, e in arrivals)))
+            elif ready_s <= view.now_s:  # asked after it: a wall clock goes on
+                gpu.append(expert)
+            else:
+                arrivals.append((ready_s - view.now_s, expert))
+        joined: list[int] = []
         link_s = 0.0
+        cpu_s = sum(costs.cpu_s(of, step.tokens[e]) for e in (*rest, *(e for _, e in arrivals))) if arrivals else 0.0
         for left_s, expert in sorted(arrivals):
             own_s = costs.cpu_s(of, step.tokens[expert])
             if left_s <= cpu_s or own_s == float("inf"):
-                gpu.append(expert)
+                joined.append(expert)
                 link_s = left_s
                 cpu_s -= own_s
             else:
                 rest.append(expert)
-        return self.whole(step, gpu), rest, link_s
+        return self.whole(step, gpu + joined), rest, joined, link_s
 
     def _split(
         self,
@@ -181,14 +180,8 @@ class Moestro(BasePolicy):
         of = self.spec.layers[step.layer]
         misses.sort(key=lambda e: -step.tokens[e])
         tokens = tuple(step.tokens[e] for e in misses)
+        copied, part = _divide(of, tokens, costs, link_s) if room else (0, 0)
         joined = len(moves)
-        copied = best_copies(of, tokens, costs, link_s) if room else 0
-        part, best_s = 0, sides_s(of, tokens, copied, costs, link_s)
-        if room and of.splittable:
-            for whole in {max(0, copied - 1), copied} - {len(misses)}:
-                neurons, ends_s = _balance(of, tokens, whole, costs, link_s)
-                if neurons and ends_s < best_s:
-                    copied, part, best_s = whole, neurons, ends_s
         for i, expert in enumerate(misses):
             if i > copied or (i == copied and not part):
                 cpu[expert] = range(of.neurons)
@@ -277,12 +270,25 @@ class Moestro(BasePolicy):
         self._ended_s = self._began_s + done.wall_s
 
 
-def _balance(of: LayerSpec, tokens: tuple[int, ...], copied: int, costs: Costs, link_s: float) -> tuple[int, float]:
-    """How many neurons of expert `copied` to copy besides the ones before it, and when CPU and link then end together.
+@lru_cache(maxsize=4096)
+def _divide(of: LayerSpec, tokens: tuple[int, ...], costs: Costs, link_s: float) -> tuple[int, int]:
+    """How many misses to copy whole, and how many neurons of the next one, so that both sides are done soonest.
 
     Args:
         tokens: of each miss, the most first. link_s: until the link is free.
     """
+    copied = best_copies(of, tokens, costs, link_s)
+    part, best_s = 0, sides_s(of, tokens, copied, costs, link_s)
+    if of.splittable:
+        for whole in {max(0, copied - 1), copied} - {len(tokens)}:
+            neurons, ends_s = _balance(of, tokens, whole, costs, link_s)
+            if neurons and ends_s < best_s:
+                copied, part, best_s = whole, neurons, ends_s
+    return copied, part
+
+
+def _balance(of: LayerSpec, tokens: tuple[int, ...], copied: int, costs: Costs, link_s: float) -> tuple[int, float]:
+    """How many neurons of expert `copied` to copy besides the ones before it, and when CPU and link then end."""
     copy_s = costs.link_s(of.expert_bytes)
     beside_s = [costs.cpu_s(of, n, beside_link=True) for n in tokens[copied:]]
     start_s = link_s + copied * copy_s
