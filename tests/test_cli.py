@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moestro
 from moestro import cli
 from moestro.planning.budget import parse_bytes
+from moestro.planning.policies import POLICIES
+from moestro.planning.trace import Trace
 
 DEMO = str(Path(moestro.__file__).parent / "demo")
 PROMPT = "Once upon a time"
-BENCHES = ("load", "kernels", "decode")
+BENCHES = ("load", "kernels", "decode", "policies", "recall")
 
 
 def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:
@@ -66,6 +68,67 @@ def test_json_is_the_last_line(run) -> None:  # type: ignore[no-untyped-def]
     assert figures["decode_tok_s"] > 0
     assert figures["peak_bytes"]["ram"] > parse_bytes("20MB")
     assert figures["peak_bytes"]["gpu"] == 0
+
+
+def test_a_virtual_clock_gives_real_text_at_modelled_speed(run) -> None:  # type: ignore[no-untyped-def]
+    """The same figures each time: nothing of this machine's speed is in them."""
+    how = [
+        "--device",
+        "emulated",
+        "--clock",
+        "virtual",
+        "--machine",
+        "rtx4090",
+        "--policy",
+        "lru",
+        "--dtype",
+        "float32",
+    ]
+    told = [
+        run("run", "demo", PROMPT, "-n", "20", "--temperature", "0", "--gpu-memory", "24MiB", *how) for _ in range(2)
+    ]
+    assert told[0][0] == told[1][0] == f"{PROMPT}{_reference(PROMPT)}\n"
+    figures = [re.findall(r"(?:prefill|decode|experts) .*", err) for _, err in told]
+    assert figures[0] == figures[1]
+    assert re.search(r"experts +[\d.]+% hits +[\d.]+ MiB moved to the GPU", told[0][1])
+
+
+def test_trace_replay_and_their_benches(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text, trace, timeline = tmp_path / "story.txt", str(tmp_path / "demo.trace"), tmp_path / "timeline.json"
+    text.write_text("Once upon a time there was a king who had three daughters, and the youngest was a goose. " * 20)
+    pieces = ["--tokens", "24", "--prompt-tokens", "8", "--decode-tokens", "6"]
+    out, _ = run("trace", "demo", "--text", str(text), "-o", trace, *pieces)
+    assert "demo: 6 layers of 8 experts, top-2; 32 prompt tokens, 24 decoded" in out
+    assert "recall 3 layers ahead" in out
+    size = ["--as-shape", "mixtral-8x7b", "--bits", "4", "--machine", "rtx4090"]
+    out, _ = run("replay", trace, "--policy", "lru", *size, "--timeline", str(timeline), "--profile", trace)
+    assert re.search(r"decode +[\d.]+ tok/s +24 tokens +hit \d+, joined 0, miss \d+", out)
+    assert json.loads(timeline.read_text())["traceEvents"]
+    found = json.loads(run("replay", trace, "--policy", "moestro", *size, "--json")[0])
+    assert found["lanes"].keys() == {"cpu", "gpu", "link", "disk"}
+
+    rows = json.loads(run("bench", "policies", "--trace", trace, *size, "--json")[0].splitlines()[-1])["rows"]
+    names = ["policy", "prefill_tok_s", "decode_tok_s", "hit_rate", "bytes_moved", "share"]
+    assert [list(row)[:6] for row in rows] == [names] * len(POLICIES)
+    live = [
+        "--live",
+        "--gpu-memory",
+        "12MiB",
+        "--machine",
+        "rtx4090",
+        "--policy",
+        "lru",
+        "--policy",
+        "cpu-only",
+        "--json",
+    ]
+    rows = json.loads(run("bench", "policies", "demo", "--text", str(text), *pieces, *live)[0].splitlines()[-1])["rows"]
+    assert [(row["policy"], row["hit_rate"] > 0) for row in rows] == [("lru", True), ("cpu-only", False)]
+    out, _ = run("bench", "recall", "demo", "--text", str(text), *pieces)
+    assert "LRU hit ratio" in re.sub(r"\s+", " ", out)
+
+    run("run", "demo", PROMPT, "-n", "5", "--trace", trace)
+    assert sum(one.tokens for one in Trace.load(Path(trace)).passes) == 4 + 4
 
 
 def test_beams(run) -> None:  # type: ignore[no-untyped-def]
@@ -123,7 +186,8 @@ def test_doctor(run) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["chat"], ["doctor"], ["bench"], *(["bench", name] for name in BENCHES)]
+    "command",
+    [[], ["run"], ["chat"], ["trace"], ["replay"], ["doctor"], ["bench"], *(["bench", name] for name in BENCHES)],
 )
 def test_help_has_an_example_and_a_default_for_each_flag(run, command: list[str]) -> None:  # type: ignore[no-untyped-def]
     out, _ = run(*command, "--help")
@@ -131,7 +195,7 @@ def test_help_has_an_example_and_a_default_for_each_flag(run, command: list[str]
     assert "Example: moestro" in text or command == ["bench"]
     for flag in re.findall(r"  (?:-\w, )?(--[a-z-]+) <?[A-Za-z]", out):
         description = text.split(flag, 1)[1].split(" --")[0]
-        assert "[default:" in description, (command, flag)
+        assert "[default:" in description or "[required]" in description, (command, flag)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])

@@ -197,6 +197,7 @@ def _spec_of(
                 expert_bytes=fmt.expert_bytes(layouts[name].shape),
                 splittable=not module.has_post_expert_norm,
                 hidden=layouts[name].shape.hidden,
+                block_bytes=fmt.block_bytes(layouts[name].shape),
                 matrices=3 if layouts[name].shape.has_gate else 2,
             )
             for name, module in modules.items()
@@ -216,7 +217,8 @@ def _begin_step(conductor: Conductor) -> Callable[..., None]:
         count = 1 if tokens is None else int(tokens.shape[1])
         cache = kwargs.get("past_key_values")
         reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
-        conductor.begin(count, Phase.PREFILL if reads_prompt else Phase.DECODE)
+        rows = 1 if tokens is None else int(tokens.shape[0])
+        conductor.begin(rows * count, Phase.PREFILL if reads_prompt else Phase.DECODE)
 
     return hook
 

@@ -152,7 +152,7 @@ class Conductor:
         raise TypeError("a model in Moestro's hands cannot be copied or pickled; load it again")
 
     def begin(self, tokens: int, phase: Phase) -> None:
-        """Before the first layer of a step that adds `tokens` tokens to each sequence."""
+        """Before the first layer of a step of `tokens` tokens, over all its sequences."""
         with self._lock:
             self.phase = phase
             self._warm()

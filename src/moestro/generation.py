@@ -7,18 +7,19 @@ Generation itself is Transformers'. This file tokenizes, checks the context, str
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
+from .conductor import Counters
 from .errors import CheckpointError, RequestError
 from .machine import peak_ram_bytes
+from .planning.clock import Clock
 
 SAMPLING_TEMPERATURE = 0.7
 
@@ -85,7 +86,8 @@ class TextResult:
 
     reused_tokens: tokens of the prompt that the KV cache had from before; they are not in prefill_tok_s.
     decode_tok_s: None when only one token was made. context_full: it ended because the model's context
-    did. peak_bytes: tier -> the most memory used at once.
+    did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
+    bytes_moved: of experts, over the link. Times are the conductor's clock's, which may be a virtual one.
     """
 
     text: str
@@ -97,6 +99,8 @@ class TextResult:
     ttft_s: float
     context_full: bool
     peak_bytes: dict[str, int]
+    hit_rate: float | None
+    bytes_moved: int
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)
 
@@ -108,6 +112,8 @@ class TextResult:
             "decode_tok_s",
             "ttft_s",
             "peak_bytes",
+            "hit_rate",
+            "bytes_moved",
             "prompt_tokens",
             "new_tokens",
         )
@@ -138,10 +144,12 @@ def generate_text(
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens)
     reused_tokens = 0 if cache is None else cache.get_seq_length()
-    clock = _StepClock(should_stop)
+    conductor = model.moestro
+    clock = _StepClock(should_stop, conductor.time)
+    before = replace(conductor.counters)
     stream = _Stream(tokenizer, on_text or (lambda text: None), options.stop)
     device = model.device
-    start_s = time.perf_counter()
+    start_s = conductor.time.now_s
     with _seeded(options.seed), _explained():
         output = model.generate(
             ids[None].to(device),
@@ -159,18 +167,17 @@ def generate_text(
     sequence = output.sequences[0].cpu()
     if options.num_beams > 1:
         stream.on_finalized_text(tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True), stream_end=True)
-    times_s = clock.times_s
     new_tokens = len(sequence) - len(ids)
     return TextResult(
         text=stream.text,
         prompt_tokens=len(ids),
         reused_tokens=reused_tokens,
         new_tokens=new_tokens,
-        prefill_tok_s=(len(ids) - reused_tokens) / (times_s[0] - start_s),
-        decode_tok_s=(len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None,
-        ttft_s=times_s[0] - start_s,
+        **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
         peak_bytes=peak_bytes(model),
+        hit_rate=_hit_rate(before, conductor.counters) if conductor.slots else None,
+        bytes_moved=conductor.counters.moved_bytes - before.moved_bytes,
         sequence=sequence,
         cache=getattr(output, "past_key_values", None),
     )
@@ -210,6 +217,22 @@ def peak_bytes(model: PreTrainedModel) -> dict[str, int]:
     return {"ram": peak_ram_bytes(), "gpu": model.moestro.device.peak_bytes()}
 
 
+def _speeds(prompt_tokens: int, start_s: float, times_s: Sequence[float]) -> dict[str, Any]:
+    """Of a result, from when it began and when each of its steps ended."""
+    return {
+        "prefill_tok_s": prompt_tokens / (times_s[0] - start_s),
+        "decode_tok_s": (len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None,
+        "ttft_s": times_s[0] - start_s,
+    }
+
+
+def _hit_rate(before: Counters, after: Counters) -> float | None:
+    """Hits of all (expert, step) pairs of decode in between; None where there were none."""
+    hits = after.hits - before.hits
+    used = hits + after.joined - before.joined + after.misses - before.misses
+    return hits / used if used else None
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Random numbers of a seed within, those of before after."""
@@ -242,12 +265,12 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     """Notes when each step ended; asked last in a step, so it also ends the answer on request."""
 
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, should_stop: Callable[[], bool], clock: Clock) -> None:
         self.times_s: list[float] = []
-        self._should_stop = should_stop
+        self._should_stop, self._clock = should_stop, clock
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.times_s.append(time.perf_counter())
+        self.times_s.append(self._clock.now_s)
         return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)
 
 

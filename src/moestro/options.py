@@ -61,9 +61,7 @@ MachineName = Annotated[
 ]
 Clock = Annotated[
     str,
-    typer.Option(
-        metavar="NAME", help="wall, or virtual: real results at the modelled speed of --machine, on --device emulated."
-    ),
+    typer.Option(metavar="NAME", help="wall, or virtual: real results in the time of the named machine, emulated."),
 ]
 Profile = Annotated[
     str | None,

@@ -30,6 +30,7 @@ TextSource = Annotated[
     str | None,
     typer.Option("--text", metavar="FILE", help="The text to read. [default: random tokens]", show_default=False),
 ]
+Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Draw it as an SVG. [default: no]", show_default=False)]
 KERNEL_SHAPES = tuple(name for name in SHAPES if name != "tiny")
 
 bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
@@ -128,7 +129,7 @@ def bench_policies(
     trace: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="A recorded trace instead of MODEL and --text. [default: none]", show_default=False
+            metavar="FILE", help="A recorded trace instead of a model and a text. [default: none]", show_default=False
         ),
     ] = None,
     machine: ReplayMachine = "rtx4090",
@@ -152,6 +153,7 @@ def bench_policies(
     tokens: TraceTokens = 512,
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
+    plot: Plot = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -173,6 +175,7 @@ def bench_policies(
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
         seed=seed,
+        plot=None if plot is None else Path(plot),
     )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -188,9 +191,7 @@ def bench_recall(
     tokens: TraceTokens = 1024,
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
-    plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw both as an SVG. [default: no]", show_default=False)
-    ] = None,
+    plot: Plot = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

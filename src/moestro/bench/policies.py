@@ -9,7 +9,7 @@ run on the second, so nobody is judged by what it was told.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from ..errors import RequestError
 from ..generation import encode
 from ..loading import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
-from ..planning.contract import Phase
+from ..planning.contract import Lane, Phase
 from ..planning.policies import make_policy
 from ..planning.replay import replay
 from ..planning.tile import resized
+from ..planning.timeline import Timeline
 from ..planning.trace import Trace
 from ..tracing import LOOKAHEAD, read_pieces, trace_ids
-from .traces import find_machine, read_text
+from .traces import find_machine, plotting, read_text
+
+_DRAWN_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,10 @@ class PoliciesReport:
         )
 
 
-def compare(trace: Trace, machine: str, gpu_bytes: int | None, names: Sequence[str]) -> list[PolicyRow]:
-    """Replay policies on the second half of a trace, with the first as their profile."""
+def compare(
+    trace: Trace, machine: str, gpu_bytes: int | None, names: Sequence[str], plot: Path | None = None
+) -> list[PolicyRow]:
+    """Replay policies on the second half of a trace, with the first as their profile; draw their lanes if asked."""
     middle = len(trace.passes) // 2
     heat = replace(trace, passes=trace.passes[:middle]).heat()
     rest = replace(trace, passes=trace.passes[middle:])
@@ -96,8 +101,9 @@ def compare(trace: Trace, machine: str, gpu_bytes: int | None, names: Sequence[s
         raise RequestError("the second half of the trace has no prompt; record more --tokens, or fewer --decode-tokens")
     found_machine = find_machine(machine)
     rows = []
+    spans = {name: Timeline() if plot is not None else None for name in names}
     for name in names:
-        found = replay(rest, make_policy(name), found_machine, gpu_bytes=gpu_bytes, heat=heat)
+        found = replay(rest, make_policy(name), found_machine, gpu_bytes=gpu_bytes, heat=heat, timeline=spans[name])
         rows.append(
             PolicyRow(
                 policy=name,
@@ -113,7 +119,39 @@ def compare(trace: Trace, machine: str, gpu_bytes: int | None, names: Sequence[s
                 belady_share=found.belady_share,
             )
         )
+    if plot is not None:
+        draw({name: timeline for name, timeline in spans.items() if timeline is not None}, plot, f"on {machine}")
     return rows
+
+
+def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
+    """What each policy's lanes do in a few layers of one token, half-way through.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    pyplot = plotting()
+    figure, axes = pyplot.subplots(len(timelines), 1, figsize=(9, 1.1 * len(timelines)), squeeze=False)
+    lanes = {Lane.GPU: 2, Lane.LINK: 1, Lane.CPU: 0}
+    colours = {"dense": "#9aa5b1", "expert": "#2f7ed8", "copy": "#d9822b", "guess": "#f2c57c", "read": "#b04030"}
+    for (name, timeline), row in zip(timelines.items(), axes[:, 0], strict=True):
+        begins = [start for lane, (_, expert), start, _, _ in timeline.spans if expert < 0 and lane is not Lane.DISK]
+        first = len(begins) // 2
+        begin_s, end_s = begins[first], begins[min(first + _DRAWN_LAYERS, len(begins) - 1)]
+        for lane, _, start_s, stop_s, kind in timeline.spans:
+            if lane in lanes and stop_s > begin_s and start_s < end_s:
+                span = ((max(start_s, begin_s) - begin_s) * 1e3, (min(stop_s, end_s) - max(start_s, begin_s)) * 1e3)
+                row.broken_barh([span], (lanes[lane] + 0.1, 0.8), color=colours[kind])
+        row.set(
+            xlim=(0, (end_s - begin_s) * 1e3), ylim=(0, 3), yticks=[0.5, 1.5, 2.5], yticklabels=["CPU", "link", "GPU"]
+        )
+        row.tick_params(labelsize=7)
+        row.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=30)
+    axes[-1, 0].set_xlabel(f"ms, {_DRAWN_LAYERS} layers of one token, each row at its own scale; {title}")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[kind]) for kind in ("dense", "expert", "copy", "guess")]
+    figure.legend(handles, ["dense", "expert", "copy", "guessed copy"], loc="upper right", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(path, metadata={"Date": None})
 
 
 def compare_policies(
@@ -132,14 +170,15 @@ def compare_policies(
     prompt_tokens: int,
     decode_tokens: int,
     seed: int,
+    plot: Path | None = None,
 ) -> PoliciesReport:
     """What `moestro bench policies` is asked for; all of them as its options are."""
     for name in names:
         make_policy(name)  # refused before the work
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     if live:
-        if trace_path is not None or as_shape is not None:
-            raise RequestError("--live runs the model itself; leave --trace and --as-shape out")
+        if trace_path is not None or as_shape is not None or plot is not None:
+            raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
         return _compare_live(
             model,
             shape,
@@ -162,7 +201,7 @@ def compare_policies(
             model, shape, text, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, seed=seed
         )
     trace = resized(trace, as_shape, bits)
-    rows = compare(trace, machine, gpu_bytes, names)
+    rows = compare(trace, machine, gpu_bytes, names, plot)
     return PoliciesReport(f"replay of {trace.model} on {machine}", tuple(rows))
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import RequestError
 from ..planning.trace import Trace
 from ..planning.trace_summary import lru_hit_rate, recall
+from .traces import plotting
 
 FARTHEST = 10  # layers ahead, as in the paper
 
@@ -65,14 +65,7 @@ class RecallReport:
         Raises:
             RequestError: matplotlib is not installed.
         """
-        try:
-            import matplotlib  # type: ignore[import-not-found,unused-ignore]
-        except ImportError:
-            raise RequestError("--plot needs matplotlib; install it with: pip install 'moestro[plots]'") from None
-        matplotlib.use("svg")
-        matplotlib.rcParams["svg.hashsalt"] = "moestro"  # the same picture, the same file
-        from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
-
+        pyplot = plotting()
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
         left.plot(list(self.hits), list(self.hits.values()), "o-", label="LRU")
         left.plot(list(self.hits), [k / self.experts for k in self.hits], ":", color="grey", label="random")

@@ -20,6 +20,23 @@ from ..planning.timeline import Timeline
 from ..planning.trace import Trace
 
 
+def plotting() -> Any:
+    """Matplotlib's pyplot, drawing SVG files that are the same for the same picture.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        import matplotlib  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise RequestError("--plot needs matplotlib; install it with: pip install 'moestro[plots]'") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "moestro"
+    from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
+
+    return pyplot
+
+
 def load_trace(path: str, shape: str | None, bits: int | None) -> Trace:
     """A trace file, at another shape's size or with experts of other bits if asked."""
     return resized(Trace.load(Path(path)), shape, bits)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BLOCK = 64  # neurons: an expert can be divided between blocks; memory.formats has the same, and a test holds them
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
@@ -21,11 +23,20 @@ class LayerSpec:
     splittable: bool = True  # False where a norm follows the expert: its output is no sum over neurons
     hidden: int = 0  # D, the width of the hidden states
     matrices: int = 3  # of an expert: gate, up and down, or without a gate
+    block_bytes: int = 0  # of BLOCK neurons; 0 where all of an expert's bytes are in its blocks
 
     @property
     def token_flops(self) -> int:
         """Operations of one token in one expert: a multiply and an add for each weight."""
         return 2 * self.matrices * self.neurons * self.hidden
+
+    def share_bytes(self, neurons: range | None) -> int:
+        """Bytes that hold some neurons, from one block's edge to another's or to the end; None for all."""
+        if neurons is None:
+            return self.expert_bytes
+        block_bytes = self.block_bytes or self.expert_bytes // -(-self.neurons // BLOCK)
+        stop = self.expert_bytes if neurons.stop >= self.neurons else neurons.stop // BLOCK * block_bytes
+        return stop - neurons.start // BLOCK * block_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from .budget import format_bytes
 from .check import check, check_moves
 from .clock import Share
 from .contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from .costs import Costs
+from .costs import BLOCK, Costs
 from .dispatch import Found, classify, dispatch
 from .machines import Machine
 from .policies.base import hybrid_limit_s
@@ -27,8 +27,6 @@ from .timeline import Timeline
 from .trace import Trace
 from .view import TableView
 from .virtual import machine_clock
-
-BLOCK = 64  # neurons; memory.formats has the same, and a test holds them together
 
 
 @dataclass(slots=True)
@@ -211,9 +209,7 @@ class _Run:
 
     def _start(self, move: Move, after: float | None) -> None:
         layer = self.spec.layers[move.expert[0]]
-        n_bytes = layer.expert_bytes
-        if move.neurons is not None:
-            n_bytes = layer.expert_bytes * len(move.neurons) // layer.neurons
+        n_bytes = layer.share_bytes(move.neurons)
 
         def fill(_: int, before: Transfer | None) -> Transfer:
             return self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)

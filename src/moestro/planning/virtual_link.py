@@ -178,7 +178,7 @@ class VirtualLink:
             self.busy.append((start_s, end_s))
         if self._timeline is not None:
             self._timeline.add(Lane.LINK, copy.expert, start_s, end_s, "copy" if copy.urgent else "guess")
-        if run_s >= copy.left_s:
+        if run_s >= copy.left_s - self._rounding_s:
             self._remove(copy)
             copy.done_s, copy.over, copy.left_s = end_s, True, 0.0
             self.n_bytes += copy.n_bytes

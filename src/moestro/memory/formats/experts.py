@@ -72,12 +72,12 @@ class ExpertFormat:
 
     def expert_bytes(self, shape: ExpertShape) -> int:
         """Bytes of one packed expert."""
-        used = shape.blocks * self._block_bytes(shape) + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0)
+        used = shape.blocks * self.block_bytes(shape) + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0)
         return -(-used // ALIGN_BYTES) * ALIGN_BYTES
 
     def byte_range(self, shape: ExpertShape, neurons: range) -> range:
         """The run of bytes that holds `neurons` (from a multiple of BLOCK to another, or to F)."""
-        block_bytes = self._block_bytes(shape)
+        block_bytes = self.block_bytes(shape)
         last = neurons.stop >= shape.neurons
         stop = self.expert_bytes(shape) if last else neurons.stop // BLOCK * block_bytes
         return range(neurons.start // BLOCK * block_bytes, stop)
@@ -143,14 +143,14 @@ class ExpertFormat:
             yield name, range(start, start + size)
             start += size
 
-    def _block_bytes(self, shape: ExpertShape) -> int:
+    def block_bytes(self, shape: ExpertShape) -> int:
         return max(place.stop for _, place in self._places(shape))
 
     def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:
         """uint8 [N, block_bytes], a view."""
-        size = self._block_bytes(shape)
+        size = self.block_bytes(shape)
         return packed[: shape.blocks * size].view(shape.blocks, size)
 
     def _down_bias(self, packed: Tensor, shape: ExpertShape) -> Tensor:
-        start = shape.blocks * self._block_bytes(shape)
+        start = shape.blocks * self.block_bytes(shape)
         return packed[start : start + shape.hidden * _BIAS_BYTES].view(torch.float32)

@@ -40,10 +40,10 @@ from ..contract import (
     Step,
     View,
 )
+from ..costs import BLOCK
 from .base import BasePolicy, best_copies, hottest, sides_s
 
 _LEARNED = 0.02  # of each new value that is averaged
-_BLOCK = 64
 _REBASE = 1e100
 
 
@@ -60,12 +60,13 @@ class Moestro(BasePolicy):
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
         super().place(spec, gpu_bytes, heat)
         all_fit = self.slots == sum(layer.experts for layer in spec.layers)
-        self._staging = 0 if all_fit else min(self.slots, max(2, min(16, self.slots // 40)))
+        self._staging = 0 if all_fit else min(self.slots, max(2, min(16, self.slots // 64)))
         pool = self.slots - self._staging
         self._weight = 1.0  # of a use now; earlier ones weigh less and less beside it
         self._uses = self._expected_uses(heat)
         self._cached = dict.fromkeys(hottest(spec, heat, pool) if heat else ())
-        self._least = [(self._uses.get(e, 0.0), e) for e in self._cached]  # a heap of (uses when pushed, cached expert)
+        self._uses = dict.fromkeys(self._cached, 0.0) | self._uses
+        self._least = [(self._uses[e], e) for e in self._cached]  # a heap of (uses when pushed, cached expert)
         heapq.heapify(self._least)
         self._began_s = self._ended_s = 0.0  # the last layer step
         self._gap_s = 0.0  # between two of them: attention, mostly
@@ -126,7 +127,7 @@ class Moestro(BasePolicy):
                 continue
             if len(self._cached) >= self.slots - self._staging:
                 evict = self._least_used(view, step)
-                if evict is None or self._uses[key] <= self._uses[evict]:
+                if evict is None or not self._clearly_more(self._uses[key], self._uses[evict]):
                     continue
                 del self._cached[evict]
                 leaving.append(evict)
@@ -293,7 +294,7 @@ def _balance(of: LayerSpec, tokens: tuple[int, ...], copied: int, costs: Costs, 
     beside_s = [costs.cpu_s(of, n, beside_link=True) for n in tokens[copied:]]
     start_s = link_s + copied * copy_s
     share = (sum(beside_s) - start_s) / (copy_s + beside_s[0])  # start + f copy = the rest - f of the first
-    neurons = int(share * of.neurons) // _BLOCK * _BLOCK
+    neurons = int(share * of.neurons) // BLOCK * BLOCK
     if not 0 < neurons < of.neurons:
         return 0, 0.0
     return neurons, max(start_s + copy_s * neurons / of.neurons, sum(beside_s) - beside_s[0] * neurons / of.neurons)

@@ -1,0 +1,154 @@
+"""Every policy, live on the virtual clock: the reference's logits, and the counts that a replay gives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moestro import load
+from moestro.errors import RequestError
+from moestro.planning.contract import Costs, Decision, Expert, ModelSpec, Move, Placement, Step, View
+from moestro.planning.machines import machine_named
+from moestro.planning.policies import POLICIES, BasePolicy, make_policy
+from moestro.planning.replay import replay
+from moestro.planning.trace import Trace
+from moestro.tracing import recording, trace_ids
+
+MACHINE = "rtx4060-laptop"
+EXPERTS = 4 * 8  # of the shape `tiny`
+RUNS = [(batch, prompt) for batch in (1, 3, 17) for prompt in (1, 5, 40)]
+STEPS = 3
+
+
+@torch.no_grad()
+def _logits(model: Any) -> list[torch.Tensor]:
+    """Of prompts of several lengths in batches of several sizes, each followed by a few decode steps."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for batch, prompt in RUNS:
+        ids = torch.randint(512, (batch, prompt + STEPS), generator=random)
+        out = model(input_ids=ids[:, :prompt], use_cache=True)
+        found.append(out.logits)
+        for at in range(prompt, prompt + STEPS):
+            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    return found
+
+
+@functools.cache
+def _reference() -> tuple[list[torch.Tensor], Any]:
+    model = load(shape="tiny", dtype="float32", device="cpu", fuse=False)
+    return _logits(model), model.moestro.spec
+
+
+def _on_virtual_clock(policy: str, slots: int, **options: Any) -> Any:
+    spec = _reference()[1]
+    gpu_memory = spec.dense_bytes + slots * spec.slot_bytes
+    how = {"device": "emulated", "clock": "virtual", "machine": MACHINE, "dtype": "float32"}
+    return load(shape="tiny", policy=policy, gpu_memory=gpu_memory, **how, **options)
+
+
+@pytest.mark.parametrize("slots", [0, 1, EXPERTS // 3, EXPERTS])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_policy_gives_the_reference_logits_and_a_replay_its_counts(name: str, slots: int) -> None:
+    expected, spec = _reference()
+    model = _on_virtual_clock(name, slots)
+    with recording(model) as recorder:
+        found = _logits(model)
+    trace = recorder.trace(model, "tiny", None)
+    counters, clock = model.moestro.counters, model.moestro.time
+    model.moestro.close()
+    for logits, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+    again = replay(
+        trace, make_policy(name), machine_named(MACHINE), gpu_bytes=spec.dense_bytes + slots * spec.slot_bytes
+    )
+    decode = again.decode
+    assert (decode.hits, decode.joined, decode.misses) == (counters.hits, counters.joined, counters.misses)
+    assert again.moved_bytes == counters.moved_bytes
+    assert again.seconds == pytest.approx(clock.now_s)
+
+
+@pytest.mark.parametrize("name", ["fiddler", "moestro"])
+def test_a_profile_places_the_popular_experts(name: str, tmp_path: Path) -> None:
+    model = load(shape="tiny", dtype="float32", device="cpu")
+    ids = torch.randint(512, (200,), generator=torch.Generator().manual_seed(1))
+    trace = trace_ids(model, "tiny", ids, tokens=60, prompt_tokens=8, decode_tokens=30)
+    trace.save(tmp_path / "profile.trace")
+    running = _on_virtual_clock(name, EXPERTS // 4, profile=str(tmp_path / "profile.trace"))
+    conductor = running.moestro
+    heat = trace.heat()
+    hottest = sorted(heat, key=lambda key: -heat[key])[:4]
+    assert all(conductor.slots.find(key) is not None for key in hottest)
+    for logits, wanted in zip(_logits(running), _reference()[0], strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    assert conductor.counters.hits > 0
+    conductor.close()
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    spec = ModelSpec(_reference()[1].layers[:2], 0)
+    Trace("other", spec, 2, None, []).save(tmp_path / "other.trace")
+    with pytest.raises(RequestError, match="is of other, 2 layers of 8 experts; this model has 4 of 8"):
+        _on_virtual_clock("fiddler", 8, profile=str(tmp_path / "other.trace"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"clock": "sundial"}, "no clock 'sundial'; there are: wall, virtual"),
+        ({"clock": "virtual", "device": "cpu", "machine": "rtx4090"}, "needs --device emulated and --machine NAME"),
+        ({"clock": "virtual", "device": "emulated"}, "needs --device emulated and --machine NAME"),
+        ({"machine": "abacus"}, "no machine 'abacus'; there are: t4-colab"),
+        ({"profile": "/nowhere.trace", "device": "emulated"}, "the trace /nowhere.trace cannot be read"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options: dict[str, str], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        load(shape="tiny", **options)  # type: ignore[arg-type]
+
+
+# ---- a policy of one's own, as docs/policies.md shows it
+
+
+def _from_the_docs() -> type[BasePolicy]:
+    text = (Path(__file__).parents[1] / "docs" / "policies.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 40
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)  # our own documentation
+    found = [value for value in namespace.values() if isinstance(value, type) and issubclass(value, BasePolicy)]
+    return next(value for value in found if value is not BasePolicy)
+
+
+def test_the_documented_policy_of_40_lines_runs_live_and_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = _from_the_docs()
+    monkeypatch.setitem(POLICIES, policy.name, policy)
+    test_a_policy_gives_the_reference_logits_and_a_replay_its_counts(policy.name, EXPERTS // 3)
+
+
+class Careless(BasePolicy):
+    """Gives the GPU what is not there."""
+
+    name = "careless"
+
+    def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
+        super().place(spec, gpu_bytes, heat)
+        return Placement(slots=self.slots)
+
+    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
+        return Decision(gpu=self.whole(step, step.tokens), moves=(Move((step.layer, 0)),))
+
+
+def test_an_unlawful_policy_is_named_live_and_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, Careless.name, Careless)
+    model = _on_virtual_clock(Careless.name, 4)
+    with pytest.raises(Exception, match=r"layer 0: expert . is given to the GPU, but is not there nor on its way"):
+        _logits(model)
+    model.moestro.close()
