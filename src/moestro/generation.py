@@ -148,12 +148,11 @@ def generate_text(
     clock = _StepClock(should_stop, conductor.time)
     before = replace(conductor.counters)
     stream = _Stream(tokenizer, on_text or (lambda text: None), options.stop)
-    device = model.device
     start_s = conductor.time.now_s
     with _seeded(options.seed), _explained():
         output = model.generate(
-            ids[None].to(device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
+            ids[None].to(model.device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
             past_key_values=cache,
             stopping_criteria=[clock],
             streamer=stream if options.num_beams == 1 else None,
@@ -166,7 +165,7 @@ def generate_text(
         )
     sequence = output.sequences[0].cpu()
     if options.num_beams > 1:
-        stream.on_finalized_text(tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True), stream_end=True)
+        stream.on_finalized_text(tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True), True)
     new_tokens = len(sequence) - len(ids)
     return TextResult(
         text=stream.text,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Gate:
 
     def __init__(self, router: nn.Module, block: nn.Module | None = None) -> None:
         self._router: Any = router
-        self._owners = (router,) if block is None or block is router else (router, block)
+        self._block = None if block is None else ref(block)  # whose experts hold the conductor, which holds this
         self._rule = _Rule(_softmax)
         self._fits = True
         self.agreement: float | None = None
@@ -116,9 +117,11 @@ class Gate:
 
     def _vectors(self) -> dict[str, Tensor]:
         """Parameters and buffers of router and block, by a name of our own."""
+        block = None if self._block is None else self._block()
+        owners = [self._router] if block is None or block is self._router else [self._router, block]
         return {
             f"{i}.{name}": tensor.flatten()
-            for i, owner in enumerate(self._owners)
+            for i, owner in enumerate(owners)
             for name, tensor in (*owner.named_parameters(), *owner.named_buffers())
             if tensor.numel() == max(tensor.shape, default=0) and ".experts." not in f".{name}"
         }

@@ -103,7 +103,7 @@ def _check_victim(
     if victim in gone:
         raise ContractError(f"{where}: expert {victim} is evicted from {move.to} twice")
     ready_s = view.ready_s(victim, GPU0)
-    if view.now_s < ready_s < _INF and victim not in brought:
+    if 0 < ready_s < _INF and victim not in brought:
         return  # the copy waits for the one in flight
     if computed:
         if victim in brought:

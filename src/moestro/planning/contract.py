@@ -118,7 +118,7 @@ class View(Protocol):
         """The clock."""
 
     def ready_s(self, expert: Expert, at: Place) -> float:
-        """When `expert` can be used at `at`: now or earlier, an expected arrival, or inf."""
+        """When `expert` can be used at `at`: 0 if now, an expected arrival later than now, or inf."""
 
     def evictable(self, at: Place, layer: int) -> Collection[Expert]:
         """Experts at `at` whose slot a load for `layer` may take: cheap to ask one by one, dear to list."""

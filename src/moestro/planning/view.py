@@ -33,10 +33,10 @@ class TableView:
         slot = self.table.find(expert) if at is GPU0 or at == GPU0 else None
         if slot is None:
             return math.inf
-        now_s = self.clock.now_s
         if self.table.ready(expert):
-            return now_s
+            return 0.0  # and not the time, which goes on between two questions
         assert slot.filling is not None
+        now_s = self.clock.now_s
         # Later than now while it is in flight, also where no rate is known to say when.
         return max(slot.eta_s, now_s + self.clock.left_s(slot.filling), math.nextafter(now_s, math.inf))
 

@@ -149,10 +149,10 @@ class Moestro(BasePolicy):
             ready_s = view.ready_s((step.layer, expert), GPU0)
             if ready_s == float("inf"):
                 rest.append(expert)
-            elif ready_s <= view.now_s:  # asked after it: a wall clock goes on
+            elif not ready_s:
                 gpu.append(expert)
             else:
-                arrivals.append((ready_s - view.now_s, expert))
+                arrivals.append((max(0.0, ready_s - view.now_s), expert))
         joined: list[int] = []
         link_s = 0.0
         cpu_s = sum(costs.cpu_s(of, step.tokens[e]) for e in (*rest, *(e for _, e in arrivals))) if arrivals else 0.0
