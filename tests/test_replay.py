@@ -353,6 +353,10 @@ def test_a_trace_that_does_not_fit_is_refused_with_the_numbers() -> None:
     spec = ModelSpec((MIXTRAL,), dense_bytes=30 * GB)
     with pytest.raises(BudgetError, match=r"dense part needs 27.9 GiB .* there are 24.0 GiB"):
         replay(_trace(spec, [[[0]]]), make_policy("lru"), machine_named("rtx4090"))
+    without = Machine("bare", "no GPU", 0, 10**12, costs_of(cpu_gbps=20))
+    with pytest.raises(BudgetError, match="bare has no GPU; leave it out"):
+        replay(_trace(spec, [[[0]]]), make_policy("lru"), without, gpu_bytes=2**30)
+    assert replay(_trace(spec, [[[0]]]), make_policy("lru"), without).slots == 0
     with pytest.raises(BudgetError, match=r"rtx4090 has 24.0 GiB"):
         replay(_trace(spec, [[[0]]]), make_policy("lru"), machine_named("rtx4090"), gpu_bytes=2**40)
 

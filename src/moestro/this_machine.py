@@ -19,7 +19,7 @@ from .machine import total_ram_bytes
 from .memory.store import map_memory
 from .planning.machines import THIS, Machine, costs_of
 
-_READ_BYTES = 512 * 2**20
+_READ_BYTES = 256 * 2**20
 _LINK_BYTES = 256 * 2**20
 _MATRIX = 4096
 
@@ -56,7 +56,7 @@ def _cpu_rates(threads: int) -> tuple[float, float]:
         memory.sum()
         gbps = _READ_BYTES / (time.perf_counter() - start_s) / 1e9
         return gbps, _product_gflops(torch.device("cpu"), torch.float32, 1024)
-    return max(read_gbps(memory, threads, ahead) for ahead in (0, 512)), fma_gflops(threads)
+    return max(read_gbps(memory, threads, ahead) for ahead in 3 * (0, 512)), fma_gflops(threads)
 
 
 @functools.cache

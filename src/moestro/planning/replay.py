@@ -270,6 +270,8 @@ def experts_room(spec: ModelSpec, machine: Machine, gpu_bytes: int | None) -> in
         BudgetError: the dense part alone does not fit, or more was asked for than the machine has.
     """
     if not machine.costs.gpu_gbps:
+        if gpu_bytes:
+            raise BudgetError(f"--gpu-memory {format_bytes(gpu_bytes)}, but {machine.name} has no GPU; leave it out")
         return 0
     total = machine.gpu_bytes if gpu_bytes is None else gpu_bytes
     if total > machine.gpu_bytes:

@@ -28,14 +28,13 @@ class TableView:
         return self.clock.now_s
 
     def ready_s(self, expert: Expert, at: Place) -> float:
-        if at is RAM or at == RAM:
-            return self.ram_ready_s(expert)
-        slot = self.table.find(expert) if at is GPU0 or at == GPU0 else None
+        if at is not GPU0 and at != GPU0:
+            return self.ram_ready_s(expert) if at == RAM else math.inf
+        slot = self.table.find(expert)
         if slot is None:
             return math.inf
-        if self.table.ready(expert):
+        if slot.filling is None or self.table.ready(expert):
             return 0.0  # and not the time, which goes on between two questions
-        assert slot.filling is not None
         now_s = self.clock.now_s
         # Later than now while it is in flight, also where no rate is known to say when.
         return max(slot.eta_s, now_s + self.clock.left_s(slot.filling), math.nextafter(now_s, math.inf))

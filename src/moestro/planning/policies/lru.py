@@ -40,7 +40,8 @@ class Lru(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        for layer, order in enumerate(self._order):
+        expected = self.slots - sum(map(len, self._order))
+        for layer, order in enumerate(self._order if view.free_slots(GPU0, 0) > expected else ()):
             for expert in [e for e in order if view.ready_s((layer, e), GPU0) == float("inf")]:
                 del order[expert]  # its copy failed
         return ()

@@ -88,8 +88,9 @@ class Moestro(BasePolicy):
             self._uses = {e: uses / self._weight for e, uses in self._uses.items()}
             self._least = [(uses / self._weight, e) for uses, e in self._least]
             self._weight = 1.0
-        for expert in [e for e in self._cached if view.ready_s(e, GPU0) == float("inf")]:
-            del self._cached[expert]  # its copy failed
+        if view.free_slots(GPU0, 0) > self.slots - len(self._cached):
+            for expert in [e for e in self._cached if view.ready_s(e, GPU0) == float("inf")]:
+                del self._cached[expert]  # its copy failed
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
@@ -245,6 +246,8 @@ class Moestro(BasePolicy):
         lost_s = min(copy_s, busy_s) * (1 - alone_s / costs.cpu_s(of, 1, beside_link=True))
         late_s = max(0.0, copy_s - busy_s - self._gap_s)  # after the next step has begun
         moves: list[Move] = []
+        if alone_s - late_s <= lost_s:
+            return moves  # it would not pay if it were certain
         self._pending = following, []
         for rank, expert in enumerate(list(step.guesses[following])[: len(step.tokens)]):
             key = (following, expert)
