@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import moestro
 from moestro import cli
+
+PLOT_SAYS = "a.svg cannot be written" if find_spec("matplotlib") else "--plot needs matplotlib"
 
 DEMO = Path(moestro.__file__).parent / "demo"
 
@@ -201,6 +204,8 @@ def test_experts_that_do_not_pass_through_the_interface(
         (["bench", "policies", "--policy", "wishful"], "no policy 'wishful'"),
         (["bench", "policies", "--trace", __file__, "demo"], "--trace has its own model and text"),
         (["bench", "policies", "demo", "--live", "--as-shape", "tiny"], "--live runs the model itself; leave --trace"),
+        (["bench", "recall", "demo", "--plot", "/nowhere/a.svg"], PLOT_SAYS),
+        (["trace", "demo", "--text", __file__, "-o", "/nowhere/t"], "/nowhere/t cannot be written"),
         (["bench", "recall"], "name one model: a folder, a hub id, demo, or a shape"),
         (["run", "demo", "x", "--device", "tpu"], "no device 'tpu'"),
         (["run", "demo", "x", "--dtype", "int3"], "no dtype 'int3'"),

@@ -431,3 +431,23 @@ def test_held_experts_have_no_copy_in_ram() -> None:
     assert (0, 0) in store
     assert (0, 1) not in store
     assert store[1, 1].numel() == 128
+
+
+def test_a_part_of_an_expert_is_not_kept_for_the_whole() -> None:
+    """A move that only some neurons belong to cannot be joined by one of all."""
+    part = Move((0, 2), neurons=range(BLOCK), keep=False)
+    split = {"gpu": {2: range(BLOCK)}, "cpu": {2: range(BLOCK, SHAPE.neurons)}}
+    conductor, _ = _conductor(Fixed(Decision(**split, moves=(part, Move((0, 2))))), 2, EmulatedDevice(link_gbps=None))
+    with pytest.raises(ContractError, match="is moved again, but only some neurons of it are on their way"):
+        conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1))
+    conductor.close()
+
+
+def test_threads_have_a_phase_each() -> None:
+    conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL})), 0, EmulatedDevice(link_gbps=None))
+    conductor.begin(1, Phase.DECODE)
+    other = threading.Thread(target=conductor.begin, args=(40, Phase.PREFILL))
+    other.start()
+    other.join()
+    assert conductor.phase is Phase.DECODE
+    conductor.close()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moestro import load
+from moestro import load, this_machine
+from moestro.compute.devices.emulated import EmulatedDevice
 from moestro.errors import RequestError
 from moestro.planning.contract import Costs, Decision, Expert, ModelSpec, Move, Placement, Step, View
 from moestro.planning.machines import machine_named
@@ -112,6 +113,55 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_bad_options_are_refused_in_one_line(options: dict[str, str], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         load(shape="tiny", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slots", [1, 6, 8, 12, 20])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_after_a_failed_copy_or_an_interrupt_the_next_request_works(name: str, slots: int) -> None:
+    expected = _reference()[0][0]
+    model = _on_virtual_clock(name, slots)
+    device, random = model.moestro.device, torch.Generator().manual_seed(0)
+    ids = torch.randint(512, (1, 1 + STEPS), generator=random)[:, :1]
+    read_router, copy_piece = device.read_router, device._link.copy_piece
+    calls = {"read": 0, "copy": 0}
+
+    def interrupted(*args: Any) -> Any:
+        calls["read"] += 1
+        if calls["read"] in (3, 7):
+            raise KeyboardInterrupt
+        return read_router(*args)
+
+    def failing(job: Any) -> Any:
+        calls["copy"] += 1
+        if calls["copy"] in (2, 9, 17):
+            raise OSError("the link broke")
+        return copy_piece(job)
+
+    device.read_router, device._link.copy_piece = interrupted, failing
+    failures = 0
+    for _ in range(12):
+        try:
+            model(input_ids=torch.randint(512, (2, 3), generator=random))
+        except (KeyboardInterrupt, OSError):
+            failures += 1
+    assert failures >= 2
+    for _ in range(2):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.moestro.close()
+
+
+def test_this_machine_is_measured_while_a_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are built under the meta device, where a tensor without a device has no bytes."""
+    with torch.device("meta"):
+        costs = this_machine.this_machine(EmulatedDevice()).costs
+    assert costs.cpu_gbps
+    assert costs.link_gbps == 12.0
+    assert costs.cpu_gflops
+    seen: list[torch.device] = []
+    monkeypatch.setattr(this_machine, "_measured", lambda *_: seen.append(torch.empty(1).device))
+    with torch.device("meta"):
+        this_machine.this_machine(EmulatedDevice())
+    assert seen == [torch.device("cpu")]
 
 
 # ---- a policy of one's own, as docs/policies.md shows it

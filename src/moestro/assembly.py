@@ -29,7 +29,7 @@ from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import Budget, check_fits, format_bytes
-from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
+from .planning.contract import Costs, LayerSpec, ModelSpec, Phase, Placement, Policy
 from .planning.machines import THIS, Machine, machine_named
 from .planning.policies import make_policy
 from .planning.replay import experts_room
@@ -112,7 +112,8 @@ def _plan(spec: ModelSpec, config: MoestroConfig, device: Device) -> tuple[Polic
     else:
         gpu_bytes = _gpu_bytes(budget, device)
     room_bytes = max(0, gpu_bytes - (spec.dense_bytes if dense_on_gpu else 0))
-    placement = policy.place(spec, room_bytes, _heat(config.profile, spec))
+    heat = {} if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec)
+    placement = policy.place(spec, room_bytes, heat)
     check_fits(
         spec,
         placement,
@@ -124,24 +125,6 @@ def _plan(spec: ModelSpec, config: MoestroConfig, device: Device) -> tuple[Polic
     if machine is None and placement.slots:
         machine = this_machine(device, config.threads)
     return policy, placement, machine
-
-
-def _heat(profile: str | None, spec: ModelSpec) -> dict[Expert, float]:
-    """How often each expert was used in a trace.
-
-    Raises:
-        RequestError: it cannot be read, or is another model's.
-    """
-    if profile is None:
-        return {}
-    trace = Trace.load(Path(profile))
-    counts = [[layer.experts for layer in found.layers] for found in (trace.spec, spec)]
-    if counts[0] != counts[1]:
-        raise RequestError(
-            f"the profile {profile} is of {trace.model}, {len(counts[0])} layers of {counts[0][0]} experts; this model "
-            f"has {len(counts[1])} of {counts[1][0]}: record one with moestro trace"
-        )
-    return trace.heat()
 
 
 def home(conductor: Conductor, layer: int, expert: int) -> Tensor:

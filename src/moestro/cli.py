@@ -122,14 +122,16 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
-    from .bench.traces import recorded
+    from .bench.traces import recorded, writable
     from .generation import generate_text
+
+    target = None if trace is None else writable(trace)
 
     options, text = _text_options(context), _read_prompt(prompt)
     loaded, tokenizer = _load(model, shape, context)
     if not as_json:
         print(text, end="", flush=True)
-    with recorded(loaded, trace, model or shape or "", text):
+    with recorded(loaded, target, model or shape or "", text):
         result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
     if as_json:
         print(json.dumps(result.to_json()))
@@ -226,14 +228,14 @@ def trace_command(
     from .planning.trace_summary import summarize
     from .tracing import trace_text
 
-    words = read_text(text)
+    words, target = read_text(text), None if output is None else writable(output)
     loaded, tokenizer = _load(model, shape, context)
     name = model or shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
     )
-    if output is not None:
-        found.save(writable(output))
+    if target is not None:
+        found.save(target)
     summary = summarize(found)
     if as_json:
         print(json.dumps(summary))

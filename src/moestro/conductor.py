@@ -30,6 +30,7 @@ from .planning.clock import Clock, Share, WallClock
 from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from .planning.dispatch import Found, classify, dispatch
 from .planning.slots import Transfer
+from .planning.trace import kept_guesses
 from .planning.view import TableView
 from .routers import Gate
 
@@ -142,11 +143,16 @@ class Conductor:
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        self.phase = Phase.PREFILL
+        self._of_thread = threading.local()
         self.time: Clock = self.clock or WallClock(self.costs)
         self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
         self._to_warm = list(self.slots.warm)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
+
+    @property
+    def phase(self) -> Phase:
+        """Of the step that this thread is in."""
+        return getattr(self._of_thread, "phase", Phase.PREFILL)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a model in Moestro's hands cannot be copied or pickled; load it again")
@@ -154,7 +160,7 @@ class Conductor:
     def begin(self, tokens: int, phase: Phase) -> None:
         """Before the first layer of a step of `tokens` tokens, over all its sequences."""
         with self._lock:
-            self.phase = phase
+            self._of_thread.phase = phase
             self._warm()
             if self.recorder is not None:
                 self.recorder.begin(tokens, phase)
@@ -255,9 +261,8 @@ class Conductor:
     def _step(self, layer: int, host: HostBatch, groups: dict[int, Routed]) -> Step:
         guesses: dict[int, dict[int, float]] = {}
         for ahead, scores in enumerate(host.guesses.tolist() if host.guesses is not None else ()):
-            ranked = sorted(((score, expert) for expert, score in enumerate(scores) if score > 0), reverse=True)
-            if ranked:
-                guesses[layer + 1 + ahead] = {expert: score for score, expert in ranked}
+            if kept := kept_guesses(scores, host.index.shape[1]):
+                guesses[layer + 1 + ahead] = kept
         return Step(
             layer=layer,
             phase=self.phase,

@@ -132,7 +132,7 @@ ReplayBits = Annotated[
     typer.Option(
         "--bits",
         metavar="N",
-        help="Bits of the experts' weights: 16, 8 or 4. [default: the trace's]",
+        help="Bits of the experts' weights: 32, 16, 8 or 4. [default: the trace's]",
         show_default=False,
     ),
 ]

@@ -26,7 +26,12 @@ _MATRIX = 4096
 
 def this_machine(device: Device, threads: int | None = None) -> Machine:
     """This machine with a device: a GPU, a pretended one (whose link has its pace), or none."""
-    cpu_gbps, cpu_gflops = _cpu_rates(threads or len(core_cpus()))
+    with torch.device("cpu"):  # models are built under `torch.device("meta")`
+        return _measured(device, threads or len(core_cpus()))
+
+
+def _measured(device: Device, threads: int) -> Machine:
+    cpu_gbps, cpu_gflops = _cpu_rates(threads)
     ram_bytes = total_ram_bytes()
     if isinstance(device, EmulatedDevice):
         # The pretended GPU computes on the CPU, at its rate.

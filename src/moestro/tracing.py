@@ -25,7 +25,6 @@ from .planning.contract import Phase, Step
 from .planning.trace import Pass, Trace
 
 LOOKAHEAD = 3
-_LEAST_GUESSES = 8  # kept of each gate's, or twice as many as it will choose
 
 
 class Recorder:
@@ -44,9 +43,7 @@ class Recorder:
 
     def record(self, step: Step, top_k: int) -> None:
         self.top_k = max(self.top_k, top_k)
-        most = max(_LEAST_GUESSES, 2 * top_k)
-        kept = {layer: dict(list(guesses.items())[:most]) for layer, guesses in step.guesses.items()}
-        self._steps.append(step._replace(guesses=kept))
+        self._steps.append(step)
 
     def _end(self) -> None:
         if self._steps:

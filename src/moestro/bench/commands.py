@@ -198,7 +198,11 @@ def bench_recall(
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
     from .policies import record
     from .recall import FARTHEST, measure_recall
+    from .traces import plotting, writable
 
+    if plot is not None:  # refused before the work
+        plotting()
+        writable(plot)
     report = measure_recall(
         record(
             model,

@@ -8,6 +8,7 @@ run on the second, so nobody is judged by what it was told.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from ..planning.tile import resized
 from ..planning.timeline import Timeline
 from ..planning.trace import Trace
 from ..tracing import LOOKAHEAD, read_pieces, trace_ids
-from .traces import find_machine, plotting, read_text
+from .traces import find_machine, plotting, read_text, writable
 
 _DRAWN_LAYERS = 4
 
@@ -175,6 +176,9 @@ def compare_policies(
     """What `moestro bench policies` is asked for; all of them as its options are."""
     for name in names:
         make_policy(name)  # refused before the work
+    if plot is not None:
+        plotting()
+        writable(str(plot))
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     if live:
         if trace_path is not None or as_shape is not None or plot is not None:
@@ -243,7 +247,7 @@ def _ids(
 ) -> tuple[torch.Tensor, str | None]:
     """What to read, and its text where there is one."""
     if text is None:
-        pieces = -(-tokens // decode_tokens)
+        pieces = -(-tokens // decode_tokens) + 2  # the two halves may each end within one
         random = torch.Generator().manual_seed(seed)
         vocabulary = loaded.config.get_text_config().vocab_size
         return torch.randint(vocabulary, (pieces * (prompt_tokens + decode_tokens),), generator=random), None
@@ -274,7 +278,7 @@ def _compare_live(
     loaded = load(model, shape=shape, seed=seed, device="cpu", bits=bits)
     ids, _ = _ids(model, shape, text, loaded, tokens, prompt_tokens, decode_tokens, seed)
     profile = trace_ids(loaded, model or shape or "", ids, tokens=tokens // 2, **pieces)
-    rest = ids[len(profile.passes) - sum(one.phase is Phase.PREFILL for one in profile.passes) :]
+    rest = ids[sum(one.tokens for one in profile.passes) :]
     del loaded
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -287,6 +291,10 @@ def _compare_live(
             rows.append(_live_row(name, running, rest, tokens - tokens // 2, pieces))
             running.moestro.close()
             del running
+            if on_gpu:  # what torch keeps would count as taken
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
     where = torch.cuda.get_device_name() if on_gpu else f"{machine}'s virtual clock"
     return PoliciesReport(f"{model or shape} live on {where}", tuple(rows))
 

@@ -65,7 +65,7 @@ def run_replay(
 ) -> Replay:
     """What `moestro replay` is asked for; all of them as its options are."""
     trace = load_trace(path, shape, bits)
-    heat = None if profile is None else load_trace(profile, shape, bits).heat()
+    heat = None if profile is None else load_trace(profile, shape, bits).heat_for(trace.spec)
     spans = None if timeline is None else Timeline()
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     found = replay(trace, make_policy(policy), find_machine(machine), gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
@@ -141,21 +141,23 @@ def writable(path: str) -> Path:
     """A file that will be written, refused before the work is done."""
     found = Path(path)
     try:
+        existed = found.exists()
         found.touch()
     except OSError as error:
         raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
+    if not existed:
+        found.unlink()
     return found
 
 
 @contextmanager
-def recorded(model: Any, path: str | None, name: str, text: str) -> Iterator[None]:
+def recorded(model: Any, target: Path | None, name: str, text: str) -> Iterator[None]:
     """Record what the model's routers choose within it, if there is a file for it."""
-    if path is None:
+    if target is None:
         yield
         return
     from ..tracing import recording
 
-    target = writable(path)
     with recording(model) as recorder:
         yield
     recorder.trace(model, name, text).save(target)

@@ -47,13 +47,18 @@ def check_moves(
     """
     dropped = decision.drop if decision is not None else ()
     gone, brought = set(dropped), set[Expert]()
+    parts: set[Expert] = set()  # of which only some neurons come
     empty: int | None = None  # slots, asked once
     for move in moves:
         key = move.expert
         layer = key[0]
         _check_move(move, view, spec, where, step, decision.gpu if decision is not None else {})
+        if key in parts:
+            raise ContractError(f"{where}: expert {key} is moved again, but only some neurons of it are on their way")
         if key in brought or (key not in gone and view.ready_s(key, GPU0) < _INF):
             continue  # it joins, and takes no slot
+        if move.neurons is not None:
+            parts.add(key)
         victim = move.evict
         if victim is None:
             if empty is None:
@@ -65,6 +70,7 @@ def check_moves(
             _check_victim(victim, move, view, where, step, decision, brought, gone)
             gone.add(victim)
             brought.discard(victim)
+            parts.discard(victim)
         brought.add(key)
         gone.discard(key)
     return brought | gone  # an expert that is computed and then evicted had come as well

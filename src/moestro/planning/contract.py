@@ -222,4 +222,7 @@ class Policy(Protocol):
         """Learn what a step did."""
 
     def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
-        """The least time that the method's own arithmetic allows a layer step, given its hits."""
+        """The least time that the method's own arithmetic allows a layer step, given its hits.
+
+        A replay asks once for steps of one layer and phase whose counts of tokens, kind by kind, are the same.
+        """

@@ -8,6 +8,7 @@ virtual clock. What the model would have computed is not known here, and nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -233,10 +234,10 @@ class _Run:
         figures.misses += len(found.misses)
         figures.moved_bytes += moved
         if tokens == 1:  # as in most steps: then only how many there are of each kind matters
-            key: Any = (step.layer, moved, found.joined_bytes, len(found.hits), len(found.joined), len(found.misses))
+            kinds: tuple[Any, ...] = (len(found.hits), len(found.joined), len(found.misses))
         else:
-            counts = [tuple(step.tokens[e] for e in experts) for experts in found[:3]]
-            key = (step.layer, tokens, moved, found.joined_bytes, *counts)
+            kinds = tuple(tuple(step.tokens[e] for e in experts) for experts in found[:3])
+        key = (step.phase is Phase.DECODE, step.layer, tokens, moved, found.joined_bytes, kinds)
         limits = self._limits.get(key)
         if limits is None:
             dense_s = self.clock.dense_s(tokens)
@@ -247,7 +248,7 @@ class _Run:
         figures.hybrid_s += limits[2]
 
     def result(self, trace: Trace) -> Replay:
-        rate, limit_s = belady_limit(trace, len(self.slots), self.costs, self.clock.dense_s(1))
+        rate, limit_s = belady_limit(trace, len(self.slots), self.costs, self.clock.dense_s)
         decode = self.figures[Phase.DECODE]
         return Replay(
             policy=self.policy.name,
@@ -287,19 +288,21 @@ def experts_room(spec: ModelSpec, machine: Machine, gpu_bytes: int | None) -> in
     return total - spec.dense_bytes
 
 
-def belady_limit(trace: Trace, slots: int, costs: Costs, dense_s: float) -> tuple[float, float]:
+def belady_limit(trace: Trace, slots: int, costs: Costs, dense_s: Callable[[int], float]) -> tuple[float, float]:
     """Belady's hit rate in decode with so many slots, and the hybrid limit of decode at it, in seconds."""
-    steps = list(trace.steps(Phase.DECODE))
+    passes = [one for one in trace.passes if one.phase is Phase.DECODE]
+    steps = [step for one in passes for step in one.steps]
+    rows = [one.tokens for one in passes for _ in one.steps]
     hits = belady_hits([[(step.layer, e) for e in step.tokens] for step in steps], slots)
     found = sum(map(len, hits))
     used = sum(len(step.tokens) for step in steps)
     limits: dict[Any, float] = {}
     total_s = 0.0
-    for step, hit in zip(steps, hits, strict=True):
-        key = (step.layer, len(hit), *step.tokens.values())
+    for step, hit, tokens in zip(steps, hits, rows, strict=True):
+        key = (step.layer, tokens, tuple(step.tokens[e] for _, e in sorted(hit)), *sorted(step.tokens.values()))
         if key not in limits:
             missed = tuple(e for e in step.tokens if (step.layer, e) not in hit)
             done = Outcome(step.layer, step.phase, tuple(e for _, e in hit), (), missed, 0, 0, 0.0, 0.0)
-            limits[key] = dense_s + hybrid_limit_s(trace.spec.layers[step.layer], step, done, costs)
+            limits[key] = dense_s(tokens) + hybrid_limit_s(trace.spec.layers[step.layer], step, done, costs)
         total_s += limits[key]
     return found / used if used else 0.0, total_s

@@ -116,13 +116,13 @@ class SlotTable:
                 slot.keep = True
                 self._borrowed[expert[0]].discard(expert)
             return slot
-        before = None
+        before = None if evict is None or self.ready(evict) else self._where[evict].filling
+        slot = self._empty[-1] if evict is None else self._where[evict]
+        filling = start(slot.index, before)  # if it cannot, the slot stays as it is
         if evict is not None:
-            before = None if self.ready(evict) else self._where[evict].filling
             self.forget(evict)
-        slot = self._empty[-1]
-        slot.filling = start(slot.index, before)  # if it cannot, the slot stays empty
-        self._empty.pop()
+        self._empty.remove(slot)
+        slot.filling = filling
         slot.expert, slot.keep, slot.n_bytes = expert, keep, n_bytes
         self.moved_bytes += n_bytes
         self._where[expert] = slot

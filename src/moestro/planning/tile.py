@@ -75,7 +75,7 @@ def _tiled(one: Pass, recorded: int, depth: int, lookahead: int, spec: ModelSpec
         guesses: dict[int, Mapping[int, float]] = {}
         for ahead in range(1, min(lookahead, depth - 1 - layer) + 1):
             found = source.guesses.get(source.layer + ahead)
-            if found is None:
+            if found is None and source.layer + ahead >= recorded:
                 found = _across_seam(steps, recorded, source.layer, ahead, spec.layers[0].experts)
             if found:
                 guesses[layer + ahead] = found

@@ -29,7 +29,18 @@ from .contract import LayerSpec, ModelSpec, Phase, Step
 
 FORMAT, VERSION = "moestro-trace", 1
 _SCORE = 65535
+_LEAST_GUESSES = 8
 _COLUMNS = "BIHHHHIfHHH"  # see the module's docstring
+
+
+def kept_guesses(scores: Sequence[float], top_k: int) -> dict[int, float]:
+    """Of a gate's scores of all experts what policies see and traces keep: the likeliest, twice as many as it chooses.
+
+    Rounded as a trace stores them, so that a policy sees the same in a replay.
+    """
+    most = max(_LEAST_GUESSES, 2 * top_k)
+    ranked = sorted(enumerate(scores), key=lambda pair: -pair[1])[:most]
+    return {expert: min(_SCORE, round(score * _SCORE)) / _SCORE for expert, score in ranked if score > 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,20 @@ class Trace:
                 for expert, tokens in step.tokens.items():
                     found[step.layer, expert] = found.get((step.layer, expert), 0.0) + tokens
         return found
+
+    def heat_for(self, spec: ModelSpec) -> dict[tuple[int, int], float]:
+        """The profile for a model of that shape.
+
+        Raises:
+            RequestError: the trace is of another.
+        """
+        counts = [[layer.experts for layer in found.layers] for found in (self.spec, spec)]
+        if counts[0] != counts[1]:
+            raise RequestError(
+                f"the profile is of {self.model}, {len(counts[0])} layers of {counts[0][0]} experts; this model has "
+                f"{len(counts[1])} of {counts[1][0]}: record one with moestro trace"
+            )
+        return self.heat()
 
     def save(self, path: Path) -> None:
         """Write the trace."""
@@ -123,7 +148,7 @@ class Trace:
             )
         try:
             return _read(header, zlib.decompress(body))
-        except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, zlib.error) as error:
             raise RequestError(f"the trace {path} is damaged ({error}); record it anew") from None
 
 
@@ -190,6 +215,8 @@ def _read_passes(columns: list[array[Any]], lookahead: int, specs: Sequence[Laye
             for ahead in range(1, lookahead + 1):
                 stop = at_guess + guess_counts[at_count]
                 at_count += 1
+                if stop > at_guess and max(guessed[at_guess:stop]) >= specs[layer + ahead].experts:
+                    raise ValueError(f"a guess of an expert that layer {layer + ahead} does not have")
                 if stop > at_guess:
                     marks = (score / _SCORE for score in scores[at_guess:stop])
                     guesses[layer + ahead] = dict(zip(guessed[at_guess:stop], marks, strict=True))

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import BudgetError
+from .budget import format_bytes
 from .clock import Share
 from .contract import Expert, Lane, ModelSpec, Placement
 from .costs import Costs
@@ -74,7 +76,7 @@ class VirtualMachine:
     def left_s(self, copy: Transfer) -> float:
         assert isinstance(copy, VirtualCopy)
         self.link.advance(self.now_s)
-        return copy.left_s
+        return copy.done_s - self.now_s if copy.over else copy.left_s
 
     def in_ram_s(self, expert: Expert) -> float:
         return self.disk.ready_s(expert, self.spec.layers[expert[0]].expert_bytes, self.now_s)
@@ -230,8 +232,17 @@ class VirtualMachine:
 def machine_clock(
     spec: ModelSpec, placement: Placement, machine: Machine, *, host_s: float = 0.0, timeline: Timeline | None = None
 ) -> VirtualMachine:
-    """A machine's clock for a model whose experts were placed; what its RAM has no room for is on its disk."""
+    """A machine's clock for a model whose experts were placed; what its RAM has no room for is on its disk.
+
+    Raises:
+        BudgetError: it has no room, and how fast its disk is is not known.
+    """
     in_ram_bytes = spec.expert_bytes - sum(spec.layers[layer].expert_bytes for layer, _ in placement.held)
     room_bytes = int(machine.ram_bytes * RAM_SHARE)
     ram_bytes = room_bytes if in_ram_bytes > room_bytes else None
+    if ram_bytes is not None and not machine.costs.disk_gbps:
+        raise BudgetError(
+            f"the experts need {format_bytes(in_ram_bytes)} of RAM, but {machine.name} has {format_bytes(room_bytes)} "
+            "for them and no disk rate to read the rest by; take fewer --bits or another --machine"
+        )
     return VirtualMachine(spec, machine.costs, ram_bytes=ram_bytes, host_s=host_s, timeline=timeline)

@@ -62,9 +62,14 @@ class VirtualCopy:
         now_s, link = self._machine.now_s, self._machine.link
         if link.free_s < now_s:
             link.advance(now_s)
-        if self.done_s > now_s:
+        return self.done_s <= now_s and self._really_done()
+
+    def _really_done(self) -> bool:
+        """Whether the bytes are there, for which a live run waits; False if they could not come."""
+        try:
+            self.wait()
+        except Exception:  # who needs them will hear of it
             return False
-        self.wait()
         return True
 
     def wait(self) -> None:
@@ -74,7 +79,7 @@ class VirtualCopy:
     def cancel(self) -> bool:
         self._machine.link.advance(self._machine.now_s)
         if not self._machine.link.drop(self):
-            return False
+            return self.done_s <= self._machine.now_s and not self._really_done()
         if self.real is not None and not self.real.cancel():
             self.real.wait()  # it would write into whoever has the slot next
         return True

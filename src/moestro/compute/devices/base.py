@@ -39,7 +39,7 @@ class Copy(Protocol):
         """Let the device's next work wait for the bytes; raises what the copy raised."""
 
     def cancel(self) -> bool:
-        """Drop the copy if it has not begun; False when it has."""
+        """Drop the copy if it has not begun; False when it has. One that failed is gone as well."""
 
     def hasten(self) -> None:
         """A step waits for it now: it goes before what nobody waits for, where the device can order copies."""

@@ -45,7 +45,7 @@ class _Job:
         self.future.result()
 
     def cancel(self) -> bool:
-        return self.future.cancel()
+        return self.future.cancel() or (self.future.done() and self.future.exception() is not None)
 
     def hasten(self) -> None:
         self.link.hasten(self)
@@ -173,6 +173,8 @@ class EmulatedDevice(HostDevice):
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device="cpu")
 
     def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
+        if urgent and after is not None and not isinstance(after, Future):
+            _job_of(after).hasten()
         waits_for = after if after is None or isinstance(after, Future) else _job_of(after).future
         return self._link.submit(source, target, urgent, waits_for)
 

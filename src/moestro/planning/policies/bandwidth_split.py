@@ -26,6 +26,11 @@ class BandwidthSplit(BasePolicy):
         self._order: dict[Expert, None] = {}  # oldest first
         return Placement(slots=self.slots)
 
+    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        for expert in [e for e in self._order if view.ready_s(e, GPU0) == float("inf")]:
+            del self._order[expert]  # its copy failed
+        return ()
+
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
         layer = step.layer
         hits = here(step, view)
@@ -64,6 +69,7 @@ class BandwidthSplit(BasePolicy):
                 evict = next(unused, None) or next(e for e in order if e[0] == layer and e[1] in step.tokens)
                 del order[evict]
             moves.append(Move((layer, expert), evict=evict))
+            order.pop((layer, expert), None)
             order[layer, expert] = None
         return moves
 

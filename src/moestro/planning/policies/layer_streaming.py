@@ -41,6 +41,10 @@ class LayerStreaming(BasePolicy):
         victims += [e for e in loaded if e[0] == layer and e[1] not in step.tokens]
         victims += [e for e in active if e in loaded]  # once they were computed
         empty = view.free_slots(GPU0, layer)
+        # After an interrupt all slots may be the next layer's.
+        others = [e for e in loaded if e[0] == following != layer] if missing else []
+        needed = len(missing) - empty - len(victims)
+        victims = victims + others[: max(0, needed)]
         moves = self._moves(missing, empty, victims, True)
         ahead = [e for e in self._layer(following) if e not in loaded]
         taken = len(moves)

@@ -40,8 +40,7 @@ class Lru(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        expected = self.slots - sum(map(len, self._order))
-        for layer, order in enumerate(self._order if view.free_slots(GPU0, 0) > expected else ()):
+        for layer, order in enumerate(self._order):
             for expert in [e for e in order if view.ready_s((layer, e), GPU0) == float("inf")]:
                 del order[expert]  # its copy failed
         return ()
@@ -52,7 +51,11 @@ class Lru(BasePolicy):
         gpu = self.whole(step, step.tokens)
         if not self.k[step.layer]:
             missing = [e for e in step.tokens if view.ready_s((step.layer, e), GPU0) == float("inf")]
-            return Decision(gpu=gpu, moves=through_ring(step, missing, view.free_slots(GPU0, step.layer)))
+            room = view.free_slots(GPU0, step.layer)
+            if not room:  # what was borrowed before is still coming
+                there = [e for e in step.tokens if e not in missing]
+                return Decision(gpu=self.whole(step, there), cpu=self.whole(step, missing))
+            return Decision(gpu=gpu, moves=through_ring(step, missing, room))
         moves, _ = self._replace(step, view, [])
         return Decision(gpu=gpu, moves=tuple(moves))
 

@@ -44,6 +44,7 @@ from ..costs import BLOCK
 from .base import BasePolicy, best_copies, hottest, sides_s
 
 _LEARNED = 0.02  # of each new value that is averaged
+_UNKNOWN = 0.5  # how often guesses come true of which nothing is known
 _REBASE = 1e100
 
 
@@ -83,14 +84,13 @@ class Moestro(BasePolicy):
         return {(layer, e): kept * uses / of_layer[layer] for (layer, e), uses in heat.items()}
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        self._weight *= self._growth**tokens
         if self._weight > _REBASE:
             self._uses = {e: uses / self._weight for e, uses in self._uses.items()}
             self._least = [(uses / self._weight, e) for uses, e in self._least]
             self._weight = 1.0
-        if view.free_slots(GPU0, 0) > self.slots - len(self._cached):
-            for expert in [e for e in self._cached if view.ready_s(e, GPU0) == float("inf")]:
-                del self._cached[expert]  # its copy failed
+        self._weight *= min(self._growth ** min(tokens, 10**5), _REBASE)  # beyond it nothing from before counts
+        for expert in [e for e in self._cached if view.ready_s(e, GPU0) == float("inf")]:
+            del self._cached[expert]  # its copy failed
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
@@ -254,7 +254,7 @@ class Moestro(BasePolicy):
             if view.ready_s(key, GPU0) < float("inf"):
                 continue
             self._pending[1].append((rank, expert))
-            if len(moves) < room and self._right.get(rank, 1.0) * (alone_s - late_s) > lost_s:
+            if len(moves) < room and self._right.get(rank, _UNKNOWN) * (alone_s - late_s) > lost_s:
                 moves.append(Move(key, keep=False, urgent=False))
                 late_s += copy_s
         return moves
@@ -267,7 +267,7 @@ class Moestro(BasePolicy):
         layer, guessed = self._pending
         if layer == step.layer:
             for rank, expert in guessed:
-                before = self._right.get(rank, 0.5)
+                before = self._right.get(rank, _UNKNOWN)
                 self._right[rank] = before + _LEARNED * ((expert in step.tokens) - before)
 
     def observe(self, done: Outcome) -> None:
