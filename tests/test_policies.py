@@ -22,8 +22,8 @@ from moestro.tracing import recording, trace_ids
 
 MACHINE = "rtx4060-laptop"
 EXPERTS = 4 * 8  # of the shape `tiny`
-RUNS = [(batch, prompt) for batch in (1, 3, 17) for prompt in (1, 5, 40)]
-STEPS = 3
+RUNS = [(1, 1), (1, 40), (3, 5), (17, 1), (17, 40)]  # batch, tokens of each prompt
+STEPS = 2
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_bad_options_are_refused_in_one_line(options: dict[str, str], says: str)
         load(shape="tiny", **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("slots", [1, 6, 8, 12, 20])
+@pytest.mark.parametrize("slots", [1, 8, 20])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_after_a_failed_copy_or_an_interrupt_the_next_request_works(name: str, slots: int) -> None:
     expected = _reference()[0][0]
