@@ -279,6 +279,19 @@ def test_decisions_follow_the_machine(policy: str) -> None:
     assert moved(10, 25) > moved(200, 25)
 
 
+@pytest.mark.parametrize(("gpu_gbps", "helps"), [(20, True), (40, True), (800, False)])
+def test_speculation_pays_where_the_gpu_leaves_the_link_idle(gpu_gbps: float, helps: bool) -> None:
+    """The paper has 1.05 to 1.34 x (table 2), on GPUs whose kernels took far longer than reading the weights."""
+    spec = ModelSpec((MIXTRAL,) * 8, dense_bytes=800 * 10**6, dense_weights=400 * 10**6)
+    costs = costs_of(cpu_gbps=40, link_gbps=12, gpu_gbps=gpu_gbps, cpu_gflops=500, gpu_gflops=1e5)
+    gpu_bytes = spec.dense_bytes + 36 * MIXTRAL.expert_bytes
+    with_guesses, without = (
+        replay(_random_trace(spec, 60, seed=3), make_policy(name), _machine(costs), gpu_bytes=gpu_bytes).decode.tok_s
+        for name in ("lru-speculative", "lru")
+    )
+    assert with_guesses > 1.1 * without if helps else with_guesses < without
+
+
 # ---- all of them
 
 

@@ -28,7 +28,7 @@ from .memory.store import ExpertStore
 from .planning.check import check, check_moves
 from .planning.clock import Clock, Share, WallClock
 from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from .planning.dispatch import Found, classify, dispatch
+from .planning.dispatch import Found, classify, dispatch, load
 from .planning.slots import Transfer
 from .planning.trace import kept_guesses
 from .planning.view import TableView
@@ -198,8 +198,8 @@ class Conductor:
         """What the kernels need of a layer about which there is nothing to decide; None of others.
 
         Without slots the contract allows one decision: all of an expert's neurons on the CPU. Who computes such a
-        step elsewhere, in fewer calls, says so by `count_only_choice`; the policy is not asked. Not while a recorder
-        listens.
+        step elsewhere, in fewer calls, says so by `count_only_choice`; the policy is not asked. Not to be done
+        while a recorder listens.
         """
         experts = [(layer, expert) for expert in range(self.spec.layers[layer].experts)]
         shape = self.cpu.kernel_shape(self.math[layer])
@@ -245,7 +245,9 @@ class Conductor:
 
     def _guess(self, layer: int, x: Tensor, index: Tensor) -> Tensor | None:
         """What the next gates make of this layer's hidden states: float32 [ahead, E], or None."""
-        wanted = max(self.policy.lookahead, self.recorder.lookahead if self.recorder is not None else 0)
+        wanted = self.policy.lookahead if self.slots else 0  # without slots no guess can be loaded
+        if self.recorder is not None:
+            wanted = max(wanted, self.recorder.lookahead)
         gates = self.gates[layer + 1 : layer + 1 + wanted]
         if wanted and layer < len(self.gates) and (own := self.gates[layer]) is not None:
             own.learn(x, index)
@@ -288,10 +290,7 @@ class Conductor:
             after_s = 0.0 if after is None else after.end_s
             return self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
 
-        is_new = self.slots.find(move.expert) is None
-        slot = self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent)
-        if is_new and slot.filling is not None:
-            slot.eta_s = self.time.arrival_s(slot.filling, len(span))
+        load(move, self.slots, self.time, len(span), fill)
 
     def _run_on_device(
         self,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import RequestError
 from ..options import (
     AsShape,
     DecodeTokens,
@@ -158,25 +159,25 @@ def bench_policies(
     as_json: Json = False,
 ) -> None:
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
-    from .policies import compare_policies
+    from .policies import Reading, compare_by_replay, compare_live
 
-    found = compare_policies(
-        model,
-        shape,
-        text,
-        trace,
-        machine=machine,
-        gpu_memory=gpu_memory,
-        as_shape=as_shape,
-        bits=bits,
-        names=tuple(policy or POLICIES),
-        live=live,
-        tokens=tokens,
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        seed=seed,
-        plot=None if plot is None else Path(plot),
-    )
+    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed)
+    names = tuple(policy or POLICIES)
+    if not live:
+        found = compare_by_replay(
+            reading,
+            trace,
+            machine=machine,
+            gpu_memory=gpu_memory,
+            as_shape=as_shape,
+            bits=bits,
+            names=names,
+            plot=None if plot is None else Path(plot),
+        )
+    elif trace is not None or as_shape is not None or plot is not None:
+        raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
+    else:
+        found = compare_live(reading, machine=machine, gpu_memory=gpu_memory, bits=bits, names=names)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -196,25 +197,15 @@ def bench_recall(
     as_json: Json = False,
 ) -> None:
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
-    from .policies import record
+    from .policies import Reading
     from .recall import FARTHEST, measure_recall
     from .traces import plotting, writable
 
     if plot is not None:  # refused before the work
         plotting()
         writable(plot)
-    report = measure_recall(
-        record(
-            model,
-            shape,
-            text,
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
-            decode_tokens=decode_tokens,
-            seed=seed,
-            lookahead=FARTHEST,
-        )
-    )
+    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed)
+    report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))
     if as_json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class PolicyRow:
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
     pyplot = plotting()
     figure, axes = pyplot.subplots(len(timelines), 1, figsize=(9, 1.1 * len(timelines)), squeeze=False)
     lanes = {Lane.GPU: 2, Lane.LINK: 1, Lane.CPU: 0}
-    colours = {"dense": "#9aa5b1", "expert": "#2f7ed8", "copy": "#d9822b", "guess": "#f2c57c", "read": "#b04030"}
+    colours = {"dense": "#9aa5b1", "expert": "#2f7ed8", "copy": "#d9822b", "guess": "#f2c57c"}
     for (name, timeline), row in zip(timelines.items(), axes[:, 0], strict=True):
         begins = [start for lane, (_, expert), start, _, _ in timeline.spans if expert < 0 and lane is not Lane.DISK]
         first = len(begins) // 2
@@ -155,10 +155,50 @@ def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def compare_policies(
-    model: str | None,
-    shape: str | None,
-    text: str | None,
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A model and what it reads: a text file, or random tokens from the seed; the options of that name."""
+
+    model: str | None
+    shape: str | None
+    text: str | None
+    tokens: int
+    prompt_tokens: int
+    decode_tokens: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.model or self.shape or ""
+
+    @property
+    def pieces(self) -> dict[str, Any]:
+        """As `read_pieces` takes them."""
+        return {"prompt_tokens": self.prompt_tokens, "decode_tokens": self.decode_tokens}
+
+    def load(self, **options: Any) -> Any:
+        """The model, with options of `moestro.load`."""
+        return load(self.model, shape=self.shape, seed=self.seed, **options)
+
+    def ids(self, loaded: Any) -> tuple[torch.Tensor, str | None]:
+        """What to read, and its text where there is one."""
+        if self.text is None:
+            pieces = -(-self.tokens // self.decode_tokens) + 2  # the two halves may each end within one
+            size = pieces * (self.prompt_tokens + self.decode_tokens)
+            random = torch.Generator().manual_seed(self.seed)
+            return torch.randint(loaded.config.get_text_config().vocab_size, (size,), generator=random), None
+        words = read_text(self.text)
+        return encode(load_tokenizer(self.model, shape=self.shape), words), words
+
+    def record(self, lookahead: int = LOOKAHEAD) -> Trace:
+        """A trace of the model on the CPU."""
+        loaded = self.load(device="cpu")
+        ids, words = self.ids(loaded)
+        return trace_ids(loaded, self.name, ids, words, tokens=self.tokens, lookahead=lookahead, **self.pieces)
+
+
+def compare_by_replay(
+    reading: Reading,
     trace_path: str | None,
     *,
     machine: str,
@@ -166,118 +206,40 @@ def compare_policies(
     as_shape: str | None,
     bits: int | None,
     names: Sequence[str],
-    live: bool,
-    tokens: int,
-    prompt_tokens: int,
-    decode_tokens: int,
-    seed: int,
-    plot: Path | None = None,
+    plot: Path | None,
 ) -> PoliciesReport:
-    """What `moestro bench policies` is asked for; all of them as its options are."""
+    """What `moestro bench policies` is asked for without `--live`; all of them as its options are."""
     for name in names:
         make_policy(name)  # refused before the work
     if plot is not None:
         plotting()
         writable(str(plot))
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-    if live:
-        if trace_path is not None or as_shape is not None or plot is not None:
-            raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
-        return _compare_live(
-            model,
-            shape,
-            text,
-            machine=machine,
-            gpu_memory=gpu_memory,
-            bits=bits,
-            names=names,
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
-            decode_tokens=decode_tokens,
-            seed=seed,
-        )
-    if trace_path is not None:
-        if model is not None or shape is not None or text is not None:
-            raise RequestError("--trace has its own model and text; leave MODEL, --shape and --text out")
-        trace = Trace.load(Path(trace_path))
+    if trace_path is None:
+        trace = reading.record()
+    elif reading.name or reading.text is not None:
+        raise RequestError("--trace has its own model and text; leave MODEL, --shape and --text out")
     else:
-        trace = record(
-            model, shape, text, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, seed=seed
-        )
+        trace = Trace.load(Path(trace_path))
     trace = resized(trace, as_shape, bits)
     rows = compare(trace, machine, gpu_bytes, names, plot)
     return PoliciesReport(f"replay of {trace.model} on {machine}", tuple(rows))
 
 
-def record(
-    model: str | None,
-    shape: str | None,
-    text: str | None,
-    *,
-    tokens: int,
-    prompt_tokens: int,
-    decode_tokens: int,
-    seed: int,
-    lookahead: int = LOOKAHEAD,
-) -> Trace:
-    """A trace of a model on the CPU, on a text file or on random tokens."""
-    loaded = load(model, shape=shape, seed=seed, device="cpu")
-    ids, words = _ids(model, shape, text, loaded, tokens, prompt_tokens, decode_tokens, seed)
-    return trace_ids(
-        loaded,
-        model or shape or "",
-        ids,
-        words,
-        tokens=tokens,
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        lookahead=lookahead,
-    )
-
-
-def _ids(
-    model: str | None,
-    shape: str | None,
-    text: str | None,
-    loaded: Any,
-    tokens: int,
-    prompt_tokens: int,
-    decode_tokens: int,
-    seed: int,
-) -> tuple[torch.Tensor, str | None]:
-    """What to read, and its text where there is one."""
-    if text is None:
-        pieces = -(-tokens // decode_tokens) + 2  # the two halves may each end within one
-        random = torch.Generator().manual_seed(seed)
-        vocabulary = loaded.config.get_text_config().vocab_size
-        return torch.randint(vocabulary, (pieces * (prompt_tokens + decode_tokens),), generator=random), None
-    words = read_text(text)
-    return encode(load_tokenizer(model, shape=shape), words), words
-
-
-def _compare_live(
-    model: str | None,
-    shape: str | None,
-    text: str | None,
-    *,
-    machine: str,
-    gpu_memory: str | None,
-    bits: int | None,
-    names: Sequence[str],
-    tokens: int,
-    prompt_tokens: int,
-    decode_tokens: int,
-    seed: int,
+def compare_live(
+    reading: Reading, *, machine: str, gpu_memory: str | None, bits: int | None, names: Sequence[str]
 ) -> PoliciesReport:
     """Run the model under each policy on the same tokens: on the GPU there is, or on the machine's virtual clock."""
+    for name in names:
+        make_policy(name)  # refused before the work
     on_gpu = torch.cuda.is_available()
     how: dict[str, Any] = (
         {"device": "cuda"} if on_gpu else {"device": "emulated", "clock": "virtual", "machine": machine}
     )
-    pieces: dict[str, Any] = {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
-    loaded = load(model, shape=shape, seed=seed, device="cpu", bits=bits)
-    ids, _ = _ids(model, shape, text, loaded, tokens, prompt_tokens, decode_tokens, seed)
-    profile = trace_ids(loaded, model or shape or "", ids, tokens=tokens // 2, **pieces)
+    loaded = reading.load(device="cpu", bits=bits)
+    ids, _ = reading.ids(loaded)
+    half = reading.tokens // 2
+    profile = trace_ids(loaded, reading.name, ids, tokens=half, **reading.pieces)
     rest = ids[sum(one.tokens for one in profile.passes) :]
     del loaded
     rows = []
@@ -285,10 +247,8 @@ def _compare_live(
         path = Path(folder) / "profile.trace"
         profile.save(path)
         for name in names:
-            running = load(
-                model, shape=shape, seed=seed, policy=name, gpu_memory=gpu_memory, bits=bits, profile=str(path), **how
-            )
-            rows.append(_live_row(name, running, rest, tokens - tokens // 2, pieces))
+            running = reading.load(policy=name, gpu_memory=gpu_memory, bits=bits, profile=str(path), **how)
+            rows.append(_live_row(name, running, rest, reading.tokens - half, reading.pieces))
             running.moestro.close()
             del running
             if on_gpu:  # what torch keeps would count as taken
@@ -296,7 +256,7 @@ def _compare_live(
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
     where = torch.cuda.get_device_name() if on_gpu else f"{machine}'s virtual clock"
-    return PoliciesReport(f"{model or shape} live on {where}", tuple(rows))
+    return PoliciesReport(f"{reading.name} live on {where}", tuple(rows))
 
 
 def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dict[str, Any]) -> PolicyRow:

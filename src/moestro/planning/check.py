@@ -18,7 +18,7 @@ def check(decision: Decision, step: Step, view: View, spec: ModelSpec, block: in
     """
     layer, where = spec.layers[step.layer], f"layer {step.layer}"
     _check_shares(decision, step, layer, block, where)
-    _check_drops(decision, step, view, where)
+    _check_drops(decision, step, where)
     arriving = check_moves(decision.moves, view, spec, where, step=step, decision=decision)
     for expert in decision.gpu:
         key = (step.layer, expert)
@@ -120,7 +120,7 @@ def _check_victim(
         raise ContractError(f"{where}: expert {victim} is not evictable from {move.to}")
 
 
-def _check_drops(decision: Decision, step: Step, view: View, where: str) -> None:
+def _check_drops(decision: Decision, step: Step, where: str) -> None:
     for layer, expert in decision.drop:
         if layer == step.layer and expert in decision.gpu:
             raise ContractError(f"{where}: expert {expert} is given to the GPU and taken from it in one decision")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
@@ -81,5 +81,5 @@ def costs_of(
 
 @cache
 def _profiles() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    data = json.loads((files(__package__) / "machines.json").read_text())
+    data = json.loads(Path(__file__).with_name("machines.json").read_text())
     return data["reached"], {machine["name"]: machine for machine in data["machines"]}

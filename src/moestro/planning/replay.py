@@ -20,7 +20,7 @@ from .check import check, check_moves
 from .clock import Share
 from .contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from .costs import BLOCK, Costs
-from .dispatch import Found, classify, dispatch
+from .dispatch import Found, classify, dispatch, load
 from .machines import Machine
 from .policies.base import hybrid_limit_s
 from .slots import SlotTable, Transfer
@@ -35,7 +35,7 @@ class PhaseFigures:
     """What a replay found of prefill or decode.
 
     step_limit_s, link_limit_s: the least time that the method's own arithmetic allows at its hits, for steps one after
-    another and for the link beside them. hybrid_s: that of any method at these hits. All without what the host adds.
+    another and for the link beside them. hybrid_s: that of any method at these hits.
     link_busy_s: what really crossed.
     """
 
@@ -48,7 +48,6 @@ class PhaseFigures:
     hits: int = 0
     joined: int = 0
     misses: int = 0
-    moved_bytes: int = 0
 
     @property
     def tok_s(self) -> float:
@@ -101,10 +100,10 @@ class Replay:
             "hit_rate": self.decode.hit_rate,
             "bytes_moved": self.moved_bytes,
             "share": self.decode.share,
-            "share_of_own_limit": self.decode.own_share,
-            "prefill_share_of_own_limit": self.prefill.own_share,
-            "share_at_belady": self.belady_share,
+            "own_share": self.decode.own_share,
+            "prefill_own_share": self.prefill.own_share,
             "belady_hit_rate": self.belady_rate,
+            "belady_share": self.belady_share,
             "hits": self.decode.hits,
             "joined": self.decode.joined,
             "misses": self.decode.misses,
@@ -124,7 +123,6 @@ def replay(
     *,
     gpu_bytes: int | None = None,
     heat: dict[Expert, float] | None = None,
-    host_s: float = 0.0,
     timeline: Timeline | None = None,
 ) -> Replay:
     """Run `policy` over `trace` as if on `machine`.
@@ -132,12 +130,11 @@ def replay(
     Args:
         gpu_bytes: the GPU's memory for dense weights and experts; None for all that the machine has.
         heat: the profile that the policy places by; None for none.
-        host_s: what the host adds to each layer step.
 
     Raises:
         BudgetError: the dense part does not fit. ContractError: a decision that cannot be carried out.
     """
-    run = _Run(trace.spec, policy, machine, gpu_bytes, heat or {}, host_s, timeline)
+    run = _Run(trace.spec, policy, machine, gpu_bytes, heat or {}, timeline)
     for one in trace.passes:
         run.begin(one.tokens, one.phase)
         for step in one.steps:
@@ -156,7 +153,6 @@ class _Run:
         machine: Machine,
         gpu_bytes: int | None,
         heat: dict[Expert, float],
-        host_s: float,
         timeline: Timeline | None,
     ) -> None:
         self.spec, self.policy, self.machine, self.costs = spec, policy, machine, machine.costs
@@ -168,7 +164,7 @@ class _Run:
                 f"{policy.name} wants {len(self.slots)} experts on the GPU, "
                 f"{format_bytes(len(self.slots) * spec.slot_bytes)}, but {format_bytes(room_bytes)} are left for them"
             )
-        self.clock = machine_clock(spec, placement, machine, host_s=host_s, timeline=timeline)
+        self.clock = machine_clock(spec, placement, machine, timeline)
         self.view = TableView(self.slots, self.clock, self._ram_ready_s)
         self.figures = {phase: PhaseFigures() for phase in Phase}
         self._now = self.figures[Phase.PREFILL]
@@ -215,10 +211,7 @@ class _Run:
         def fill(_: int, before: Transfer | None) -> Transfer:
             return self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
 
-        is_new = self.slots.find(move.expert) is None
-        slot = self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent)
-        if is_new and slot.filling is not None:
-            slot.eta_s = self.clock.arrival_s(slot.filling, n_bytes)
+        load(move, self.slots, self.clock, n_bytes, fill)
 
     def _run_gpu(self, step: Step, decision: Decision, experts: list[int], after: Transfer | None) -> float:
         shares = [Share((step.layer, e), step.tokens[e], len(decision.gpu[e])) for e in experts]
@@ -232,7 +225,6 @@ class _Run:
         figures.hits += len(found.hits)
         figures.joined += len(found.joined)
         figures.misses += len(found.misses)
-        figures.moved_bytes += moved
         if tokens == 1:  # as in most steps: then only how many there are of each kind matters
             kinds: tuple[Any, ...] = (len(found.hits), len(found.joined), len(found.misses))
         else:

@@ -8,7 +8,7 @@ multiplying them (costs.py). The link carries pieces of 16 MiB, the urgent ones 
 interrupted. While the link copies, the CPU reads RAM more slowly; the link keeps its rate. Experts that the RAM has no
 room for are read from the disk when they are used, as an operating system's page cache does (least recently used out
 first). Hidden states cross the link on their own before and after the CPU's part. What is not: the KV cache's bytes,
-kernel launches, and what the host does between layers (`host_s`, 0 unless given).
+kernel launches, and what the host does between layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class VirtualMachine:
 
     Args:
         ram_bytes: room for experts; None for all of them.
-        host_s: what the host takes for a layer step beside all lanes.
     """
 
     def __init__(
@@ -45,10 +44,9 @@ class VirtualMachine:
         costs: Costs,
         *,
         ram_bytes: int | None = None,
-        host_s: float = 0.0,
         timeline: Timeline | None = None,
     ) -> None:
-        self.spec, self.costs, self._host_s, self._timeline = spec, costs, host_s, timeline
+        self.spec, self.costs, self._timeline = spec, costs, timeline
         self.now_s = 0.0
         self.link = VirtualLink(costs.link_s(PIECE_BYTES), timeline)
         self.disk = PageCache(costs.disk_gbps, ram_bytes, timeline)
@@ -106,7 +104,6 @@ class VirtualMachine:
     def begin_layer(self, layer: int, tokens: int) -> None:
         """The dense part of a layer: attention, router, shared experts and their share of head and embedding."""
         self._layer, self._tokens = layer, tokens
-        self.now_s += self._host_s
         took_s = self._dense_seconds.get(tokens)
         if took_s is None:
             took_s = self._dense_seconds[tokens] = self.dense_s(tokens)
@@ -230,7 +227,7 @@ class VirtualMachine:
 
 
 def machine_clock(
-    spec: ModelSpec, placement: Placement, machine: Machine, *, host_s: float = 0.0, timeline: Timeline | None = None
+    spec: ModelSpec, placement: Placement, machine: Machine, timeline: Timeline | None = None
 ) -> VirtualMachine:
     """A machine's clock for a model whose experts were placed; what its RAM has no room for is on its disk.
 
@@ -245,4 +242,4 @@ def machine_clock(
             f"the experts need {format_bytes(in_ram_bytes)} of RAM, but {machine.name} has {format_bytes(room_bytes)} "
             "for them and no disk rate to read the rest by; take fewer --bits or another --machine"
         )
-    return VirtualMachine(spec, machine.costs, ram_bytes=ram_bytes, host_s=host_s, timeline=timeline)
+    return VirtualMachine(spec, machine.costs, ram_bytes=ram_bytes, timeline=timeline)

@@ -16,7 +16,7 @@ from .slots import Transfer
 from .timeline import Timeline
 
 
-class Machine(Protocol):
+class HasLink(Protocol):
     """What a copy needs to see of its machine."""
 
     now_s: float
@@ -44,7 +44,7 @@ class VirtualCopy:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: HasLink,
         expert: Expert,
         n_bytes: int,
         urgent: bool,

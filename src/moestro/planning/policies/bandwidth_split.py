@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Phase, Placement, Step, View
-from .base import BasePolicy, here, sides_s
+from .base import BasePolicy, here, lost, sides_s
 
 
 class BandwidthSplit(BasePolicy):
@@ -27,8 +27,8 @@ class BandwidthSplit(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        for expert in [e for e in self._order if view.ready_s(e, GPU0) == float("inf")]:
-            del self._order[expert]  # its copy failed
+        for expert in lost(self._order, view):
+            del self._order[expert]
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:

@@ -63,6 +63,11 @@ def here(step: Step, view: View) -> list[int]:
     return [expert for expert in step.tokens if view.ready_s((layer, expert), GPU0) < float("inf")]
 
 
+def lost(experts: Iterable[Expert], view: View) -> list[Expert]:
+    """Of experts that a policy has down as on the GPU or on their way, those whose copy failed."""
+    return [expert for expert in experts if view.ready_s(expert, GPU0) == float("inf")]
+
+
 def through_ring(step: Step, experts: Iterable[int], slots: int) -> tuple[Move, ...]:
     """Moves of experts through so many empty slots: each next one into the slot of the one that was computed first."""
     moves: list[Move] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
-from .base import BasePolicy
+from .base import BasePolicy, lost
 
 
 class LayerStreaming(BasePolicy):
@@ -27,7 +27,8 @@ class LayerStreaming(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        self._loaded = {e: None for e in self._loaded if view.ready_s(e, GPU0) < float("inf")}
+        for expert in lost(self._loaded, view):
+            del self._loaded[expert]
         return () if self._loaded else tuple(self._moves(self._layer(0), view.free_slots(GPU0, 0), [], False))
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:

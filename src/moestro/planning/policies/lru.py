@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
-from .base import BasePolicy, through_ring
+from .base import BasePolicy, lost, through_ring
 
 
 class Lru(BasePolicy):
@@ -41,8 +41,8 @@ class Lru(BasePolicy):
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
         for layer, order in enumerate(self._order):
-            for expert in [e for e in order if view.ready_s((layer, e), GPU0) == float("inf")]:
-                del order[expert]  # its copy failed
+            for _, expert in lost([(layer, e) for e in order], view):
+                del order[expert]
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
