@@ -124,6 +124,7 @@ def test_trace_replay_and_their_benches(run, tmp_path: Path) -> None:  # type: i
     ]
     rows = json.loads(run("bench", "policies", "demo", "--text", str(text), *pieces, *live)[0].splitlines()[-1])["rows"]
     assert [(row["policy"], row["hit_rate"] > 0) for row in rows] == [("lru", True), ("cpu-only", False)]
+    assert 0 < rows[0]["share"] < rows[1]["share"] <= 1 + 1e-9
     out, _ = run("bench", "recall", "demo", "--text", str(text), *pieces)
     assert "LRU hit ratio" in re.sub(r"\s+", " ", out)
 

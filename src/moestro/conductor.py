@@ -28,7 +28,7 @@ from .memory.store import ExpertStore
 from .planning.check import check, check_moves
 from .planning.clock import Clock, Share, WallClock
 from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from .planning.dispatch import Found, classify, dispatch, load
+from .planning.dispatch import Found, classify, dispatch
 from .planning.slots import Transfer
 from .planning.trace import kept_guesses
 from .planning.view import TableView
@@ -111,7 +111,10 @@ class Recorder(Protocol):
         """A step begins."""
 
     def record(self, step: Step, top_k: int) -> None:
-        """One layer of it, for a router that gives each token so many experts."""
+        """One layer of it is to be done, for a router that gives each token so many experts."""
+
+    def done(self, outcome: Outcome) -> None:
+        """What that layer step did."""
 
 
 class _Ran(NamedTuple):
@@ -279,7 +282,7 @@ class Conductor:
         neurons = move.neurons or range(experts.shape.neurons)
         span = experts.format.byte_range(experts.shape, neurons)
 
-        def fill(index: int, before: Transfer | None) -> Transfer:
+        def fill(index: int, before: Transfer | None) -> tuple[Transfer, float]:
             source, target = self.store[move.expert], self.slots.memory[index]
             copy = self.device.copy(
                 source[span.start : span.stop],
@@ -288,9 +291,10 @@ class Conductor:
                 before if after is None else after.queued,
             )
             after_s = 0.0 if after is None else after.end_s
-            return self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
+            timed = self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
+            return timed, self.time.arrival_s(timed, len(span))
 
-        load(move, self.slots, self.time, len(span), fill)
+        self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent)
 
     def _run_on_device(
         self,
@@ -338,9 +342,10 @@ class Conductor:
             counters.hits += len(found.hits)
             counters.joined += len(found.joined)
             counters.misses += len(found.misses)
-        self.policy.observe(
-            Outcome(step.layer, step.phase, *found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
-        )
+        outcome = Outcome(step.layer, step.phase, *found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
+        self.policy.observe(outcome)
+        if self.recorder is not None:
+            self.recorder.done(outcome)
 
     def close(self) -> None:
         """Stop the device's threads. The model cannot be used after."""

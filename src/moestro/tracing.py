@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from .errors import RequestError
 from .generation import encode
-from .planning.contract import Phase, Step
+from .planning.contract import Outcome, Phase, Step
 from .planning.trace import Pass, Trace
 
 LOOKAHEAD = 3
@@ -44,6 +44,9 @@ class Recorder:
     def record(self, step: Step, top_k: int) -> None:
         self.top_k = max(self.top_k, top_k)
         self._steps.append(step)
+
+    def done(self, outcome: Outcome) -> None:
+        """Of no interest here: a trace is what was asked for, not what was done."""
 
     def _end(self) -> None:
         if self._steps:

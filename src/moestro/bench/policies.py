@@ -23,12 +23,14 @@ from ..errors import RequestError
 from ..generation import encode
 from ..loading import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
-from ..planning.contract import Lane, Phase
+from ..planning.contract import Costs, Lane, ModelSpec, Outcome, Phase, Step
 from ..planning.policies import make_policy
+from ..planning.policies.base import hybrid_limit_s
 from ..planning.replay import replay
 from ..planning.tile import resized
 from ..planning.timeline import Timeline
 from ..planning.trace import Trace
+from ..planning.virtual import dense_layer_s
 from ..tracing import LOOKAHEAD, read_pieces, trace_ids
 from .traces import find_machine, plotting, read_text, writable
 
@@ -37,7 +39,7 @@ _DRAWN_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """One policy's figures. share: of the hybrid limit of decode at its own hit rate; the last three only by replay."""
+    """One policy's figures. share: of the hybrid limit of decode at its own hit rate; the last four only by replay."""
 
     policy: str
     prefill_tok_s: float
@@ -262,6 +264,7 @@ def compare_live(
 def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dict[str, Any]) -> PolicyRow:
     seconds, counted = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0)
     conductor = model.moestro
+    conductor.recorder = limit = _Limit(conductor.spec, conductor.costs)
     for phase, count, took_s in read_pieces(model, ids.to(model.device), tokens=tokens, **pieces):
         seconds[phase] += took_s
         counted[phase] += count
@@ -273,6 +276,27 @@ def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dic
         decode_tok_s=counted[Phase.DECODE] / seconds[Phase.DECODE],
         hit_rate=counters.hits / used if used else 0.0,
         bytes_moved=counters.moved_bytes,
-        share=None,
+        share=limit.seconds / seconds[Phase.DECODE] if conductor.costs.cpu_gbps else None,  # needs rates
         slots=len(conductor.slots),
     )
+
+
+class _Limit:
+    """Listens to a conductor: the hybrid limit of decode at the hits that a policy really had, in seconds."""
+
+    lookahead = 0
+
+    def __init__(self, spec: ModelSpec, costs: Costs) -> None:
+        self._spec, self._costs = spec, costs
+        self.seconds = 0.0
+
+    def begin(self, tokens: int, phase: Phase) -> None:
+        if phase is Phase.DECODE:
+            self.seconds += len(self._spec.layers) * dense_layer_s(self._spec, self._costs, tokens)
+
+    def record(self, step: Step, top_k: int) -> None:
+        self._step = step
+
+    def done(self, outcome: Outcome) -> None:
+        if outcome.phase is Phase.DECODE:
+            self.seconds += hybrid_limit_s(self._spec.layers[outcome.layer], self._step, outcome, self._costs)

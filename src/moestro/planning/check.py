@@ -49,10 +49,11 @@ def check_moves(
     gone, brought = set(dropped), set[Expert]()
     parts: set[Expert] = set()  # of which only some neurons come
     empty: int | None = None  # slots, asked once
+    gpu = decision.gpu if decision is not None else {}
     for move in moves:
         key = move.expert
         layer = key[0]
-        _check_move(move, view, spec, where, step, decision.gpu if decision is not None else {})
+        _check_move(move, view, spec, where, step, gpu)
         if key in parts:
             raise ContractError(f"{where}: expert {key} is moved again, but only some neurons of it are on their way")
         if key in brought or (key not in gone and view.ready_s(key, GPU0) < _INF):

@@ -61,15 +61,14 @@ class Lane(Enum):
     GPU = "gpu"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A tier of memory that an expert can be in."""
 
     tier: Literal["disk", "ram", "gpu"]
-    index: int = 0
+    device: int = 0
 
     def __str__(self) -> str:
-        return f"gpu:{self.index}" if self.tier == "gpu" else self.tier
+        return f"{self.tier}:{self.device}" if self.tier == "gpu" else self.tier
 
 
 DISK, RAM, GPU0 = Place("disk"), Place("ram"), Place("gpu", 0)

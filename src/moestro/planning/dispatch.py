@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
-from .clock import Clock
 from .contract import Decision, Expert, Move, Step
 from .slots import SlotTable, Transfer
 
@@ -92,16 +91,6 @@ def dispatch(
             queue.append(move.expert[1])
     while queue:
         run_next()
-
-
-def load(
-    move: Move, table: SlotTable, clock: Clock, n_bytes: int, fill: Callable[[int, Transfer | None], Transfer]
-) -> None:
-    """Give a move's expert a slot and note when it is expected there; one that is there or on its way is joined."""
-    is_new = table.find(move.expert) is None
-    slot = table.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent)
-    if is_new and slot.filling is not None:
-        slot.eta_s = clock.arrival_s(slot.filling, n_bytes)
 
 
 def _start_those_that_may(

@@ -20,7 +20,7 @@ from .check import check, check_moves
 from .clock import Share
 from .contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from .costs import BLOCK, Costs
-from .dispatch import Found, classify, dispatch, load
+from .dispatch import Found, classify, dispatch
 from .machines import Machine
 from .policies.base import hybrid_limit_s
 from .slots import SlotTable, Transfer
@@ -208,17 +208,20 @@ class _Run:
         layer = self.spec.layers[move.expert[0]]
         n_bytes = layer.share_bytes(move.neurons)
 
-        def fill(_: int, before: Transfer | None) -> Transfer:
-            return self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
+        def fill(_: int, before: Transfer | None) -> tuple[Transfer, float]:
+            copy = self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
+            return copy, self.clock.arrival_s(copy, n_bytes)
 
-        load(move, self.slots, self.clock, n_bytes, fill)
+        self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent)
 
     def _run_gpu(self, step: Step, decision: Decision, experts: list[int], after: Transfer | None) -> float:
         shares = [Share((step.layer, e), step.tokens[e], len(decision.gpu[e])) for e in experts]
         return self.clock.run_gpu(shares, after)
 
     def _ram_ready_s(self, expert: Expert) -> float:
-        return float("inf") if expert in self.slots.held else self.clock.in_ram_s(expert)
+        if expert in self.slots.held:
+            return float("inf")
+        return 0.0 if self.clock.disk.holds_all else self.clock.in_ram_s(expert)
 
     def _account(self, step: Step, found: Found, done: Outcome, tokens: int, moved: int) -> None:
         figures = self._now

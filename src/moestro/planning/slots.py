@@ -62,17 +62,15 @@ class SlotTable:
             raise ValueError(f"{len(there)} experts do not fit {slots} slots")
         self._slots = slots
         self._where = {expert: Slot(i, expert) for i, expert in enumerate(there)}
+        self.find = self._where.get  # the slot of an expert that is here or on its way, or None; asked most of all
         self._empty = [Slot(i) for i in reversed(range(len(there), slots))]
         self.moved_bytes = 0  # queued so far, without what was dropped before it began
         self._borrowed: dict[int, set[Expert]] = {}  # by layer
+        self._evictable = _Evictable(self)
 
     def __len__(self) -> int:
         """How many slots there are, full or empty."""
         return self._slots
-
-    def find(self, expert: Expert) -> Slot | None:
-        """The slot of an expert that is here or on its way."""
-        return self._where.get(expert)
 
     def ready(self, expert: Expert) -> bool:
         """Whether the expert can be computed from its slot now."""
@@ -88,7 +86,7 @@ class SlotTable:
 
     def evictable(self) -> Collection[Expert]:
         """Experts whose slot may be taken: ready and not held. Looks at the table, copies nothing."""
-        return _Evictable(self)
+        return self._evictable
 
     def empty(self) -> int:
         """How many slots are empty."""
@@ -98,7 +96,7 @@ class SlotTable:
         self,
         expert: Expert,
         evict: Expert | None,
-        start: Callable[[int, Transfer | None], Transfer],
+        start: Callable[[int, Transfer | None], tuple[Transfer, float]],
         n_bytes: int,
         keep: bool = True,
         urgent: bool = True,
@@ -107,7 +105,8 @@ class SlotTable:
 
         Args:
             evict: whose slot to take; None for an empty one.
-            start: begins to fill the slot of that index, with n_bytes, behind a copy into it that is still in flight.
+            start: begins to fill the slot of that index, with n_bytes, behind a copy into it that is still in flight;
+                returns the copy and when it is expected to be done.
         """
         if (slot := self._where.get(expert)) is not None:
             if urgent and slot.filling is not None:
@@ -118,11 +117,11 @@ class SlotTable:
             return slot
         before = None if evict is None or self.ready(evict) else self._where[evict].filling
         slot = self._empty[-1] if evict is None else self._where[evict]
-        filling = start(slot.index, before)  # if it cannot, the slot stays as it is
+        filling, eta_s = start(slot.index, before)  # if it cannot, the slot stays as it is
         if evict is not None:
             self.forget(evict)
         self._empty.remove(slot)
-        slot.filling = filling
+        slot.filling, slot.eta_s = filling, eta_s
         slot.expert, slot.keep, slot.n_bytes = expert, keep, n_bytes
         self.moved_bytes += n_bytes
         self._where[expert] = slot

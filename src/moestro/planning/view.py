@@ -28,7 +28,7 @@ class TableView:
         return self.clock.now_s
 
     def ready_s(self, expert: Expert, at: Place) -> float:
-        if at is not GPU0 and at != GPU0:
+        if at != GPU0:
             return self.ram_ready_s(expert) if at == RAM else math.inf
         slot = self.table.find(expert)
         if slot is None:

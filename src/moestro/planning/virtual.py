@@ -95,9 +95,10 @@ class VirtualMachine:
         """
         assert before is None or isinstance(before, VirtualCopy)
         self.link.advance(self.now_s)
-        in_ram_s = self.disk.read(expert, self.spec.layers[expert[0]].expert_bytes, self.now_s)
+        if not self.disk.holds_all:
+            after_s = max(after_s, self.disk.read(expert, self.spec.layers[expert[0]].expert_bytes, self.now_s))
         self._order += 1
-        copy = VirtualCopy(self, expert, n_bytes, urgent, max(after_s, in_ram_s), self._order, before, real)
+        copy = VirtualCopy(self, expert, n_bytes, urgent, after_s, self._order, before, real)
         self.link.submit(copy, self.now_s)
         return copy
 
@@ -121,12 +122,8 @@ class VirtualMachine:
         self._gpu_free_s = self._cpu_free_s = self.now_s
 
     def dense_s(self, tokens: int) -> float:
-        """Seconds of one layer's dense part: an equal share of the model's."""
-        costs, layers = self.costs, len(self.spec.layers)
-        gbps, gflops = (costs.gpu_gbps, costs.gpu_gflops) if costs.gpu_gbps else (costs.cpu_gbps, costs.cpu_gflops)
-        read_s = self.spec.dense_bytes / (gbps * 1e9) if gbps else 0.0
-        compute_s = 2 * self.spec.dense_weights * tokens / (gflops * 1e9) if gflops else 0.0
-        return max(read_s, compute_s) / layers
+        """As `dense_layer_s`, of this model and machine."""
+        return dense_layer_s(self.spec, self.costs, tokens)
 
     def run_gpu(self, shares: Sequence[Share], after: Transfer | None = None) -> float:
         """Queue experts on the GPU, behind a copy that they need; returns when they will be done."""
@@ -224,6 +221,14 @@ class VirtualMachine:
             Lane.LINK: (self.link.busy_s, self.link.n_bytes),
             Lane.DISK: (self.disk.busy_s, float(self.disk.n_bytes)),
         }
+
+
+def dense_layer_s(spec: ModelSpec, costs: Costs, tokens: int) -> float:
+    """Seconds that one layer's dense part takes for so many tokens: an equal share of the model's; 0 without rates."""
+    gbps, gflops = (costs.gpu_gbps, costs.gpu_gflops) if costs.gpu_gbps else (costs.cpu_gbps, costs.cpu_gflops)
+    read_s = spec.dense_bytes / (gbps * 1e9) if gbps else 0.0
+    compute_s = 2 * spec.dense_weights * tokens / (gflops * 1e9) if gflops else 0.0
+    return max(read_s, compute_s) / len(spec.layers)
 
 
 def machine_clock(

@@ -62,7 +62,7 @@ class VirtualCopy:
         now_s, link = self._machine.now_s, self._machine.link
         if link.free_s < now_s:
             link.advance(now_s)
-        return self.done_s <= now_s and self._really_done()
+        return self.done_s <= now_s and (self.real is None or self._really_done())
 
     def _really_done(self) -> bool:
         """Whether the bytes are there, for which a live run waits; False if they could not come."""
@@ -145,6 +145,8 @@ class VirtualLink:
     def advance(self, until_s: float, wanted: VirtualCopy | None = None) -> None:
         """Commit all pieces that begin before `until_s`; no further than to the end of `wanted`, if given."""
         until_s -= self._rounding_s
+        if self.free_s >= until_s:
+            return  # as mostly
         while self.free_s < until_s and (self._urgent or self._others) and not (wanted is not None and wanted.over):
             start_s = self.free_s
             copy, limit_s = self._next(start_s)
