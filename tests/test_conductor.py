@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moestro.compute.devices import make_device
 from moestro.compute.devices.emulated import EmulatedDevice, MemoryCarrier
 from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
@@ -41,6 +42,7 @@ from moestro.planning.contract import (
 )
 from moestro.planning.policies import BasePolicy
 from moestro.planning.timeline import Timeline
+from pretended_cuda import pretended_cuda
 
 SHAPE, FORMAT, LAYERS, EXPERTS, TOP_K = ExpertShape(hidden=24, neurons=160), FORMATS["fp32"], 3, 6, 2
 
@@ -162,23 +164,42 @@ class _ShuffledLink(LinkLane):
         return self._random.choice(ready) if ready else None
 
 
-@settings(max_examples=80, deadline=None)
-@given(
+DRAWN = given(
     seed=st.integers(0, 2**32 - 1),
     slots=st.sampled_from([0, 1, 2, 3, 7, EXPERTS * LAYERS]),
     tokens=st.sampled_from([1, 3, 17]),
 )
+
+
+@settings(max_examples=80, deadline=None)
+@DRAWN
 def test_any_lawful_decision_gives_the_reference_result(seed: int, slots: int, tokens: int) -> None:
+    _check_drawn(_AnyOrder(seed), seed, slots, tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@DRAWN
+def test_any_lawful_decision_gives_the_reference_result_on_cuda(seed: int, slots: int, tokens: int) -> None:
+    """Where there is no GPU its streams are pretended: who waits for whom is tested, what overlaps is not."""
+    if torch.cuda.is_available():
+        _check_drawn(make_device("cuda"), seed, slots, tokens)
+        return
+    with pretended_cuda() as (device, _):
+        _check_drawn(device, seed, slots, tokens)
+
+
+def _check_drawn(device: Any, seed: int, slots: int, tokens: int) -> None:
     torch.manual_seed(seed)
-    policy, device = Drawn(seed), _AnyOrder(seed)
+    policy = Drawn(seed)
     conductor, parts = _conductor(policy, slots, device)
+    at = device.torch_device
     try:
         for step in range(2):
             conductor.begin(tokens, Phase.PREFILL if step == 0 else Phase.DECODE)
             for layer in range(LAYERS):
                 x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
                 index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))  # EXPERTS is the sentinel
-                out = conductor.run_layer(layer, x, index, weights)
+                out = conductor.run_layer(layer, x.to(at), index.to(at), weights.to(at)).cpu()
                 torch.testing.assert_close(out, _reference(parts[layer], x, index, weights), rtol=1e-4, atol=1e-5)
     finally:
         conductor.close()

@@ -73,6 +73,8 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
     cpu = CpuExperts(config.threads)
     first_touch(store.memory, cpu.threads)
+    if placement.slots:
+        device.pin(store.memory)
     slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,

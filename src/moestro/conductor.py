@@ -38,6 +38,7 @@ from .planning.slots import Transfer
 from .planning.timeline import Timeline
 from .planning.trace import kept_guesses
 from .planning.view import TableView
+from .planning.virtual import VirtualMachine
 from .planning.virtual_link import VirtualCopy
 from .routers import Gate
 
@@ -103,7 +104,7 @@ class Conductor:
 
     def __post_init__(self) -> None:
         self._of_thread = threading.local()
-        self.time: Clock = self.clock or WallClock(self.costs)
+        self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
         self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
         self._to_warm = list(self.slots.warm)
         self._last_ran: _Ran | None = None
@@ -267,7 +268,7 @@ class Conductor:
             )
             after_s = 0.0 if after is None else after.end_s
             timed = self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
-            return timed, self.time.arrival_s(timed, len(span))
+            return timed, self.time.arrival_s(timed, move.urgent)
 
         self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent)
 
@@ -299,7 +300,7 @@ class Conductor:
         work = [groups[expert].work(self.store[step.layer, expert], neurons) for expert, neurons in shares]
         start_s = time.perf_counter()
         self.cpu.run(self.math[step.layer], x, work, out)
-        if self.timeline is not None:
+        if self.timeline is not None and not isinstance(self.time, VirtualMachine):
             self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, time.perf_counter(), "expert")
         self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
@@ -348,13 +349,14 @@ class Conductor:
     @contextmanager
     def note_on(self, timeline: Timeline) -> Iterator[None]:
         """Note what GPU, link and CPU do meanwhile."""
+        lanes = self.time if isinstance(self.time, VirtualMachine) else self.device
         self.timeline = timeline
-        self.device.trace(timeline)
+        lanes.trace(timeline)
         try:
             yield
         finally:
             self.timeline = None
-            self.device.trace(None)
+            lanes.trace(None)
 
     def close(self) -> None:
         """Stop the device's threads. The model cannot be used after."""

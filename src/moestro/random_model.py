@@ -57,7 +57,7 @@ def build_random_model(
     shape = shape_config(name, layers)
     shape.initializer_range = _INITIALIZER_STD
     shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
-    device = make_device(config.device)
+    device = make_device(config.device, config.link_gbps)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
         model.set_experts_implementation(METHOD)

@@ -198,6 +198,12 @@ class LinkLane:
             after.when_launched(self._wake)
         return copy
 
+    def queued_bytes(self, *, urgent: bool = False) -> int:
+        """What has not crossed yet of the copies that were queued; with `urgent`, of urgent ones alone."""
+        with self.changed:
+            copies = {*self._queue, *(flying.copy for flying in self._flying)}
+            return sum(copy.left_bytes() for copy in copies if copy.urgent or not urgent)
+
     def end(self, copy: LaneCopy, state: _State, error: Exception | None = None) -> None:
         """A copy leaves the queue, or has arrived; the condition is held."""
         if copy in self._queue:
@@ -267,15 +273,15 @@ class LinkLane:
             with self.changed:
                 self.end(copy, _State.FAILED, error)
             return
-        self._flying.append(_Flying(copy, piece, source.numel(), now_s))
         with self.changed:
+            self._flying.append(_Flying(copy, piece, source.numel(), now_s))
             copy.sent_bytes += source.numel()
             copy.last = piece
             if copy.sent_bytes == copy.source.numel():
                 self.end(copy, _State.SENT)
 
     def _land(self) -> None:
-        copy, piece, n_bytes, sent_s = self._flying.popleft()
+        copy, piece, n_bytes, sent_s = self._flying[0]
         error: Exception | None = None
         try:
             piece.arrive()
@@ -285,6 +291,7 @@ class LinkLane:
         start_s = max(sent_s, self._ended_s)
         self._note(copy, start_s, end_s, n_bytes)
         with self.changed:
+            self._flying.popleft()
             copy.arrived_bytes += n_bytes
             if error is not None:
                 self.end(copy, _State.FAILED, error)

@@ -23,7 +23,7 @@ from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork, run_experts
 from .base import Copy, HostBatch, Queued
-from .cuda_memory import HostBuffers, PinnedMemory
+from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_timeline import GpuSpans
 
 logger = logging.getLogger("moestro")
@@ -61,7 +61,7 @@ class StreamCarrier:
 
     def _staged(self, source: Tensor) -> Tensor:
         if not self._ring:  # one more than fly, so that the one that is written is no longer read
-            self._ring = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT + 1)]
+            self._ring = [pinned_bytes(PIECE_BYTES) for _ in range(IN_FLIGHT + 1)]
         buffer = self._ring[self._next][: source.numel()]
         self._next = (self._next + 1) % len(self._ring)
         return buffer.copy_(source)

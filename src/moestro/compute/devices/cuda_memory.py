@@ -59,6 +59,11 @@ class PinnedMemory:
         self._starts, self._stops = [], []
 
 
+def pinned_bytes(n_bytes: int) -> Tensor:
+    """A buffer that torch pins: uint8 [n_bytes]."""
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())
+
+
 class HostBuffers:
     """Pinned buffers by name, that grow and are used again in the next layer step."""
 
@@ -70,7 +75,7 @@ class HostBuffers:
         n_bytes = torch.Size(shape).numel() * dtype.itemsize
         found = self._by_name.get(name)
         if found is None or found.numel() < n_bytes:
-            found = self._by_name[name] = torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            found = self._by_name[name] = pinned_bytes(n_bytes)
         return found[:n_bytes].view(dtype).view(shape)
 
     def read(self, name: str, tensor: Tensor) -> Tensor:
