@@ -457,6 +457,24 @@ def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
         device.copy(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), True, (0, 0))
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_no_host_memory_stays_registered(closed: bool) -> None:
+    """Neither after close nor after a conductor is let go, also when a step failed."""
+    with pretended_cuda() as (device, runtime):
+        conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+        device.pin(conductor.store.memory)
+        assert sum(runtime.registered.values()) == conductor.store.n_bytes
+        x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+        conductor.run_layer(0, x, torch.tensor([[2]]), weights)
+        with pytest.raises(ContractError):
+            conductor.run_layer(0, x, torch.tensor([[3]]), weights)
+        if closed:
+            conductor.close()
+        else:
+            del conductor
+        assert not runtime.registered
+
+
 def test_one_token_is_grouped_as_one_of_many() -> None:
     for _ in range(20):
         index, weights = torch.randperm(8)[:4][None], torch.rand(1, 4) * (torch.rand(1, 4) < 0.8)

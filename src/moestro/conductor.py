@@ -14,6 +14,7 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ class Conductor:
         self._to_warm = list(self.slots.warm)
         self._last_ran: _Ran | None = None
         self._failed: list[Expert] = []  # experts of this step that did not arrive
+        # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
+        self._closing = weakref.finalize(self, self.device.close)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
 
     @property
@@ -360,7 +363,7 @@ class Conductor:
 
     def close(self) -> None:
         """Stop the device's threads. The model cannot be used after."""
-        self.device.close()
+        self._closing()
 
 
 def _ram_ready_s(store: ExpertStore, clock: Clock, expert: Expert) -> float:

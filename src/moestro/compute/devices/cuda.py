@@ -202,7 +202,7 @@ class CudaDevice:
 
     def close(self) -> None:
         self.link.close()
-        self._launcher.shutdown(cancel_futures=True)
+        self._launcher.shutdown(wait=False, cancel_futures=True)  # it may be the launcher's thread that closes
         torch.cuda.synchronize(self.torch_device)
         self._pinned.close()
         self._buffers.clear()

@@ -112,7 +112,7 @@ class EmulatedDevice(HostDevice):
 
     def close(self) -> None:
         self.link.close()
-        self._compute.shutdown(cancel_futures=True)
+        self._compute.shutdown(wait=False, cancel_futures=True)  # it may be its own thread that closes
         self.pinned_bytes = 0
 
     def _run(
