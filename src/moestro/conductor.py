@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -348,6 +348,11 @@ class Conductor:
         self.policy.observe(outcome)
         if self.recorder is not None:
             self.recorder.done(outcome)
+
+    def hand_over(self, policy: Policy, slots: SlotPool) -> Conductor:
+        """A conductor of the same model with another policy and other slots; this one is not used after."""
+        self._closing.detach()
+        return replace(self, policy=policy, slots=slots, counters=Counters())
 
     @contextmanager
     def note_on(self, timeline: Timeline) -> Iterator[None]:

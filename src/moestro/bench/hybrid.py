@@ -1,0 +1,340 @@
+"""All policies live on this machine's GPU, a model of real shape with random weights, one after another in one load.
+
+    moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB
+
+The rates that the limits are reckoned with are measured in the same run, over the same lane and store: what the CPU
+reads and the link copies, both at once. With r = CPU / link and h the hit rate of `moestro`, arithmetic allows it over
+layer streaming (experts / top-k) (1 + r) / (1 - h), over an LRU that copies every miss 1 + r, over CPU or copy by whole
+experts 1 + 1 / r.
+
+On the emulated device it only shows that all of it works: two cores cannot be a GPU and a CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..assembly import conduct_by
+from ..compute.cpu import levels, read_gbps
+from ..config import MoestroConfig
+from ..errors import RequestError
+from ..generation import TextOptions, TextResult, generate_text
+from ..planning.budget import format_bytes
+from ..planning.contract import Expert
+from ..planning.machines import costs_of
+from ..planning.policies import make_policy
+from ..plug import MoestroQuantizer  # noqa: F401  # registers the experts function
+from ..random_model import build_random_model, set_routing, shape_tokenizer
+from ..this_machine import this_machine
+from ..tracing import recording
+from .device import git_commit
+from .limit import HybridLimit
+
+POLICIES = (
+    "layer-streaming",
+    "lru",
+    "lru-speculative",
+    "fiddler",
+    "bandwidth-split",
+    "cpu-only",
+    "moestro",
+)
+PROMPTS = (32, 512, 2048)
+OURS = "moestro"
+PUBLISHED = {"layer-streaming": "19.4-22.5 (Fiddler, tables of its paper)", "lru": "8.2-10.1 (the same)"}
+_TOGETHER_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class HybridRow:
+    """One policy on one link and routing.
+
+    decoded: tokens, fewer than asked for where the time for a policy was over. share: of the hybrid limit at its hits.
+    """
+
+    policy: str
+    link_gbps: float | None  # the pace; None for the link's own speed
+    routing: str
+    prefill_tok_s: dict[int, float]
+    decode_tok_s: float
+    decoded: int
+    hit_rate: float
+    bytes_moved: int
+    share: float
+    link_busy_s: float
+    link_idle_s: float  # while a copy could go
+    slots: int
+    peak_gpu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast the best policy decodes as another one, and what arithmetic allows."""
+
+    over: str
+    link_gbps: float | None
+    routing: str
+    best: str
+    ratio: float
+    allowed: float
+    published: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class HybridReport:
+    """One run. rates: (link's pace, CPU GB/s, link GB/s), the last two measured together."""
+
+    shape: str
+    layers: int
+    bits: int
+    device: str
+    gpu_bytes: int
+    rates: tuple[tuple[float | None, float, float], ...]
+    rows: tuple[HybridRow, ...]
+    ratios: tuple[Ratio, ...]
+    skipped: tuple[str, ...]  # what there was no time for
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self) | {"commit": git_commit()}
+
+    def print(self) -> None:
+        """Rates, a row for each policy, ratios."""
+        console = Console(width=120)
+        console.print(
+            f"{self.shape}, {self.layers} layers, {self.bits} bits; {format_bytes(self.gpu_bytes)} of {self.device}"
+        )
+        for pace, cpu, link in self.rates:
+            console.print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
+        prompts = list(self.rows[0].prefill_tok_s) if self.rows else []
+        names = ("policy", "link", "routing", *(f"prefill {n}" for n in prompts), "decode", "tokens", "hits", "moved")
+        table = Table(*names, "share")
+        for row in self.rows:
+            prefill = [f"{row.prefill_tok_s[n]:.1f}" if n in row.prefill_tok_s else "-" for n in prompts]
+            figures = [f"{row.decode_tok_s:.2f}", str(row.decoded), f"{row.hit_rate:.1%}"]
+            moved = format_bytes(row.bytes_moved)
+            table.add_row(
+                row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, moved, f"{row.share:.2f}"
+            )
+        console.print(table)
+        for name in self.skipped:
+            console.print(f"no time for {name}")
+        for ratio in self.ratios:
+            beside = f"; published {ratio.published}" if ratio.published else ""
+            console.print(
+                f"{ratio.best} over {ratio.over}, {_link_name(ratio.link_gbps)}, {ratio.routing} routing: "
+                f"{ratio.ratio:.2f} x, {ratio.ratio / ratio.allowed:.2f} of the {ratio.allowed:.2f} x that arithmetic "
+                f"allows{beside}"
+            )
+
+
+def _link_name(gbps: float | None) -> str:
+    return "full link" if gbps is None else f"{gbps:g} GB/s"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is measured; as the options of `measure_hybrid`."""
+
+    prompts: Sequence[int]
+    decode_tokens: int
+    seconds: float
+    room_bytes: int
+    vocabulary: int
+    top_k: int
+
+
+def measure_hybrid(
+    shape: str,
+    *,
+    device: str = "auto",
+    gpu_memory: str,
+    bits: int | None = None,
+    layers: int | None = None,
+    links: Sequence[float | None] = (None,),
+    names: Sequence[str] = POLICIES,
+    prompts: Sequence[int] = PROMPTS,
+    decode_tokens: int = 64,
+    seconds: float = 8.0,
+    uniform: bool = True,
+    threads: int | None = None,
+    limit_s: float = float("inf"),
+) -> HybridReport:
+    """Load a shape once and run policies on it.
+
+    Args:
+        gpu_memory: for dense weights and experts. layers: cut the depth. links: paces in GB/s, None for the link's own.
+        seconds: after which a policy's decode ends, however many tokens it has made.
+        uniform: also with routers that like all experts alike, at the first of the links, decode only.
+        limit_s: after which no other policy is begun; those that were not are named.
+
+    Raises:
+        RequestError: no accelerator, no kernels, or no such policy. BudgetError: it does not fit.
+    """
+    end_s = time.perf_counter() + limit_s
+    for name in names:
+        make_policy(name)  # refused before the work
+    if not levels():
+        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    config = MoestroConfig(device=device, gpu_memory=gpu_memory, bits=bits, policy="cpu-only", threads=threads)
+    model = build_random_model(shape, config, dtype="auto", seed=0, layers=layers)
+    conductor = model.moestro
+    gpu_bytes = config.budget.gpu_bytes or 0
+    text_config = model.config.get_text_config()
+    plan = _Plan(
+        prompts=prompts,
+        decode_tokens=decode_tokens,
+        seconds=seconds,
+        room_bytes=max(0, gpu_bytes - conductor.spec.dense_bytes),
+        vocabulary=text_config.vocab_size,
+        top_k=text_config.num_experts_per_tok,
+    )
+    tokenizer = shape_tokenizer(shape)
+    conductor.device.pin(conductor.store.memory)
+    rates: list[tuple[float | None, float, float]] = []
+    rows: list[HybridRow] = []
+    skipped: list[str] = []
+    for routing, paces in (("skewed", links), ("uniform", links[:1] if uniform else ())):
+        set_routing(model, skewed=routing == "skewed")
+        heat = _profile(model, tokenizer, plan)
+        for pace in paces:
+            model.moestro.device.link.gbps = pace
+            cpu_gbps, link_gbps = rates_together(model.moestro)
+            if routing == "skewed":
+                rates.append((pace, cpu_gbps, link_gbps))
+            for name in names:
+                if time.perf_counter() > end_s:
+                    skipped.append(f"{name}, {_link_name(pace)}, {routing} routing")
+                    continue
+                only = replace(plan, prompts=plan.prompts if routing == "skewed" else ())
+                rows.append(_run(model, tokenizer, name, routing, heat, only, (cpu_gbps, link_gbps)))
+    depth = len(conductor.spec.layers)
+    where = torch.cuda.get_device_name() if conductor.device.name == "cuda" else "an emulated GPU"
+    spread = conductor.spec.layers[0].experts / plan.top_k
+    model.moestro.close()
+    name = conductor.math[0].format.matrix
+    found_bits = round(8 * name.panel_bytes(64) / (64 * 16))
+    ratios = tuple(_ratios(rows, rates, spread))
+    return HybridReport(shape, depth, found_bits, where, gpu_bytes, tuple(rates), tuple(rows), ratios, tuple(skipped))
+
+
+def rates_together(conductor: Any) -> tuple[float, float]:
+    """GB/s that the CPU reads and that the lane copies, both at once, from the store."""
+    store, lane, threads = conductor.store, conductor.device.link, conductor.cpu.threads
+    size = min(_TOGETHER_BYTES, store.n_bytes) // 64 * 64
+    memory = store.memory[:size].view(torch.float32)
+    first: Expert = (0, 0)
+    source = store[first]
+    target = conductor.device.pool(1, source.numel())[0]
+    readings = []
+    for _ in range(3):
+        begun = lane.counters.n_bytes
+        read_gbps(memory[: size // 16], threads, 512)  # threads awake
+        copies = [lane.submit(store[0, e], target, False, first) for e in range(conductor.spec.layers[0].experts)]
+        reads: list[float] = []
+        start_s = time.perf_counter()
+        while not copies[-1].done() and len(reads) < 1000:
+            reads.append(read_gbps(memory, threads, 512))
+        took_s = time.perf_counter() - start_s
+        readings.append((sum(reads) / len(reads) if reads else 0.0, (lane.counters.n_bytes - begun) / took_s / 1e9))
+    return max(readings, key=lambda reading: sum(reading))
+
+
+def _profile(model: Any, tokenizer: Any, plan: _Plan) -> dict[Expert, float]:
+    """How often experts are used in an answer to another prompt than those that are timed."""
+    conduct_by(model, make_policy("cpu-only"), 0, {})
+    with recording(model, 0) as recorder:
+        _generate(model, tokenizer, plan, 64, plan.decode_tokens, seed=1)
+    return dict(recorder.trace(model, "profile", None).heat())
+
+
+def _generate(model: Any, tokenizer: Any, plan: _Plan, prompt: int, new_tokens: int, seed: int) -> TextResult:
+    ids = torch.randint(plan.vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))
+    end_s = time.perf_counter() + plan.seconds
+    options = TextOptions(max_new_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0)
+    return generate_text(model, tokenizer, ids, options, should_stop=lambda: time.perf_counter() > end_s)
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    routing: str,
+    heat: dict[Expert, float],
+    plan: _Plan,
+    rates: tuple[float, float],
+) -> HybridRow:
+    conductor = conduct_by(model, make_policy(name), plan.room_bytes, heat)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    _generate(model, tokenizer, plan, 32, 3, seed=2)  # kernels compiled, buffers taken, tapes recorded
+    prefill = {n: _generate(model, tokenizer, plan, n, 1, seed=3).prefill_tok_s for n in plan.prompts}
+    lane = conductor.device.link
+    assert lane is not None
+    busy_s, idle_s = lane.counters.busy_s, lane.counters.idle_s
+    measured = this_machine(conductor.device, conductor.cpu.threads).costs
+    costs = costs_of(
+        cpu_gbps=rates[0],
+        link_gbps=rates[1],
+        gpu_gbps=measured.gpu_gbps or rates[0],
+        cpu_gflops=measured.cpu_gflops,
+        gpu_gflops=measured.gpu_gflops,
+    )
+    costs = replace(costs, cpu_beside_link_gbps=rates[0])
+    limit = HybridLimit(conductor.spec, costs)
+    conductor.recorder = limit
+    found = _generate(model, tokenizer, plan, 32, plan.decode_tokens, seed=4)
+    conductor.recorder = None
+    decoded = found.new_tokens - 1
+    decode_tok_s = found.decode_tok_s or 0.0
+    return HybridRow(
+        policy=name,
+        link_gbps=lane.gbps,
+        routing=routing,
+        prefill_tok_s=prefill,
+        decode_tok_s=decode_tok_s,
+        decoded=decoded,
+        hit_rate=found.hit_rate or 0.0,
+        bytes_moved=found.bytes_moved,
+        share=limit.seconds * decode_tok_s / decoded if decoded else 0.0,
+        link_busy_s=lane.counters.busy_s - busy_s,
+        link_idle_s=lane.counters.idle_s - idle_s,
+        slots=len(conductor.slots),
+        peak_gpu_bytes=conductor.device.peak_bytes(),
+    )
+
+
+def _ratios(
+    rows: Sequence[HybridRow], rates: Sequence[tuple[float | None, float, float]], spread: float
+) -> list[Ratio]:
+    """Of the fastest policy over the three that arithmetic compares it with, for each link and routing.
+
+    Args:
+        spread: experts of a layer over those of a token.
+    """
+    found = []
+    by_pace = {pace: cpu / link for pace, cpu, link in rates}
+    for pace, routing in dict.fromkeys((row.link_gbps, row.routing) for row in rows):
+        group = {row.policy: row for row in rows if (row.link_gbps, row.routing) == (pace, routing)}
+        best = max(group.values(), key=lambda row: row.decode_tok_s)
+        r, hits = by_pace[pace], best.hit_rate
+        allowed = {
+            "layer-streaming": spread * (1 + r) / max(1e-9, 1 - hits),
+            "lru": 1 + r,
+            "fiddler": 1 + 1 / r,
+        }
+        for over, most in allowed.items():
+            if over in group and group[over].decode_tok_s:
+                ratio = best.decode_tok_s / group[over].decode_tok_s
+                found.append(Ratio(over, pace, routing, best.policy, ratio, most, PUBLISHED.get(over)))
+    return found
