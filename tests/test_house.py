@@ -65,8 +65,9 @@ def test_files_and_functions_stay_short() -> None:
     long_functions = {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and path.name != "cli.py":  # a command lists its options
-                length = (node.end_lineno or 0) - node.lineno + 1
+            if isinstance(node, ast.FunctionDef):
+                statements = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0 :]
+                length = (node.end_lineno or 0) - statements[0].lineno + 1  # a command lists its options before
                 if length > 60:
                     long_functions[f"{path.name}:{node.name}"] = length
     assert not long_files

@@ -99,7 +99,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     return conductor
 
 
-def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert, float]) -> Conductor:
+def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert, float], costs: Costs) -> Conductor:
     """Give a model whose experts are all in RAM another policy and other slots; it keeps its store and its device.
 
     For comparisons: held experts stay in RAM as well, so that the next policy finds them there.
@@ -118,7 +118,7 @@ def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert
     for expert in placement.held:
         source = old.store[expert]
         slots[expert][: source.numel()].copy_(source)
-    conductor = old.hand_over(policy, slots)
+    conductor = old.hand_over(policy, slots, costs)
     for module in expert_modules(model).values():
         module._moestro = replace(module._moestro, conductor=conductor)
     model.moestro = conductor

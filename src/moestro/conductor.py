@@ -349,10 +349,10 @@ class Conductor:
         if self.recorder is not None:
             self.recorder.done(outcome)
 
-    def hand_over(self, policy: Policy, slots: SlotPool) -> Conductor:
+    def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:
         """A conductor of the same model with another policy and other slots; this one is not used after."""
         self._closing.detach()
-        return replace(self, policy=policy, slots=slots, counters=Counters())
+        return replace(self, policy=policy, slots=slots, costs=costs, counters=Counters())
 
     @contextmanager
     def note_on(self, timeline: Timeline) -> Iterator[None]:

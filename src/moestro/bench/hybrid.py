@@ -16,6 +16,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from rich.table import Table
 
 from ..assembly import conduct_by
 from ..compute.cpu import levels, read_gbps
+from ..conductor import Conductor
 from ..config import MoestroConfig
 from ..errors import RequestError
 from ..generation import TextOptions, TextResult, generate_text
 from ..planning.budget import format_bytes
-from ..planning.contract import Expert
-from ..planning.machines import costs_of
+from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
 from ..plug import MoestroQuantizer  # noqa: F401  # registers the experts function
 from ..random_model import build_random_model, set_routing, shape_tokenizer
@@ -140,18 +141,6 @@ def _link_name(gbps: float | None) -> str:
     return "full link" if gbps is None else f"{gbps:g} GB/s"
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is measured; as the options of `measure_hybrid`."""
-
-    prompts: Sequence[int]
-    decode_tokens: int
-    seconds: float
-    room_bytes: int
-    vocabulary: int
-    top_k: int
-
-
 def measure_hybrid(
     shape: str,
     *,
@@ -186,44 +175,27 @@ def measure_hybrid(
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
     config = MoestroConfig(device=device, gpu_memory=gpu_memory, bits=bits, policy="cpu-only", threads=threads)
     model = build_random_model(shape, config, dtype="auto", seed=0, layers=layers)
-    conductor = model.moestro
     gpu_bytes = config.budget.gpu_bytes or 0
-    text_config = model.config.get_text_config()
-    plan = _Plan(
-        prompts=prompts,
-        decode_tokens=decode_tokens,
-        seconds=seconds,
-        room_bytes=max(0, gpu_bytes - conductor.spec.dense_bytes),
-        vocabulary=text_config.vocab_size,
-        top_k=text_config.num_experts_per_tok,
-    )
-    tokenizer = shape_tokenizer(shape)
-    conductor.device.pin(conductor.store.memory)
-    rates: list[tuple[float | None, float, float]] = []
-    rows: list[HybridRow] = []
-    skipped: list[str] = []
+    bench = _Bench(model, shape_tokenizer(shape), names, prompts, decode_tokens, seconds, gpu_bytes, end_s)
+    bench.conductor.device.pin(bench.conductor.store.memory)
     for routing, paces in (("skewed", links), ("uniform", links[:1] if uniform else ())):
         set_routing(model, skewed=routing == "skewed")
-        heat = _profile(model, tokenizer, plan)
-        for pace in paces:
-            model.moestro.device.link.gbps = pace
-            cpu_gbps, link_gbps = rates_together(model.moestro)
-            if routing == "skewed":
-                rates.append((pace, cpu_gbps, link_gbps))
-            for name in names:
-                if time.perf_counter() > end_s:
-                    skipped.append(f"{name}, {_link_name(pace)}, {routing} routing")
-                    continue
-                only = replace(plan, prompts=plan.prompts if routing == "skewed" else ())
-                rows.append(_run(model, tokenizer, name, routing, heat, only, (cpu_gbps, link_gbps)))
-    depth = len(conductor.spec.layers)
-    where = torch.cuda.get_device_name() if conductor.device.name == "cuda" else "an emulated GPU"
-    spread = conductor.spec.layers[0].experts / plan.top_k
-    model.moestro.close()
-    name = conductor.math[0].format.matrix
-    found_bits = round(8 * name.panel_bytes(64) / (64 * 16))
-    ratios = tuple(_ratios(rows, rates, spread))
-    return HybridReport(shape, depth, found_bits, where, gpu_bytes, tuple(rates), tuple(rows), ratios, tuple(skipped))
+        bench.measure(routing, paces)
+    conductor = bench.conductor
+    matrix = conductor.math[0].format.matrix
+    report = HybridReport(
+        shape=shape,
+        layers=len(conductor.spec.layers),
+        bits=round(8 * matrix.panel_bytes(64) / (64 * 16)),
+        device=torch.cuda.get_device_name() if conductor.device.name == "cuda" else "an emulated GPU",
+        gpu_bytes=gpu_bytes,
+        rates=tuple(bench.rates),
+        rows=tuple(bench.rows),
+        ratios=tuple(_ratios(bench.rows, bench.rates, conductor.spec.layers[0].experts / bench.top_k)),
+        skipped=tuple(bench.skipped),
+    )
+    conductor.close()
+    return report
 
 
 def rates_together(conductor: Any) -> tuple[float, float]:
@@ -248,70 +220,102 @@ def rates_together(conductor: Any) -> tuple[float, float]:
     return max(readings, key=lambda reading: sum(reading))
 
 
-def _profile(model: Any, tokenizer: Any, plan: _Plan) -> dict[Expert, float]:
-    """How often experts are used in an answer to another prompt than those that are timed."""
-    conduct_by(model, make_policy("cpu-only"), 0, {})
-    with recording(model, 0) as recorder:
-        _generate(model, tokenizer, plan, 64, plan.decode_tokens, seed=1)
-    return dict(recorder.trace(model, "profile", None).heat())
+class _Bench:
+    """A loaded model and what was measured of it so far. The arguments are those of `measure_hybrid`."""
 
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        names: Sequence[str],
+        prompts: Sequence[int],
+        decode_tokens: int,
+        seconds: float,
+        gpu_bytes: int,
+        end_s: float,
+    ) -> None:
+        self._model, self._tokenizer, self._names, self._prompts = model, tokenizer, names, prompts
+        self._decode_tokens, self._seconds, self._end_s = decode_tokens, seconds, end_s
+        self._room_bytes = max(0, gpu_bytes - self.conductor.spec.dense_bytes)
+        config = model.config.get_text_config()
+        self._vocabulary, self.top_k = config.vocab_size, config.num_experts_per_tok
+        self.rates: list[tuple[float | None, float, float]] = []
+        self.rows: list[HybridRow] = []
+        self.skipped: list[str] = []
 
-def _generate(model: Any, tokenizer: Any, plan: _Plan, prompt: int, new_tokens: int, seed: int) -> TextResult:
-    ids = torch.randint(plan.vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))
-    end_s = time.perf_counter() + plan.seconds
-    options = TextOptions(max_new_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0)
-    return generate_text(model, tokenizer, ids, options, should_stop=lambda: time.perf_counter() > end_s)
+    @property
+    def conductor(self) -> Conductor:
+        """Of the policy that was measured last."""
+        found: Conductor = self._model.moestro
+        return found
 
+    def measure(self, routing: str, paces: Sequence[float | None]) -> None:
+        """All policies at each pace of the link; prompts only where routers are skewed."""
+        heat = self._profile()
+        for pace in paces:
+            lane = self.conductor.device.link
+            assert lane is not None
+            lane.gbps = pace
+            together = rates_together(self.conductor)
+            if routing == "skewed":
+                self.rates.append((pace, *together))
+            for name in self._names:
+                if time.perf_counter() > self._end_s:
+                    self.skipped.append(f"{name}, {_link_name(pace)}, {routing} routing")
+                    continue
+                self.rows.append(self._run(name, routing, heat, together))
 
-def _run(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    routing: str,
-    heat: dict[Expert, float],
-    plan: _Plan,
-    rates: tuple[float, float],
-) -> HybridRow:
-    conductor = conduct_by(model, make_policy(name), plan.room_bytes, heat)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    _generate(model, tokenizer, plan, 32, 3, seed=2)  # kernels compiled, buffers taken, tapes recorded
-    prefill = {n: _generate(model, tokenizer, plan, n, 1, seed=3).prefill_tok_s for n in plan.prompts}
-    lane = conductor.device.link
-    assert lane is not None
-    busy_s, idle_s = lane.counters.busy_s, lane.counters.idle_s
-    measured = this_machine(conductor.device, conductor.cpu.threads).costs
-    costs = costs_of(
-        cpu_gbps=rates[0],
-        link_gbps=rates[1],
-        gpu_gbps=measured.gpu_gbps or rates[0],
-        cpu_gflops=measured.cpu_gflops,
-        gpu_gflops=measured.gpu_gflops,
-    )
-    costs = replace(costs, cpu_beside_link_gbps=rates[0])
-    limit = HybridLimit(conductor.spec, costs)
-    conductor.recorder = limit
-    found = _generate(model, tokenizer, plan, 32, plan.decode_tokens, seed=4)
-    conductor.recorder = None
-    decoded = found.new_tokens - 1
-    decode_tok_s = found.decode_tok_s or 0.0
-    return HybridRow(
-        policy=name,
-        link_gbps=lane.gbps,
-        routing=routing,
-        prefill_tok_s=prefill,
-        decode_tok_s=decode_tok_s,
-        decoded=decoded,
-        hit_rate=found.hit_rate or 0.0,
-        bytes_moved=found.bytes_moved,
-        share=limit.seconds * decode_tok_s / decoded if decoded else 0.0,
-        link_busy_s=lane.counters.busy_s - busy_s,
-        link_idle_s=lane.counters.idle_s - idle_s,
-        slots=len(conductor.slots),
-        peak_gpu_bytes=conductor.device.peak_bytes(),
-    )
+    def _profile(self) -> dict[Expert, float]:
+        """How often experts are used in an answer to another prompt than those that are timed."""
+        conduct_by(self._model, make_policy("cpu-only"), 0, {}, Costs())
+        with recording(self._model, 0) as recorder:
+            self._generate(64, self._decode_tokens, seed=1)
+        return dict(recorder.trace(self._model, "profile", None).heat())
+
+    def _generate(self, prompt: int, new_tokens: int, seed: int) -> TextResult:
+        ids = torch.randint(self._vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))
+        end_s = time.perf_counter() + self._seconds
+        options = TextOptions(max_new_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0)  # greedy ones go round
+        return generate_text(
+            self._model, self._tokenizer, ids, options, should_stop=lambda: time.perf_counter() > end_s
+        )
+
+    @cached_property
+    def _measured(self) -> Costs:
+        return this_machine(self.conductor.device, self.conductor.cpu.threads).costs
+
+    def _run(self, name: str, routing: str, heat: dict[Expert, float], together: tuple[float, float]) -> HybridRow:
+        costs = replace(self._measured, cpu_beside_link_gbps=together[0], link_gbps=together[1])
+        conductor = conduct_by(self._model, make_policy(name), self._room_bytes, heat, costs)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self._generate(32, 3, seed=2)  # kernels compiled, buffers taken, tapes recorded
+        prompts = self._prompts if routing == "skewed" else ()
+        prefill = {n: self._generate(n, 1, seed=3).prefill_tok_s for n in prompts}
+        lane = conductor.device.link
+        assert lane is not None
+        busy_s, idle_s = lane.counters.busy_s, lane.counters.idle_s
+        conductor.recorder = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
+        found = self._generate(32, self._decode_tokens, seed=4)
+        conductor.recorder = None
+        decoded, decode_tok_s = found.new_tokens - 1, found.decode_tok_s or 0.0
+        return HybridRow(
+            policy=name,
+            link_gbps=lane.gbps,
+            routing=routing,
+            prefill_tok_s=prefill,
+            decode_tok_s=decode_tok_s,
+            decoded=decoded,
+            hit_rate=found.hit_rate or 0.0,
+            bytes_moved=found.bytes_moved,
+            share=limit.seconds * decode_tok_s / decoded if decoded else 0.0,
+            link_busy_s=lane.counters.busy_s - busy_s,
+            link_idle_s=lane.counters.idle_s - idle_s,
+            slots=len(conductor.slots),
+            peak_gpu_bytes=conductor.device.peak_bytes(),
+        )
 
 
 def _ratios(
