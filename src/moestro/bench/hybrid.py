@@ -36,8 +36,8 @@ from ..plug import MoestroQuantizer  # noqa: F401  # registers the experts funct
 from ..random_model import build_random_model, set_routing, shape_tokenizer
 from ..this_machine import this_machine
 from ..tracing import recording
-from .device import git_commit
 from .limit import HybridLimit
+from .machine_card import git_commit
 
 POLICIES = (
     "layer-streaming",
