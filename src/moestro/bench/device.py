@@ -26,7 +26,7 @@ from rich.console import Console
 from .device_table import report_table
 from .machine_card import card_lines, git_commit, machine_card, slug
 from .process import GRACE_S, finish, scrub
-from .rates import FULL_BYTES, Rates
+from .rates import FULL_BYTES, GIB, Rates
 
 TOTAL_LIMIT_S = 560.0  # of the steps together; setting up a Python comes before
 TESTS_LIMIT_S = 120.0
@@ -119,8 +119,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_tests(toy: bool, limit_s: float) -> dict[str, Any]:
     """The suite's counts, and the names and messages of what failed."""
-    files = [Path(f"tests/test_{name}.py") for name in (("contract",) if toy else TESTS)]
-    files = [str(path) for path in files if path.exists()]
+    files = [f"tests/test_{name}.py" for name in (("contract",) if toy else TESTS)]
+    files = [path for path in files if Path(path).exists()]
     if not files:
         return {"ok": True, "ran": False, "note": "skipped: there are no tests"}
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,8 @@ def run_hybrid(arguments: Sequence[str], ram_bytes: int, stop_s: float, limit_s:
     row: dict[str, Any] = {"ok": False, "wall_s": done.wall_s, "command": f"moestro bench hybrid {' '.join(arguments)}"}
     if done.code != 0 or done.limit_s is not None:
         return row | {"error": done.last_words()}
-    return row | {"ok": True} | json.loads(done.out.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
+    return row | {"ok": True} | found
 
 
 if __name__ == "__main__":
