@@ -236,7 +236,7 @@ class Conductor:
             cpu_start_s = self.time.now_s
             on_cpu = self._run_on_cpu(step, decision, host.x, groups)
             cpu_s = self.time.lane_free_s(Lane.CPU) - cpu_start_s
-            out = self.device.combine(x, on_cpu, queued)
+            out = self.device.combine(x, on_cpu, queued[-1:])  # each work added to the sum of the one before
             self.time.end_layer()
         except BaseException:
             self._forget_unfinished(step, decision)
@@ -308,7 +308,8 @@ class Conductor:
     ) -> _Ran:
         keys = [(step.layer, expert) for expert in experts]
         work = [groups[key[1]].work(self.slots[key], decision.gpu[key[1]]) for key in keys]
-        queued.append(self.device.run(self.math[step.layer], x, work, after=after))
+        into = queued[-1] if queued else None
+        queued.append(self.device.run(self.math[step.layer], x, work, after=after, into=into))
         shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
         return _Ran(queued[-1], self.time.run_gpu(shares, after))
 

@@ -80,8 +80,18 @@ class Device(Protocol):
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         """Bring the routing, the hidden states and the guesses to the host; waits for the device."""
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
-        """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes."""
+    def run(
+        self,
+        math: ExpertMath,
+        x: Tensor,
+        work: Sequence[ExpertWork],
+        after: Copy | None = None,
+        into: Queued | None = None,
+    ) -> Queued:
+        """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes.
+
+        With `into` it adds to the result of that earlier work of the same step, so that a step has one sum there.
+        """
 
     def combine(self, x: Tensor, on_cpu: Tensor | None, queued: Sequence[Queued]) -> Tensor:
         """Sum of the parts in float32, then in the dtype and on the device of x: [T, D]."""

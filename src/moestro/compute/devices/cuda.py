@@ -83,10 +83,17 @@ class CudaDevice:
         torch.cuda.current_stream().synchronize()
         return HostBatch(on_host[0], on_host[1], on_host[2], guessed)
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
+    def run(
+        self,
+        math: ExpertMath,
+        x: Tensor,
+        work: Sequence[ExpertWork],
+        after: Copy | None = None,
+        into: Queued | None = None,
+    ) -> Queued:
         if after is not None:
             after.wait()
-        out = torch.zeros(x.shape, dtype=torch.float32, device=self.torch_device)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=self.torch_device) if into is None else into.result()
         on_device = []
         for item in work:
             rows, weights = (part.to(self.torch_device) for part in item.routed())

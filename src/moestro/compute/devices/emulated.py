@@ -136,6 +136,7 @@ class _Link:
     def _finish(self, job: _Job) -> None:
         with self._changed:
             self._queue.remove(job)
+            job.after = None  # whose result nobody needs any longer
 
 
 def _job_of(copy: Any) -> _Job:
@@ -178,17 +179,26 @@ class EmulatedDevice(HostDevice):
         waits_for = after if after is None or isinstance(after, Future) else _job_of(after).future
         return self._link.submit(source, target, urgent, waits_for)
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
-        return self._compute.submit(self._run, math, x, work, after)
+    def run(
+        self,
+        math: ExpertMath,
+        x: Tensor,
+        work: Sequence[ExpertWork],
+        after: Copy | None = None,
+        into: Queued | None = None,
+    ) -> Queued:
+        return self._compute.submit(self._run, math, x, work, after, into)
 
     def close(self) -> None:
         self._link.close()
         self._compute.shutdown(cancel_futures=True)
 
     @staticmethod
-    def _run(math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None) -> Tensor:
+    def _run(
+        math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None, into: Queued | None
+    ) -> Tensor:
         if after is not None:
             after.wait()
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        out = torch.zeros(x.shape, dtype=torch.float32) if into is None else into.result()
         run_experts(math, x, work, out)
         return out

@@ -32,7 +32,14 @@ class HostDevice:
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         return HostBatch(index, weights.float(), x, guesses)
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
+    def run(
+        self,
+        math: ExpertMath,
+        x: Tensor,
+        work: Sequence[ExpertWork],
+        after: Copy | None = None,
+        into: Queued | None = None,
+    ) -> Queued:
         raise NotImplementedError("there is no device to run on")
 
     def combine(self, x: Tensor, on_cpu: Tensor | None, queued: Sequence[Queued]) -> Tensor:
