@@ -25,6 +25,7 @@ from .compute.experts import ExpertMath, ExpertWork
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
+from .planning.budget import GpuPlan
 from .planning.check import check, check_moves
 from .planning.clock import Clock, Share, WallClock
 from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
@@ -129,7 +130,7 @@ class Conductor:
     """Carries out a policy's decisions for one model.
 
     math: for each MoE layer, what its experts compute. gates: for each MoE layer, its router, where one was found.
-    clock: the wall's unless given.
+    clock: the wall's unless given. gpu_plan: how the GPU's memory is shared out, where there is one.
     """
 
     spec: ModelSpec
@@ -144,6 +145,7 @@ class Conductor:
     gates: Sequence[Gate | None] = ()
     clock: Clock | None = None
     recorder: Recorder | None = None
+    gpu_plan: GpuPlan | None = None
 
     def __post_init__(self) -> None:
         self._of_thread = threading.local()
