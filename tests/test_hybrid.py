@@ -47,10 +47,18 @@ def _reference() -> tuple[list[torch.Tensor], Any]:
     return _logits(model), model.moestro.spec
 
 
+@functools.cache
+def _needed_bytes() -> int:
+    """What the pretended GPU needs besides slots."""
+    model = load(shape="tiny", dtype="float32", device="emulated", policy="cpu-only", gpu_memory="1GiB", context=64)
+    model.moestro.close()
+    return int(model.moestro.gpu_plan.needed_bytes)
+
+
 def _emulated(policy: str, slots: int, **options: Any) -> Any:
     spec = _reference()[1]
     how = {"device": "emulated", "dtype": "float32", "link": "0.1GB/s", "machine": "rtx4060-laptop"} | options
-    return load(shape="tiny", policy=policy, gpu_memory=spec.dense_bytes + slots * spec.slot_bytes, **how)
+    return load(shape="tiny", policy=policy, context=64, gpu_memory=_needed_bytes() + slots * spec.slot_bytes, **how)
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -86,8 +94,8 @@ def test_the_link_is_not_idle_while_a_copy_could_go(name: str) -> None:
 
 def test_a_timeline_of_a_run_shows_gpu_link_and_cpu(tmp_path: Path) -> None:
     target = tmp_path / "run.json"
-    options = ["--device", "emulated", "--gpu-memory", "12MiB", "--policy", "bandwidth-split", "--link", "0.5GB/s"]
-    options += ["--machine", "rtx4060-laptop", "--timeline", str(target)]
+    options = ["--device", "emulated", "--gpu-memory", "16MiB", "--context", "64", "--policy", "bandwidth-split"]
+    options += ["--link", "0.5GB/s", "--machine", "rtx4060-laptop", "--timeline", str(target)]
     command = [sys.executable, "-m", "moestro.cli", "run", "demo", "Once upon a time", "-n", "6", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -117,7 +125,7 @@ def test_an_interrupted_run_ends_at_once() -> None:
     code = """
 import signal, threading, moestro, torch, os
 spec_bytes = 2_000_000
-model = moestro.load(shape="tiny", policy="lru", device="emulated", gpu_memory=spec_bytes, link="0.001GB/s",
+model = moestro.load(shape="tiny", policy="lru", device="emulated", gpu_memory=spec_bytes, context=8, link="0.001GB/s",
                      machine="rtx4060-laptop", dtype="float32")
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
