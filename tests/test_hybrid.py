@@ -21,6 +21,7 @@ from moestro.errors import RequestError
 from moestro.planning.contract import Lane
 from moestro.planning.policies import POLICIES
 from moestro.planning.timeline import Timeline
+from moestro.tracing import recording
 
 RUNS = [(1, 1), (1, 40), (3, 5), (17, 3)]  # batch, tokens of each prompt
 STEPS = 3
@@ -136,3 +137,20 @@ except KeyboardInterrupt:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "interrupted\n", done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"layer-streaming"}))
+@pytest.mark.parametrize("slots", [2, 10])
+def test_a_prompt_copies_an_expert_once_at_most_and_only_those_that_have_tokens(name: str, slots: int) -> None:
+    """Layer streaming copies all of them, which is its method."""
+    model = _emulated(name, slots, link="1GB/s")
+    conductor, timeline = model.moestro, Timeline()
+    with recording(model, 0) as recorder, conductor.note_on(timeline), torch.no_grad():
+        model(input_ids=torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(3)))
+    conductor.close()
+    (step,) = recorder.trace(model, "tiny", None).passes
+    used = {(one.layer, expert) for one in step.steps for expert in one.tokens}
+    copied = [expert for lane, expert, *_ in timeline.spans if lane is Lane.LINK]
+    assert len(copied) == len(set(copied))
+    if name != "lru-speculative":  # whose guesses may be wrong
+        assert set(copied) <= used
