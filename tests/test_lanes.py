@@ -25,6 +25,9 @@ class Piece:
         self.there = threading.Event()
         self.fenced = 0
 
+    def arrived(self) -> bool:
+        return self.there.is_set()
+
     def arrive(self) -> None:
         self.there.wait()
 

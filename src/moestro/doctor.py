@@ -41,7 +41,7 @@ def examine() -> dict[str, str]:
         "ram": f"{format_bytes(total_ram_bytes())}, {format_bytes(available_ram_bytes())} free for weights",
         "gpu": _gpu(),
         "expert kernels": _kernels(),
-        "default policy": f"{DEFAULT_POLICY}: experts stay in RAM and run on the CPU",
+        "default policy": f"{DEFAULT_POLICY}: experts used most are cached on the GPU, the CPU runs the others",
     }
 
 

@@ -34,6 +34,9 @@ IN_FLIGHT = 2  # pieces
 class Piece(Protocol):
     """A part of a copy that was sent."""
 
+    def arrived(self) -> bool:
+        """Whether it is there."""
+
     def arrive(self) -> None:
         """Wait, on the host, until it is there."""
 
@@ -92,6 +95,8 @@ class LaneCopy:
         self.ready_s = time.perf_counter() if after is None else None  # since when it could go
 
     def done(self) -> bool:
+        if self.state is _State.SENT and self.last is not None:
+            return self.last.arrived()  # which the lane may not have seen yet
         return self.state is _State.ARRIVED
 
     def wait(self) -> None:

@@ -33,6 +33,9 @@ logger = logging.getLogger("moestro")
 class _Piece:
     event: torch.cuda.Event
 
+    def arrived(self) -> bool:
+        return bool(self.event.query())
+
     def arrive(self) -> None:
         self.event.synchronize()
 

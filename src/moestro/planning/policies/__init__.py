@@ -20,7 +20,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     policy.name: policy
     for policy in (CpuOnly, LayerSplit, LayerStreaming, Lru, LruSpeculative, Fiddler, BandwidthSplit, Moestro)
 }
-DEFAULT_POLICY = CpuOnly.name
+DEFAULT_POLICY = Moestro.name
 
 __all__ = ["DEFAULT_POLICY", "POLICIES", "BasePolicy", "Bound", "make_policy"]
 

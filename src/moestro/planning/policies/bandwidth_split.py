@@ -66,7 +66,8 @@ class BandwidthSplit(BasePolicy):
             if empty:
                 empty -= 1
             else:
-                evict = next(unused, None) or next(e for e in order if e[0] == layer and e[1] in step.tokens)
+                own = (e for e in order if e[0] == layer and e[1] in step.tokens)
+                evict = next(unused, None) or next(own, None) or next(iter(order))  # the last is still on its way
                 del order[evict]
             moves.append(Move((layer, expert), evict=evict))
             order.pop((layer, expert), None)
