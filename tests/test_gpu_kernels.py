@@ -279,10 +279,11 @@ def test_small_tiles_of_gpus_without_tensor_cores() -> None:
     assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= _tolerance(kernel)
 
 
-@pytest.mark.parametrize(("pairs", "experts", "rows"), [(8, 8, 16), (300, 4, 64), (9000, 8, 128)])
-def test_tiles_grow_with_the_tokens_of_an_expert(pairs: int, experts: int, rows: int) -> None:
+@pytest.mark.parametrize(("pairs", "rows", "without"), [(8, 16, 4), (80, 16, 16), (300, 64, 32), (9000, 128, 32)])
+def test_tiles_grow_with_the_tokens_of_an_expert(pairs: int, rows: int, without: int) -> None:
     kernel = _layer("int4", "bf16").kernel
-    assert plans.tile_rows(kernel, pairs, experts) == rows
+    assert plans.tile_rows(kernel, pairs, 8) == rows
+    assert plans.tile_rows(replace(kernel, has_tensor_cores=False), pairs, 8) == without
 
 
 def test_larger_tiles_give_the_same() -> None:
@@ -290,7 +291,7 @@ def test_larger_tiles_give_the_same() -> None:
     index, weights = _choice(20)
     x, work = layer.x(20), layer.work(index, weights)
     expected = layer.expected(x, work)
-    for rows in (64, 128):
+    for rows in (32, 64, 128):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plans, "tile_rows", lambda *_, rows=rows: rows)
             plan = plan_of(layer.kernel, layer.pool, work, 20)

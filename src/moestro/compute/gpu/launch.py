@@ -44,6 +44,7 @@ class _Tiling(NamedTuple):
 _TILINGS = {
     4: _Tiling(32, 32, 4, 2),
     16: _Tiling(32, 32, 4, 4),
+    32: _Tiling(32, 32, 8, 2),
     64: _Tiling(64, 64, 4, 3),
     128: _Tiling(64, 64, 8, 3),
 }

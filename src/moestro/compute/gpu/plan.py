@@ -59,12 +59,13 @@ class Plan:
 def tile_rows(kernel: GpuKernel, pairs: int, experts: int) -> int:
     """Pairs of a tile, about as many as an expert has on average.
 
-    16 is the least that tensor cores multiply; without them each row costs its share, so it may be 4.
+    16 is the least that tensor cores multiply. Without them each row costs its share, so it may be 4, and of more than
+    32 the compiler spills registers.
     """
     each = pairs / max(1, experts)
-    if each <= 16:
-        return 4 if each <= 4 and not kernel.has_tensor_cores else 16
-    return 64 if each <= 128 or kernel.dtype == "fp32" else 128
+    if not kernel.has_tensor_cores:
+        return 4 if each <= 4 else 16 if each <= 16 else 32
+    return 16 if each <= 16 else 64 if each <= 128 or kernel.dtype == "fp32" else 128
 
 
 def plan_of(
