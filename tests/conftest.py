@@ -6,7 +6,11 @@ import random
 
 import pytest
 import torch
-import transformers
+
+from interpreter import ask_for_interpreter
+
+ask_for_interpreter()
+import transformers  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -197,7 +197,7 @@ class Conductor:
         found = classify(step, self.slots)
         moved_before = self.slots.moved_bytes
         ran: list[_Ran] = []
-        total = StepSum(x)
+        total = StepSum(x, self.slots.memory)
         try:
             run = functools.partial(self._run_on_device, step, decision, total, groups, ran)
             dispatch(decision, layer, self.slots, self._start, run)

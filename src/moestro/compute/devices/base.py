@@ -19,7 +19,8 @@ from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 
-RunExperts = Callable[[ExpertMath, Tensor, Sequence[ExpertWork], Tensor], None]  # as experts.run_experts
+# x [T, D], index int [T, K], weights float [T, K] -> [T, D] in the dtype of x, all on the device
+HeldLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,16 @@ class Copy(Protocol):
 class StepSum:
     """What the device has of a layer step so far. One for all of its works: Qwen3's 128 experts could come one by one.
 
-    x: hidden states [T, D], where the device keeps them. out: float32 [T, D], from the first work on.
+    x: hidden states [T, D], where the device keeps them. pool: uint8 [slots, slot_bytes], where experts are.
+    out: float32 [T, D], from the first work on.
     """
 
     x: Tensor
+    pool: Tensor
     out: Tensor | None = None
 
-    def add(self, math: ExpertMath, work: Sequence[ExpertWork], run: RunExperts) -> None:
-        """Run experts into it.
+    def add(self, run: Callable[[Tensor], None]) -> None:
+        """Call what adds to a float32 [T, D].
 
         Raises:
             torch.OutOfMemoryError: no memory, and nothing was added. BudgetError: no memory after something was.
@@ -75,7 +78,7 @@ class StepSum:
         try:
             if self.out is None:
                 self.out = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)
-            run(math, self.x, work, self.out)
+            run(self.out)
         except torch.OutOfMemoryError as error:
             if is_first:
                 self.out = None
@@ -147,6 +150,16 @@ class Device(Protocol):
 
         Args:
             label: the layer and the first expert, for the timeline.
+        """
+
+    def held_layer(self, math: ExpertMath, pool: Tensor, slots: Sequence[int], dtype: torch.dtype) -> HeldLayer | None:
+        """A layer whose experts are all in slots for good, as an operation that never waits for the host.
+
+        Args:
+            slots: of its experts, in order. dtype: of the hidden states.
+
+        Returns:
+            None where the device has no such operation for it; the layer then goes the way of all.
         """
 
     def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:

@@ -9,6 +9,7 @@ for the device once a layer, in `read_router`, and never for all of the device.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +22,9 @@ from torch import Tensor
 from ...memory.lanes import IN_FLIGHT, PIECE_BYTES, LaneCopy, LinkLane, Work
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
+from .. import gpu
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, HostBatch, Queued, StepSum
+from .base import Copy, HeldLayer, HostBatch, Queued, StepSum
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_timeline import GpuSpans
 
@@ -112,6 +114,8 @@ class CudaDevice:
         self._pinned = PinnedMemory()
         self._buffers = HostBuffers()
         self._spans: GpuSpans | None = None
+        # By the id of a layer's math, which is held so that no other can take its id.
+        self._kernels: dict[tuple[int, torch.dtype], tuple[ExpertMath, gpu.GpuKernel | None]] = {}
         self._launcher = ThreadPoolExecutor(1, "moestro-launch")
         self.link: LinkLane = LinkLane(StreamCarrier(self.torch_device, self._pinned), link_gbps)
 
@@ -179,19 +183,43 @@ class CudaDevice:
 
     def _launch(self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert) -> torch.cuda.Event:
         begin = None if self._spans is None else self._spans.mark()
-        total.add(math, work, self._run_experts)
+        total.add(functools.partial(self._run_experts, math, total, work))
         event = torch.cuda.Event()
         event.record()
         if self._spans is not None and begin is not None:
             self._spans.add(label, begin)
         return event
 
-    def _run_experts(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], out: Tensor) -> None:
+    def _run_experts(self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], out: Tensor) -> None:
+        kernel = self._kernel(math, total.x.dtype)
+        if kernel is not None:
+            gpu.run_grouped(kernel, total.pool, gpu.plan_of(kernel, total.pool, work, len(out)), total.x, out)
+            return
         on_device = []
         for item in work:
             rows, weights = (part.to(self.torch_device, non_blocking=True) for part in item.routed())
             on_device.append(ExpertWork(item.packed, item.neurons, rows, weights))
-        run_experts(math, x, on_device, out)
+        run_experts(math, total.x, on_device, out)
+
+    def _kernel(self, math: ExpertMath, dtype: torch.dtype) -> gpu.GpuKernel | None:
+        """The kernels' form of a layer's experts; None for the twin."""
+        key = id(math), dtype
+        if key not in self._kernels:
+            self._kernels[key] = math, gpu.kernel_of(math, dtype, self.torch_device)
+        return self._kernels[key][1]
+
+    def held_layer(self, math: ExpertMath, pool: Tensor, slots: Sequence[int], dtype: torch.dtype) -> HeldLayer | None:
+        kernel = self._kernel(math, dtype)
+        if kernel is None:
+            return None
+        table = torch.tensor(slots, dtype=torch.int32, device=self.torch_device)
+
+        def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            gpu.run_grouped(kernel, pool, gpu.plan_on_device(kernel, index, weights, table), x, out, add=False)
+            return out.to(x.dtype)
+
+        return run
 
     def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
         if on_cpu is not None:

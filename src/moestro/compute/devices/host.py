@@ -11,7 +11,7 @@ from ...memory.lanes import LinkLane
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
-from .base import Copy, HostBatch, Queued, StepSum
+from .base import Copy, HeldLayer, HostBatch, Queued, StepSum
 
 
 class HostDevice:
@@ -51,6 +51,9 @@ class HostDevice:
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
         raise NotImplementedError("there is no device to run on")
+
+    def held_layer(self, math: ExpertMath, pool: Tensor, slots: Sequence[int], dtype: torch.dtype) -> HeldLayer | None:
+        return None
 
     def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
         parts = [part for part in (on_cpu, total.out) if part is not None]

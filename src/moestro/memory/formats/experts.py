@@ -92,7 +92,7 @@ class ExpertFormat:
             fast: as in `MatrixFormat.pack`.
         """
         n, d = shape.blocks, shape.hidden
-        places = dict(self._places(shape))
+        places = dict(self.places(shape))
         blocks = self._blocks(packed, shape)
         for name, tensor in parts.items():
             if name == "down_bias":
@@ -116,7 +116,7 @@ class ExpertFormat:
         blocks = self._blocks(packed, shape)[neurons.start // BLOCK : -(-neurons.stop // BLOCK)]
         count = len(neurons)
         found: dict[str, Tensor] = {}
-        for name, place in self._places(shape):
+        for name, place in self.places(shape):
             part = blocks[:, place.start : place.stop]  # [n, bytes]
             if name.endswith("_bias"):
                 found[name] = part.view(torch.float32).flatten()[:count].to(dtype)
@@ -132,8 +132,8 @@ class ExpertFormat:
             found["down_bias"] = self._down_bias(packed, shape).to(dtype)
         return UnpackedExpert(**found)
 
-    def _places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
-        """Where each part is within a block, in bytes."""
+    def places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
+        """Name -> where each part is within a block, in bytes, in this order."""
         rows = self.matrix.matrix_bytes(BLOCK, shape.hidden)
         sizes = {"gate": rows} if shape.has_gate else {}
         sizes |= {"up": rows, "down": self.matrix.matrix_bytes(shape.hidden, BLOCK)}
@@ -147,7 +147,7 @@ class ExpertFormat:
     @functools.cache  # noqa: B019  # formats live as long as the process
     def block_bytes(self, shape: ExpertShape) -> int:
         """Bytes of a block."""
-        return max(place.stop for _, place in self._places(shape))
+        return max(place.stop for _, place in self.places(shape))
 
     def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:
         """uint8 [N, block_bytes], a view."""

@@ -1,0 +1,19 @@
+"""Experts that are in slots, computed on the GPU straight from their packed bytes, by Triton kernels.
+
+What the kernels do not cover, and everything where Triton is missing, is computed by their twin,
+`experts.run_experts`. Nothing here knows of policies or copies.
+
+    kernel = kernel_of(math, x.dtype, x.device)
+    run_grouped(kernel, pool, plan_of(kernel, pool, work, len(x)), x, out)
+
+The number of programs depends on shapes alone and nothing waits for the host: with `plan_on_device` a layer fits
+in a CUDA graph whose routing changes from replay to replay.
+"""
+
+from __future__ import annotations
+
+from .kernel import GpuKernel, kernel_of
+from .launch import run_grouped, workspace_bytes
+from .plan import Plan, plan_of, plan_on_device
+
+__all__ = ["GpuKernel", "Plan", "kernel_of", "plan_of", "plan_on_device", "run_grouped", "workspace_bytes"]

@@ -1,0 +1,168 @@
+"""Launches the kernels of a layer step, part by part, within a bounded workspace.
+
+Tile sizes and the number of splits were chosen by arithmetic; no GPU has run them yet.
+
+Legend: T tokens, D model width, P pairs of a token and an expert, S splits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...memory.formats import BLOCK
+from .kernel import GpuKernel, triton_kernels
+from .plan import Plan, PlanPart
+
+_ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, `down` splits its neurons
+_MOST_SPLITS = 8
+_LEAST_BLOCKS = 4  # of a split
+_ALIGN_BYTES = 256
+_COMBINED = 512  # columns of one program
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_WORDS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.int32,
+    "int8": torch.int16,
+    "int4": torch.int32,
+}
+
+
+class _Tiling(NamedTuple):
+    """How a matrix product is cut: rows of gate and up, and of down, of a program; its warps and pipeline stages."""
+
+    gate_up: int
+    down: int
+    warps: int
+    stages: int
+
+
+# By pairs of a tile. Compiled for 7.5, 8.6 and 8.9, no format takes more shared memory than these have (64, 99 KiB).
+_TILINGS = {
+    4: _Tiling(32, 32, 4, 2),
+    16: _Tiling(32, 32, 4, 4),
+    32: _Tiling(32, 32, 8, 2),
+    64: _Tiling(64, 64, 4, 3),
+    128: _Tiling(64, 64, 8, 3),
+}
+
+
+class _Workspace(NamedTuple):
+    """What stands between the kernels of one part, and where it begins, in bytes."""
+
+    chunk_blocks: int  # blocks of neurons that are joined before `down` takes them
+    splits: int
+    sums_at: int
+    joined_at: int
+    rows_at: int
+    size_bytes: int
+
+
+def workspace_bytes(kernel: GpuKernel, plan: Plan) -> int:
+    """Bytes that `run_grouped` needs for a plan.
+
+    No more than the plan's limit, unless a single token's pairs with one block of neurons each take more.
+    """
+    return max((_workspace(kernel, part, plan.limit_bytes).size_bytes for part in plan.parts), default=0)
+
+
+def run_grouped(
+    kernel: GpuKernel,
+    pool: Tensor,
+    plan: Plan,
+    x: Tensor,
+    out: Tensor,
+    *,
+    add: bool = True,
+    workspace: Tensor | None = None,
+) -> None:
+    """Compute a plan: each token's experts, weighted and summed. Bit for bit the same in every run.
+
+    Args:
+        pool: uint8 [slots, slot_bytes], slot_bytes a multiple of 64.
+        x: hidden states [T, D], float16, bfloat16 or float32, as `kernel_of` was told.
+        out: float32 [T, D], contiguous; added to, or else written.
+        workspace: uint8 [workspace_bytes or more]; allocated unless given. Its contents do not matter.
+    """
+    size_bytes = workspace_bytes(kernel, plan)
+    if workspace is None:
+        workspace = torch.empty(size_bytes, dtype=torch.uint8, device=pool.device)
+    if workspace.numel() < size_bytes:
+        raise ValueError(f"a workspace of {workspace.numel()} bytes for a plan that needs {size_bytes}")
+    if pool.stride(0) % 64 or not out.is_contiguous():
+        raise ValueError(f"slots of {pool.stride(0)} bytes, out of strides {out.stride()}: not as they must be")
+    x = x.contiguous()
+    for part in plan.parts:
+        tokens = slice(part.tokens.start, part.tokens.stop)
+        _run_part(kernel, pool, part, x[tokens], out[tokens], add, workspace, plan.limit_bytes)
+
+
+def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspace:
+    pairs, tokens = part.pair_token.shape[0], len(part.tokens)
+    sums_at = _aligned(tokens * kernel.groups * BLOCK * _DTYPES[kernel.dtype].itemsize)
+    joined_at = sums_at + _aligned(tokens * kernel.groups * 4)
+    rows_bytes = _aligned(pairs * kernel.bytes_of_row)
+    block_bytes = max(1, pairs) * BLOCK * 4  # of each block of neurons
+    room = limit_bytes - joined_at - rows_bytes - _ALIGN_BYTES
+    chunk_blocks = max(1, min(part.blocks, room // block_bytes))
+    splits = 1
+    if chunk_blocks >= part.blocks:
+        programs = part.tiles.shape[0] * -(-kernel.hidden // _TILINGS[part.rows].down)
+        room -= part.blocks * block_bytes
+        splits = min(_ENOUGH_PROGRAMS // max(1, programs), part.blocks // _LEAST_BLOCKS, _MOST_SPLITS)
+        splits = max(1, min(splits, 1 + room // max(1, rows_bytes)))
+    rows_at = joined_at + _aligned(chunk_blocks * block_bytes)
+    return _Workspace(chunk_blocks, splits, sums_at, joined_at, rows_at, rows_at + splits * rows_bytes)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def _run_part(
+    kernel: GpuKernel,
+    pool: Tensor,
+    part: PlanPart,
+    x: Tensor,
+    out: Tensor,
+    add: bool,
+    workspace: Tensor,
+    limit_bytes: int,
+) -> None:
+    kernels = triton_kernels()
+    assert kernels is not None
+    pairs, tokens, tiling = part.pair_token.shape[0], len(part.tokens), _TILINGS[part.rows]
+    space = _workspace(kernel, part, limit_bytes)
+    ordered = workspace[: space.sums_at].view(_DTYPES[kernel.dtype])
+    sums = workspace[space.sums_at : space.joined_at].view(torch.float32)
+    joined = workspace[space.joined_at : space.rows_at].view(torch.float32)
+    rows = workspace[space.rows_at : space.size_bytes].view(torch.float32)
+    words, halves, floats = (pool.view(t) for t in (_WORDS[kernel.format], torch.float16, torch.float32))
+    slots = (words, halves, floats, part.tiles)
+    slot_words = pool.stride(0) // kernel.word_bytes
+    if part.tiles.shape[0]:
+        groups = kernels.GROUPS_AT_ONCE.value
+        kernels.order[(tokens, -(-kernel.groups // groups))](x, ordered, sums, kernel)
+    options = {"M": part.rows, "num_warps": tiling.warps, "num_stages": 2 if kernel.dtype == "fp32" else tiling.stages}
+    count, neurons, columns = part.tiles.shape[0], BLOCK // tiling.gate_up, -(-kernel.hidden // tiling.down)
+    for first in range(0, part.blocks, space.chunk_blocks):
+        chunk = (slot_words, first, space.chunk_blocks, kernel)
+        kernels.gate_up[count, space.chunk_blocks * neurons](
+            ordered, sums, *slots, part.pair_token, joined, *chunk, N=tiling.gate_up, **options
+        )
+        kernels.down[count, columns, space.splits](joined, *slots, rows, pairs, *chunk, N=tiling.down, **options)
+    kernels.combine[(tokens, -(-kernel.hidden // _COMBINED))](
+        rows,
+        part.pair_weight,
+        part.token_start,
+        part.token_pairs,
+        out,
+        pairs,
+        space.splits,
+        kernel,
+        ADD=add,
+        N=_COMBINED,
+    )

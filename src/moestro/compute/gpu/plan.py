@@ -1,0 +1,276 @@
+"""Which tokens meet which expert in a slot, as the kernels read it: made on the host, or on the device.
+
+Both give the same results: pairs of a token and an expert, sorted by expert, in tiles of up to `rows` pairs, and each
+token's pairs in ascending order, in which they are added. A weight of exactly 0 and an index that is no expert's are
+skipped, as in the conductor's `group_by_expert`.
+
+Legend: T tokens, K top-k, E experts, P pairs, N blocks of 64 neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...memory.formats import BLOCK
+from ..experts import ExpertWork
+from .kernel import WORKSPACE_BYTES, GpuKernel, triton_kernels
+
+PAIRS_AT_ONCE = 256  # sorted by a single program, which compares each with each; more by torch
+
+_TILE_INTS = 5
+_ALIGN = 4  # numbers; kernels are compiled for addresses of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPart:
+    """The plan for some of the tokens; all tensors are on the device.
+
+    tokens: which ones; the numbers below count from the first of them.
+    tiles: int32 [tiles, 5]: slot, first block of neurons, number of blocks, first pair, one past the last pair.
+    pair_token: int32 [P]. pair_weight: float32 [P].
+    token_start: int32 [T + 1], where a token's entries begin in token_pairs, int32: a pair each, P for a skipped one.
+    rows: pairs of a full tile. blocks: the most of any tile.
+    """
+
+    tokens: range
+    tiles: Tensor
+    pair_token: Tensor
+    pair_weight: Tensor
+    token_start: Tensor
+    token_pairs: Tensor
+    rows: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A layer step, in as many parts as the workspace's limit asks for."""
+
+    parts: tuple[PlanPart, ...]
+    limit_bytes: int = WORKSPACE_BYTES
+
+
+def tile_rows(kernel: GpuKernel, pairs: int, experts: int) -> int:
+    """Pairs of a tile, about as many as an expert has on average.
+
+    16 is the least that tensor cores multiply. Without them each row costs its share, so it may be 4, and of more than
+    32 the compiler spills registers.
+    """
+    each = pairs / max(1, experts)
+    if not kernel.has_tensor_cores:
+        return 4 if each <= 4 else 16 if each <= 16 else 32
+    return 16 if each <= 16 else 64 if each <= 128 or kernel.dtype == "fp32" else 128
+
+
+def plan_of(
+    kernel: GpuKernel, pool: Tensor, work: Sequence[ExpertWork], tokens: int, *, limit_bytes: int = WORKSPACE_BYTES
+) -> Plan:
+    """The plan for work in slots; one transfer to the device for all of it.
+
+    Args:
+        pool: uint8 [slots, slot_bytes]; each work's packed bytes are a row of it.
+        work: its rows and weights on the host, as the conductor has them.
+        tokens: T.
+        limit_bytes: what the workspace may take.
+    """
+    slots = np.array([_slot(pool, item.packed) for item in work], np.int32)
+    spans = [(item.neurons.start // BLOCK, -(-item.neurons.stop // BLOCK)) for item in work]
+    items = _Items(slots, *np.array(spans, np.int32).reshape(-1, 2).T)
+    routed = [item.routed() for item in work]
+    item = np.repeat(np.arange(len(work)), [len(rows) for rows, _ in routed])
+    token = np.concatenate([rows.numpy() for rows, _ in routed]) if work else np.empty(0, np.int64)
+    weight = np.concatenate([weights.numpy() for _, weights in routed]) if work else np.empty(0, np.float32)
+    kept = (weight != 0) & (items.stop > items.first)[item]
+    item, token, weight = item[kept], token[kept], weight[kept]
+    most = int(np.bincount(token, minlength=1).max())
+    step = tokens_at_once(kernel, most, limit_bytes)
+    ranges = [range(first, min(first + step, tokens)) for first in range(0, tokens, step)]
+    drafts = []
+    for part in ranges:
+        here = (token >= part.start) & (token < part.stop)
+        drafts.append(_draft(kernel, part, items, item[here], token[here] - part.start, weight[here]))
+    return Plan(_send(drafts, pool.device), limit_bytes)
+
+
+def plan_on_device(
+    kernel: GpuKernel, index: Tensor, weights: Tensor, table: Tensor, *, limit_bytes: int = WORKSPACE_BYTES
+) -> Plan:
+    """The plan for a router's choice where all experts of the layer are in slots; never waits for the device.
+
+    Args:
+        index: int [T, K], chosen experts; E or more for none of ours. weights: float [T, K].
+        table: int32 [E], each expert's slot.
+        limit_bytes: what the workspace may take.
+    """
+    step = tokens_at_once(kernel, index.shape[1], limit_bytes)
+    weights = weights.float()
+    parts = []
+    for first in range(0, index.shape[0], step):
+        tokens = range(first, min(first + step, index.shape[0]))
+        chosen, mass = index[first : tokens.stop].contiguous(), weights[first : tokens.stop].contiguous()
+        make = _by_one_program if chosen.numel() <= PAIRS_AT_ONCE else _by_torch
+        parts.append(make(kernel, tokens, chosen, mass, table))
+    return Plan(tuple(parts), limit_bytes)
+
+
+def tokens_at_once(kernel: GpuKernel, most_pairs: int, limit_bytes: int) -> int:
+    """How many tokens of so many pairs each go through at once.
+
+    Theirs are three quarters of the limit with a single block of neurons at a time; the rest is for more blocks.
+    """
+    token_bytes = kernel.bytes_of_token + most_pairs * (kernel.bytes_of_row + BLOCK * 4)
+    return max(1, limit_bytes * 3 // 4 // token_bytes)
+
+
+def most_tiles(pairs: int, experts: int, rows: int) -> int:
+    """How many tiles so many pairs may need, whatever the routing."""
+    active = min(pairs, experts)
+    return active + (pairs - active) // rows
+
+
+def _by_one_program(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor) -> PlanPart:
+    """For a decode step, where a dozen operations of torch would take longer than the experts."""
+    pairs, experts, device = index.numel(), table.shape[0], index.device
+    rows = tile_rows(kernel, pairs, min(pairs, experts))
+    tiles = torch.empty(pairs, _TILE_INTS, dtype=torch.int32, device=device)
+    pair_token, token_pairs = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
+    pair_weight = torch.empty(pairs, dtype=torch.float32, device=device)
+    kernels = triton_kernels()
+    assert kernels is not None
+    kernels.choose[(1,)](
+        index,
+        weights,
+        table,
+        tiles,
+        pair_token,
+        pair_weight,
+        token_pairs,
+        experts,
+        pairs,
+        K=index.shape[1],
+        BLOCKS=kernel.blocks,
+        M=rows,
+        PAIRS=max(kernels.COMPARED.value, 1 << (pairs - 1).bit_length()),
+    )
+    start = _starts(tokens, index)
+    return PlanPart(tokens, tiles, pair_token, pair_weight, start, token_pairs, rows, kernel.blocks)
+
+
+def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor) -> PlanPart:
+    """The same by torch's operations, all of fixed shape."""
+    pairs, experts, k, device = index.numel(), table.shape[0], index.shape[1], index.device
+    rows = tile_rows(kernel, pairs, min(pairs, experts))
+    is_ours = (weights != 0) & (index >= 0) & (index < experts)
+    expert, order = torch.sort(index.where(is_ours, experts).flatten(), stable=True)  # [P]
+    numbers = torch.arange(max(experts + 1, most_tiles(pairs, experts, rows), pairs), device=device)
+    start = torch.searchsorted(expert, numbers[: experts + 1].to(expert.dtype))  # [E + 1]
+    ends = ((start.diff() + rows - 1) // rows).cumsum(0)  # [E], tiles up to and with each expert
+    tile = numbers[: most_tiles(pairs, experts, rows)]
+    owner = torch.searchsorted(ends, tile, right=True)  # [tiles], E for a surplus one
+    is_tile, owner = owner < experts, owner.clamp(max=experts - 1)
+    stop = start[1:][owner]
+    count = (stop - start[owner] + rows - 1) // rows
+    first = start[owner] + (tile - ends[owner] + count) * rows
+    columns = (table[owner], torch.zeros_like(tile), kernel.blocks, first, torch.minimum(first + rows, stop))
+    tiles = torch.stack([torch.where(is_tile, column, 0) for column in columns], 1)
+    place = torch.empty_like(order).scatter_(0, order, numbers[:pairs])  # of each choice among the pairs
+    place = place.where(place < start[experts], pairs).view(-1, k).sort(1).values
+    return PlanPart(
+        tokens,
+        tiles.int(),
+        (order // k).int(),
+        weights.flatten()[order],
+        _starts(tokens, index),
+        place.flatten().int(),
+        rows,
+        kernel.blocks,
+    )
+
+
+def _starts(tokens: range, index: Tensor) -> Tensor:
+    """Where the entries of each token begin, if each has K: int32 [T + 1]."""
+    return torch.arange(len(tokens) + 1, dtype=torch.int32, device=index.device) * index.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Items:
+    """Work's slots and blocks, int32 [items] each."""
+
+    slot: NDArray[np.int32]
+    first: NDArray[np.int32]
+    stop: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A part on the host; its arrays in the order of the part's tensors."""
+
+    tokens: range
+    arrays: tuple[NDArray[np.int32] | NDArray[np.float32], ...]
+    rows: int
+    blocks: int
+
+
+def _slot(pool: Tensor, packed: Tensor) -> int:
+    offset = packed.data_ptr() - pool.data_ptr()
+    slot, rest = divmod(offset, pool.stride(0))
+    if rest or not 0 <= slot < pool.shape[0]:
+        raise ValueError(f"packed bytes that are {offset} bytes from the pool's start are in none of its slots")
+    return slot
+
+
+def _draft(
+    kernel: GpuKernel,
+    tokens: range,
+    items: _Items,
+    item: NDArray[np.int64],
+    token: NDArray[np.int64],
+    weight: NDArray[np.float32],
+) -> _Draft:
+    """item, token, weight: [P], sorted by item."""
+    counts = np.bincount(item, minlength=len(items.slot))
+    rows = tile_rows(kernel, len(item), int((counts > 0).sum()))
+    tile_counts = -(-counts // rows)
+    owner = np.repeat(np.arange(len(counts)), tile_counts)
+    number = np.arange(len(owner)) - (tile_counts.cumsum() - tile_counts)[owner]
+    starts = counts.cumsum() - counts
+    first = starts[owner] + number * rows
+    stop = np.minimum(first + rows, (starts + counts)[owner])
+    blocks = items.stop - items.first
+    tiles = np.stack([items.slot[owner], items.first[owner], blocks[owner], first, stop], 1).astype(np.int32)
+    token_start = np.zeros(len(tokens) + 1, np.int32)
+    np.cumsum(np.bincount(token, minlength=len(tokens)), out=token_start[1:])
+    by_token = np.argsort(token, kind="stable").astype(np.int32)
+    arrays = (tiles, token.astype(np.int32), weight.astype(np.float32), token_start, by_token)
+    return _Draft(tokens, arrays, rows, int(blocks[owner].max(initial=0)))
+
+
+def _send(drafts: Sequence[_Draft], device: torch.device) -> tuple[PlanPart, ...]:
+    """All arrays in one tensor, and their views on the device."""
+    flat = [array.reshape(-1).view(np.int32) for draft in drafts for array in draft.arrays]
+    padded = [np.pad(array, (0, -len(array) % _ALIGN)) for array in flat]
+    host = torch.from_numpy(np.concatenate(padded)) if padded else torch.empty(0, dtype=torch.int32)
+    there = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    views = [view[: len(array)] for view, array in zip(there.split([len(p) for p in padded]), flat, strict=True)]
+    parts = []
+    for i, draft in enumerate(drafts):
+        tiles, token, weight, start, pairs = views[i * len(draft.arrays) : (i + 1) * len(draft.arrays)]
+        parts.append(
+            PlanPart(
+                draft.tokens,
+                tiles.view(-1, _TILE_INTS),
+                token,
+                weight.view(torch.float32),
+                start,
+                pairs,
+                draft.rows,
+                draft.blocks,
+            )
+        )
+    return tuple(parts)

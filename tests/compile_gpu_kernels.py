@@ -1,0 +1,80 @@
+"""Compiles the GPU kernels, as a layer step launches them, for a GPU that need not be here; launches nothing.
+
+    python tests/compile_gpu_kernels.py 8.6:int4:fp16:1 9.0:bf16:bf16:300
+
+compiles for compute capability 8.6, int4 weights, float16 hidden states and 1 token of an expert, and so on. Prints a
+line of JSON a kernel: how it multiplies ("wgmma", "mma" or, without tensor cores, "fma") and its shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moestro.compute.experts import ExpertMath
+from moestro.compute.gpu import kernel_of, plan_on_device, run_grouped
+from moestro.memory.formats import FORMATS, ExpertShape
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class _Driver:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, capability: str) -> None:
+        self._number = int(capability.replace(".", ""))
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._number, 32)
+
+    def get_current_device(self) -> int:
+        return self._number  # what was compiled is kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_instead(compiled: list[dict[str, object]]) -> None:
+    """From now on kernels are compiled and listed, and not launched."""
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        found = run(self, *args, grid=grid, warmup=True, **kwargs)
+        product = next((name for name in ("wgmma", "mma") if f"{name}." in found.asm["ptx"]), "fma")
+        line = {"kernel": self.fn.__name__, "shared_bytes": found.metadata.shared, "product": product}
+        compiled.append(line | {"rows": kwargs.get("M")})
+        return found
+
+    JITFunction.run = compile_only
+
+
+def compile_layer(capability: str, name: str, x: str, tokens: int, hidden: int = 256, neurons: int = 256) -> None:
+    """All kernels of a layer of one expert."""
+    triton.runtime.driver.set_active(_Driver(capability))
+    torch.cuda.get_device_capability = lambda device: tuple(map(int, capability.split(".")))
+    math = ExpertMath(ExpertShape(hidden, neurons, has_bias=True), FORMATS[name], lambda g, u: g * torch.sigmoid(g) * u)
+    kernel = kernel_of(math, DTYPES[x], torch.device("cuda"))
+    assert kernel is not None
+    pool = torch.zeros(1, math.format.expert_bytes(math.shape), dtype=torch.uint8)
+    states = torch.zeros(tokens, hidden, dtype=DTYPES[x])
+    index, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+    plan = plan_on_device(kernel, index, weights, torch.zeros(1, dtype=torch.int32))
+    run_grouped(kernel, pool, plan, states, states.float())
+
+
+if __name__ == "__main__":
+    lines: list[dict[str, object]] = []
+    compile_instead(lines)
+    for layer in sys.argv[1:]:
+        already = len(lines)
+        *names, count = layer.split(":")
+        compile_layer(*names, tokens=int(count))
+        for line in lines[already:]:
+            print(json.dumps({"layer": layer} | line))

@@ -1,0 +1,45 @@
+"""Triton's interpreter, by which GPU kernels run on CPU tensors, and what versions 3.6 and 3.7 need mended.
+
+`conftest.py` asks for the interpreter before anything imports Triton, on machines without a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+
+def ask_for_interpreter() -> None:
+    """Without a GPU; Triton reads the variable as it is imported."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def mend_interpreter() -> None:
+    """Numbers of tensors as numpy 2.4 wants them made (3.6); bfloat16 not multiplied as integers; less work a call."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    patched: set[str] = set()  # modules; Triton patches its language anew with every call of a function of a kernel
+
+    def patch_tensor_and_index(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def widened(handle):
+        if handle.dtype.scalar != language.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), language.float32)
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    interpreter.InterpretedFunction.__call__ = call
