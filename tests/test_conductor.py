@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -177,15 +179,52 @@ def test_any_lawful_decision_gives_the_reference_result(seed: int, slots: int, t
     _check_drawn(_AnyOrder(seed), seed, slots, tokens)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @DRAWN
 def test_any_lawful_decision_gives_the_reference_result_on_cuda(seed: int, slots: int, tokens: int) -> None:
     """Where there is no GPU its streams are pretended: who waits for whom is tested, what overlaps is not."""
     if torch.cuda.is_available():
         _check_drawn(make_device("cuda"), seed, slots, tokens)
         return
-    with pretended_cuda() as (device, _):
+    with pretended_cuda() as (device, _), mock.patch.object(device, "_kernel", return_value=None):
         _check_drawn(device, seed, slots, tokens)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_cuda_computes_by_the_kernels(seed: int) -> None:
+    """Interpreted where there is no GPU."""
+    if torch.cuda.is_available():
+        _check_drawn(make_device("cuda"), seed, 3, 3)
+        return
+    with pretended_cuda() as (device, _):
+        _check_drawn(device, seed, 3, 3)
+        assert all(kernel is not None for _, kernel in device._kernels.values())
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_held_layer_waits_for_nobody(tokens: int) -> None:
+    """One whose experts are all held is not decided about; another one is."""
+    held = frozenset((1, e) for e in range(EXPERTS))
+    with contextlib.ExitStack() as stack:
+        cuda = torch.cuda.is_available()
+        device = make_device("cuda") if cuda else stack.enter_context(pretended_cuda())[0]
+        policy = Fixed(Decision(cpu={0: FULL}))
+        conductor, parts = _conductor(policy, EXPERTS, device)
+        conductor.slots = SlotPool(conductor.slots.memory, held)
+        for expert in held:
+            conductor.slots[expert].copy_(conductor.store[expert])
+        stack.enter_context(mock.patch.object(device, "read_router", side_effect=AssertionError("the host waited")))
+        x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
+        index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))
+        conductor.begin(tokens, Phase.DECODE)
+        at = device.torch_device
+        out = conductor.run_layer(1, x.to(at), index.to(at), weights.to(at)).cpu()
+        torch.testing.assert_close(out, _reference(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
+        assert conductor.counters.hits == tokens * TOP_K
+        assert conductor.held_op(0, torch.float32) is None
+        conductor.recorder = mock.Mock(lookahead=0)
+        assert conductor.held_op(1, torch.float32) is None  # it wants to hear of it
+        conductor.close()
 
 
 def _check_drawn(device: Any, seed: int, slots: int, tokens: int) -> None:
@@ -395,7 +434,9 @@ def test_an_urgent_copy_overtakes_guesses() -> None:
     timeline = Timeline()
     with conductor.note_on(timeline):
         conductor.run_layer(1, x, torch.tensor([[2]]), weights)
-        order = [expert for lane, expert, *_ in timeline.spans if lane is Lane.LINK]
+        while len(timeline.spans) < 5:  # four copies and what was computed
+            time.sleep(0.001)
+    order = [expert for lane, expert, *_ in timeline.spans if lane is Lane.LINK]
     assert order.index((1, 2)) <= 1  # behind the piece that was running, before the other guesses
     conductor.close()
 

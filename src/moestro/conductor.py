@@ -18,13 +18,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from .accounts import Counters, Recorder
 from .compute.cpu import CpuExperts, KernelShape
-from .compute.devices import Device, HostBatch, Queued, StepSum
+from .compute.devices import Device, HeldLayer, HostBatch, Queued, StepSum
 from .compute.experts import ExpertMath
 from .errors import CopyError
 from .grouping import Routed, group_by_expert
@@ -45,33 +46,6 @@ from .planning.virtual_link import VirtualCopy
 from .routers import Gate
 
 logger = logging.getLogger("moestro")
-
-
-@dataclass(slots=True)
-class Counters:
-    """What was done so far. Hits, joins and misses count (expert, step) pairs of decode."""
-
-    layer_steps: int = 0
-    tokens: int = 0  # summed over layer steps
-    hits: int = 0
-    joined: int = 0
-    misses: int = 0
-    moved_bytes: int = 0
-
-
-class Recorder(Protocol):
-    """Listens to what the routers choose; tracing.py has one."""
-
-    lookahead: int  # for how many later layers it wants guesses
-
-    def begin(self, tokens: int, phase: Phase) -> None:
-        """A step begins."""
-
-    def record(self, step: Step, top_k: int) -> None:
-        """One layer of it is to be done, for a router that gives each token so many experts."""
-
-    def done(self, outcome: Outcome) -> None:
-        """What that layer step did."""
 
 
 class _Ran(NamedTuple):
@@ -111,6 +85,7 @@ class Conductor:
         self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
         self._to_warm = list(self.slots.warm)
         self._last_ran: _Ran | None = None
+        self._held_ops: dict[tuple[int, torch.dtype], HeldLayer | None] = {}
         self._failed: list[Expert] = []  # experts of this step that did not arrive
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
         self._closing = weakref.finalize(self, self.device.close)
@@ -184,7 +159,39 @@ class Conductor:
             self.counters.tokens += experts
             self.counters.misses += experts if self.phase is Phase.DECODE else 0
 
+    def held_op(self, layer: int, dtype: torch.dtype) -> HeldLayer | None:
+        """A layer as an operation that never waits for the host, if all its experts are held on the device.
+
+        There is nothing to decide about it, so the policy is not asked; who calls it tells `count_held`. None of
+        layers that must be decided about, and while a recorder or a timeline listens.
+        """
+        if self.recorder is not None or self.timeline is not None or self.clock is not None:
+            return None
+        key = layer, dtype
+        if key not in self._held_ops:
+            keys = [(layer, expert) for expert in range(self.spec.layers[layer].experts)]
+            held = all(key in self.slots.held for key in keys)
+            guesses = self.policy.lookahead > 0 and len(self.slots.held) < sum(of.experts for of in self.spec.layers)
+            slots = [self.slots.find(key).index for key in keys] if held and not guesses else []  # type: ignore[union-attr]
+            self._held_ops[key] = (
+                self.device.held_layer(self.math[layer], self.slots.memory, slots, dtype) if slots else None
+            )
+        return self._held_ops[key]
+
+    def count_held(self, layers: int, chosen: int) -> None:
+        """Account for steps of held layers, in each of which so many experts were chosen, tokens times top-k.
+
+        All are hits. An expert that several tokens chose counts for each, since nobody waited to see which it was.
+        """
+        with self._lock:
+            self.counters.layer_steps += layers
+            self.counters.tokens += layers * chosen
+            self.counters.hits += layers * chosen if self.phase is Phase.DECODE else 0
+
     def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if (op := self.held_op(layer, x.dtype)) is not None:
+            self.count_held(1, index.numel())
+            return op(x, index, weights)
         host = self.device.read_router(index, weights, x, self._guess(layer, x, index))
         groups = group_by_expert(host.index, host.weights, self.spec.layers[layer].experts)
         self.time.begin_layer(layer, x.shape[0])

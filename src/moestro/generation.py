@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from .conductor import Counters
+from .accounts import Counters
 from .errors import CheckpointError, RequestError
 from .machine import peak_ram_bytes
 from .planning.clock import Clock

@@ -61,7 +61,10 @@ class Moestro(BasePolicy):
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
         super().place(spec, gpu_bytes, heat)
         all_fit = self.slots == sum(layer.experts for layer in spec.layers)
-        self._staging = 0 if all_fit else min(self.slots, max(2, min(16, self.slots // 64)))
+        if all_fit:  # then there is nothing to decide, and RAM needs no copy
+            self._cached, self._staging = {}, 0
+            return Placement(held=frozenset(hottest(spec, heat, self.slots)))
+        self._staging = min(self.slots, max(2, min(16, self.slots // 64)))
         pool = self.slots - self._staging
         self._weight = 1.0  # of a use now; earlier ones weigh less and less beside it
         self._uses = self._expected_uses(heat)
