@@ -78,7 +78,7 @@ def load(
         bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head with
             the embedding; None for `bits`. Below 16, dense layers and head need `device="cpu"`.
-        fuse: what one token meets in as few calls as are recognized, on the CPU; see `MoestroConfig`.
+        fuse: a decode step in few calls; see `MoestroConfig`.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
