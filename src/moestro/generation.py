@@ -151,8 +151,7 @@ def generate_text(
     cache = cache_for(model, cache, len(ids) + max_new_tokens)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
-    before, tape = replace(conductor.counters), figures_of(model)
-    tape_before = None if tape is None else replace(tape)
+    before, tape_before = replace(conductor.counters), figures_of(model)
     stream = _Stream(tokenizer, on_text or (lambda text: None), options.stop)
     start_s = conductor.time.now_s
     with _seeded(options.seed), _explained():
@@ -180,10 +179,7 @@ def generate_text(
         new_tokens=new_tokens,
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
-        peak_bytes=peak_bytes(model),
-        hit_rate=_hit_rate(before, conductor.counters) if conductor.slots else None,
-        bytes_moved=conductor.counters.moved_bytes - before.moved_bytes,
-        tape=None if tape is None or tape_before is None else tape.since(tape_before),
+        **_costs(model, before, tape_before),
         sequence=sequence,
         cache=getattr(output, "past_key_values", None),
     )
@@ -229,6 +225,17 @@ def _speeds(prompt_tokens: int, start_s: float, times_s: Sequence[float]) -> dic
         "prefill_tok_s": prompt_tokens / (times_s[0] - start_s),
         "decode_tok_s": (len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None,
         "ttft_s": times_s[0] - start_s,
+    }
+
+
+def _costs(model: PreTrainedModel, before: Counters, tape_before: TapeFigures | None) -> dict[str, Any]:
+    """What the text took, named as in `TextResult`."""
+    conductor, tape = model.moestro, figures_of(model)
+    return {
+        "peak_bytes": peak_bytes(model),
+        "hit_rate": _hit_rate(before, conductor.counters) if conductor.slots else None,
+        "bytes_moved": conductor.counters.moved_bytes - before.moved_bytes,
+        "tape": None if tape is None or tape_before is None else tape.since(tape_before),
     }
 
 

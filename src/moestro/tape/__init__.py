@@ -14,6 +14,7 @@ know how a device records; `compute/devices/graphs.py` does.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..compute.devices.graphs import Graphs
@@ -41,7 +42,7 @@ def cache_for(model: Any, cache: Any, tokens: int) -> Any:
 
 def figures_of(model: Any) -> TapeFigures | None:
     """What a model's recordings cost and save so far; None where its steps are not recorded."""
-    return model.forward.figures if isinstance(model.forward, StepTape) else None
+    return replace(model.forward.figures) if isinstance(model.forward, StepTape) else None
 
 
 __all__ = [

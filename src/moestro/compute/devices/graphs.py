@@ -10,6 +10,8 @@ who records must give inputs in buffers that stay, and may not read a tensor on 
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .base import Device
 
 CUDA: Any = torch.cuda  # parts of it are untyped, which mypy --strict refuses to call
+_ONE_AT_A_TIME = threading.Lock()  # torch records in one thread of a process at a time
 
 
 class CannotRecordError(RuntimeError):
@@ -62,19 +65,29 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = CUDA.Stream(device), CUDA.graph_pool_handle()
+        self._anchor: Graph | None = None  # an empty graph: a pool cannot be used again when its last one has gone
         self._graph: Any = None
         self._outer: Any = None  # the stream on which the thread was
 
     def begin(self) -> None:
+        if self._anchor is None:
+            self._begin()
+            with warnings.catch_warnings():  # that it is empty
+                warnings.simplefilter("ignore")
+                self._anchor = self.end()
+        self._begin()
+
+    def _begin(self) -> None:
+        _ONE_AT_A_TIME.acquire()
         self._outer = CUDA.current_stream()
-        self._stream.wait_stream(self._outer)
-        graph = CUDA.CUDAGraph()
-        CUDA.set_stream(self._stream)
         try:
+            self._stream.wait_stream(self._outer)
+            graph = CUDA.CUDAGraph()
+            CUDA.set_stream(self._stream)
             # Of this thread only: others may copy meanwhile.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
         except BaseException:
-            CUDA.set_stream(self._outer)
+            self._leave()
             raise
         self._graph = graph
 
@@ -83,7 +96,7 @@ class CudaGraphs:
         try:
             graph.capture_end()
         finally:
-            CUDA.set_stream(self._outer)
+            self._leave()
         recorded: Graph = graph
         return recorded
 
@@ -93,6 +106,10 @@ class CudaGraphs:
                 self.end()
             except RuntimeError:  # what made it useless is being told already
                 return
+
+    def _leave(self) -> None:
+        CUDA.set_stream(self._outer)
+        _ONE_AT_A_TIME.release()
 
 
 class _Call(NamedTuple):
