@@ -31,43 +31,15 @@ DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 FULL = {"sliding_window": None}
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 # With recurrent or indexed layers, or without a static cache in Transformers.
-NOT_RECORDED = frozenset(
-    [
-        "aria",
-        "aria_text",
-        "axk2",
-        "bailing_hybrid",
-        "deepseek_v32",
-        "deepseek_v4",
-        "dots3_note",
-        "dots3_note_text",
-        "ernie4_5_vl_moe",
-        "glm5_next",
-        "glm_moe_dsa",
-        "granitemoehybrid",
-        "hy_v4",
-        "inkling",
-        "inkling_text",
-        "inkling2",
-        "inkling2_text",
-        "jamba",
-        "kimi_linear",
-        "lfm2_moe",
-        "minimax",
-        "minimax_m3_vl",
-        "minimax_m3_vl_text",
-        "mistral_large4",
-        "nemotron_h",
-        "nemotron_h_latent",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_next",
-        "qwen4_exp",
-        "qwen4_exp_text",
-        "unlimited_ocr",
-        "zaya",
-    ]
-)
+# fmt: off
+NOT_RECORDED = frozenset((
+    "aria", "aria_text", "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note",
+    "dots3_note_text", "ernie4_5_vl_moe", "glm5_next", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling",
+    "inkling_text", "inkling2", "inkling2_text", "jamba", "kimi_linear", "lfm2_moe", "minimax", "minimax_m3_vl",
+    "minimax_m3_vl_text", "mistral_large4", "nemotron_h", "nemotron_h_latent", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "unlimited_ocr", "zaya",
+))
+# fmt: on
 FEW, HALF = "150KiB", "300KiB"  # of the 0.6 MiB that the experts of a small model take
 
 
@@ -594,7 +566,8 @@ class _FakeCuda:
     def __init__(self) -> None:
         self.stream, self.log, self.is_broken = "main", [], False
         self.current_stream = lambda: self.stream
-        self.graph_pool_handle = lambda: "pool"
+        self.pools = ["pool 0"]
+        self.graph_pool_handle = lambda: self.pools.append(f"pool {len(self.pools)}") or self.pools[-1]
         self.Stream = lambda device: SimpleNamespace(wait_stream=lambda other: self.log.append(f"wait {other}"))
 
     def set_stream(self, stream: Any) -> None:
@@ -602,7 +575,7 @@ class _FakeCuda:
 
     def CUDAGraph(self) -> Any:
         def begin(pool: str, capture_error_mode: str) -> None:
-            assert (self.stream, pool, capture_error_mode) == ("side", "pool", "thread_local")
+            assert (self.stream, pool, capture_error_mode) == ("side", self.pools[-1], "thread_local")
             self.log.append("begin")
 
         def end() -> None:
@@ -617,7 +590,9 @@ class _FakeCuda:
 def test_cuda_graphs_are_recorded_beside_the_stream_and_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _FakeCuda()
     monkeypatch.setattr("moestro.compute.devices.graphs.CUDA", fake)
-    graphs = CudaGraphs(torch.device("cuda"))
+    ended: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: ended.append(given), raising=False)
+    graphs = CudaGraphs(torch.device("cuda", 0))
     graphs.begin()
     assert fake.stream == "side"
     graph = graphs.end()
@@ -630,11 +605,13 @@ def test_cuda_graphs_are_recorded_beside_the_stream_and_leave_it_as_it_was(monke
     with pytest.raises(RuntimeError, match="not permitted"):
         graphs.end()
     assert fake.stream == "main"
+    assert ended == [(0, "pool 1")]
+    fake.is_broken = False
     graphs.drop()
     graphs.begin()
     graphs.drop()
     assert fake.stream == "main"
-    assert fake.log[7:] == [*once, *once]
+    assert fake.log[7:] == [*once, *once, *once]  # in another pool, which has to be kept as well
 
 
 def _replayed(x: Tensor, f: Any) -> Any:

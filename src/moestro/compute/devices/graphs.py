@@ -10,6 +10,7 @@ who records must give inputs in buffers that stay, and may not read a tensor on 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
@@ -64,10 +65,11 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = CUDA.Stream(device), CUDA.graph_pool_handle()
+        self._device, self._stream, self._pool = device, CUDA.Stream(device), CUDA.graph_pool_handle()
         self._anchor: Graph | None = None  # an empty graph: a pool cannot be used again when its last one has gone
         self._graph: Any = None
         self._outer: Any = None  # the stream on which the thread was
+        self._failed: list[Any] = []  # graphs that torch's allocators may still know
 
     def begin(self) -> None:
         if self._anchor is None:
@@ -95,6 +97,9 @@ class CudaGraphs:
         graph, self._graph = self._graph, None
         try:
             graph.capture_end()
+        except BaseException:
+            self._give_up(graph)
+            raise
         finally:
             self._leave()
         recorded: Graph = graph
@@ -106,6 +111,15 @@ class CudaGraphs:
                 self.end()
             except RuntimeError:  # what made it useless is being told already
                 return
+
+    def _give_up(self, graph: Any) -> None:
+        """torch 2.13 does not tell its allocator that a recording ended that failed: the pool can have no other one."""
+        self._failed.append(graph)
+        end_allocation = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end_allocation is not None:
+            with contextlib.suppress(RuntimeError):  # it knew
+                end_allocation(self._device.index, self._pool)
+        self._pool, self._anchor = CUDA.graph_pool_handle(), None
 
     def _leave(self) -> None:
         CUDA.set_stream(self._outer)
