@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -15,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moestro.compute.devices.emulated import EmulatedDevice, _Link
+from moestro.compute.devices import make_device
+from moestro.compute.devices.emulated import EmulatedDevice, MemoryCarrier
 from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
-from moestro.conductor import Conductor, Routed, group_by_expert
-from moestro.errors import ContractError
+from moestro.conductor import Conductor
+from moestro.errors import ContractError, CopyError
+from moestro.grouping import Routed, group_by_expert
 from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+from moestro.memory.lanes import LaneCopy, LinkLane
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
 from moestro.planning.contract import (
@@ -28,6 +30,7 @@ from moestro.planning.contract import (
     Costs,
     Decision,
     Expert,
+    Lane,
     LayerSpec,
     ModelSpec,
     Move,
@@ -38,6 +41,8 @@ from moestro.planning.contract import (
     View,
 )
 from moestro.planning.policies import BasePolicy
+from moestro.planning.timeline import Timeline
+from pretended_cuda import pretended_cuda
 
 SHAPE, FORMAT, LAYERS, EXPERTS, TOP_K = ExpertShape(hidden=24, neurons=160), FORMATS["fp32"], 3, 6, 2
 
@@ -145,37 +150,56 @@ class _AnyOrder(EmulatedDevice):
 
     def __init__(self, seed: int) -> None:
         super().__init__(link_gbps=None)
-        self._link.close()
-        self._link = _ShuffledLink(seed)
+        self.link.close()
+        self.link = _ShuffledLink(seed)
 
 
-class _ShuffledLink(_Link):
+class _ShuffledLink(LinkLane):
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        super().__init__(None)
+        super().__init__(MemoryCarrier())
 
-    def _next(self) -> Any:
-        ready = [job for job in self._queue if job.after is None or job.after.done()]
+    def next(self) -> LaneCopy | None:
+        ready = [copy for copy in self._queue if copy.may_go()]
         return self._random.choice(ready) if ready else None
 
 
-@settings(max_examples=80, deadline=None)
-@given(
+DRAWN = given(
     seed=st.integers(0, 2**32 - 1),
     slots=st.sampled_from([0, 1, 2, 3, 7, EXPERTS * LAYERS]),
     tokens=st.sampled_from([1, 3, 17]),
 )
+
+
+@settings(max_examples=80, deadline=None)
+@DRAWN
 def test_any_lawful_decision_gives_the_reference_result(seed: int, slots: int, tokens: int) -> None:
+    _check_drawn(_AnyOrder(seed), seed, slots, tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@DRAWN
+def test_any_lawful_decision_gives_the_reference_result_on_cuda(seed: int, slots: int, tokens: int) -> None:
+    """Where there is no GPU its streams are pretended: who waits for whom is tested, what overlaps is not."""
+    if torch.cuda.is_available():
+        _check_drawn(make_device("cuda"), seed, slots, tokens)
+        return
+    with pretended_cuda() as (device, _):
+        _check_drawn(device, seed, slots, tokens)
+
+
+def _check_drawn(device: Any, seed: int, slots: int, tokens: int) -> None:
     torch.manual_seed(seed)
-    policy, device = Drawn(seed), _AnyOrder(seed)
+    policy = Drawn(seed)
     conductor, parts = _conductor(policy, slots, device)
+    at = device.torch_device
     try:
         for step in range(2):
             conductor.begin(tokens, Phase.PREFILL if step == 0 else Phase.DECODE)
             for layer in range(LAYERS):
                 x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
                 index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))  # EXPERTS is the sentinel
-                out = conductor.run_layer(layer, x, index, weights)
+                out = conductor.run_layer(layer, x.to(at), index.to(at), weights.to(at)).cpu()
                 torch.testing.assert_close(out, _reference(parts[layer], x, index, weights), rtol=1e-4, atol=1e-5)
     finally:
         conductor.close()
@@ -237,15 +261,15 @@ class _SlowLink(EmulatedDevice):
     def __init__(self) -> None:
         super().__init__(link_gbps=None)
         self.go: Future[None] = Future()
-        self.order: list[int] = []
-        copy_piece = self._link.copy_piece
+        self.begun = threading.Event()
+        send = self.link.carrier.send
 
-        def wait_and_copy(job: Any) -> int:
+        def wait_and_send(*args: Any) -> Any:
+            self.begun.set()
             self.go.result()
-            self.order.append(job.rank[1])
-            return copy_piece(job)
+            return send(*args)
 
-        self._link.copy_piece = wait_and_copy  # type: ignore[method-assign]
+        self.link.carrier.send = wait_and_send  # type: ignore[method-assign]
 
 
 def test_a_second_request_joins_a_copy_in_flight() -> None:
@@ -272,9 +296,7 @@ def test_a_queued_guess_can_be_dropped() -> None:
     conductor, _ = _conductor(policy, 2, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
     conductor.run_layer(0, x, index, weights)
-    running = conductor.slots.find((1, 4))
-    while not running.filling.future.running():  # type: ignore[union-attr]
-        time.sleep(0.001)
+    device.begun.wait()
     policy.decision = Decision(cpu={1: FULL}, drop=((1, 4), (2, 4)))
     conductor.run_layer(0, x, index, weights)
     assert conductor.slots.find((1, 4)) is not None  # was running: cannot be dropped
@@ -283,43 +305,82 @@ def test_a_queued_guess_can_be_dropped() -> None:
     conductor.close()
 
 
-def test_a_failed_copy_is_raised_and_its_slot_is_usable_again() -> None:
-    device = EmulatedDevice(link_gbps=None)
-    copy_piece = device._link.copy_piece
+class _BrokenLink(EmulatedDevice):
+    """A device whose copies fail while `broken`."""
 
-    def fail(job: Any) -> int:
-        raise OSError("the link is down")
+    def __init__(self) -> None:
+        super().__init__(link_gbps=None)
+        self.broken = True
+        send = self.link.carrier.send
 
-    device._link.copy_piece = fail  # type: ignore[method-assign]
+        def fail_or_send(*args: Any) -> Any:
+            if self.broken:
+                raise OSError("the link is down")
+            return send(*args)
+
+        self.link.carrier.send = fail_or_send  # type: ignore[method-assign]
+
+
+def test_where_a_copy_fails_the_cpu_computes_and_the_slot_is_usable_again(caplog: pytest.LogCaptureFixture) -> None:
+    device = _BrokenLink()
     conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
-    with pytest.raises(OSError, match="link is down"):
-        conductor.run_layer(0, x, index, weights)
-    device._link.copy_piece = copy_piece  # type: ignore[method-assign]
-    out = conductor.run_layer(0, x, index, weights)
-    torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    for device.broken in (True, False):
+        conductor.begin(1, Phase.DECODE)
+        assert conductor.slots.find((0, 2)) is None
+        out = conductor.run_layer(0, x, index, weights)
+        torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+        assert conductor.slots.ready((0, 2)) is not device.broken
+    says = "layer 0: the copy of expert (0, 2) failed: the link is down; the CPU computes [2] instead"
+    assert [record.message for record in caplog.records] == [says]
     conductor.close()
 
 
 def test_a_failed_guess_does_not_poison_its_slot() -> None:
-    device = EmulatedDevice(link_gbps=None)
-    copy_piece = device._link.copy_piece
-
-    def fail(job: Any) -> int:
-        raise OSError("the link is down")
-
-    device._link.copy_piece = fail  # type: ignore[method-assign]
+    device = _BrokenLink()
     policy = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),)))
     conductor, parts = _conductor(policy, 1, device)
     x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
     conductor.run_layer(0, x, torch.tensor([[1]]), weights)
-    policy.decision = Decision(gpu={4: FULL})
-    with pytest.raises(OSError, match="link is down"):
-        conductor.run_layer(1, x, torch.tensor([[4]]), weights)
-    device._link.copy_piece = copy_piece  # type: ignore[method-assign]
-    policy.decision = Decision(gpu={4: FULL}, moves=(Move((1, 4)),))
-    out = conductor.run_layer(1, x, torch.tensor([[4]]), weights)
-    torch.testing.assert_close(out, _reference(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
+    joins, copies = Decision(gpu={4: FULL}), Decision(gpu={4: FULL}, moves=(Move((1, 4)),))
+    for device.broken, policy.decision in ((True, joins), (False, copies)):
+        if not device.broken:
+            conductor.begin(1, Phase.DECODE)
+        out = conductor.run_layer(1, x, torch.tensor([[4]]), weights)
+        torch.testing.assert_close(out, _reference(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
+    conductor.close()
+
+
+def test_where_the_device_has_no_memory_the_cpu_computes(caplog: pytest.LogCaptureFixture) -> None:
+    device = EmulatedDevice(link_gbps=None)
+    conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no room for 3 GiB")
+
+    device._run, compute = full, device._run  # type: ignore[method-assign]
+    for device._run in (full, compute):  # type: ignore[method-assign]
+        out = conductor.run_layer(0, x, index, weights)
+        torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    assert "no room for 3 GiB; the CPU computes [2] instead" in caplog.text
+    conductor.close()
+
+
+def test_a_held_expert_whose_work_fails_ends_the_step() -> None:
+    """Nobody else has its weights."""
+    device = EmulatedDevice(link_gbps=None)
+    conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
+    conductor.run_layer(0, x, index, weights)
+    conductor.store = ExpertStore([[64] * EXPERTS] * LAYERS, absent={(0, 2)})
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no room for 3 GiB")
+
+    device._run = full  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        conductor.run_layer(0, x, index, weights)
     conductor.close()
 
 
@@ -331,8 +392,11 @@ def test_an_urgent_copy_overtakes_guesses() -> None:
     conductor.run_layer(0, x, torch.tensor([[1]]), weights)
     conductor.policy.decision = Decision(gpu={2: FULL}, moves=(Move((1, 2)),))  # type: ignore[attr-defined]
     threading.Timer(0.3, device.go.set_result, [None]).start()
-    conductor.run_layer(1, x, torch.tensor([[2]]), weights)
-    assert device.order.index(3) <= 1  # behind the piece that was running, before the other guesses
+    timeline = Timeline()
+    with conductor.note_on(timeline):
+        conductor.run_layer(1, x, torch.tensor([[2]]), weights)
+        order = [expert for lane, expert, *_ in timeline.spans if lane is Lane.LINK]
+    assert order.index((1, 2)) <= 1  # behind the piece that was running, before the other guesses
     conductor.close()
 
 
@@ -385,12 +449,30 @@ def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
     conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)), Move((1, 5))))), 2, device)
     conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1))
     waiting = conductor.slots.find((1, 5)).filling  # type: ignore[union-attr]
+    threading.Timer(0.2, device.go.set_result, [None]).start()
     conductor.close()
-    with pytest.raises(CancelledError):
+    with pytest.raises(CopyError, match="was dropped"):
         waiting.wait()  # type: ignore[union-attr]
-    device.go.set_result(None)
     with pytest.raises(RuntimeError, match="the device is closed"):
-        device.copy(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), urgent=True)
+        device.copy(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), True, (0, 0))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_no_host_memory_stays_registered(closed: bool) -> None:
+    """Neither after close nor after a conductor is let go, also when a step failed."""
+    with pretended_cuda() as (device, runtime):
+        conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+        device.pin(conductor.store.memory)
+        assert sum(runtime.registered.values()) == conductor.store.n_bytes
+        x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+        conductor.run_layer(0, x, torch.tensor([[2]]), weights)
+        with pytest.raises(ContractError):
+            conductor.run_layer(0, x, torch.tensor([[3]]), weights)
+        if closed:
+            conductor.close()
+        else:
+            del conductor
+        assert not runtime.registered
 
 
 def test_one_token_is_grouped_as_one_of_many() -> None:

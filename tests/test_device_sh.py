@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moestro.bench import device
+from moestro.bench import device, machine_card, process
 from moestro.bench.rates import Rates
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,10 @@ def test_a_toy_report_has_card_table_and_json(tmp_path: Path) -> None:
     assert run["prefill_tok_s"] > 0
     assert run["decode_tok_s"] > 0
     assert run["ttft_s"] > 0
+    (hybrid,) = report["hybrid"]
+    assert hybrid["ok"], hybrid
+    assert {row["policy"] for row in hybrid["rows"]} >= {"layer-streaming", "lru", "fiddler", "moestro"}
+    assert "moestro over" in done.stdout or "over lru" in done.stdout
     if report["machine"]["gpu"] is None:
         assert "no CUDA device" in done.stdout
         assert report["rates"]["link_h2d_gbps"] is None
@@ -75,13 +79,13 @@ def test_the_largest_shape_that_fits(ram_gib: int, shape: str) -> None:
     ],
 )
 def test_a_device_name_becomes_a_file_name(name: str, slug: str) -> None:
-    assert device.slug(name) == slug
+    assert machine_card.slug(name) == slug
 
 
 def test_a_late_step_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "GRACE_S", 0.2)
+    monkeypatch.setattr(process, "GRACE_S", 0.2)
     start_s = time.monotonic()
-    done = device.finish(["bash", "-c", "trap '' INT; sleep 60 & echo started; wait; wait"], 0.5)
+    done = process.finish(["bash", "-c", "trap '' INT; sleep 60 & echo started; wait; wait"], 0.5)
     assert time.monotonic() - start_s < 20
     assert done.out == "started\n"
     assert done.last_words() == "stopped at its limit of 0 s; last: started"
@@ -116,8 +120,16 @@ def test_a_late_suite_still_has_its_counts(tmp_path: Path, monkeypatch: pytest.M
     assert tests["passed"] == 1
 
 
-def finished(code: int, out: str, err: str = "") -> device.Finished:
-    return device.Finished(code=code, out=out, err=err, wall_s=1.0)
+def test_mixtral_is_cut_where_ram_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "finish", lambda argv, limit_s: finished(1, "", " ".join(argv)))
+    short, enough = (device.run_hybrid(["--shape", "mixtral-8x7b"], gib << 30, 100.0, 60.0) for gib in (90, 128))
+    assert short["command"].endswith("--limit-s 42 --layers 24")
+    assert enough["command"].endswith("--limit-s 42")
+    assert not short["ok"]
+
+
+def finished(code: int, out: str, err: str = "") -> process.Finished:
+    return process.Finished(code=code, out=out, err=err, wall_s=1.0)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_memory_knows_no_mathematics(path: Path) -> None:
 @pytest.mark.parametrize("path", _wing("compute"), ids=lambda p: p.name)
 def test_compute_knows_formats_only_by_their_front_door(path: Path) -> None:
     names = [name for name in _imports(path) if name.startswith("moestro.memory")]
-    assert not [name for name in names if not name.startswith("moestro.memory.formats")]
+    assert not [name for name in names if not name.startswith(("moestro.memory.formats", "moestro.memory.lanes"))]
     assert not [name for name in names if name.split(".")[3:4] in (["base"], ["floats"])]
 
 
@@ -65,8 +65,9 @@ def test_files_and_functions_stay_short() -> None:
     long_functions = {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and path.name != "cli.py":  # a command lists its options
-                length = (node.end_lineno or 0) - node.lineno + 1
+            if isinstance(node, ast.FunctionDef):
+                statements = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0 :]
+                length = (node.end_lineno or 0) - statements[0].lineno + 1  # a command lists its options before
                 if length > 60:
                     long_functions[f"{path.name}:{node.name}"] = length
     assert not long_files

@@ -122,7 +122,7 @@ def test_after_a_failed_copy_or_an_interrupt_the_next_request_works(name: str, s
     model = _on_virtual_clock(name, slots)
     device, random = model.moestro.device, torch.Generator().manual_seed(0)
     ids = torch.randint(512, (1, 1 + STEPS), generator=random)[:, :1]
-    read_router, copy_piece = device.read_router, device._link.copy_piece
+    read_router, send = device.read_router, device.link.carrier.send
     calls = {"read": 0, "copy": 0}
 
     def interrupted(*args: Any) -> Any:
@@ -131,13 +131,13 @@ def test_after_a_failed_copy_or_an_interrupt_the_next_request_works(name: str, s
             raise KeyboardInterrupt
         return read_router(*args)
 
-    def failing(job: Any) -> Any:
+    def failing(*args: Any) -> Any:
         calls["copy"] += 1
         if calls["copy"] in (2, 9, 17):
             raise OSError("the link broke")
-        return copy_piece(job)
+        return send(*args)
 
-    device.read_router, device._link.copy_piece = interrupted, failing
+    device.read_router, device.link.carrier.send = interrupted, failing
     failures = 0
     for _ in range(12):
         try:

@@ -7,8 +7,8 @@ with random weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import Budget, check_fits, format_bytes
-from .planning.contract import Costs, LayerSpec, ModelSpec, Phase, Placement, Policy
+from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
 from .planning.machines import THIS, Machine, machine_named
 from .planning.policies import make_policy
 from .planning.replay import experts_room
@@ -75,6 +75,8 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
     cpu = CpuExperts(config.threads)
     first_touch(store.memory, cpu.threads)
+    if placement.slots:
+        device.pin(store.memory)
     slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
@@ -94,7 +96,33 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
         module._is_hf_initialized = True  # there is nothing in it for Transformers to initialize
-    model.register_forward_pre_hook(_begin_step(conductor), with_kwargs=True)
+    model.register_forward_pre_hook(_begin_step, with_kwargs=True)
+    model.moestro = conductor
+    return conductor
+
+
+def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert, float], costs: Costs) -> Conductor:
+    """Give a model whose experts are all in RAM another policy and other slots; it keeps its store and its device.
+
+    For comparisons: held experts stay in RAM as well, so that the next policy finds them there.
+
+    Args:
+        room_bytes: device memory for experts.
+    """
+    old: Conductor = model.moestro
+    slots_before = old.slots.memory.shape[0]
+    placement = policy.place(old.spec, room_bytes, heat)
+    old.slots = SlotPool(old.slots.memory[:0])  # gives its memory back before the next is taken
+    if placement.slots and not slots_before:
+        old.device.pin(old.store.memory)
+    memory = old.device.pool(len(placement.held) + placement.slots, old.spec.slot_bytes)
+    slots = SlotPool(memory, placement.held, placement.warm)
+    for expert in placement.held:
+        source = old.store[expert]
+        slots[expert][: source.numel()].copy_(source)
+    conductor = old.hand_over(policy, slots, costs)
+    for module in expert_modules(model).values():
+        module._moestro = replace(module._moestro, conductor=conductor)
     model.moestro = conductor
     return conductor
 
@@ -197,20 +225,16 @@ def _spec_of(
     )
 
 
-def _begin_step(conductor: Conductor) -> Callable[..., None]:
+def _begin_step(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A hook that tells the conductor that a step begins, and whether it reads a prompt."""
-
-    def hook(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        count = 1 if tokens is None else int(tokens.shape[1])
-        cache = kwargs.get("past_key_values")
-        reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
-        rows = 1 if tokens is None else int(tokens.shape[0])
-        conductor.begin(rows * count, Phase.PREFILL if reads_prompt else Phase.DECODE)
-
-    return hook
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    count = 1 if tokens is None else int(tokens.shape[1])
+    cache = kwargs.get("past_key_values")
+    reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
+    rows = 1 if tokens is None else int(tokens.shape[0])
+    model.moestro.begin(rows * count, Phase.PREFILL if reads_prompt else Phase.DECODE)
 
 
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:

@@ -30,6 +30,7 @@ from .options import (
     GpuMemory,
     HeadBits,
     Json,
+    Link,
     MachineName,
     MaxNewTokens,
     MinP,
@@ -49,6 +50,7 @@ from .options import (
     Temperature,
     TextFile,
     Threads,
+    TimelineFile,
     TopK,
     TopP,
     TraceTokens,
@@ -101,6 +103,7 @@ def run(
     ram: Ram = None,
     policy: PolicyName = DEFAULT_POLICY,
     device: DeviceName = "auto",
+    link: Link = None,
     machine: MachineName = None,
     clock: Clock = "wall",
     profile: Profile = None,
@@ -115,6 +118,7 @@ def run(
         str | None,
         typer.Option(metavar="FILE", help="Record what the routers choose. [default: no]", show_default=False),
     ] = None,
+    timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
     """Continue one prompt, streaming, and print how fast it went."""
@@ -122,16 +126,16 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
-    from .bench.traces import recorded, writable
+    from .bench.traces import recorded, timed, writable
     from .generation import generate_text
 
     target = None if trace is None else writable(trace)
-
+    spans = None if timeline is None else writable(timeline)
     options, text = _text_options(context), _read_prompt(prompt)
     loaded, tokenizer = _load(model, shape, context)
     if not as_json:
         print(text, end="", flush=True)
-    with recorded(loaded, target, model or shape or "", text):
+    with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
         result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
     if as_json:
         print(json.dumps(result.to_json()))
@@ -160,6 +164,7 @@ def chat(
     ram: Ram = None,
     policy: PolicyName = DEFAULT_POLICY,
     device: DeviceName = "auto",
+    link: Link = None,
     machine: MachineName = None,
     clock: Clock = "wall",
     profile: Profile = None,
@@ -254,12 +259,7 @@ def replay_command(
     as_shape: AsShape = None,
     bits: ReplayBits = None,
     profile: Profile = None,
-    timeline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Keep what each lane did, as a Chrome trace. [default: no]", show_default=False
-        ),
-    ] = None,
+    timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
     """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""

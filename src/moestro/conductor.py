@@ -11,9 +11,13 @@ Legend: T tokens, K top-k, D model width, E experts.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -21,7 +25,9 @@ from torch import Tensor
 
 from .compute.cpu import CpuExperts, KernelShape
 from .compute.devices import Device, HostBatch, Queued
-from .compute.experts import ExpertMath, ExpertWork
+from .compute.experts import ExpertMath
+from .errors import CopyError
+from .grouping import Routed, group_by_expert
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
@@ -30,9 +36,14 @@ from .planning.clock import Clock, Share, WallClock
 from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from .planning.dispatch import Found, classify, dispatch
 from .planning.slots import Transfer
+from .planning.timeline import Timeline
 from .planning.trace import kept_guesses
 from .planning.view import TableView
+from .planning.virtual import VirtualMachine
+from .planning.virtual_link import VirtualCopy
 from .routers import Gate
+
+logger = logging.getLogger("moestro")
 
 
 @dataclass(slots=True)
@@ -45,61 +56,6 @@ class Counters:
     joined: int = 0
     misses: int = 0
     moved_bytes: int = 0
-
-
-class Routed(NamedTuple):
-    """The tokens of one expert in a step: `span` of the step's rows, int64, and routing weights, float32; their sum."""
-
-    step_rows: Tensor
-    step_weights: Tensor
-    span: range
-    mass: float
-
-    def work(self, packed: Tensor, neurons: range) -> ExpertWork:
-        """What these tokens ask of an expert's neurons."""
-        return ExpertWork(packed, neurons, self.step_rows, self.step_weights, self.span)
-
-
-def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
-    """Sort a router's choice by expert.
-
-    Skipped are an index of `experts` or more, which is not ours (expert parallelism), and a weight of
-    exactly 0, by which some families say "no expert".
-
-    Args:
-        index: int64 [T, K] on the host. weights: float32 [T, K].
-
-    Returns:
-        expert -> its tokens, in ascending order of expert, only experts with at least one token.
-    """
-    if index.shape[0] == 1 and (alone := _group_one_token(index, weights, experts)) is not None:
-        return alone
-    flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
-    order = torch.argsort(flat, stable=True)  # [T*K]
-    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
-    masses = torch.bincount(flat, weights.reshape(-1), minlength=experts + 1).tolist()
-    rows, sorted_weights = order // index.shape[1], weights.reshape(-1)[order]
-    groups: dict[int, Routed] = {}
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            groups[expert] = Routed(rows, sorted_weights, range(start, start + count), masses[expert])
-            start += count
-    return groups
-
-
-def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
-    """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
-    flat, rows = weights.view(-1), _zeros(index.shape[1])
-    choices = enumerate(zip(*index.tolist(), flat.tolist(), strict=True))
-    ours = sorted((expert, i, mass) for i, (expert, mass) in choices if expert < experts and mass != 0)
-    groups = {expert: Routed(rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
-    return groups if len(groups) == len(ours) else None
-
-
-@functools.cache
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int64)
 
 
 class Recorder(Protocol):
@@ -118,9 +74,10 @@ class Recorder(Protocol):
 
 
 class _Ran(NamedTuple):
-    """Work queued on the device, and when its clock expects it to be done."""
+    """Experts queued on the device, and when its clock expects them to be done."""
 
     queued: Queued
+    experts: list[int]
     end_s: float
 
 
@@ -144,12 +101,17 @@ class Conductor:
     gates: Sequence[Gate | None] = ()
     clock: Clock | None = None
     recorder: Recorder | None = None
+    timeline: Timeline | None = None  # of a run, see `note_on`
 
     def __post_init__(self) -> None:
         self._of_thread = threading.local()
-        self.time: Clock = self.clock or WallClock(self.costs)
+        self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
         self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
         self._to_warm = list(self.slots.warm)
+        self._last_ran: _Ran | None = None
+        self._failed: list[Expert] = []  # experts of this step that did not arrive
+        # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
+        self._closing = weakref.finalize(self, self.device.close)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
 
     @property
@@ -167,17 +129,20 @@ class Conductor:
             self._warm()
             if self.recorder is not None:
                 self.recorder.begin(tokens, phase)
+            self._forget_unfinished(self._failed)  # not before: until now the policy may have them down as coming
+            self._failed = []
             moves = self.policy.begin(tokens, self.view, self.costs)
             check_moves(moves, self.view, self.spec, "before the first layer")
             for move in moves:
-                self._start(move, None)
+                self._start(move, None, reading=self._last_ran)
+            self._last_ran = None
 
     def _warm(self) -> None:
         """Before the first step: bring the experts that the policy wants in slots from the start."""
         copies = []
         for key in self._to_warm:
             source = self.store[key]
-            copies.append(self.device.copy(source, self.slots[key][: source.numel()], False))
+            copies.append(self.device.copy(source, self.slots[key][: source.numel()], False, key))
         for copy in copies:
             copy.wait()
         self._to_warm = []
@@ -229,17 +194,25 @@ class Conductor:
         check(decision, step, self.view, self.spec, BLOCK)
         found = classify(step, self.slots)
         moved_before = self.slots.moved_bytes
-        queued: list[Queued] = []
+        ran: list[_Ran] = []
         try:
-            run = functools.partial(self._run_on_device, step, decision, x, groups, queued)
+            run = functools.partial(self._run_on_device, step, decision, x, groups, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s
-            on_cpu = self._run_on_cpu(step, decision, host.x, groups)
+            on_cpu = self._run_on_cpu(step, decision.cpu, host.x, groups, None)
             cpu_s = self.time.lane_free_s(Lane.CPU) - cpu_start_s
-            out = self.device.combine(x, on_cpu, queued)
+            parts, lost = self._results(step, ran)
+            if lost:
+                shares = {expert: decision.gpu[expert] for expert in lost}
+                on_cpu = self._run_on_cpu(step, shares, host.x, groups, on_cpu)
+            out = self.device.combine(x, on_cpu, parts)
             self.time.end_layer()
+            self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
-            self._forget_unfinished(step, decision)
+            for one in ran:
+                one.queued.cancel()
+            touched = [(step.layer, expert) for expert in step.tokens]
+            self._forget_unfinished(touched + [move.expert for move in decision.moves])
             raise
         finally:
             self.slots.release(layer)
@@ -276,23 +249,29 @@ class Conductor:
             guesses=guesses,
         )
 
-    def _start(self, move: Move, after: _Ran | None) -> None:
-        """Start a copy, behind work that must be over first; one that is there or on its way is joined."""
+    def _start(self, move: Move, after: _Ran | None, *, reading: _Ran | None = None) -> None:
+        """Start a copy, behind work that must be over first; one that is there or on its way is joined.
+
+        Args:
+            reading: work of an earlier step, which may still read the slot.
+        """
         experts = self.math[move.expert[0]]
         neurons = move.neurons or range(experts.shape.neurons)
         span = experts.format.byte_range(experts.shape, neurons)
 
         def fill(index: int, before: Transfer | None) -> tuple[Transfer, float]:
             source, target = self.store[move.expert], self.slots.memory[index]
+            work = after or (reading if before is None else None)
             copy = self.device.copy(
                 source[span.start : span.stop],
                 target[span.start : span.stop],
                 move.urgent,
-                before if after is None else after.queued,
+                move.expert,
+                (before.real if isinstance(before, VirtualCopy) else before) if work is None else work.queued,
             )
             after_s = 0.0 if after is None else after.end_s
             timed = self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
-            return timed, self.time.arrival_s(timed, len(span))
+            return timed, self.time.arrival_s(timed, move.urgent)
 
         self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent)
 
@@ -302,29 +281,52 @@ class Conductor:
         decision: Decision,
         x: Tensor,
         groups: dict[int, Routed],
-        queued: list[Queued],
+        ran: list[_Ran],
         experts: list[int],
         after: Transfer | None,
     ) -> _Ran:
         keys = [(step.layer, expert) for expert in experts]
         work = [groups[key[1]].work(self.slots[key], decision.gpu[key[1]]) for key in keys]
-        queued.append(self.device.run(self.math[step.layer], x, work, after=after))
+        queued = self.device.run(self.math[step.layer], x, work, keys[0], after=after)
         shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
-        return _Ran(queued[-1], self.time.run_gpu(shares, after))
+        ran.append(_Ran(queued, experts, self.time.run_gpu(shares, after)))
+        return ran[-1]
 
-    def _run_on_cpu(self, step: Step, decision: Decision, x: Tensor, groups: dict[int, Routed]) -> Tensor | None:
-        if not decision.cpu:
-            return None
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        shares = sorted(decision.cpu.items())
+    def _run_on_cpu(
+        self, step: Step, of: Mapping[int, range], x: Tensor, groups: dict[int, Routed], out: Tensor | None
+    ) -> Tensor | None:
+        """Neurons of experts on the CPU, added to `out` if there is one."""
+        if not of:
+            return out
+        out = self.device.host_output(x) if out is None else out
+        shares = sorted(of.items())
         work = [groups[expert].work(self.store[step.layer, expert], neurons) for expert, neurons in shares]
+        start_s = time.perf_counter()
         self.cpu.run(self.math[step.layer], x, work, out)
+        if self.timeline is not None and not isinstance(self.time, VirtualMachine):
+            self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, time.perf_counter(), "expert")
         self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
-    def _forget_unfinished(self, step: Step, decision: Decision) -> None:
+    def _results(self, step: Step, ran: Sequence[_Ran]) -> tuple[list[Tensor], list[int]]:
+        """What the device computed, and the experts that it could not but the CPU can: their copy failed, or the
+        device had no memory for the work."""
+        parts: list[Tensor] = []
+        lost: list[int] = []
+        for queued, experts, _ in ran:
+            try:
+                parts.append(queued.result())
+            except (CopyError, torch.OutOfMemoryError) as error:
+                if not all((step.layer, expert) in self.store for expert in experts):
+                    raise  # held on the device alone
+                line = str(error).splitlines()[0]
+                logger.warning("layer %d: %s; the CPU computes %s instead", step.layer, line, experts)
+                lost += experts
+        self._failed += [(step.layer, expert) for expert in lost]
+        return parts, lost
+
+    def _forget_unfinished(self, touched: Sequence[Expert]) -> None:
         """After a failure nobody knows what arrived: forget what was on its way, so that the next step copies."""
-        touched = [(step.layer, expert) for expert in step.tokens] + [move.expert for move in decision.moves]
         for expert in touched:
             slot = self.slots.find(expert)
             if slot is None or self.slots.ready(expert) or slot.filling is None:
@@ -347,9 +349,26 @@ class Conductor:
         if self.recorder is not None:
             self.recorder.done(outcome)
 
+    def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:
+        """A conductor of the same model with another policy and other slots; this one is not used after."""
+        self._closing.detach()
+        return replace(self, policy=policy, slots=slots, costs=costs, counters=Counters())
+
+    @contextmanager
+    def note_on(self, timeline: Timeline) -> Iterator[None]:
+        """Note what GPU, link and CPU do meanwhile."""
+        lanes = self.time if isinstance(self.time, VirtualMachine) else self.device
+        self.timeline = timeline
+        lanes.trace(timeline)
+        try:
+            yield
+        finally:
+            self.timeline = None
+            lanes.trace(None)
+
     def close(self) -> None:
         """Stop the device's threads. The model cannot be used after."""
-        self.device.close()
+        self._closing()
 
 
 def _ram_ready_s(store: ExpertStore, clock: Clock, expert: Expert) -> float:

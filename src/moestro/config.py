@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .compute.devices import DEVICE_NAMES
 from .errors import RequestError
-from .planning.budget import Budget
+from .planning.budget import Budget, parse_gbps
 from .planning.machines import machine_names
 from .planning.policies import DEFAULT_POLICY, POLICIES
 
@@ -32,6 +32,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: the most RAM to use for weights; None for what is free.
         policy: a name from `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated".
+        link: paces copies to the GPU, like "12GB/s", to see how a slower link would do; None for its own speed.
         machine: whose rates the policy reckons with, a name from `moestro.planning.machines`; None for this one's,
             measured when they are needed.
         clock: "wall", or "virtual": real results at the modelled speed of `machine`, on the emulated device.
@@ -54,6 +55,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         ram: str | int | None = None,
         policy: str = DEFAULT_POLICY,
         device: str = "auto",
+        link: str | float | None = None,
         machine: str | None = None,
         clock: str = "wall",
         profile: str | None = None,
@@ -71,6 +73,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             raise RequestError(f"no device {device!r}; there are: {', '.join(DEVICE_NAMES)}")
         self.budget = Budget.parse(gpu_memory=gpu_memory, ram=ram)
         self.policy = policy
+        self.link_gbps = None if link is None else parse_gbps(link, "--link")
         if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
             raise RequestError(f"--threads {threads}: needs 1 to {os.cpu_count()}, the CPUs of this machine")
         for option, value in {
@@ -101,6 +104,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "ram": self.budget.ram_bytes,
             "policy": self.policy,
             "device": self.device,
+            "link": self.link_gbps,
             "machine": self.machine,
             "clock": self.clock,
             "profile": self.profile,

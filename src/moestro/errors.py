@@ -5,6 +5,7 @@
     ├── CheckpointError   the files are not what their index or config says: truncated, missing a tensor
     ├── BudgetError       it does not fit the memory that was named; carries the numbers
     ├── RequestError      the request cannot be served: prompt longer than the context, a bad option
+    ├── CopyError         an expert's weights did not reach the device
     └── ContractError     a policy broke the contract with the conductor (a defect in the policy)
 
 The command line prints the line and exits with status 2; a traceback means a defect of Moestro.
@@ -31,6 +32,10 @@ class BudgetError(MoestroError):
 
 class RequestError(MoestroError):
     """The request cannot be served as it was made."""
+
+
+class CopyError(MoestroError):
+    """An expert's weights did not reach the device; the CPU can compute it where RAM has it."""
 
 
 class ContractError(MoestroError):

@@ -51,6 +51,7 @@ def load(
     ram: str | int | None = None,
     policy: str = DEFAULT_POLICY,
     device: str = "auto",
+    link: str | float | None = None,
     machine: str | None = None,
     clock: str = "wall",
     profile: str | None = None,
@@ -71,7 +72,7 @@ def load(
         gpu_memory, ram: the most memory to use, like "12GiB"; None for what is free.
         policy: who decides which expert runs where; see `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
-        machine, clock, profile: see `MoestroConfig`.
+        link, machine, clock, profile: see `MoestroConfig`.
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
         threads: CPU threads of the expert kernels and of torch, for the whole process; None for one on each
             physical core in the kernels, and torch's as they are.
@@ -91,6 +92,7 @@ def load(
         ram=ram,
         policy=policy,
         device=device,
+        link=link,
         machine=machine,
         clock=clock,
         profile=profile,

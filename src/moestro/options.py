@@ -50,6 +50,12 @@ DeviceName = Annotated[
         help="auto (a GPU where there is one), cpu, cuda, or emulated (for tests).",
     ),
 ]
+Link = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RATE", help="Pace copies to the GPU, like 12GB/s. [default: the link's own speed]", show_default=False
+    ),
+]
 MachineName = Annotated[
     str | None,
     typer.Option(
@@ -122,6 +128,15 @@ TextFile = Annotated[str, typer.Option("--text", metavar="FILE", help="The text 
 TraceTokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode in all.")]
 PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece of the text, read at once.")]
 DecodeTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece, one by one after its prompt.")]
+TimelineFile = Annotated[
+    str | None,
+    typer.Option(
+        "--timeline",
+        metavar="FILE",
+        help="Keep what each lane did, as a Chrome trace. [default: no]",
+        show_default=False,
+    ),
+]
 AsShape = Annotated[
     str | None,
     typer.Option(

@@ -65,7 +65,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized:
             raise ModelError("this checkpoint says that Moestro quantized it, which is never saved; load the original")
-        self._device: Device = make_device(quantization_config.device)
+        self._device: Device = make_device(quantization_config.device, quantization_config.link_gbps)
         self._layers: dict[str, ExpertLayer] = {}  # by the name of the experts module
         self._not_loaded: set[str] = set()  # expert parameters
         self._misshapen: list[str] = []

@@ -57,7 +57,7 @@ def build_random_model(
     shape = shape_config(name, layers)
     shape.initializer_range = _INITIALIZER_STD
     shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
-    device = make_device(config.device)
+    device = make_device(config.device, config.link_gbps)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
         model.set_experts_implementation(METHOD)
@@ -72,7 +72,7 @@ def build_random_model(
         model.initialize_weights()
         model.tie_weights()
         _fill_experts(conductor)
-        _skew_routing(model, shape)
+        _route(model, skewed=True)
         pack_rest(model, config, device, fast=True)
     return model.requires_grad_(False).eval()
 
@@ -130,18 +130,28 @@ def _random_expert(math: ExpertMath) -> Tensor:
     return packed
 
 
+def set_routing(model: PreTrainedModel, *, skewed: bool, seed: int = 0) -> None:
+    """Draw a random model's embedding and routers anew, on an accelerator, where they are as Transformers has them.
+
+    Args:
+        skewed: experts are as unevenly popular as in a real model; else all alike.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _route(model, skewed=skewed)
+
+
 @torch.no_grad()
-def _skew_routing(model: PreTrainedModel, shape: Any) -> None:
-    """Set the embedding and the routers so that experts are as unevenly popular as in a real model."""
+def _route(model: PreTrainedModel, *, skewed: bool) -> None:
     embedding: Tensor = model.get_input_embeddings().weight
-    d = shape.hidden_size
+    d = model.config.hidden_size
     shared = torch.nn.functional.normalize(torch.randn(d, device=embedding.device), dim=0)
     own = torch.randn_like(embedding, dtype=torch.float32) * (1 - _SHARED**2) ** 0.5
     embedding.copy_(own.add_(shared * (_SHARED * d**0.5)))
 
     routers = [_router_weight(model, name) for name in expert_modules(model)]
-    experts, top_k = routers[0].shape[0], shape.num_experts_per_tok
-    popularity = _popularity(len(routers), experts)  # [L, E]
+    experts, top_k = routers[0].shape[0], model.config.num_experts_per_tok
+    popularity = _popularity(len(routers), experts) if skewed else torch.ones(len(routers), experts)  # [L, E]
     noise = torch.randn(4096, experts)
     for weight, wanted in zip(routers, popularity, strict=True):
         bias = _solve_bias(wanted, noise, top_k).to(weight.device)

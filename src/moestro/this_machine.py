@@ -37,7 +37,7 @@ def _measured(device: Device, threads: int) -> Machine:
         # The pretended GPU computes on the CPU, at its rate.
         costs = costs_of(
             cpu_gbps=cpu_gbps,
-            link_gbps=device.link_gbps or cpu_gbps,
+            link_gbps=device.link.gbps or cpu_gbps,
             gpu_gbps=cpu_gbps,
             cpu_gflops=cpu_gflops,
             gpu_gflops=cpu_gflops,

@@ -13,6 +13,7 @@ from ..errors import RequestError
 from ..options import (
     AsShape,
     DecodeTokens,
+    DeviceName,
     Json,
     Model,
     PromptTokens,
@@ -182,6 +183,78 @@ def bench_policies(
         print(json.dumps(found.to_json()))
     else:
         found.print()
+
+
+@bench.command("hybrid", epilog="Example: moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB --link 12GB/s")
+def bench_hybrid(
+    shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "mixtral-8x7b",
+    gpu_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="GPU memory for the dense part and experts.")
+    ] = "24GiB",
+    bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Bits of the experts' weights. [default: 16]", show_default=False)
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Cut the depth, to fit in RAM. [default: all]", show_default=False)
+    ] = None,
+    device: DeviceName = "auto",
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RATE",
+            help="Also with the link paced so, like 12GB/s; may be given several times. [default: no]",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Only this one; may be given several times. [default: seven]", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of a prompt; may be given several times. [default: 32, 512, 2048]",
+            show_default=False,
+        ),
+    ] = None,
+    decode_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="To decode, at most.")] = 64,
+    seconds: Annotated[float, typer.Option(metavar="S", help="After which a policy's decode ends.")] = 8.0,
+    uniform: Annotated[bool, typer.Option(help="Also with routers that like all experts alike, decode only.")] = True,
+    limit_s: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="After which no policy is begun. [default: none]", show_default=False),
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
+    from ..planning.budget import parse_gbps
+    from .hybrid import POLICIES as COMPARED
+    from .hybrid import PROMPTS, measure_hybrid
+
+    report = measure_hybrid(
+        shape,
+        device=device,
+        gpu_memory=gpu_memory,
+        bits=bits,
+        layers=layers,
+        links=(None, *(parse_gbps(rate, "--link") for rate in link or ())),
+        names=tuple(policy or COMPARED),
+        prompts=tuple(prompt or PROMPTS),
+        decode_tokens=decode_tokens,
+        seconds=seconds,
+        uniform=uniform,
+        limit_s=float("inf") if limit_s is None else limit_s,
+        threads=threads,
+    )
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.print()
 
 
 @bench.command("recall", epilog="Example: moestro bench recall demo --text story.txt --plot recall.svg")

@@ -26,8 +26,8 @@ from ..machine import available_ram_bytes, cpu_model
 from ..planning.budget import format_bytes
 from ..planning.shapes import SHAPES
 from . import llama_cpp
-from .device import git_commit
 from .kernels import PREFETCH_FLOATS, one_torch_thread
+from .machine_card import git_commit
 from .models import ALONE, OURS, ModelWorker
 from .rival import EngineWorker, installed
 

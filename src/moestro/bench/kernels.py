@@ -32,7 +32,7 @@ from ..errors import RequestError
 from ..machine import available_ram_bytes, cpu_model
 from ..memory.formats import FLOAT_FORMATS, FORMATS, ExpertShape
 from ..planning.budget import format_bytes
-from .device import git_commit
+from .machine_card import git_commit
 
 READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # that the timed calls of a row read with one token

@@ -25,7 +25,7 @@ from transformers import MixtralConfig
 from ..errors import RequestError
 from ..machine import cpu_model
 from ..planning.budget import format_bytes
-from .device import git_commit
+from .machine_card import git_commit
 
 SAMPLE_S = 0.010
 PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + three layers' experts

@@ -23,15 +23,14 @@ from ..errors import RequestError
 from ..generation import encode
 from ..loading import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
-from ..planning.contract import Costs, Lane, ModelSpec, Outcome, Phase, Step
+from ..planning.contract import Lane, Phase
 from ..planning.policies import make_policy
-from ..planning.policies.base import hybrid_limit_s
 from ..planning.replay import replay
 from ..planning.tile import resized
 from ..planning.timeline import Timeline
 from ..planning.trace import Trace
-from ..planning.virtual import dense_layer_s
 from ..tracing import LOOKAHEAD, read_pieces, trace_ids
+from .limit import HybridLimit
 from .traces import find_machine, plotting, read_text, writable
 
 _DRAWN_LAYERS = 4
@@ -264,7 +263,7 @@ def compare_live(
 def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dict[str, Any]) -> PolicyRow:
     seconds, counted = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0)
     conductor = model.moestro
-    conductor.recorder = limit = _Limit(conductor.spec, conductor.costs)
+    conductor.recorder = limit = HybridLimit(conductor.spec, conductor.costs)
     for phase, count, took_s in read_pieces(model, ids.to(model.device), tokens=tokens, **pieces):
         seconds[phase] += took_s
         counted[phase] += count
@@ -279,24 +278,3 @@ def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dic
         share=limit.seconds / seconds[Phase.DECODE] if conductor.costs.cpu_gbps else None,  # needs rates
         slots=len(conductor.slots),
     )
-
-
-class _Limit:
-    """Listens to a conductor: the hybrid limit of decode at the hits that a policy really had, in seconds."""
-
-    lookahead = 0
-
-    def __init__(self, spec: ModelSpec, costs: Costs) -> None:
-        self._spec, self._costs = spec, costs
-        self.seconds = 0.0
-
-    def begin(self, tokens: int, phase: Phase) -> None:
-        if phase is Phase.DECODE:
-            self.seconds += len(self._spec.layers) * dense_layer_s(self._spec, self._costs, tokens)
-
-    def record(self, step: Step, top_k: int) -> None:
-        self._step = step
-
-    def done(self, outcome: Outcome) -> None:
-        if outcome.phase is Phase.DECODE:
-            self.seconds += hybrid_limit_s(self._spec.layers[outcome.layer], self._step, outcome, self._costs)

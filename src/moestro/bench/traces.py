@@ -151,6 +151,18 @@ def writable(path: str) -> Path:
 
 
 @contextmanager
+def timed(model: Any, target: Path | None) -> Iterator[None]:
+    """Keep what GPU, link and CPU do within it as a Chrome trace, if there is a file for it."""
+    if target is None:
+        yield
+        return
+    timeline = Timeline()
+    with model.moestro.note_on(timeline):
+        yield
+    timeline.save(target)
+
+
+@contextmanager
 def recorded(model: Any, target: Path | None, name: str, text: str) -> Iterator[None]:
     """Record what the model's routers choose within it, if there is a file for it."""
     if target is None:

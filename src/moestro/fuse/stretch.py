@@ -110,7 +110,7 @@ class Stretch:
             return self._pass_on(place, x, given)
         if not (self._attentions[0].fits(x, given) and self._nobody_listens() and self._is_as_it_was()):
             return None
-        if self._conductor.recorder is not None:  # it wants to hear of each layer
+        if self._conductor.recorder is not None or self._conductor.timeline is not None:  # which want each layer
             return None
         cache = given["past_key_values"]
         if not all(can_grow(cache, attention.layer, attention.cache_kind) for attention in self._attentions):

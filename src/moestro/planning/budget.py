@@ -36,6 +36,18 @@ def parse_bytes(text: str | int, option: str = "size") -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
+def parse_gbps(text: str | float, option: str = "rate") -> float:
+    """GB/s (1e9 bytes a second) of "12GB/s" or a plain number of them.
+
+    Raises:
+        RequestError: when the text is no rate.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB/s)?\s*", str(text), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise RequestError(f"{option} {text!r} is no rate; write it like 12GB/s")
+    return float(match[1])
+
+
 def format_bytes(n_bytes: float) -> str:
     """Bytes for people: "1.5 GiB", "22.9 MiB"."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -29,8 +29,8 @@ class Clock(Protocol):
     def lane_free_s(self, lane: Lane) -> float:
         """When `lane` will have done what is queued on it."""
 
-    def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
-        """When a copy that was queued just now, of so many bytes, is expected to be done."""
+    def arrival_s(self, copy: Transfer, urgent: bool) -> float:
+        """When a copy that was queued just now is expected to be done."""
 
     def left_s(self, copy: Transfer) -> float:
         """The least that a copy in flight still takes, in seconds; 0 where that is not known."""
@@ -56,23 +56,37 @@ class Clock(Protocol):
         """All parts of the layer step are there."""
 
 
-class WallClock:
-    """Real time. What the link will do is reckoned from its rate; without one it counts as done at once."""
+class HasQueue(Protocol):
+    """A real link, as its clock needs to see it."""
 
-    def __init__(self, costs: Costs) -> None:
-        self._costs, self._link_free_s = costs, 0.0
+    def queued_bytes(self, *, urgent: bool = False) -> int:
+        """What has not crossed yet of the copies that were queued; with `urgent`, of urgent ones alone."""
+
+
+class WallClock:
+    """Real time. What the link will do is reckoned from its queue and its rate; without one all counts as done.
+
+    Args:
+        link: None where nothing is ever copied.
+    """
+
+    def __init__(self, costs: Costs, link: HasQueue | None = None) -> None:
+        self._costs, self._link = costs, link
 
     @property
     def now_s(self) -> float:
         return time.perf_counter()
 
     def lane_free_s(self, lane: Lane) -> float:
-        return max(self.now_s, self._link_free_s) if lane is Lane.LINK else self.now_s
+        return self.now_s + (self._queue_s() if lane is Lane.LINK else 0.0)
 
-    def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
-        if self._costs.link_gbps:
-            self._link_free_s = max(self.now_s, self._link_free_s) + self._costs.link_s(n_bytes)
-        return self._link_free_s
+    def arrival_s(self, copy: Transfer, urgent: bool) -> float:
+        return self.now_s + self._queue_s(urgent=urgent)
+
+    def _queue_s(self, *, urgent: bool = False) -> float:
+        if self._link is None or not self._costs.link_gbps:
+            return 0.0
+        return self._costs.link_s(self._link.queued_bytes(urgent=urgent))
 
     def left_s(self, copy: Transfer) -> float:
         return self._costs.link_s(copy.left_bytes()) if self._costs.link_gbps else 0.0

@@ -16,7 +16,7 @@ class PageCache:
     """
 
     def __init__(self, gbps: float | None, ram_bytes: int | None, timeline: Timeline | None = None) -> None:
-        self._gbps, self._room_bytes, self._timeline = gbps, ram_bytes, timeline
+        self._gbps, self._room_bytes, self.timeline = gbps, ram_bytes, timeline
         self._in_ram: OrderedDict[Expert, tuple[float, int]] = OrderedDict()  # when it came, bytes
         self.holds_all = ram_bytes is None
         self.free_s = 0.0
@@ -42,8 +42,8 @@ class PageCache:
         self.free_s = start_s + self._read_s(n_bytes)
         self.busy_s += self.free_s - start_s
         self.n_bytes += n_bytes
-        if self._timeline is not None:
-            self._timeline.add(Lane.DISK, expert, start_s, self.free_s, "read")
+        if self.timeline is not None:
+            self.timeline.add(Lane.DISK, expert, start_s, self.free_s, "read")
         self._in_ram[expert] = (self.free_s, n_bytes)
         self._room_bytes -= n_bytes
         while self._room_bytes < 0 and len(self._in_ram) > 1:

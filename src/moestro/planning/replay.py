@@ -210,7 +210,7 @@ class _Run:
 
         def fill(_: int, before: Transfer | None) -> tuple[Transfer, float]:
             copy = self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
-            return copy, self.clock.arrival_s(copy, n_bytes)
+            return copy, self.clock.arrival_s(copy, move.urgent)
 
         self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent)
 

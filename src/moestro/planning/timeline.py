@@ -1,4 +1,7 @@
-"""What the lanes did when, written as a Chrome trace: open it in chrome://tracing or ui.perfetto.dev."""
+"""What the lanes did when, in a replay or a run, written as a Chrome trace.
+
+Open it in chrome://tracing or ui.perfetto.dev.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ class Timeline:
             {"ph": "M", "pid": 1, "tid": row, "name": "thread_name", "args": {"name": lane.value}}
             for lane, row in _ROWS.items()
         ]
+        zero_s = min((start_s for _, _, start_s, _, _ in self.spans), default=0.0)
         spans = [
             {
                 "ph": "X",
@@ -33,7 +37,7 @@ class Timeline:
                 "tid": _ROWS[lane],
                 "name": f"{kind} L{layer}" + (f" E{expert}" if expert >= 0 else ""),
                 "cat": kind,
-                "ts": round(start_s * 1e6, 3),
+                "ts": round((start_s - zero_s) * 1e6, 3),
                 "dur": round((end_s - start_s) * 1e6, 3),
                 "args": {"layer": layer, "expert": expert},
             }

@@ -67,7 +67,7 @@ class VirtualMachine:
         self.link.advance(self.now_s)
         return max(self.now_s, self.link.drained_s())
 
-    def arrival_s(self, copy: Transfer, n_bytes: int) -> float:
+    def arrival_s(self, copy: Transfer, urgent: bool) -> float:
         assert isinstance(copy, VirtualCopy)
         return self.link.eta_s(copy)
 
@@ -212,6 +212,10 @@ class VirtualMachine:
         self.link.busy.clear()
         if self.link.free_s > self.now_s:
             self.link.busy.append((self.now_s, self.link.free_s))  # a piece that is on its way
+
+    def trace(self, timeline: Timeline | None) -> None:
+        """Note on a timeline what the lanes do from now on; None to stop."""
+        self._timeline = self.link.timeline = self.disk.timeline = timeline
 
     def lanes(self) -> dict[Lane, tuple[float, float]]:
         """Lane -> seconds busy, bytes read or carried so far."""

@@ -97,7 +97,7 @@ class VirtualLink:
     """Copies one after another, by priority, in pieces. `advance` commits what happens before a moment."""
 
     def __init__(self, piece_s: float, timeline: Timeline | None) -> None:
-        self._piece_s, self._timeline = piece_s, timeline
+        self._piece_s, self.timeline = piece_s, timeline
         self._rounding_s = 1e-6 * piece_s  # moments that are nearer than this are one
         self._urgent: list[VirtualCopy] = []  # both in the order in which they came
         self._others: list[VirtualCopy] = []
@@ -183,8 +183,8 @@ class VirtualLink:
             self.busy[-1] = (self.busy[-1][0], end_s)
         else:
             self.busy.append((start_s, end_s))
-        if self._timeline is not None:
-            self._timeline.add(Lane.LINK, copy.expert, start_s, end_s, "copy" if copy.urgent else "guess")
+        if self.timeline is not None:
+            self.timeline.add(Lane.LINK, copy.expert, start_s, end_s, "copy" if copy.urgent else "guess")
         if run_s >= copy.left_s - self._rounding_s:
             self._remove(copy)
             copy.done_s, copy.over, copy.left_s = end_s, True, 0.0

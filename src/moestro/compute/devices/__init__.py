@@ -13,8 +13,11 @@ from .host import HostDevice
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 
 
-def make_device(name: str) -> Device:
+def make_device(name: str, link_gbps: float | None = None) -> Device:
     """The device of that name; `auto` is `cuda` where there is one, else `cpu`.
+
+    Args:
+        link_gbps: a pace for its link, in GB/s; None for its own.
 
     Raises:
         RequestError: no such device name, or no CUDA GPU on this machine.
@@ -26,8 +29,12 @@ def make_device(name: str) -> Device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise RequestError("--device cuda, but torch sees no CUDA GPU here; use --device cpu or emulated")
-        return CudaDevice()
-    return EmulatedDevice() if name == "emulated" else HostDevice()
+        return CudaDevice(link_gbps)
+    if name == "emulated":
+        return EmulatedDevice() if link_gbps is None else EmulatedDevice(link_gbps=link_gbps)
+    if link_gbps is not None:
+        raise RequestError("--link needs a device with a link; use it with --device cuda or emulated")
+    return HostDevice()
 
 
 __all__ = ["DEVICE_NAMES", "Copy", "Device", "HostBatch", "Queued", "make_device"]

@@ -1,7 +1,7 @@
 """What the conductor asks of a device.
 
 Calls return at once where they can: `run` queues, `copy` starts. Two calls may wait: `read_router` for the
-device, and `combine` for the parts that it adds.
+device, and `combine` for what still has to be launched.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...memory.lanes import LinkLane
+from ...planning.slots import Expert
+from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 
 
@@ -21,6 +24,7 @@ class HostBatch:
     """What the host must see of a layer step: index int64 [T, K], weights float32 [T, K], x [T, D].
 
     guesses: float32 [ahead, E], how much the next layers' gates would give each expert; None where nobody asked.
+    Valid until the next `read_router`.
     """
 
     index: Tensor
@@ -36,23 +40,26 @@ class Copy(Protocol):
         """Whether the bytes have arrived."""
 
     def wait(self) -> None:
-        """Let the device's next work wait for the bytes; raises what the copy raised."""
+        """Let the device's next work wait for the bytes; raises CopyError if they cannot come."""
 
     def cancel(self) -> bool:
         """Drop the copy if it has not begun; False when it has. One that failed is gone as well."""
 
     def hasten(self) -> None:
-        """A step waits for it now: it goes before what nobody waits for, where the device can order copies."""
+        """A step waits for it now: it goes before what nobody waits for."""
 
     def left_bytes(self) -> int:
-        """How much of it has not crossed yet; 0 where that is not known."""
+        """How much of it has not crossed yet."""
 
 
 class Queued(Protocol):
-    """Work queued on the device."""
+    """Work queued on the device; a copy into what it reads can be queued behind it."""
 
     def result(self) -> Tensor:
         """float32 [T, D] where the device keeps hidden states; raises what the work raised."""
+
+    def cancel(self) -> None:
+        """Do not launch it if that has not happened yet."""
 
 
 class Device(Protocol):
@@ -60,6 +67,10 @@ class Device(Protocol):
 
     name: str
     torch_device: torch.device  # where dense weights and hidden states are
+
+    @property
+    def link(self) -> LinkLane | None:
+        """What carries copies; None where nothing is ever copied."""
 
     def memory_bytes(self) -> int:
         """Free memory for dense weights and slots; 0 where there is no such memory."""
@@ -70,20 +81,37 @@ class Device(Protocol):
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         """uint8 [slots, slot_bytes] in the device's memory."""
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
-        """Start copying bytes of host memory into device memory; both uint8 and of one length.
+    def pin(self, memory: Tensor) -> None:
+        """Make host memory what the link reads fast. Where that fails, it says so once and copies are slower."""
 
-        An urgent copy overtakes those that are not, where the device can order them. With `after` it begins when that
-        work is over, which reads the target, or that copy, which writes it.
+    def trace(self, timeline: Timeline | None) -> None:
+        """Note on a timeline what the device and its link do from now on; None to stop, which fills it in."""
+
+    def copy(
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
+    ) -> Copy:
+        """Start copying an expert's bytes from host memory into device memory; both uint8 and of one length.
+
+        An urgent copy overtakes those that are not. With `after` it begins when that work is over, which reads the
+        target, or that copy, which writes it.
         """
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         """Bring the routing, the hidden states and the guesses to the host; waits for the device."""
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
-        """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes."""
+    def host_output(self, x: Tensor) -> Tensor:
+        """Zeros for the CPU's part of a step: float32, as x, in host memory, until the next `read_router`."""
 
-    def combine(self, x: Tensor, on_cpu: Tensor | None, queued: Sequence[Queued]) -> Tensor:
+    def run(
+        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+    ) -> Queued:
+        """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes.
+
+        Args:
+            label: the layer and the first expert, for the timeline.
+        """
+
+    def combine(self, x: Tensor, on_cpu: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
         """Sum of the parts in float32, then in the dtype and on the device of x: [T, D]."""
 
     def close(self) -> None:

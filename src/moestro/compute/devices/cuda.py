@@ -1,60 +1,122 @@
 """A CUDA GPU, by torch's streams and events.
 
-The current stream computes; a side stream copies. The side stream waits for the computing one before it
-overwrites a slot, and work that needs a copy waits for the copy's event, so the host waits once a layer,
-in `read_router`.
+Who blocks where: the caller's stream computes; a side stream carries the link lane's pieces, which the lane's thread
+sends and sees arrive. Experts that are in slots are launched at once. Experts that a copy brings are launched by a
+thread of this device as soon as their last piece is on its way, behind that piece's event, while the caller computes
+on the CPU. A copy into a slot that is still read waits on the side stream for the event of that work. The host waits
+for the device once a layer, in `read_router`, and never for all of the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...memory.lanes import IN_FLIGHT, PIECE_BYTES, LaneCopy, LinkLane, Work
+from ...planning.slots import Expert
+from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork, run_experts
 from .base import Copy, HostBatch, Queued
+from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
+from .cuda_timeline import GpuSpans
 
-PIECE_BYTES = 16 * 2**20
+logger = logging.getLogger("moestro")
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
+class _Piece:
     event: torch.cuda.Event
 
-    def done(self) -> bool:
-        return bool(self.event.query())
+    def arrive(self) -> None:
+        self.event.synchronize()
 
-    def wait(self) -> None:
+    def fence(self) -> None:
         torch.cuda.current_stream().wait_event(self.event)
 
-    def cancel(self) -> bool:
-        return False
 
-    def hasten(self) -> None:
-        pass  # a stream's order is fixed
+class StreamCarrier:
+    """Sends pieces on a stream; those of memory that could not be pinned through a ring of pinned buffers."""
 
-    def left_bytes(self) -> int:
-        return 0
+    def __init__(self, device: torch.device, pinned: PinnedMemory) -> None:
+        self._stream, self._pinned = torch.cuda.Stream(device), pinned
+        self._ring: list[Tensor] = []
+        self._next = 0
+
+    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> _Piece:
+        if not self._pinned.holds(source):
+            source = self._staged(source)
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            if isinstance(behind, _Queued):
+                behind.fence()
+            target.copy_(source, non_blocking=True)
+            event.record()
+        return _Piece(event)
+
+    def _staged(self, source: Tensor) -> Tensor:
+        if not self._ring:  # one more than fly, so that the one that is written is no longer read
+            self._ring = [pinned_bytes(PIECE_BYTES) for _ in range(IN_FLIGHT + 1)]
+        buffer = self._ring[self._next][: source.numel()]
+        self._next = (self._next + 1) % len(self._ring)
+        return buffer.copy_(source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    out: Tensor
+    event: torch.cuda.Event
 
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    out: Tensor
+    """Work on the compute stream, or on its way there."""
+
+    future: Future[_Launched]
 
     def result(self) -> Tensor:
-        return self.out
+        return self.future.result().out
+
+    def cancel(self) -> None:
+        self.future.cancel()
+
+    def launched(self) -> bool:
+        return self.future.done()
+
+    def over(self) -> bool:
+        if not self.future.done():
+            return False
+        failed = self.future.cancelled() or self.future.exception() is not None
+        return failed or bool(self.future.result().event.query())
+
+    def when_launched(self, call: Callable[[], None]) -> None:
+        self.future.add_done_callback(lambda _: call())
+
+    def fence(self) -> None:
+        torch.cuda.current_stream().wait_event(self.future.result().event)
 
 
 class CudaDevice:
-    """The current CUDA device."""
+    """The current CUDA device.
+
+    Args:
+        link_gbps: paces the copies to that rate; None for as fast as the link is.
+    """
 
     name = "cuda"
 
-    def __init__(self) -> None:
+    def __init__(self, link_gbps: float | None = None) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self._link = torch.cuda.Stream(self.torch_device)
+        self._pinned = PinnedMemory()
+        self._buffers = HostBuffers()
+        self._spans: GpuSpans | None = None
+        self._launcher = ThreadPoolExecutor(1, "moestro-launch")
+        self.link: LinkLane = LinkLane(StreamCarrier(self.torch_device, self._pinned), link_gbps)
 
     def memory_bytes(self) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
@@ -66,39 +128,81 @@ class CudaDevice:
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
-        # Also behind `after`, which was queued on one of the two streams.
-        self._link.wait_stream(torch.cuda.current_stream())
-        event = torch.cuda.Event()
-        with torch.cuda.stream(self._link):
-            for begin in range(0, source.numel(), PIECE_BYTES):
-                piece = slice(begin, begin + PIECE_BYTES)
-                target[piece].copy_(source[piece], non_blocking=True)
-            event.record()
-        return _Copy(event)
+    def pin(self, memory: Tensor) -> None:
+        if (why := self._pinned.add(memory)) is not None:
+            logger.warning("%s; copies of what is not pinned go through a buffer, more slowly", why)
+
+    def trace(self, timeline: Timeline | None) -> None:
+        if self._spans is not None:
+            self._spans.fill_in()
+        self._spans = None if timeline is None else GpuSpans(timeline)
+        self.link.timeline = timeline
+
+    def copy(
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
+    ) -> Copy:
+        assert after is None or isinstance(after, _Queued | LaneCopy)
+        return self.link.submit(source, target, urgent, label, after)
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
-        on_host = [t.to("cpu", non_blocking=True) for t in (index, weights.float(), x)]
-        guessed = None if guesses is None else guesses.to("cpu", non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return HostBatch(on_host[0], on_host[1], on_host[2], guessed)
+        read = self._buffers.read
+        batch = HostBatch(
+            read("index", index.long()),
+            read("weights", weights.float()),
+            read("x", x),
+            None if guesses is None else read("guesses", guesses),
+        )
+        event = torch.cuda.Event()
+        event.record()
+        event.synchronize()
+        return batch
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
+    def host_output(self, x: Tensor) -> Tensor:
+        return self._buffers.take("output", x.shape, torch.float32).zero_()
+
+    def run(
+        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+    ) -> Queued:
+        stream = torch.cuda.current_stream()
         if after is not None:
+            return _Queued(self._launcher.submit(self._launch_behind, stream, math, x, work, label, after))
+        future: Future[_Launched] = Future()
+        try:
+            future.set_result(self._launch(math, x, work, label))
+        except Exception as error:
+            future.set_exception(error)
+        return _Queued(future)
+
+    def _launch_behind(
+        self, stream: Any, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy
+    ) -> _Launched:
+        with torch.no_grad(), torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
             after.wait()
+            return self._launch(math, x, work, label)
+
+    def _launch(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert) -> _Launched:
+        begin = None if self._spans is None else self._spans.mark()
         out = torch.zeros(x.shape, dtype=torch.float32, device=self.torch_device)
         on_device = []
         for item in work:
-            rows, weights = (part.to(self.torch_device) for part in item.routed())
+            rows, weights = (part.to(self.torch_device, non_blocking=True) for part in item.routed())
             on_device.append(ExpertWork(item.packed, item.neurons, rows, weights))
         run_experts(math, x, on_device, out)
-        return _Queued(out)
+        event = torch.cuda.Event()
+        event.record()
+        if self._spans is not None and begin is not None:
+            self._spans.add(label, begin)
+        return _Launched(out, event)
 
-    def combine(self, x: Tensor, on_cpu: Tensor | None, queued: Sequence[Queued]) -> Tensor:
-        total = None if on_cpu is None else on_cpu.to(self.torch_device)
-        for part in queued:
-            total = part.result() if total is None else total.add_(part.result())
+    def combine(self, x: Tensor, on_cpu: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
+        total = None if on_cpu is None else on_cpu.to(self.torch_device, non_blocking=True)
+        for part in parts:
+            total = part if total is None else total.add_(part)
         return torch.zeros_like(x) if total is None else total.to(x.dtype)
 
     def close(self) -> None:
+        self.link.close()
+        self._launcher.shutdown(wait=False, cancel_futures=True)  # it may be the launcher's thread that closes
         torch.cuda.synchronize(self.torch_device)
+        self._pinned.close()
+        self._buffers.clear()

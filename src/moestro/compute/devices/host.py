@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...memory.lanes import LinkLane
+from ...planning.slots import Expert
+from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 from .base import Copy, HostBatch, Queued
 
@@ -16,6 +19,7 @@ class HostDevice:
 
     name = "cpu"
     torch_device = torch.device("cpu")
+    link: LinkLane | None = None  # nothing is ever copied
 
     def memory_bytes(self) -> int:
         return 0
@@ -26,19 +30,32 @@ class HostDevice:
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(0, slot_bytes, dtype=torch.uint8, device="cpu")
 
-    def copy(self, source: Tensor, target: Tensor, urgent: bool, after: Queued | Copy | None = None) -> Copy:
+    def pin(self, memory: Tensor) -> None:
+        pass
+
+    def trace(self, timeline: Timeline | None) -> None:
+        pass
+
+    def copy(
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
+    ) -> Copy:
         raise NotImplementedError("there is no device memory to copy to")
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         return HostBatch(index, weights.float(), x, guesses)
 
-    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], after: Copy | None = None) -> Queued:
+    def host_output(self, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape, dtype=torch.float32)
+
+    def run(
+        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+    ) -> Queued:
         raise NotImplementedError("there is no device to run on")
 
-    def combine(self, x: Tensor, on_cpu: Tensor | None, queued: Sequence[Queued]) -> Tensor:
+    def combine(self, x: Tensor, on_cpu: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
         total = on_cpu
-        for part in queued:
-            total = part.result() if total is None else total.add_(part.result())
+        for part in parts:
+            total = part if total is None else total.add_(part)
         return torch.zeros_like(x) if total is None else total.to(x.dtype)
 
     def close(self) -> None:

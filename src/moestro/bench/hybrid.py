@@ -1,0 +1,344 @@
+"""All policies live on this machine's GPU, a model of real shape with random weights, one after another in one load.
+
+    moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB
+
+The rates that the limits are reckoned with are measured in the same run, over the same lane and store: what the CPU
+reads and the link copies, both at once. With r = CPU / link and h the hit rate of `moestro`, arithmetic allows it over
+layer streaming (experts / top-k) (1 + r) / (1 - h), over an LRU that copies every miss 1 + r, over CPU or copy by whole
+experts 1 + 1 / r.
+
+On the emulated device it only shows that all of it works: two cores cannot be a GPU and a CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..assembly import conduct_by
+from ..compute.cpu import levels, read_gbps
+from ..conductor import Conductor
+from ..config import MoestroConfig
+from ..errors import RequestError
+from ..generation import TextOptions, TextResult, generate_text
+from ..planning.budget import format_bytes
+from ..planning.contract import Costs, Expert
+from ..planning.policies import make_policy
+from ..plug import MoestroQuantizer  # noqa: F401  # registers the experts function
+from ..random_model import build_random_model, set_routing, shape_tokenizer
+from ..this_machine import this_machine
+from ..tracing import recording
+from .limit import HybridLimit
+from .machine_card import git_commit
+
+POLICIES = (
+    "layer-streaming",
+    "lru",
+    "lru-speculative",
+    "fiddler",
+    "bandwidth-split",
+    "cpu-only",
+    "moestro",
+)
+PROMPTS = (32, 512, 2048)
+OURS = "moestro"
+PUBLISHED = {"layer-streaming": "19.4-22.5 (Fiddler, tables of its paper)", "lru": "8.2-10.1 (the same)"}
+_TOGETHER_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class HybridRow:
+    """One policy on one link and routing.
+
+    decoded: tokens, fewer than asked for where the time for a policy was over. share: of the hybrid limit at its hits.
+    """
+
+    policy: str
+    link_gbps: float | None  # the pace; None for the link's own speed
+    routing: str
+    prefill_tok_s: dict[int, float]
+    decode_tok_s: float
+    decoded: int
+    hit_rate: float
+    bytes_moved: int
+    share: float
+    link_busy_s: float
+    link_idle_s: float  # while a copy could go
+    slots: int
+    peak_gpu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast the best policy decodes as another one, and what arithmetic allows."""
+
+    over: str
+    link_gbps: float | None
+    routing: str
+    best: str
+    ratio: float
+    allowed: float
+    published: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class HybridReport:
+    """One run. rates: (link's pace, CPU GB/s, link GB/s), the last two measured together."""
+
+    shape: str
+    layers: int
+    bits: int
+    device: str
+    gpu_bytes: int
+    rates: tuple[tuple[float | None, float, float], ...]
+    rows: tuple[HybridRow, ...]
+    ratios: tuple[Ratio, ...]
+    skipped: tuple[str, ...]  # what there was no time for
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self) | {"commit": git_commit()}
+
+    def print(self) -> None:
+        """Rates, a row for each policy, ratios."""
+        console = Console(width=120)
+        console.print(
+            f"{self.shape}, {self.layers} layers, {self.bits} bits; {format_bytes(self.gpu_bytes)} of {self.device}"
+        )
+        for pace, cpu, link in self.rates:
+            console.print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
+        prompts = list(self.rows[0].prefill_tok_s) if self.rows else []
+        names = ("policy", "link", "routing", *(f"prefill {n}" for n in prompts), "decode", "tokens", "hits", "moved")
+        table = Table(*names, "share")
+        for row in self.rows:
+            prefill = [f"{row.prefill_tok_s[n]:.1f}" if n in row.prefill_tok_s else "-" for n in prompts]
+            figures = [f"{row.decode_tok_s:.2f}", str(row.decoded), f"{row.hit_rate:.1%}"]
+            moved = format_bytes(row.bytes_moved)
+            table.add_row(
+                row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, moved, f"{row.share:.2f}"
+            )
+        console.print(table)
+        for name in self.skipped:
+            console.print(f"no time for {name}")
+        for ratio in self.ratios:
+            beside = f"; published {ratio.published}" if ratio.published else ""
+            console.print(
+                f"{ratio.best} over {ratio.over}, {_link_name(ratio.link_gbps)}, {ratio.routing} routing: "
+                f"{ratio.ratio:.2f} x, {ratio.ratio / ratio.allowed:.2f} of the {ratio.allowed:.2f} x that arithmetic "
+                f"allows{beside}"
+            )
+
+
+def _link_name(gbps: float | None) -> str:
+    return "full link" if gbps is None else f"{gbps:g} GB/s"
+
+
+def measure_hybrid(
+    shape: str,
+    *,
+    device: str = "auto",
+    gpu_memory: str,
+    bits: int | None = None,
+    layers: int | None = None,
+    links: Sequence[float | None] = (None,),
+    names: Sequence[str] = POLICIES,
+    prompts: Sequence[int] = PROMPTS,
+    decode_tokens: int = 64,
+    seconds: float = 8.0,
+    uniform: bool = True,
+    threads: int | None = None,
+    limit_s: float = float("inf"),
+) -> HybridReport:
+    """Load a shape once and run policies on it.
+
+    Args:
+        gpu_memory: for dense weights and experts. layers: cut the depth. links: paces in GB/s, None for the link's own.
+        seconds: after which a policy's decode ends, however many tokens it has made.
+        uniform: also with routers that like all experts alike, at the first of the links, decode only.
+        limit_s: after which no other policy is begun; those that were not are named.
+
+    Raises:
+        RequestError: no accelerator, no kernels, or no such policy. BudgetError: it does not fit.
+    """
+    end_s = time.perf_counter() + limit_s
+    for name in names:
+        make_policy(name)  # refused before the work
+    if not levels():
+        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    config = MoestroConfig(device=device, gpu_memory=gpu_memory, bits=bits, policy="cpu-only", threads=threads)
+    model = build_random_model(shape, config, dtype="auto", seed=0, layers=layers)
+    gpu_bytes = config.budget.gpu_bytes or 0
+    bench = _Bench(model, shape_tokenizer(shape), names, prompts, decode_tokens, seconds, gpu_bytes, end_s)
+    bench.conductor.device.pin(bench.conductor.store.memory)
+    for routing, paces in (("skewed", links), ("uniform", links[:1] if uniform else ())):
+        set_routing(model, skewed=routing == "skewed")
+        bench.measure(routing, paces)
+    conductor = bench.conductor
+    matrix = conductor.math[0].format.matrix
+    report = HybridReport(
+        shape=shape,
+        layers=len(conductor.spec.layers),
+        bits=round(8 * matrix.panel_bytes(64) / (64 * 16)),
+        device=torch.cuda.get_device_name() if conductor.device.name == "cuda" else "an emulated GPU",
+        gpu_bytes=gpu_bytes,
+        rates=tuple(bench.rates),
+        rows=tuple(bench.rows),
+        ratios=tuple(_ratios(bench.rows, bench.rates, conductor.spec.layers[0].experts / bench.top_k)),
+        skipped=tuple(bench.skipped),
+    )
+    conductor.close()
+    return report
+
+
+def rates_together(conductor: Any) -> tuple[float, float]:
+    """GB/s that the CPU reads and that the lane copies, both at once, from the store."""
+    store, lane, threads = conductor.store, conductor.device.link, conductor.cpu.threads
+    size = min(_TOGETHER_BYTES, store.n_bytes) // 64 * 64
+    memory = store.memory[:size].view(torch.float32)
+    first: Expert = (0, 0)
+    source = store[first]
+    target = conductor.device.pool(1, source.numel())[0]
+    readings = []
+    for _ in range(3):
+        begun = lane.counters.n_bytes
+        read_gbps(memory[: size // 16], threads, 512)  # threads awake
+        copies = [lane.submit(store[0, e], target, False, first) for e in range(conductor.spec.layers[0].experts)]
+        reads: list[float] = []
+        start_s = time.perf_counter()
+        while not copies[-1].done() and len(reads) < 1000:
+            reads.append(read_gbps(memory, threads, 512))
+        took_s = time.perf_counter() - start_s
+        readings.append((sum(reads) / len(reads) if reads else 0.0, (lane.counters.n_bytes - begun) / took_s / 1e9))
+    return max(readings, key=lambda reading: sum(reading))
+
+
+class _Bench:
+    """A loaded model and what was measured of it so far. The arguments are those of `measure_hybrid`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        names: Sequence[str],
+        prompts: Sequence[int],
+        decode_tokens: int,
+        seconds: float,
+        gpu_bytes: int,
+        end_s: float,
+    ) -> None:
+        self._model, self._tokenizer, self._names, self._prompts = model, tokenizer, names, prompts
+        self._decode_tokens, self._seconds, self._end_s = decode_tokens, seconds, end_s
+        self._room_bytes = max(0, gpu_bytes - self.conductor.spec.dense_bytes)
+        config = model.config.get_text_config()
+        self._vocabulary, self.top_k = config.vocab_size, config.num_experts_per_tok
+        self.rates: list[tuple[float | None, float, float]] = []
+        self.rows: list[HybridRow] = []
+        self.skipped: list[str] = []
+
+    @property
+    def conductor(self) -> Conductor:
+        """Of the policy that was measured last."""
+        found: Conductor = self._model.moestro
+        return found
+
+    def measure(self, routing: str, paces: Sequence[float | None]) -> None:
+        """All policies at each pace of the link; prompts only where routers are skewed."""
+        heat = self._profile()
+        for pace in paces:
+            lane = self.conductor.device.link
+            assert lane is not None
+            lane.gbps = pace
+            together = rates_together(self.conductor)
+            if routing == "skewed":
+                self.rates.append((pace, *together))
+            for name in self._names:
+                if time.perf_counter() > self._end_s:
+                    self.skipped.append(f"{name}, {_link_name(pace)}, {routing} routing")
+                    continue
+                self.rows.append(self._run(name, routing, heat, together))
+
+    def _profile(self) -> dict[Expert, float]:
+        """How often experts are used in an answer to another prompt than those that are timed."""
+        conduct_by(self._model, make_policy("cpu-only"), 0, {}, Costs())
+        with recording(self._model, 0) as recorder:
+            self._generate(64, self._decode_tokens, seed=1)
+        return dict(recorder.trace(self._model, "profile", None).heat())
+
+    def _generate(self, prompt: int, new_tokens: int, seed: int) -> TextResult:
+        ids = torch.randint(self._vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))
+        end_s = time.perf_counter() + self._seconds
+        options = TextOptions(max_new_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0)  # greedy ones go round
+        return generate_text(
+            self._model, self._tokenizer, ids, options, should_stop=lambda: time.perf_counter() > end_s
+        )
+
+    @cached_property
+    def _measured(self) -> Costs:
+        return this_machine(self.conductor.device, self.conductor.cpu.threads).costs
+
+    def _run(self, name: str, routing: str, heat: dict[Expert, float], together: tuple[float, float]) -> HybridRow:
+        costs = replace(self._measured, cpu_beside_link_gbps=together[0], link_gbps=together[1])
+        conductor = conduct_by(self._model, make_policy(name), self._room_bytes, heat, costs)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self._generate(32, 3, seed=2)  # kernels compiled, buffers taken, tapes recorded
+        prompts = self._prompts if routing == "skewed" else ()
+        prefill = {n: self._generate(n, 1, seed=3).prefill_tok_s for n in prompts}
+        lane = conductor.device.link
+        assert lane is not None
+        busy_s, idle_s = lane.counters.busy_s, lane.counters.idle_s
+        conductor.recorder = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
+        found = self._generate(32, self._decode_tokens, seed=4)
+        conductor.recorder = None
+        decoded, decode_tok_s = found.new_tokens - 1, found.decode_tok_s or 0.0
+        return HybridRow(
+            policy=name,
+            link_gbps=lane.gbps,
+            routing=routing,
+            prefill_tok_s=prefill,
+            decode_tok_s=decode_tok_s,
+            decoded=decoded,
+            hit_rate=found.hit_rate or 0.0,
+            bytes_moved=found.bytes_moved,
+            share=limit.seconds * decode_tok_s / decoded if decoded else 0.0,
+            link_busy_s=lane.counters.busy_s - busy_s,
+            link_idle_s=lane.counters.idle_s - idle_s,
+            slots=len(conductor.slots),
+            peak_gpu_bytes=conductor.device.peak_bytes(),
+        )
+
+
+def _ratios(
+    rows: Sequence[HybridRow], rates: Sequence[tuple[float | None, float, float]], spread: float
+) -> list[Ratio]:
+    """Of the fastest policy over the three that arithmetic compares it with, for each link and routing.
+
+    Args:
+        spread: experts of a layer over those of a token.
+    """
+    found = []
+    by_pace = {pace: cpu / link for pace, cpu, link in rates}
+    for pace, routing in dict.fromkeys((row.link_gbps, row.routing) for row in rows):
+        group = {row.policy: row for row in rows if (row.link_gbps, row.routing) == (pace, routing)}
+        best = max(group.values(), key=lambda row: row.decode_tok_s)
+        r, hits = by_pace[pace], best.hit_rate
+        allowed = {
+            "layer-streaming": spread * (1 + r) / max(1e-9, 1 - hits),
+            "lru": 1 + r,
+            "fiddler": 1 + 1 / r,
+        }
+        for over, most in allowed.items():
+            if over in group and group[over].decode_tok_s:
+                ratio = best.decode_tok_s / group[over].decode_tok_s
+                found.append(Ratio(over, pace, routing, best.policy, ratio, most, PUBLISHED.get(over)))
+    return found

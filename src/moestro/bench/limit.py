@@ -1,0 +1,28 @@
+"""The hybrid limit of a live run, at the hits that its policy really had."""
+
+from __future__ import annotations
+
+from ..planning.contract import Costs, ModelSpec, Outcome, Phase, Step
+from ..planning.policies.base import hybrid_limit_s
+from ..planning.virtual import dense_layer_s
+
+
+class HybridLimit:
+    """A recorder for a conductor. `seconds`: the least that the decode steps so far could take at their hits."""
+
+    lookahead = 0
+
+    def __init__(self, spec: ModelSpec, costs: Costs) -> None:
+        self._spec, self._costs = spec, costs
+        self.seconds = 0.0
+
+    def begin(self, tokens: int, phase: Phase) -> None:
+        if phase is Phase.DECODE:
+            self.seconds += len(self._spec.layers) * dense_layer_s(self._spec, self._costs, tokens)
+
+    def record(self, step: Step, top_k: int) -> None:
+        self._step = step
+
+    def done(self, outcome: Outcome) -> None:
+        if outcome.phase is Phase.DECODE:
+            self.seconds += hybrid_limit_s(self._spec.layers[outcome.layer], self._step, outcome, self._costs)

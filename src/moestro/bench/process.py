@@ -1,0 +1,69 @@
+"""A process with a limit of time, and what it said."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+GRACE_S = 8.0  # between asking a late process to stop and ending it
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a process ended. `limit_s` is set when it was stopped for being late."""
+
+    code: int
+    out: str
+    err: str
+    wall_s: float
+    limit_s: float | None = None
+
+    def last_words(self) -> str:
+        """Why it failed: its limit, or the last line with words in it, without this machine's paths."""
+        lines = [line.strip(" │╭╮╰╯─!=") for line in (self.err.strip() or self.out).splitlines()]
+        spoken = [scrub(line)[:300] for line in lines if re.search(r"\w", line)]
+        if self.limit_s is not None:
+            return f"stopped at its limit of {self.limit_s:.0f} s" + (f"; last: {spoken[-1]}" if spoken else "")
+        return spoken[-1] if spoken else f"exit status {self.code} without a word"
+
+
+def finish(argv: Sequence[str], limit_s: float) -> Finished:
+    """Runs a command to its end or its limit; there it is interrupted, and killed if it stays."""
+    start_s = time.monotonic()
+    late = False
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        # Files, not pipes: a grandchild that holds a pipe open would keep us waiting for its end.
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True, start_new_session=True
+        )
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            late = True
+            os.killpg(process.pid, signal.SIGINT)  # pytest then still writes its counts
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+        finally:
+            with suppress(ProcessLookupError):  # the whole group, children left behind too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        wall_s = round(time.monotonic() - start_s, 1)
+        return Finished(process.returncode, out.read(), err.read(), wall_s, limit_s if late else None)
+
+
+def scrub(text: str) -> str:
+    """Text without the paths of this machine, so that a report can be shared."""
+    for path, name in ((sys.executable, "python"), (str(Path.cwd()), "."), (sys.prefix, "venv")):
+        text = text.replace(path, name)
+    return text.replace(str(Path.home()), "~")

@@ -1,0 +1,69 @@
+"""A router's choice, sorted by expert: whose tokens an expert computes, and with which weights.
+
+Legend: T tokens, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compute.experts import ExpertWork
+
+
+class Routed(NamedTuple):
+    """The tokens of one expert in a step: `span` of the step's rows, int64, and routing weights, float32; their sum."""
+
+    step_rows: Tensor
+    step_weights: Tensor
+    span: range
+    mass: float
+
+    def work(self, packed: Tensor, neurons: range) -> ExpertWork:
+        """What these tokens ask of an expert's neurons."""
+        return ExpertWork(packed, neurons, self.step_rows, self.step_weights, self.span)
+
+
+def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
+    """Sort a router's choice by expert.
+
+    Skipped are an index of `experts` or more, which is not ours (expert parallelism), and a weight of
+    exactly 0, by which some families say "no expert".
+
+    Args:
+        index: int64 [T, K] on the host. weights: float32 [T, K].
+
+    Returns:
+        expert -> its tokens, in ascending order of expert, only experts with at least one token.
+    """
+    if index.shape[0] == 1 and (alone := _group_one_token(index, weights, experts)) is not None:
+        return alone
+    flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
+    order = torch.argsort(flat, stable=True)  # [T*K]
+    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
+    masses = torch.bincount(flat, weights.reshape(-1), minlength=experts + 1).tolist()
+    rows, sorted_weights = order // index.shape[1], weights.reshape(-1)[order]
+    groups: dict[int, Routed] = {}
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            groups[expert] = Routed(rows, sorted_weights, range(start, start + count), masses[expert])
+            start += count
+    return groups
+
+
+def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
+    """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
+    flat, rows = weights.view(-1), _zeros(index.shape[1])
+    choices = enumerate(zip(*index.tolist(), flat.tolist(), strict=True))
+    ours = sorted((expert, i, mass) for i, (expert, mass) in choices if expert < experts and mass != 0)
+    groups = {expert: Routed(rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
+    return groups if len(groups) == len(ours) else None
+
+
+@functools.cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)

@@ -1,0 +1,309 @@
+"""The link lane: one thread that carries copies from RAM to the device, piece by piece, by priority.
+
+Between two pieces an urgent copy overtakes; a copy that has not begun can be dropped. At most two pieces are on their
+way at once, so that the link never waits for the host and what is urgent never waits for more than those two. Knows
+neither devices nor experts: a `Carrier` moves a piece, by a stream or by hand.
+
+    lane = LinkLane(carrier, gbps=12.0)             # None: as fast as it goes
+    copy = lane.submit(source, target, urgent=True, label=(3, 5))
+    copy.wait()                                     # the device's next work waits for the bytes
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..errors import CopyError
+from ..planning.contract import Lane
+from ..planning.slots import Expert
+from ..planning.timeline import Timeline
+
+PIECE_BYTES = 16 * 2**20
+IN_FLIGHT = 2  # pieces
+
+
+class Piece(Protocol):
+    """A part of a copy that was sent."""
+
+    def arrive(self) -> None:
+        """Wait, on the host, until it is there."""
+
+    def fence(self) -> None:
+        """Let the device's next work wait for it, and for all that was sent before."""
+
+
+class Work(Protocol):
+    """Work on the device that a copy must not overtake, since it reads the copy's target."""
+
+    def launched(self) -> bool:
+        """Whether the device knows of it."""
+
+    def over(self) -> bool:
+        """Whether it is done."""
+
+    def when_launched(self, call: Callable[[], None]) -> None:
+        """Call back then, or at once."""
+
+
+class Carrier(Protocol):
+    """What moves bytes. Its pieces arrive in the order in which they are sent."""
+
+    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Piece:
+        """Begin to copy a piece, behind work that is launched."""
+
+
+class _State(IntEnum):
+    QUEUED = 0
+    BEGUN = 1
+    SENT = 2  # all of it, though not there yet
+    ARRIVED = 3
+    FAILED = 4
+    DROPPED = 5
+
+
+class LaneCopy:
+    """A copy on the lane; `slots.Transfer` for the table, `Copy` for the device."""
+
+    def __init__(
+        self,
+        lane: LinkLane,
+        source: Tensor,
+        target: Tensor,
+        urgent: bool,
+        label: Expert,
+        after: Work | LaneCopy | None,
+        order: int,
+    ) -> None:
+        self._lane, self.source, self.target, self.urgent, self.label = lane, source, target, urgent, label
+        self.after, self.order = after, order
+        self.state = _State.QUEUED
+        self.error: Exception | None = None
+        self.last: Piece | None = None
+        self.sent_bytes = self.arrived_bytes = 0
+        self.ready_s = time.perf_counter() if after is None else None  # since when it could go
+
+    def done(self) -> bool:
+        return self.state is _State.ARRIVED
+
+    def wait(self) -> None:
+        """Let the device's next work wait for the bytes; the host waits until the last piece is on its way.
+
+        Raises:
+            CopyError: it failed, or was dropped.
+        """
+        with self._lane.changed:
+            while self.state < _State.SENT:
+                self._lane.changed.wait()
+        if self.state is _State.DROPPED:
+            raise CopyError(f"the copy of expert {self.label} was dropped")
+        if self.state is _State.FAILED:
+            raise CopyError(f"the copy of expert {self.label} failed: {self.error}") from self.error
+        if self.state is _State.SENT and self.last is not None:
+            self.last.fence()
+
+    def cancel(self) -> bool:
+        with self._lane.changed:
+            if self.state is _State.QUEUED:
+                self._lane.end(self, _State.DROPPED)
+            return self.state in (_State.DROPPED, _State.FAILED)
+
+    def hasten(self) -> None:
+        with self._lane.changed:
+            self.urgent = True
+            if isinstance(self.after, LaneCopy):
+                self.after.urgent = True
+
+    def left_bytes(self) -> int:
+        return int(self.source.numel()) - self.arrived_bytes
+
+    def may_go(self) -> bool:
+        """Whether what it waits for is out of its way, or launched so that the device can order the two."""
+        if self.after is None:
+            return True
+        return self.after.state >= _State.SENT if isinstance(self.after, LaneCopy) else self.after.launched()
+
+    @property
+    def behind(self) -> Work | None:
+        """Launched work that still reads the target."""
+        if self.after is None or isinstance(self.after, LaneCopy) or self.after.over():
+            return None
+        return self.after
+
+
+class _Flying(NamedTuple):
+    copy: LaneCopy
+    piece: Piece
+    n_bytes: int
+    sent_s: float
+
+
+@dataclass(slots=True)
+class LaneCounters:
+    """idle_s: the link did nothing though a copy could go."""
+
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+    n_bytes: int = 0
+
+
+class LinkLane:
+    """The thread and its queue.
+
+    Args:
+        gbps: paces the link, so that a slower one can be had; None for no pace.
+    """
+
+    def __init__(self, carrier: Carrier, gbps: float | None = None) -> None:
+        self.carrier, self.gbps = carrier, gbps
+        self.timeline: Timeline | None = None
+        self.counters = LaneCounters()
+        self.changed = threading.Condition()
+        self._queue: list[LaneCopy] = []
+        self._flying: deque[_Flying] = deque()
+        self._order = itertools.count()
+        self._closed = False
+        self._free_s = 0.0  # when the paced link has carried what was sent
+        self._ended_s = 0.0  # when the last piece arrived
+        # A daemon, so that a program may end while copies are queued that nobody will read.
+        self._thread = threading.Thread(target=self._work, name="moestro-link", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Work | LaneCopy | None = None
+    ) -> LaneCopy:
+        """Queue a copy of host bytes into device bytes, both uint8 and of one length.
+
+        Args:
+            label: whose bytes they are, for messages and the timeline.
+            after: work that reads the target, or a copy that writes it: this one begins behind it.
+        """
+        with self.changed:
+            if self._closed:
+                raise RuntimeError("the device is closed; load the model again")
+            copy = LaneCopy(self, source, target, urgent, label, after, next(self._order))
+            if urgent and isinstance(after, LaneCopy):
+                after.urgent = True
+            self._queue.append(copy)
+            self.changed.notify_all()
+        if after is not None and not isinstance(after, LaneCopy):
+            after.when_launched(self._wake)
+        return copy
+
+    def queued_bytes(self, *, urgent: bool = False) -> int:
+        """What has not crossed yet of the copies that were queued; with `urgent`, of urgent ones alone."""
+        with self.changed:
+            copies = {*self._queue, *(flying.copy for flying in self._flying)}
+            return sum(copy.left_bytes() for copy in copies if copy.urgent or not urgent)
+
+    def end(self, copy: LaneCopy, state: _State, error: Exception | None = None) -> None:
+        """A copy leaves the queue, or has arrived; the condition is held."""
+        if copy in self._queue:
+            self._queue.remove(copy)
+        if copy.state < _State.FAILED:
+            copy.state, copy.error = state, error
+        copy.after = None  # which may hold tensors
+        self.changed.notify_all()
+
+    def close(self) -> None:
+        """Drop what has not begun, let the rest arrive, stop the thread."""
+        with self.changed:
+            self._closed = True
+            for copy in list(self._queue):
+                begun = copy.state is _State.BEGUN
+                self.end(copy, _State.FAILED if begun else _State.DROPPED, RuntimeError("the device was closed"))
+            self.changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(10.0)
+
+    def _wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def next(self) -> LaneCopy | None:
+        """The copy whose turn it is: urgent ones first, then as they came. One that work on the device holds up goes
+        only if nothing else can, since all that is sent after it would wait as well."""
+        held_up: LaneCopy | None = None
+        for copy in sorted(self._queue, key=lambda one: (not one.urgent, one.order)):
+            if not copy.may_go():
+                continue
+            if copy.state is _State.BEGUN or copy.behind is None:
+                copy.ready_s = copy.ready_s or time.perf_counter()
+                return copy
+            held_up = held_up or copy
+        return None if self._flying else held_up
+
+    def _work(self) -> None:
+        while self._go_on():
+            pass
+
+    def _go_on(self) -> bool:
+        """Send a piece, or see one arrive; False when the lane is closed and empty."""
+        with self.changed:
+            while (copy := self.next()) is None and not self._flying and not self._closed:
+                self.changed.wait()
+            if copy is None and not self._flying:
+                return False
+            if copy is not None:
+                copy.state = _State.BEGUN
+        if copy is not None:
+            self._send(copy)
+        if self._flying and (copy is None or len(self._flying) == IN_FLIGHT):
+            self._land()
+        return True
+
+    def _send(self, copy: LaneCopy) -> None:
+        span = slice(copy.sent_bytes, copy.sent_bytes + PIECE_BYTES)
+        source, target = copy.source[span], copy.target[span]
+        now_s = time.perf_counter()
+        if self.gbps is not None:
+            self._free_s = max(self._free_s, now_s) + source.numel() / (self.gbps * 1e9)
+            time.sleep(max(0.0, self._free_s - now_s))
+        try:
+            piece = self.carrier.send(source, target, copy.behind if not copy.sent_bytes else None)
+        except Exception as error:
+            with self.changed:
+                self.end(copy, _State.FAILED, error)
+            return
+        with self.changed:
+            self._flying.append(_Flying(copy, piece, source.numel(), now_s))
+            copy.sent_bytes += source.numel()
+            copy.last = piece
+            if copy.sent_bytes == copy.source.numel():
+                self.end(copy, _State.SENT)
+
+    def _land(self) -> None:
+        copy, piece, n_bytes, sent_s = self._flying[0]
+        error: Exception | None = None
+        try:
+            piece.arrive()
+        except Exception as raised:
+            error = raised
+        end_s = time.perf_counter()
+        start_s = max(sent_s, self._ended_s)
+        self._note(copy, start_s, end_s, n_bytes)
+        with self.changed:
+            self._flying.popleft()
+            copy.arrived_bytes += n_bytes
+            if error is not None:
+                self.end(copy, _State.FAILED, error)
+            elif copy.arrived_bytes == copy.source.numel():
+                self.end(copy, _State.ARRIVED)
+
+    def _note(self, copy: LaneCopy, start_s: float, end_s: float, n_bytes: int) -> None:
+        counters = self.counters
+        counters.busy_s += end_s - start_s
+        counters.n_bytes += n_bytes
+        if copy.ready_s is not None:
+            counters.idle_s += max(0.0, start_s - max(copy.ready_s, self._ended_s))
+        self._ended_s = end_s
+        if self.timeline is not None:
+            self.timeline.add(Lane.LINK, copy.label, start_s, end_s, "copy" if copy.urgent else "guess")
