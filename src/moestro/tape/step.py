@@ -20,7 +20,7 @@ from ..conductor import Conductor
 from ..fuse.original import forward_of, has_hooks
 from .arguments import Put, collect, copied
 from .cache import Bound, Kept, StepCache, advance, stage, why_not
-from .recording import Recording, Tape, TapeFigures
+from .recording import Recording, Tape, TapeFigures, resume
 
 logger = logging.getLogger("moestro")
 
@@ -91,6 +91,9 @@ class StepTape:
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if not isinstance(ids, Tensor) or ids.dim() < 2 or self._is_disturbed():
             return None
+        model: Any = self._model()
+        if model.moestro is not self._conductor:  # another policy has taken over
+            self._conductor, self._taped = model.moestro, []
         rows, tokens = ids.shape[:2]
         if why_not(cache) is None and not all(layer.is_initialized for layer in cache.layers):
             self._prepare(cache, rows)
@@ -116,8 +119,6 @@ class StepTape:
         taped = self._taped_of(cache)
         tape = taped.tapes.get(kind)
         if tape is None:
-            if self._conductor.recorder is not None:  # it might hear twice of one step
-                return None
             return self._record(taped, cache, kind, args, kwargs, given)
         taped.tapes.move_to_end(kind)
         try:
@@ -141,7 +142,7 @@ class StepTape:
                 raise
             self._remember(kind, False)
             self._say(error)
-            return None
+            return resume(recording.tape.cuts, self._forward, args, kwargs)
         taped.tapes[kind] = recording.tape
         if len(taped.tapes) > _TAPES:
             taped.tapes.popitem(last=False)
