@@ -24,8 +24,8 @@ from moestro.planning.policies import POLICIES
 DEMO = str(Path(moestro.__file__).parent / "demo")
 PLACES = [
     pytest.param({"device": "cpu"}, id="cpu"),
-    pytest.param({"device": "emulated", "policy": "layer-split", "gpu_memory": "0B"}, id="emulated-none"),
-    pytest.param({"device": "emulated", "policy": "layer-split", "gpu_memory": "16MiB"}, id="emulated-third"),
+    pytest.param({"device": "emulated", "policy": "layer-split", "gpu_memory": "16MiB"}, id="emulated-none"),
+    pytest.param({"device": "emulated", "policy": "layer-split", "gpu_memory": "32MiB"}, id="emulated-third"),
     pytest.param({"device": "emulated", "policy": "layer-split"}, id="emulated-all"),
     pytest.param({"device": "cuda"}, id="cuda", marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "policy": "layer-split"}, id="cuda-layer-split", marks=pytest.mark.gpu),
@@ -92,7 +92,9 @@ def test_a_batch_with_padding(model: Any, reference: Any) -> None:
 
 
 def test_layer_split_runs_its_layers_where_it_says() -> None:
-    model = load("demo", threads=1, device="emulated", policy="layer-split", gpu_memory="10MiB")
+    options: dict[str, Any] = {"threads": 1, "device": "emulated", "policy": "layer-split"}
+    needed = load("demo", **options).moestro.gpu_plan.needed_bytes
+    model = load("demo", gpu_memory=needed + 10 * 2**20, **options)
     conductor = model.moestro
     layer_bytes = 8 * conductor.spec.layers[0].expert_bytes
     assert conductor.policy.first_gpu_layer == 6 - 10 * 2**20 // layer_bytes == 4
@@ -235,7 +237,8 @@ def test_the_gpu_budget_holds_where_layers_have_experts_of_two_sizes(tmp_path: P
     sizes = {**family.config, "moe_intermediate_size": [200, 16]}
     build_model(dataclasses.replace(family, config=sizes)).save_pretrained(tmp_path)
     options: dict[str, Any] = {"device": "emulated", "policy": "layer-split", "threads": 1}
-    conductor = load(str(tmp_path), gpu_memory=900_000, **options).moestro
+    needed = load(str(tmp_path), **options).moestro.gpu_plan.needed_bytes
+    conductor = load(str(tmp_path), gpu_memory=needed + 900_000, **options).moestro
     assert len({layer.expert_bytes for layer in conductor.spec.layers}) == 2
     assert 0 < conductor.slots.n_bytes <= 900_000
     conductor.close()

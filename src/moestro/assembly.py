@@ -1,13 +1,14 @@
 """Plans for a model that has no weights yet, builds its conductor, and tells its expert modules.
 
 Reads sizes off the model, asks the policy where experts start, refuses what does not fit, and allocates
-the store and the slots. Does not load: `plug.py` fills the homes from a checkpoint, `random_model.py`
-with random weights.
+the store and the slots. What a generation needs in GPU memory besides weights is measured before there are any
+(`footprint.py`); the slots get what that leaves. Does not load: `plug.py` fills the homes from a checkpoint,
+`random_model.py` with random weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from .config import MoestroConfig
 from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
+from .footprint import measure
 from .fuse import fuse
 from .machine import available_ram_bytes
 from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
-from .planning.budget import Budget, check_fits, format_bytes
+from .planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, share_out
 from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
 from .planning.machines import THIS, Machine, machine_named
 from .planning.policies import make_policy
@@ -42,7 +44,11 @@ from .this_machine import this_machine
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 
-_GPU_SHARE = 0.85  # of free GPU memory, where none was named: the rest is for the KV cache and activations
+DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
+
+_GPU_SHARE = 0.95  # of free GPU memory, where none was named: other programs' share changes
+# Of a CUDA budget: fragments between torch's blocks, and the workspace that cuBLAS keeps (8 MiB, 32 MiB on Hopper).
+_CUDA_MARGIN = Margin(0.02, 64 * 2**20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,9 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
 
     Raises:
         ModelError: no experts that we could take. BudgetError: it does not fit. RequestError: a GPU
-        budget without a GPU.
+        budget without a GPU, or a context longer than the model's.
     """
+    context = _planned_context(model.config, config.context)
     modules = expert_modules(model)
     if not modules:
         raise ModelError(why_no_experts(model.config))
@@ -71,7 +78,12 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     fmt = FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]
     dense = dense_formats(model, config, device)
     spec = _spec_of(model, modules, layouts, fmt, dense_bytes(model, dense))
-    policy, placement, machine = _plan(spec, config, device)
+    math = [
+        ExpertMath(layouts[name].shape, fmt, activation_of(module, layouts[name]), post_norm_of(module))
+        for name, module in modules.items()
+    ]
+    gpu_plan = _gpu_plan(model, spec, math, config, device, context)
+    policy, placement, machine = _plan(spec, config, device, gpu_plan)
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
     cpu = CpuExperts(config.threads)
     first_touch(store.memory, cpu.threads)
@@ -80,10 +92,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
-        math=[
-            ExpertMath(layouts[name].shape, fmt, activation_of(module, layouts[name]), post_norm_of(module))
-            for name, module in modules.items()
-        ],
+        math=math,
         policy=policy,
         device=device,
         store=store,
@@ -92,6 +101,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         costs=Costs() if machine is None else machine.costs,
         gates=[find_gate(model, name) for name in modules],
         clock=machine_clock(spec, placement, machine) if machine is not None and config.clock == "virtual" else None,
+        gpu_plan=None if gpu_plan is None else replace(gpu_plan, experts=slots.shape[0], expert_bytes=slots.numel()),
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
@@ -127,8 +137,13 @@ def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert
     return conductor
 
 
-def _plan(spec: ModelSpec, config: MoestroConfig, device: Device) -> tuple[Policy, Placement, Machine | None]:
+def _plan(
+    spec: ModelSpec, config: MoestroConfig, device: Device, gpu_plan: GpuPlan | None
+) -> tuple[Policy, Placement, Machine | None]:
     """Who decides, where experts start, and the machine that is reckoned with, where one is needed.
+
+    On a virtual clock experts get all that the dense part leaves, as in a replay, which knows no KV cache: the two
+    are compared at equal budgets.
 
     Raises:
         BudgetError: it does not fit. RequestError: a GPU budget without a GPU, or a profile of another model.
@@ -136,18 +151,16 @@ def _plan(spec: ModelSpec, config: MoestroConfig, device: Device) -> tuple[Polic
     budget, policy = config.budget, make_policy(config.policy)
     machine = None if config.machine in (None, THIS) else machine_named(config.machine)
     dense_on_gpu = device.torch_device.type != "cpu"
+    room_bytes = 0 if gpu_plan is None else gpu_plan.left_bytes
     if config.clock == "virtual":
         machine = machine or this_machine(device, config.threads)
-        gpu_bytes = experts_room(spec, machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
-    else:
-        gpu_bytes = _gpu_bytes(budget, device)
-    room_bytes = max(0, gpu_bytes - (spec.dense_bytes if dense_on_gpu else 0))
+        room_bytes = experts_room(spec, machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
     heat = {} if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec)
     placement = policy.place(spec, room_bytes, heat)
     check_fits(
         spec,
         placement,
-        gpu_bytes=gpu_bytes,
+        gpu_bytes=room_bytes + (spec.dense_bytes if dense_on_gpu else 0),
         ram_bytes=available_ram_bytes() if budget.ram_bytes is None else budget.ram_bytes,
         dense_on_gpu=dense_on_gpu,
         ram_named=budget.ram_bytes is not None,
@@ -155,6 +168,48 @@ def _plan(spec: ModelSpec, config: MoestroConfig, device: Device) -> tuple[Polic
     if machine is None and placement.slots:
         machine = this_machine(device, config.threads)
     return policy, placement, machine
+
+
+def _gpu_plan(
+    model: Any, spec: ModelSpec, math: Sequence[ExpertMath], config: MoestroConfig, device: Device, context: int
+) -> GpuPlan | None:
+    """How the GPU's memory is shared out before there are experts; None without a GPU and on a virtual clock.
+
+    Raises:
+        BudgetError: not even the dense part, the KV cache and the activations fit. RequestError: a GPU budget
+        without a GPU.
+    """
+    if config.clock == "virtual":
+        return None
+    gpu_bytes = _gpu_bytes(config.budget, device)
+    if device.name == "cpu":
+        return None
+
+    def plan_for(tokens: int) -> GpuPlan:
+        need = measure(model, math, tokens, device.torch_device)
+        return GpuPlan(
+            budget_bytes=gpu_bytes,
+            dense_bytes=spec.dense_bytes,
+            context=tokens,
+            kv_bytes=need.kv_bytes,
+            activation_bytes=need.activation_bytes,
+            measured=need.measured,
+        )
+
+    margin = _CUDA_MARGIN if device.name == "cuda" else Margin(0, 0)
+    return share_out(gpu_bytes, margin, context, plan_for, named=config.budget.gpu_bytes is not None)
+
+
+def _planned_context(config: Any, asked: int | None) -> int:
+    """Tokens of prompt and answer that GPU memory is planned for.
+
+    Raises:
+        RequestError: more than the model can read.
+    """
+    longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or (asked or DEFAULT_CONTEXT)
+    if asked is not None and asked > longest:
+        raise RequestError(f"--context {asked}, but the model's context is {longest}; ask for less")
+    return min(longest, DEFAULT_CONTEXT) if asked is None else asked
 
 
 def home(conductor: Conductor, layer: int, expert: int) -> Tensor:

@@ -21,6 +21,7 @@ from .options import (
     AsShape,
     Bits,
     Clock,
+    Context,
     DecodeTokens,
     DenseBits,
     DeviceName,
@@ -84,7 +85,7 @@ def _root(
 
 @app.command(epilog='Example: moestro run demo "Once upon a time" -n 64 --temperature 0')
 def run(
-    context: typer.Context,
+    command: typer.Context,
     model: Model = None,
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
@@ -101,6 +102,7 @@ def run(
     num_beams: NumBeams = 1,
     gpu_memory: GpuMemory = None,
     ram: Ram = None,
+    context: Context = None,
     policy: PolicyName = DEFAULT_POLICY,
     device: DeviceName = "auto",
     link: Link = None,
@@ -131,8 +133,8 @@ def run(
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
-    options, text = _text_options(context), _read_prompt(prompt)
-    loaded, tokenizer = _load(model, shape, context)
+    options, text = _text_options(command), _read_prompt(prompt)
+    loaded, tokenizer = _load(model, shape, command)
     if not as_json:
         print(text, end="", flush=True)
     with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
@@ -146,7 +148,7 @@ def run(
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
 def chat(
-    context: typer.Context,
+    command: typer.Context,
     model: Model = None,
     shape: Shape = None,
     system: Annotated[
@@ -162,6 +164,7 @@ def chat(
     stop: Stop = None,
     gpu_memory: GpuMemory = None,
     ram: Ram = None,
+    context: Context = None,
     policy: PolicyName = DEFAULT_POLICY,
     device: DeviceName = "auto",
     link: Link = None,
@@ -179,8 +182,8 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from .chat import ChatSession
 
-    options = _text_options(context)
-    loaded, tokenizer = _load(model, shape, context)
+    options = _text_options(command)
+    loaded, tokenizer = _load(model, shape, command)
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
         _say("this tokenizer has no chat template: the conversation is one text that the model continues")
@@ -202,7 +205,7 @@ def chat(
 
 @app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
 def trace_command(
-    context: typer.Context,
+    command: typer.Context,
     text: TextFile,
     model: Model = None,
     shape: Shape = None,
@@ -234,7 +237,7 @@ def trace_command(
     from .tracing import trace_text
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer = _load(model, shape, context)
+    loaded, tokenizer = _load(model, shape, command)
     name = model or shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
@@ -297,24 +300,27 @@ def doctor(
         print(f"{name:<{width}}  {value}")
 
 
-def _text_options(context: typer.Context) -> TextOptions:
+def _text_options(command: typer.Context) -> TextOptions:
     from .generation import TextOptions
 
-    given = {field.name: context.params.get(field.name) for field in fields(TextOptions)}
+    given = {field.name: command.params.get(field.name) for field in fields(TextOptions)}
     return TextOptions(**{name: value for name, value in given.items() if value is not None})
 
 
-def _load(model: str | None, shape: str | None, context: typer.Context) -> tuple[Any, Any]:
+def _load(model: str | None, shape: str | None, command: typer.Context) -> tuple[Any, Any]:
     """The model and its tokenizer; what `load` takes is named among the command's options as it is there."""
     from .compute.cpu import core_cpus
     from .loading import load, load_tokenizer
 
-    options = {name: context.params[name] for name in signature(load).parameters.keys() & context.params.keys()}
+    options = {name: command.params[name] for name in signature(load).parameters.keys() & command.params.keys()}
     options |= {"model": model, "shape": shape}
     if options["threads"] is None:
         options["threads"] = len(core_cpus())
     tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
-    return load(**options), tokenizer
+    loaded = load(**options)
+    if (plan := loaded.moestro.gpu_plan) is not None:
+        _say(plan.in_words())
+    return loaded, tokenizer
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from .compute.cpu import CpuExperts, KernelShape
-from .compute.devices import Device, HostBatch, Queued
+from .compute.devices import Device, HostBatch, Queued, StepSum
 from .compute.experts import ExpertMath
 from .errors import CopyError
 from .grouping import Routed, group_by_expert
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
+from .planning.budget import GpuPlan
 from .planning.check import check, check_moves
 from .planning.clock import Clock, Share, WallClock
 from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
@@ -86,7 +87,7 @@ class Conductor:
     """Carries out a policy's decisions for one model.
 
     math: for each MoE layer, what its experts compute. gates: for each MoE layer, its router, where one was found.
-    clock: the wall's unless given.
+    clock: the wall's unless given. gpu_plan: how the GPU's memory is shared out, where there is one.
     """
 
     spec: ModelSpec
@@ -101,6 +102,7 @@ class Conductor:
     gates: Sequence[Gate | None] = ()
     clock: Clock | None = None
     recorder: Recorder | None = None
+    gpu_plan: GpuPlan | None = None
     timeline: Timeline | None = None  # of a run, see `note_on`
 
     def __post_init__(self) -> None:
@@ -195,17 +197,17 @@ class Conductor:
         found = classify(step, self.slots)
         moved_before = self.slots.moved_bytes
         ran: list[_Ran] = []
+        total = StepSum(x)
         try:
-            run = functools.partial(self._run_on_device, step, decision, x, groups, ran)
+            run = functools.partial(self._run_on_device, step, decision, total, groups, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s
             on_cpu = self._run_on_cpu(step, decision.cpu, host.x, groups, None)
             cpu_s = self.time.lane_free_s(Lane.CPU) - cpu_start_s
-            parts, lost = self._results(step, ran)
-            if lost:
+            if lost := self._wait_for(step, ran):
                 shares = {expert: decision.gpu[expert] for expert in lost}
                 on_cpu = self._run_on_cpu(step, shares, host.x, groups, on_cpu)
-            out = self.device.combine(x, on_cpu, parts)
+            out = self.device.combine(on_cpu, total)
             self.time.end_layer()
             self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
@@ -279,7 +281,7 @@ class Conductor:
         self,
         step: Step,
         decision: Decision,
-        x: Tensor,
+        total: StepSum,
         groups: dict[int, Routed],
         ran: list[_Ran],
         experts: list[int],
@@ -287,7 +289,7 @@ class Conductor:
     ) -> _Ran:
         keys = [(step.layer, expert) for expert in experts]
         work = [groups[key[1]].work(self.slots[key], decision.gpu[key[1]]) for key in keys]
-        queued = self.device.run(self.math[step.layer], x, work, keys[0], after=after)
+        queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
         shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
         ran.append(_Ran(queued, experts, self.time.run_gpu(shares, after)))
         return ran[-1]
@@ -308,14 +310,15 @@ class Conductor:
         self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
-    def _results(self, step: Step, ran: Sequence[_Ran]) -> tuple[list[Tensor], list[int]]:
-        """What the device computed, and the experts that it could not but the CPU can: their copy failed, or the
-        device had no memory for the work."""
-        parts: list[Tensor] = []
+    def _wait_for(self, step: Step, ran: Sequence[_Ran]) -> list[int]:
+        """Wait until the device's work is launched; returns the experts that it could not compute but the CPU can.
+
+        Their copy failed, or the device had no memory for the work.
+        """
         lost: list[int] = []
         for queued, experts, _ in ran:
             try:
-                parts.append(queued.result())
+                queued.wait()
             except (CopyError, torch.OutOfMemoryError) as error:
                 if not all((step.layer, expert) in self.store for expert in experts):
                     raise  # held on the device alone
@@ -323,7 +326,7 @@ class Conductor:
                 logger.warning("layer %d: %s; the CPU computes %s instead", step.layer, line, experts)
                 lost += experts
         self._failed += [(step.layer, expert) for expert in lost]
-        return parts, lost
+        return lost
 
     def _forget_unfinished(self, touched: Sequence[Expert]) -> None:
         """After a failure nobody knows what arrived: forget what was on its way, so that the next step copies."""

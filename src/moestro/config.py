@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .compute.devices import DEVICE_NAMES
 from .errors import RequestError
-from .planning.budget import Budget, parse_gbps
+from .planning.budget import LEAST_CONTEXT, Budget, parse_gbps
 from .planning.machines import machine_names
 from .planning.policies import DEFAULT_POLICY, POLICIES
 
@@ -28,7 +28,9 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
     """Where a model's experts may live and who decides about them.
 
     Args:
-        gpu_memory: the most GPU memory to use, like "12GiB"; None for what is free.
+        gpu_memory: the most GPU memory to use, like "12GiB"; None for 0.95 of what is free.
+        context: tokens of prompt and answer that GPU memory is planned for, in one sequence; None for the model's own
+            context, at most 4096. Of no use without a GPU, where memory is taken as it is needed.
         ram: the most RAM to use for weights; None for what is free.
         policy: a name from `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated".
@@ -53,6 +55,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         *,
         gpu_memory: str | int | None = None,
         ram: str | int | None = None,
+        context: int | None = None,
         policy: str = DEFAULT_POLICY,
         device: str = "auto",
         link: str | float | None = None,
@@ -72,7 +75,9 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         if device not in DEVICE_NAMES:
             raise RequestError(f"no device {device!r}; there are: {', '.join(DEVICE_NAMES)}")
         self.budget = Budget.parse(gpu_memory=gpu_memory, ram=ram)
-        self.policy = policy
+        if context is not None and context < LEAST_CONTEXT:
+            raise RequestError(f"--context {context}: needs at least {LEAST_CONTEXT}, a token of prompt and of answer")
+        self.policy, self.context = policy, context
         self.link_gbps = None if link is None else parse_gbps(link, "--link")
         if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
             raise RequestError(f"--threads {threads}: needs 1 to {os.cpu_count()}, the CPUs of this machine")
@@ -102,6 +107,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "quant_method": METHOD,
             "gpu_memory": self.budget.gpu_bytes,
             "ram": self.budget.ram_bytes,
+            "context": self.context,
             "policy": self.policy,
             "device": self.device,
             "link": self.link_gbps,

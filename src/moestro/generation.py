@@ -143,10 +143,10 @@ def generate_text(
         cache: a KV cache that holds the first tokens of the prompt.
 
     Raises:
-        RequestError: an empty prompt, or one longer than the model's context.
+        RequestError: an empty prompt, or one too long for the model or for what its GPU memory was planned for.
     """
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
-    max_new_tokens = check_context(model, len(ids), options.max_new_tokens)
+    max_new_tokens = check_context(model, len(ids), options.max_new_tokens, options.num_beams)
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
     cache = cache_for(model, cache, len(ids) + max_new_tokens)
     conductor = model.moestro
@@ -200,18 +200,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     return torch.tensor(ids, dtype=torch.long)
 
 
-def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
+def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int, num_beams: int = 1) -> int:
     """How many new tokens the model's context has room for, at most `max_new_tokens`.
 
     Raises:
-        RequestError: the prompt alone fills the context.
+        RequestError: the prompt alone fills the context, or all of it is more than GPU memory was planned for.
     """
     context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not context:
-        return max_new_tokens
-    if prompt_tokens >= context:
+    if context and prompt_tokens >= context:
         raise RequestError(f"the prompt has {prompt_tokens} tokens, but the model's context is {context}; shorten it")
-    return min(max_new_tokens, context - prompt_tokens)
+    new_tokens = min(max_new_tokens, context - prompt_tokens) if context else max_new_tokens
+    if (plan := model.moestro.gpu_plan) is not None:
+        plan.check_tokens(prompt_tokens, new_tokens, num_beams)
+    return new_tokens
 
 
 def peak_bytes(model: PreTrainedModel) -> dict[str, int]:

@@ -49,6 +49,7 @@ def load(
     shape: str | None = None,
     gpu_memory: str | int | None = None,
     ram: str | int | None = None,
+    context: int | None = None,
     policy: str = DEFAULT_POLICY,
     device: str = "auto",
     link: str | float | None = None,
@@ -72,14 +73,12 @@ def load(
         gpu_memory, ram: the most memory to use, like "12GiB"; None for what is free.
         policy: who decides which expert runs where; see `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
-        link, machine, clock, profile: see `MoestroConfig`.
+        context, link, machine, clock, profile, fuse: see `MoestroConfig`.
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
-        threads: CPU threads of the expert kernels and of torch, for the whole process; None for one on each
-            physical core in the kernels, and torch's as they are.
+        threads: of our kernels and of torch, for the whole process; None for one on each core, and torch's as is.
         bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head with
             the embedding; None for `bits`. Below 16, dense layers and head need `device="cpu"`.
-        fuse: a decode step in few calls; see `MoestroConfig`.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -90,6 +89,7 @@ def load(
     config = MoestroConfig(
         gpu_memory=gpu_memory,
         ram=ram,
+        context=context,
         policy=policy,
         device=device,
         link=link,

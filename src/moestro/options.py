@@ -26,7 +26,7 @@ GpuMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="The most GPU memory to use, like 12GiB. [default: what is free]",
+        help="The most GPU memory to use, KV cache and activations too, like 12GiB. [default: 0.95 of what is free]",
         show_default=False,
     ),
 ]
@@ -35,6 +35,14 @@ Ram = Annotated[
     typer.Option(
         metavar="SIZE",
         help="The most RAM to use for weights, like 48GiB. [default: what is free]",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens of prompt and answer that GPU memory is planned for. [default: the model's, at most 4096]",
         show_default=False,
     ),
 ]

@@ -235,7 +235,9 @@ def compare_live(
         make_policy(name)  # refused before the work
     on_gpu = torch.cuda.is_available()
     how: dict[str, Any] = (
-        {"device": "cuda"} if on_gpu else {"device": "emulated", "clock": "virtual", "machine": machine}
+        {"device": "cuda", "context": sum(reading.pieces.values())}
+        if on_gpu
+        else {"device": "emulated", "clock": "virtual", "machine": machine}
     )
     loaded = reading.load(device="cpu", bits=bits)
     ids, _ = reading.ids(loaded)

@@ -34,7 +34,7 @@ class Transfer(Protocol):
         """How much of it has not crossed yet; 0 where that is not known."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """One place for an expert on the device."""
 
@@ -120,7 +120,7 @@ class SlotTable:
         filling, eta_s = start(slot.index, before)  # if it cannot, the slot stays as it is
         if evict is not None:
             self.forget(evict)
-        self._empty.remove(slot)
+        self._empty.pop()  # the slot, in either case
         slot.filling, slot.eta_s = filling, eta_s
         slot.expert, slot.keep, slot.n_bytes = expert, keep, n_bytes
         self.moved_bytes += n_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import RequestError
-from .base import Copy, Device, HostBatch, Queued
+from .base import Copy, Device, HostBatch, Queued, StepSum
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
 from .host import HostDevice
@@ -37,4 +37,4 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     return HostDevice()
 
 
-__all__ = ["DEVICE_NAMES", "Copy", "Device", "HostBatch", "Queued", "make_device"]
+__all__ = ["DEVICE_NAMES", "Copy", "Device", "HostBatch", "Queued", "StepSum", "make_device"]

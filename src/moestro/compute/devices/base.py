@@ -6,17 +6,20 @@ device, and `combine` for what still has to be launched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ...errors import BudgetError
 from ...memory.lanes import LinkLane
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
+
+RunExperts = Callable[[ExpertMath, Tensor, Sequence[ExpertWork], Tensor], None]  # as experts.run_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,46 @@ class Copy(Protocol):
         """How much of it has not crossed yet."""
 
 
+@dataclass(slots=True)
+class StepSum:
+    """What the device has of a layer step so far. One for all of its works: Qwen3's 128 experts could come one by one.
+
+    x: hidden states [T, D], where the device keeps them. out: float32 [T, D], from the first work on.
+    """
+
+    x: Tensor
+    out: Tensor | None = None
+
+    def add(self, math: ExpertMath, work: Sequence[ExpertWork], run: RunExperts) -> None:
+        """Run experts into it.
+
+        Raises:
+            torch.OutOfMemoryError: no memory, and nothing was added. BudgetError: no memory after something was.
+        """
+        is_first = self.out is None
+        try:
+            if self.out is None:
+                self.out = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)
+            run(math, self.x, work, self.out)
+        except torch.OutOfMemoryError as error:
+            if is_first:
+                self.out = None
+                raise
+            raise BudgetError(
+                "the GPU ran out of memory in the middle of a layer step; give --gpu-memory less, or a shorter prompt"
+            ) from error
+
+
 class Queued(Protocol):
     """Work queued on the device; a copy into what it reads can be queued behind it."""
 
-    def result(self) -> Tensor:
-        """float32 [T, D] where the device keeps hidden states; raises what the work raised."""
+    def wait(self) -> None:
+        """Wait until it is launched, so that what is queued next comes after it.
+
+        Raises:
+            CopyError: a copy that it needs failed. torch.OutOfMemoryError: there was no memory for it. After either
+                of them the sum is as if it had not been asked for. BudgetError: no memory in the midst of it.
+        """
 
     def cancel(self) -> None:
         """Do not launch it if that has not happened yet."""
@@ -103,16 +141,16 @@ class Device(Protocol):
         """Zeros for the CPU's part of a step: float32, as x, in host memory, until the next `read_router`."""
 
     def run(
-        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
-        """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes.
+        """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes; it adds to `total`.
 
         Args:
             label: the layer and the first expert, for the timeline.
         """
 
-    def combine(self, x: Tensor, on_cpu: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
-        """Sum of the parts in float32, then in the dtype and on the device of x: [T, D]."""
+    def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
+        """Both parts added in float32, then in the dtype and on the device of the hidden states: [T, D]."""
 
     def close(self) -> None:
         """Stop threads and give back memory; the device is not used after."""

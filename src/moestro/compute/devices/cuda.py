@@ -22,7 +22,7 @@ from ...memory.lanes import IN_FLIGHT, PIECE_BYTES, LaneCopy, LinkLane, Work
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, HostBatch, Queued
+from .base import Copy, HostBatch, Queued, StepSum
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_timeline import GpuSpans
 
@@ -68,19 +68,13 @@ class StreamCarrier:
 
 
 @dataclass(frozen=True, slots=True)
-class _Launched:
-    out: Tensor
-    event: torch.cuda.Event
-
-
-@dataclass(frozen=True, slots=True)
 class _Queued:
     """Work on the compute stream, or on its way there."""
 
-    future: Future[_Launched]
+    future: Future[torch.cuda.Event]
 
-    def result(self) -> Tensor:
-        return self.future.result().out
+    def wait(self) -> None:
+        self.future.result()
 
     def cancel(self) -> None:
         self.future.cancel()
@@ -92,13 +86,13 @@ class _Queued:
         if not self.future.done():
             return False
         failed = self.future.cancelled() or self.future.exception() is not None
-        return failed or bool(self.future.result().event.query())
+        return failed or bool(self.future.result().query())
 
     def when_launched(self, call: Callable[[], None]) -> None:
         self.future.add_done_callback(lambda _: call())
 
     def fence(self) -> None:
-        torch.cuda.current_stream().wait_event(self.future.result().event)
+        torch.cuda.current_stream().wait_event(self.future.result())
 
 
 class CudaDevice:
@@ -161,44 +155,46 @@ class CudaDevice:
         return self._buffers.take("output", x.shape, torch.float32).zero_()
 
     def run(
-        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
         stream = torch.cuda.current_stream()
         if after is not None:
-            return _Queued(self._launcher.submit(self._launch_behind, stream, math, x, work, label, after))
-        future: Future[_Launched] = Future()
+            return _Queued(self._launcher.submit(self._launch_behind, stream, math, total, work, label, after))
+        future: Future[torch.cuda.Event] = Future()
         try:
-            future.set_result(self._launch(math, x, work, label))
+            future.set_result(self._launch(math, total, work, label))
         except Exception as error:
             future.set_exception(error)
         return _Queued(future)
 
     def _launch_behind(
-        self, stream: Any, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy
-    ) -> _Launched:
+        self, stream: Any, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy
+    ) -> torch.cuda.Event:
         with torch.no_grad(), torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
             after.wait()
-            return self._launch(math, x, work, label)
+            return self._launch(math, total, work, label)
 
-    def _launch(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert) -> _Launched:
+    def _launch(self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert) -> torch.cuda.Event:
         begin = None if self._spans is None else self._spans.mark()
-        out = torch.zeros(x.shape, dtype=torch.float32, device=self.torch_device)
+        total.add(math, work, self._run_experts)
+        event = torch.cuda.Event()
+        event.record()
+        if self._spans is not None and begin is not None:
+            self._spans.add(label, begin)
+        return event
+
+    def _run_experts(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], out: Tensor) -> None:
         on_device = []
         for item in work:
             rows, weights = (part.to(self.torch_device, non_blocking=True) for part in item.routed())
             on_device.append(ExpertWork(item.packed, item.neurons, rows, weights))
         run_experts(math, x, on_device, out)
-        event = torch.cuda.Event()
-        event.record()
-        if self._spans is not None and begin is not None:
-            self._spans.add(label, begin)
-        return _Launched(out, event)
 
-    def combine(self, x: Tensor, on_cpu: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
-        total = None if on_cpu is None else on_cpu.to(self.torch_device, non_blocking=True)
-        for part in parts:
-            total = part if total is None else total.add_(part)
-        return torch.zeros_like(x) if total is None else total.to(x.dtype)
+    def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
+        if on_cpu is not None:
+            here = on_cpu.to(self.torch_device, non_blocking=True)
+            total.out = here if total.out is None else total.out.add_(here)
+        return torch.zeros_like(total.x) if total.out is None else total.out.to(total.x.dtype)
 
     def close(self) -> None:
         self.link.close()

@@ -19,7 +19,7 @@ from ...planning.contract import Lane
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, Queued
+from .base import Copy, Queued, StepSum
 from .host import HostDevice
 
 DEFAULT_MEMORY_BYTES = 8 * 2**30
@@ -46,10 +46,10 @@ class MemoryCarrier:
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    future: Future[Tensor]
+    future: Future[None]
 
-    def result(self) -> Tensor:
-        return self.future.result()
+    def wait(self) -> None:
+        self.future.result()
 
     def cancel(self) -> None:
         self.future.cancel()
@@ -106,9 +106,9 @@ class EmulatedDevice(HostDevice):
         return self.link.submit(source, target, urgent, label, after)
 
     def run(
-        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
-        return _Queued(self._compute.submit(self._run, math, x, work, label, after))
+        return _Queued(self._compute.submit(self._run, math, total, work, label, after))
 
     def close(self) -> None:
         self.link.close()
@@ -116,13 +116,11 @@ class EmulatedDevice(HostDevice):
         self.pinned_bytes = 0
 
     def _run(
-        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None
-    ) -> Tensor:
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None
+    ) -> None:
         if after is not None:
             after.wait()
         start_s = time.perf_counter()
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        run_experts(math, x, work, out)
+        total.add(math, work, run_experts)
         if self._timeline is not None:
             self._timeline.add(Lane.GPU, label, start_s, time.perf_counter(), "expert")
-        return out

@@ -11,7 +11,7 @@ from ...memory.lanes import LinkLane
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
-from .base import Copy, HostBatch, Queued
+from .base import Copy, HostBatch, Queued, StepSum
 
 
 class HostDevice:
@@ -48,15 +48,16 @@ class HostDevice:
         return torch.zeros(x.shape, dtype=torch.float32)
 
     def run(
-        self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
         raise NotImplementedError("there is no device to run on")
 
-    def combine(self, x: Tensor, on_cpu: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
-        total = on_cpu
-        for part in parts:
-            total = part if total is None else total.add_(part)
-        return torch.zeros_like(x) if total is None else total.to(x.dtype)
+    def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
+        parts = [part for part in (on_cpu, total.out) if part is not None]
+        if not parts:
+            return torch.zeros_like(total.x)
+        both = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+        return both.to(total.x.dtype)
 
     def close(self) -> None:
         pass

@@ -11,6 +11,7 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -143,7 +144,9 @@ class ExpertFormat:
             yield name, range(start, start + size)
             start += size
 
+    @functools.cache  # noqa: B019  # formats live as long as the process
     def block_bytes(self, shape: ExpertShape) -> int:
+        """Bytes of a block."""
         return max(place.stop for _, place in self._places(shape))
 
     def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:

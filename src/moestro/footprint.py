@@ -1,0 +1,305 @@
+"""What a generation needs in GPU memory besides weights, measured on a model that has none yet.
+
+The model's own forward runs on the meta device, where tensors have sizes and no bytes: once for a prompt that fills
+the context, once for the token after it. A dispatch mode follows each storage from the operation that makes it to the
+end of its last tensor, so the peak is what the operations ask for, not an estimate. Three things are stood in for:
+
+- the experts, by what our own need (`experts_need`), since theirs would run each family's own loop;
+- scaled dot product attention, by its output and the small things that a fused kernel keeps beside it: on meta it would
+  make the scores, tokens x tokens, which a fused kernel never does. Families with attention in plain operations run it
+  as they do on a GPU, scores and all;
+- the choice of a token, by Transformers' own samplers.
+
+What it does not see: what a kernel allocates inside itself, and what the allocator loses to fragments; `Margin` is for
+these. Where a forward cannot run without values (it asks for an element, or counts what is nonzero), `_estimate` does
+arithmetic on the config instead and says so.
+
+    measure(model, math, 4096).kv_bytes
+
+Legend: T tokens, D model width, K top-k.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
+from .families import expert_modules
+from .follow import META, StorageFollower, TooLong
+
+logger = logging.getLogger("moestro")
+
+MOST_CALLS = 100_000  # of operations, some 3 s; beyond, shorter contexts are measured and a line is drawn through them
+_SHORT = (64, 128)  # their lengths: one and two chunks of a recurrent layer
+_LOGIT_BYTES = 48  # of each logit while a token is chosen: float32 copies, sorted values, int64 indices
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that one sequence of `context` tokens needs besides weights.
+
+    kv_bytes: the cache when it is full. prefill_bytes, decode_bytes: the most at once beside that, while a prompt of
+    the whole context is read and while one token is added to a full cache. measured: False of an estimate.
+    """
+
+    context: int
+    kv_bytes: int
+    prefill_bytes: int
+    decode_bytes: int
+    measured: bool = True
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most at once beside the cache."""
+        return max(self.prefill_bytes, self.decode_bytes)
+
+
+def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
+    """What a generation of `context` tokens by a model on the meta device needs besides its weights.
+
+    Args:
+        math: what the experts of each MoE layer compute, in model order.
+        context: tokens of the prompt and of the answer, in one sequence.
+        device: where it will run, whose attention kernels decide what is never made.
+    """
+    attention = _Attention(device)
+    try:
+        try:
+            return _measured(model, math, context, attention, MOST_CALLS)
+        except TooLong:  # a layer that goes through a prompt token by token
+            return _extrapolated([_measured(model, math, tokens, attention, None) for tokens in _SHORT], context)
+    except Exception as error:  # whatever a family's code makes of tensors without values
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.info("GPU memory is estimated: the forward of %s needs values (%s)", model.config.model_type, line[:80])
+    with META:
+        return _estimate(model.config.get_text_config(), math, context)
+
+
+def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
+    """Where the line through two leads."""
+    a, b = two
+
+    def at(name: str) -> int:
+        low, high = getattr(a, name), getattr(b, name)
+        return int(high + (high - low) / (b.context - a.context) * (context - b.context))
+
+    return Footprint(context, at("kv_bytes"), at("prefill_bytes"), at("decode_bytes"))
+
+
+def experts_need(math: ExpertMath, x: Tensor) -> int:
+    """Bytes that `run_experts` takes while it computes, for any number of experts of x [T, D] on meta.
+
+    The worst case is that two of them are given all tokens: of the second, a chunk of `TOKENS_AT_ONCE` tokens is
+    computed while what is left of the one before is still there. Each expert is unpacked to float32 first, as the
+    reference does; kernels that read packed weights take less.
+    """
+    tokens = min(x.shape[0], 2 * TOKENS_AT_ONCE)
+    rows, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
+    packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
+    work = ExpertWork(packed, range(math.shape.neurons), rows, weights)
+    out = torch.empty(x.shape, dtype=torch.float32)
+    with StorageFollower() as follower:
+        run_experts(math, x, [work, work], out)
+    needed: int = follower.peak_bytes
+    return needed
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the storages that a KV cache keeps."""
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in _tensors_in(cache, set()))}
+    return sum(storages.values())
+
+
+@torch.no_grad()
+def _measured(
+    model: Any, math: Sequence[ExpertMath], context: int, attention: _Attention, most_calls: int | None
+) -> Footprint:
+    takes = {"use_cache": True} | ({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})
+    own_cache = not model._supports_default_dynamic_cache()  # as `generate` asks
+    prompt = max(1, context - 1)
+    with META, _stood_in(model, math, (prompt, 1)), attention, StorageFollower(most_calls) as follower:
+
+        def step(tokens: int, cache: Any) -> Any:
+            ids, positions = torch.empty(1, tokens, dtype=torch.long), torch.empty(4, tokens, dtype=torch.long)
+            mask = torch.empty(1, context, dtype=torch.long)
+            out = model(input_ids=ids, past_key_values=cache, **takes)
+            _choose(ids, out.logits)
+            del mask, positions  # not given, since their values would be looked at; they take room all the same
+            return out.past_key_values
+
+        empty = None if own_cache else DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = step(prompt, empty)
+        del empty
+        prefill_peak = follower.peak_bytes
+        follower.peak_bytes = follower.live_bytes
+        cache = step(1, cache)
+        kv_bytes = cache_bytes(cache)
+    return Footprint(context, kv_bytes, max(0, prefill_peak - kv_bytes), max(0, follower.peak_bytes - kv_bytes))
+
+
+def _choose(ids: Tensor, logits: Tensor) -> Tensor:
+    """One token from the last logits [1, T, V], with all of Transformers' common samplers."""
+    scores = logits[:, -1].to(dtype=torch.float32, copy=True)
+    samplers = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(50), TopPLogitsWarper(0.95), MinPLogitsWarper(0.05))
+    scores = LogitsProcessorList(samplers)(ids, scores)
+    return torch.multinomial(scores.softmax(-1), 1)
+
+
+@contextmanager
+def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int]) -> Iterator[None]:
+    """Within it the model is in eval mode and its experts only allocate; both is undone after.
+
+    Args:
+        lengths: of the steps to come; what experts need for them is found here, before anything is followed.
+    """
+    modules = list(expert_modules(model).values())
+    was_training = model.training
+    known: dict[Any, int] = {}  # layers are alike
+    model.eval()
+    try:
+        for module, of in zip(modules, math, strict=True):
+            key = of.shape, of.format.name, of.post_norm is None
+            for tokens in lengths:
+                if (*key, tokens) not in known:
+                    known[*key, tokens] = experts_need(of, torch.empty(tokens, of.shape.hidden, dtype=model.dtype))
+            module.forward = _allocating({tokens: known[*key, tokens] for tokens in lengths})
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+        model.train(was_training)
+
+
+def _allocating(needs: Mapping[int, int]) -> Callable[..., Tensor]:
+    """An experts function that allocates what a layer step does on a device, in the order of the conductor.
+
+    That is the routing in float32, the rows of each expert, one float32 sum [T, D] of the device's experts and one of
+    the CPU's, what the experts need, and the result.
+
+    Args:
+        needs: of so many tokens.
+    """
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
+        routing = top_k_weights.float(), torch.empty(top_k_index.numel(), dtype=torch.int64)
+        sums = torch.empty(2, *x.shape, dtype=torch.float32)
+        workspace = torch.empty(needs[x.shape[0]], dtype=torch.uint8)
+        del workspace
+        out = torch.empty_like(hidden_states)
+        del sums, routing
+        return out
+
+    return forward
+
+
+class _Attention(TorchFunctionMode):
+    """Stands in for scaled dot product attention where a device has a fused kernel for it; elsewhere it stays.
+
+    By torch's own rules: on the CPU heads must have one width. On CUDA flash attention wants two-byte numbers, one
+    width up to 256, no mask and an Ampere card or newer; the memory-efficient kernel wants as many key heads as query
+    heads and rows of whole 16 bytes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._on_cuda = device.type == "cuda"
+        self._has_flash = self._on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention and self._is_fused(*args, **(kwargs or {})):
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _is_fused(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> bool:
+        widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
+        if not self._on_cuda:
+            return len(widths) == 1 and query.dim() == 4
+        flash = self._has_flash and query.itemsize == 2 and len(widths) == 1 and max(widths) <= 256
+        whole_rows = all(width * query.itemsize % 16 == 0 for width in widths)
+        return (flash and attn_mask is None) or (whole_rows and query.shape[1] == key.shape[1])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """[B, H, T, D] -> [B, H, T, D of value], laid out by tokens; beside it the log of each row's sum.
+
+    A mask of bools becomes numbers, and is copied again where its rows are no multiple of 16.
+    """
+    *batch, heads, tokens, _width = query.shape
+    sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    if attn_mask is not None:
+        numbers = (
+            attn_mask if attn_mask.dtype != torch.bool else attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
+        )
+        missing = -attn_mask.shape[-1] % 16
+        padded = numbers.new_empty(*numbers.shape[:-1], numbers.shape[-1] + missing) if missing else None
+        del numbers, padded
+    out = query.new_empty(*batch, tokens, heads, value.shape[-1])
+    del sums
+    return out.transpose(-2, -3)
+
+
+def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors that an object reaches by its attributes, lists and dicts."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+        return
+    inside = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+    for part in thing if isinstance(thing, list | tuple) else inside.values():
+        yield from _tensors_in(part, seen)
+
+
+def _estimate(config: Any, math: Sequence[ExpertMath], context: int) -> Footprint:
+    """Arithmetic on a config, high rather than low.
+
+    The cache: a key and a value of the widest head for each token, layer and key head. While a prompt is read: 12
+    vectors as wide as the model (in each residual stream), 4 as wide as all heads together and 4 as wide as a dense
+    layer's inside, for each token; the experts as in `experts_need`; four matrices tokens x tokens, of each head where
+    attention is not fused; in linear attention what a token keeps of the 64 of its chunk, six numbers a head, or three
+    of each of a head's channels where these decay apart; the logits, 48 bytes each. A decode step: that of one token.
+    """
+    values = config.to_dict()
+
+    def most(*names: str) -> int:
+        return max((values[name] for name in names if isinstance(values.get(name), int)), default=0)
+
+    item: int = (config.dtype or torch.get_default_dtype()).itemsize
+    layers, width, heads = most("num_hidden_layers"), most("hidden_size"), most("num_attention_heads") or 1
+    head = max(most("head_dim", "global_head_dim", "v_head_dim"), most("qk_nope_head_dim") + most("qk_rope_head_dim"))
+    head = head or width // heads
+    kv_heads = most("num_key_value_heads", "num_global_key_value_heads") or heads
+    inside = most("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    streams = most("hc_mult", "hc_count") or 1
+    linear = 64 * max(6 * most("linear_num_value_heads"), 3 * most("linear_num_heads") * most("linear_head_dim"))
+    scores = 4 * (heads if config._attn_implementation == "eager" else 1)
+
+    def activations(tokens: int) -> int:
+        vectors = tokens * (item * (12 * width * streams + 4 * heads * head + 4 * inside) + 4 * linear)
+        experts = max(experts_need(one, torch.empty(tokens, one.shape.hidden)) for one in math)
+        sums = 8 * tokens * width
+        return vectors + experts + sums + scores * 4 * tokens * context + _LOGIT_BYTES * most("vocab_size")
+
+    kv_bytes = 2 * layers * kv_heads * head * item * context
+    return Footprint(context, kv_bytes, activations(context), activations(1), measured=False)
