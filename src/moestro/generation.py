@@ -148,7 +148,7 @@ def generate_text(
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, options.num_beams)
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
-    cache = cache_for(model, cache, len(ids) + max_new_tokens)
+    cache = cache_for(model, cache, len(ids) + max_new_tokens, options.num_beams)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
     before, tape_before = replace(conductor.counters), figures_of(model)

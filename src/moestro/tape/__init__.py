@@ -30,13 +30,18 @@ def record_steps(model: Any, graphs: Graphs) -> None:
         model.generation_config.disable_compile = True  # which Transformers does by itself for a static cache on a GPU
 
 
-def cache_for(model: Any, cache: Any, tokens: int) -> Any:
-    """A cache for so many tokens: the given one, made longer where it has a size; one of a fixed size for a model whose
-    steps are recorded; else None, for Transformers' own."""
+def cache_for(model: Any, cache: Any, tokens: int, sequences: int = 1) -> Any:
+    """A cache for so many tokens of each sequence.
+
+    The given one, made longer where it has a size; one of a fixed size for a model whose steps are recorded; else None,
+    for Transformers' own. None is larger than the GPU's memory was planned for, unless it has to be.
+    """
+    plan = model.moestro.gpu_plan
+    most = None if plan is None else plan.context // sequences
     if isinstance(cache, StepCache):
-        cache.grow(tokens)
+        cache.grow(tokens, most)
     elif cache is None and isinstance(model.forward, StepTape):
-        return model.forward.new_cache(tokens)
+        return model.forward.new_cache(tokens, most)
     return cache
 
 

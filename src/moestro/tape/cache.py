@@ -26,10 +26,12 @@ class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
 
     Args:
         tokens: room for so many, or a few more.
+        most: how many there is memory for; None where that is not known.
     """
 
-    def __init__(self, config: Any, tokens: int) -> None:
-        self._config, self.tokens = config, -(-tokens // ROUND) * ROUND
+    def __init__(self, config: Any, tokens: int, most: int | None = None) -> None:
+        rounded = -(-tokens // ROUND) * ROUND
+        self._config, self.tokens = config, rounded if most is None else max(tokens, min(rounded, most))
         super().__init__(config=config, max_cache_len=self.tokens)
         sized: list[Any] = self.layers
         self.layers: list[Any] = [
@@ -52,11 +54,12 @@ class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
             if layer.is_sliding:
                 layer.cumulative_length_int += tokens_to_remove
 
-    def grow(self, tokens: int) -> None:
+    def grow(self, tokens: int, most: int | None = None) -> None:
         """Make room for so many tokens in all, with what is there."""
         if tokens <= self.tokens:
             return
-        larger = StepCache(self._config, max(tokens, self.tokens * 3 // 2))
+        wanted = self.tokens * 3 // 2 if most is None else min(self.tokens * 3 // 2, most)
+        larger = StepCache(self._config, max(tokens, wanted), most)
         for index, (old, new) in enumerate(zip(self.layers, larger.layers, strict=True)):
             if new.max_cache_len == old.max_cache_len:  # a window that has its whole size
                 larger.layers[index] = old

@@ -69,15 +69,15 @@ class StepTape:
                 return output
         return self._forward(*args, **kwargs)
 
-    def new_cache(self, tokens: int) -> StepCache | None:
+    def new_cache(self, tokens: int, most: int | None) -> StepCache | None:
         """A cache for so many tokens with which steps can be recorded; None where the model has none."""
         model: Any = self._model()
         if not (getattr(model, "_can_compile_fullgraph", False) and model._supports_default_dynamic_cache()):
             self._say(CannotRecordError("Transformers has no static cache for it"))
             return None
-        cache = StepCache(model.config, tokens)
-        if cache.tokens <= self._longest <= 2 * cache.tokens:  # a size that was recorded, if not much is read in vain
-            cache = StepCache(model.config, self._longest)
+        cache = StepCache(model.config, tokens, most)
+        if cache.tokens < self._longest <= 2 * cache.tokens:  # a size that was recorded, if not much is read in vain
+            cache = StepCache(model.config, self._longest, most)
         reason = why_not(cache)
         if reason is not None:
             self._say(CannotRecordError(reason))
