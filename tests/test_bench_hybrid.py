@@ -16,7 +16,7 @@ ROW = HybridRow("", 10.0, "skewed", {32: 1.0}, 1.0, 63, 0.0, 0, 0.9, 1.0, 0.0, 8
 
 
 def test_all_policies_run_on_one_load() -> None:
-    options = ["--shape", "tiny", "--device", "emulated", "--gpu-memory", "1MiB", "--prompt", "8", "--seconds", "1"]
+    options = ["--shape", "tiny", "--device", "emulated", "--gpu-memory", "3MiB", "--prompt", "8", "--seconds", "1"]
     command = [sys.executable, "-m", "moestro.cli", "bench", "hybrid", *options, "--decode-tokens", "6"]
     done = subprocess.run([*command, "--link", "5GB/s", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_ratios_against_arithmetic_by_hand() -> None:
 
 
 def test_what_there_was_no_time_for_is_said() -> None:
-    report = measure_hybrid("tiny", device="emulated", gpu_memory="1MiB", prompts=(4,), limit_s=0.0)
+    report = measure_hybrid("tiny", device="emulated", gpu_memory="3MiB", prompts=(4,), limit_s=0.0)
     assert not report.rows
     assert report.skipped[0] == "layer-streaming, full link, skewed routing"
     assert len(report.skipped) == 2 * len(POLICIES)
@@ -59,4 +59,4 @@ def test_what_there_was_no_time_for_is_said() -> None:
 
 def test_it_needs_a_device_with_a_link() -> None:
     with pytest.raises(RequestError, match="there is no GPU here; leave it out or use --device emulated"):
-        measure_hybrid("tiny", device="cpu", gpu_memory="1MiB")
+        measure_hybrid("tiny", device="cpu", gpu_memory="3MiB", prompts=(8,))

@@ -246,7 +246,7 @@ def test_the_plan_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_what_does_not_fit_is_refused_with_what_would(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, err = _run(capsys, monkeypatch, "-n", "3", "--gpu-memory", "8MiB")
+    status, err = _run(capsys, monkeypatch, "-n", "3", "--gpu-memory", "8MiB", "--context", "512")
     assert status == 2
     size = r"[\d.]+ [KM]iB"
     said = re.fullmatch(
@@ -302,6 +302,12 @@ def test_sharing_out() -> None:
         share_out(20 * MIB, Margin(0.1, MIB), 4096, _plan_for, named=True)
     least = parse_bytes(re.findall(r"at least (\S+)", str(refused.value))[0])
     assert share_out(least, Margin(0.1, MIB), 4096, _plan_for, named=True).left_bytes < 0.02 * least
+
+
+def test_a_context_that_nobody_named_gives_way() -> None:
+    plan = share_out(20 * MIB, Margin(0.1, MIB), 4096, _plan_for, named=True, context_named=False)
+    assert plan.context < 4096
+    assert plan.left_bytes >= 0
 
 
 def test_a_plan_refuses_longer_requests() -> None:

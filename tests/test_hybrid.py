@@ -21,6 +21,7 @@ from moestro.errors import RequestError
 from moestro.planning.contract import Lane
 from moestro.planning.policies import POLICIES
 from moestro.planning.timeline import Timeline
+from moestro.tracing import recording
 
 RUNS = [(1, 1), (1, 40), (3, 5), (17, 3)]  # batch, tokens of each prompt
 STEPS = 3
@@ -47,10 +48,18 @@ def _reference() -> tuple[list[torch.Tensor], Any]:
     return _logits(model), model.moestro.spec
 
 
+@functools.cache
+def _needed_bytes() -> int:
+    """What the pretended GPU needs besides slots."""
+    model = load(shape="tiny", dtype="float32", device="emulated", policy="cpu-only", gpu_memory="1GiB", context=64)
+    model.moestro.close()
+    return int(model.moestro.gpu_plan.needed_bytes)
+
+
 def _emulated(policy: str, slots: int, **options: Any) -> Any:
     spec = _reference()[1]
     how = {"device": "emulated", "dtype": "float32", "link": "0.1GB/s", "machine": "rtx4060-laptop"} | options
-    return load(shape="tiny", policy=policy, gpu_memory=spec.dense_bytes + slots * spec.slot_bytes, **how)
+    return load(shape="tiny", policy=policy, context=64, gpu_memory=_needed_bytes() + slots * spec.slot_bytes, **how)
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -86,8 +95,8 @@ def test_the_link_is_not_idle_while_a_copy_could_go(name: str) -> None:
 
 def test_a_timeline_of_a_run_shows_gpu_link_and_cpu(tmp_path: Path) -> None:
     target = tmp_path / "run.json"
-    options = ["--device", "emulated", "--gpu-memory", "12MiB", "--policy", "bandwidth-split", "--link", "0.5GB/s"]
-    options += ["--machine", "rtx4060-laptop", "--timeline", str(target)]
+    options = ["--device", "emulated", "--gpu-memory", "16MiB", "--context", "64", "--policy", "bandwidth-split"]
+    options += ["--link", "0.5GB/s", "--machine", "rtx4060-laptop", "--timeline", str(target)]
     command = [sys.executable, "-m", "moestro.cli", "run", "demo", "Once upon a time", "-n", "6", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -117,7 +126,7 @@ def test_an_interrupted_run_ends_at_once() -> None:
     code = """
 import signal, threading, moestro, torch, os
 spec_bytes = 2_000_000
-model = moestro.load(shape="tiny", policy="lru", device="emulated", gpu_memory=spec_bytes, link="0.001GB/s",
+model = moestro.load(shape="tiny", policy="lru", device="emulated", gpu_memory=spec_bytes, context=8, link="0.001GB/s",
                      machine="rtx4060-laptop", dtype="float32")
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
@@ -128,3 +137,20 @@ except KeyboardInterrupt:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "interrupted\n", done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"layer-streaming"}))
+@pytest.mark.parametrize("slots", [2, 10])
+def test_a_prompt_copies_an_expert_once_at_most_and_only_those_that_have_tokens(name: str, slots: int) -> None:
+    """Layer streaming copies all of them, which is its method."""
+    model = _emulated(name, slots, link="1GB/s")
+    conductor, timeline = model.moestro, Timeline()
+    with recording(model, 0) as recorder, conductor.note_on(timeline), torch.no_grad():
+        model(input_ids=torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(3)))
+    conductor.close()
+    (step,) = recorder.trace(model, "tiny", None).passes
+    used = {(one.layer, expert) for one in step.steps for expert in one.tokens}
+    copied = [expert for lane, expert, *_ in timeline.spans if lane is Lane.LINK]
+    assert len(copied) == len(set(copied))
+    if name != "lru-speculative":  # whose guesses may be wrong
+        assert set(copied) <= used

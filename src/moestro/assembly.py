@@ -197,7 +197,8 @@ def _gpu_plan(
         )
 
     margin = _CUDA_MARGIN if device.name == "cuda" else Margin(0, 0)
-    return share_out(gpu_bytes, margin, context, plan_for, named=config.budget.gpu_bytes is not None)
+    named = config.budget.gpu_bytes is not None
+    return share_out(gpu_bytes, margin, context, plan_for, named=named, context_named=config.context is not None)
 
 
 def _planned_context(config: Any, asked: int | None) -> int:

@@ -188,9 +188,7 @@ def bench_policies(
 @bench.command("hybrid", epilog="Example: moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB --link 12GB/s")
 def bench_hybrid(
     shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "mixtral-8x7b",
-    gpu_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="GPU memory for the dense part and experts.")
-    ] = "24GiB",
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="The most GPU memory to use.")] = "24GiB",
     bits: Annotated[
         int | None, typer.Option(metavar="N", help="Bits of the experts' weights. [default: 16]", show_default=False)
     ] = None,

@@ -160,7 +160,7 @@ def measure_hybrid(
     """Load a shape once and run policies on it.
 
     Args:
-        gpu_memory: for dense weights and experts. layers: cut the depth. links: paces in GB/s, None for the link's own.
+        gpu_memory: for all. layers: cut the depth. links: paces in GB/s, None for the link's own.
         seconds: after which a policy's decode ends, however many tokens it has made.
         uniform: also with routers that like all experts alike, at the first of the links, decode only.
         limit_s: after which no other policy is begun; those that were not are named.
@@ -173,10 +173,13 @@ def measure_hybrid(
         make_policy(name)  # refused before the work
     if not levels():
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
-    config = MoestroConfig(device=device, gpu_memory=gpu_memory, bits=bits, policy="cpu-only", threads=threads)
+    context = max(64, 32, *prompts) + decode_tokens
+    config = MoestroConfig(
+        device=device, gpu_memory=gpu_memory, context=context, bits=bits, policy="cpu-only", threads=threads
+    )
     model = build_random_model(shape, config, dtype="auto", seed=0, layers=layers)
     gpu_bytes = config.budget.gpu_bytes or 0
-    bench = _Bench(model, shape_tokenizer(shape), names, prompts, decode_tokens, seconds, gpu_bytes, end_s)
+    bench = _Bench(model, shape_tokenizer(shape), names, prompts, decode_tokens, seconds, end_s)
     bench.conductor.device.pin(bench.conductor.store.memory)
     for routing, paces in (("skewed", links), ("uniform", links[:1] if uniform else ())):
         set_routing(model, skewed=routing == "skewed")
@@ -231,12 +234,12 @@ class _Bench:
         prompts: Sequence[int],
         decode_tokens: int,
         seconds: float,
-        gpu_bytes: int,
         end_s: float,
     ) -> None:
         self._model, self._tokenizer, self._names, self._prompts = model, tokenizer, names, prompts
         self._decode_tokens, self._seconds, self._end_s = decode_tokens, seconds, end_s
-        self._room_bytes = max(0, gpu_bytes - self.conductor.spec.dense_bytes)
+        plan = self.conductor.gpu_plan
+        self._room_bytes = 0 if plan is None else plan.left_bytes
         config = model.config.get_text_config()
         self._vocabulary, self.top_k = config.vocab_size, config.num_experts_per_tok
         self.rates: list[tuple[float | None, float, float]] = []

@@ -147,13 +147,20 @@ class GpuPlan:
 
 
 def share_out(
-    budget_bytes: int, margin: Margin, context: int, plan_for: Callable[[int], GpuPlan], *, named: bool
+    budget_bytes: int,
+    margin: Margin,
+    context: int,
+    plan_for: Callable[[int], GpuPlan],
+    *,
+    named: bool,
+    context_named: bool = True,
 ) -> GpuPlan:
     """A plan with room for so many tokens; what it leaves is the experts'.
 
     Args:
         plan_for: what a context needs, without a margin.
         named: whether the user named the budget (the message says where the limit comes from).
+        context_named: whether the user named the context; else a shorter one that fits is taken instead.
 
     Raises:
         BudgetError: it does not fit, with all numbers, the least budget, and the longest context that would.
@@ -165,6 +172,8 @@ def share_out(
     limit = "--gpu-memory allows" if named else "there are free"
     remedy = f"give it at least {_round_up(least_bytes)}" if named else "free some"
     shorter = _longest_that_fits(plan, plan_for)
+    if shorter and not context_named:
+        return share_out(budget_bytes, margin, shorter, plan_for, named=named)
     raise BudgetError(
         f"the GPU needs {format_bytes(plan.needed_bytes + plan.margin_bytes)} ({plan._needs()}), but {limit} "
         f"{format_bytes(budget_bytes)}; {remedy}" + (f" or ask for --context {shorter}" if shorter else "")
