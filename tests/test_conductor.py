@@ -344,6 +344,16 @@ def test_a_queued_guess_can_be_dropped() -> None:
     conductor.close()
 
 
+def test_an_expert_that_a_later_move_joins_is_computed_once() -> None:
+    """Its first move waits for the work that frees its slot, so that it has not run when the second one comes."""
+    moves = (Move((0, 1)), Move((0, 2), evict=(0, 1)), Move((0, 2), keep=True))
+    conductor, parts = _conductor(Fixed(Decision(gpu={1: FULL, 2: FULL}, moves=moves)), 1, EmulatedDevice())
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1, 2]]), torch.ones(1, 2)
+    out = conductor.run_layer(0, x, index, weights)
+    torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    conductor.close()
+
+
 class _BrokenLink(EmulatedDevice):
     """A device whose copies fail while `broken`."""
 

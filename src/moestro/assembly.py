@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .compute.cpu import CpuExperts, first_touch
 from .compute.devices import Device
+from .compute.devices.graphs import graphs_of
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import MoestroConfig
@@ -38,6 +39,7 @@ from .planning.replay import experts_room
 from .planning.trace import Trace
 from .planning.virtual import machine_clock
 from .routers import find_gate
+from .tape import record_steps
 from .this_machine import this_machine
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
@@ -221,11 +223,16 @@ def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
 def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool = False) -> None:
     """When all weights are there: pack the dense layers and fuse small operations, where they are on the CPU.
 
+    Where they are on a device, have its decode steps recorded.
+
     Args:
         fast: as in `MatrixFormat.pack`.
     """
     formats = dense_formats(model, config, device)
     if formats is None:
+        graphs = graphs_of(device)
+        if config.fuse and graphs is not None:
+            record_steps(model, graphs)
         return
     threads = model.moestro.cpu.threads
     pack_dense(model, formats, threads, fast=fast)

@@ -43,8 +43,8 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head
             with the embedding; None for `bits`.
-        fuse: what one token meets in as few calls as are recognized, on the CPU. A module that is replaced after
-            loading is not always noticed then.
+        fuse: a decode step in few calls: on the CPU what is recognized is fused, on other devices a step with a static
+            cache is recorded and replayed. A module that is replaced after loading is not always noticed then.
 
     Raises:
         RequestError: an amount, policy, device or number of bits that is none.

@@ -20,6 +20,7 @@ from .accounts import Counters
 from .errors import CheckpointError, RequestError
 from .machine import peak_ram_bytes
 from .planning.clock import Clock
+from .tape import TapeFigures, cache_for, figures_of
 
 SAMPLING_TEMPERATURE = 0.7
 
@@ -87,7 +88,8 @@ class TextResult:
     reused_tokens: tokens of the prompt that the KV cache had from before; they are not in prefill_tok_s.
     decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
-    bytes_moved: of experts, over the link. Times are the conductor's clock's, which may be a virtual one.
+    bytes_moved: of experts, over the link. tape: of steps that were recorded; None where
+    none can be. Times are the conductor's clock's, which may be a virtual one.
     """
 
     text: str
@@ -101,6 +103,7 @@ class TextResult:
     peak_bytes: dict[str, int]
     hit_rate: float | None
     bytes_moved: int
+    tape: TapeFigures | None
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)
 
@@ -117,7 +120,8 @@ class TextResult:
             "prompt_tokens",
             "new_tokens",
         )
-        return {name: getattr(self, name) for name in names}
+        tape = None if self.tape is None else self.tape.to_json()
+        return {name: getattr(self, name) for name in names} | {"tape": tape}
 
 
 def generate_text(
@@ -143,10 +147,11 @@ def generate_text(
     """
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, options.num_beams)
-    reused_tokens = 0 if cache is None else cache.get_seq_length()
+    reused_tokens = 0 if cache is None else int(cache.get_seq_length())
+    cache = cache_for(model, cache, len(ids) + max_new_tokens, options.num_beams)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
-    before = replace(conductor.counters)
+    before, tape_before = replace(conductor.counters), figures_of(model)
     stream = _Stream(tokenizer, on_text or (lambda text: None), options.stop)
     start_s = conductor.time.now_s
     with _seeded(options.seed), _explained():
@@ -174,9 +179,7 @@ def generate_text(
         new_tokens=new_tokens,
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
-        peak_bytes=peak_bytes(model),
-        hit_rate=_hit_rate(before, conductor.counters) if conductor.slots else None,
-        bytes_moved=conductor.counters.moved_bytes - before.moved_bytes,
+        **_costs(model, before, tape_before),
         sequence=sequence,
         cache=getattr(output, "past_key_values", None),
     )
@@ -223,6 +226,17 @@ def _speeds(prompt_tokens: int, start_s: float, times_s: Sequence[float]) -> dic
         "prefill_tok_s": prompt_tokens / (times_s[0] - start_s),
         "decode_tok_s": (len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None,
         "ttft_s": times_s[0] - start_s,
+    }
+
+
+def _costs(model: PreTrainedModel, before: Counters, tape_before: TapeFigures | None) -> dict[str, Any]:
+    """What the text took, named as in `TextResult`."""
+    conductor, tape = model.moestro, figures_of(model)
+    return {
+        "peak_bytes": peak_bytes(model),
+        "hit_rate": _hit_rate(before, conductor.counters) if conductor.slots else None,
+        "bytes_moved": conductor.counters.moved_bytes - before.moved_bytes,
+        "tape": None if tape is None or tape_before is None else tape.since(tape_before),
     }
 
 

@@ -108,7 +108,10 @@ HeadBits = Annotated[
     ),
 ]
 Fuse = Annotated[
-    bool, typer.Option("--fuse/--no-fuse", help="Small operations of a step as one call each, on the CPU.")
+    bool,
+    typer.Option(
+        "--fuse/--no-fuse", help="A decode step in few calls: fused on the CPU, recorded and replayed on a GPU."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
 Temperature = Annotated[

@@ -23,6 +23,7 @@ from .errors import RequestError
 from .generation import encode
 from .planning.contract import Outcome, Phase, Step
 from .planning.trace import Pass, Trace
+from .tape import cache_for
 
 LOOKAHEAD = 3
 
@@ -135,7 +136,7 @@ def read_pieces(
         raise RequestError(f"the text has {len(ids)} tokens, but a prompt takes {prompt_tokens}; give a longer one")
     clock, done = model.moestro.time, 0
     for start in range(0, len(ids) - prompt_tokens, piece):
-        cache = DynamicCache(config=model.config)
+        cache = cache_for(model, None, piece) or DynamicCache(config=model.config)
         at = start + prompt_tokens
         end = min(at + decode_tokens, at + tokens - done, len(ids))
         for span in [slice(start, at), *(slice(i, i + 1) for i in range(at, end))]:

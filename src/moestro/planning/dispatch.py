@@ -87,7 +87,7 @@ def dispatch(
             start(move, ran[victim[1]])
         else:
             start(move, None)
-        if move.expert[0] == layer and move.expert[1] in gpu and move.expert[1] not in ran:
+        if move.expert[0] == layer and move.expert[1] in gpu and move.expert[1] not in (*ran, *queue):
             queue.append(move.expert[1])
     while queue:
         run_next()

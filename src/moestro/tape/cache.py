@@ -1,0 +1,202 @@
+"""The KV cache under a recorded step: a static one, whose tensors keep their places.
+
+Decides which caches can be under a recording and what a recording depends on. A full-attention layer keeps its length
+in a tensor, which a replay advances. A sliding-window layer also counts in Python and treats a full window otherwise
+than one that fills: `advance` counts after a replay, and the two are different recordings.
+
+    cache = StepCache(model.config, 512)      # Transformers' static cache, which can also go back and grow
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+ROUND = 256  # tokens: requests of about one length share a size, and with it a recording
+_SHAPES = ("dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")  # what a layer learns first
+
+
+class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
+    """A static cache that can drop its last tokens, as assisted decoding does, and be made longer between turns.
+
+    Args:
+        tokens: room for so many, or a few more.
+        most: how many there is memory for; None where that is not known.
+    """
+
+    def __init__(self, config: Any, tokens: int, most: int | None = None) -> None:
+        rounded = -(-tokens // ROUND) * ROUND
+        self._config, self.tokens = config, rounded if most is None else max(tokens, min(rounded, most))
+        super().__init__(config=config, max_cache_len=self.tokens)
+        sized: list[Any] = self.layers
+        self.layers: list[Any] = [
+            _Window.of(layer) if type(layer) is StaticSlidingWindowLayer else layer for layer in sized
+        ]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens; the argument is negative, as in Transformers' other caches.
+
+        Raises:
+            ValueError: it is positive, or a window has let go of what it would need again.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the negative number of tokens to remove")
+        layers = [layer for layer in self.layers if layer.is_initialized] if tokens_to_remove else []
+        if any(layer.is_sliding and layer.cumulative_length_int > layer.max_cache_len for layer in layers):
+            raise ValueError("a full sliding window cannot go back")
+        for layer in layers:
+            layer.cumulative_length.add_(tokens_to_remove)
+            if layer.is_sliding:
+                layer.cumulative_length_int += tokens_to_remove
+
+    def grow(self, tokens: int, most: int | None = None) -> None:
+        """Make room for so many tokens in all, with what is there."""
+        if tokens <= self.tokens:
+            return
+        wanted = self.tokens * 3 // 2 if most is None else min(self.tokens * 3 // 2, most)
+        larger = StepCache(self._config, max(tokens, wanted), most)
+        for index, (old, new) in enumerate(zip(self.layers, larger.layers, strict=True)):
+            if new.max_cache_len == old.max_cache_len:  # a window that has its whole size
+                larger.layers[index] = old
+            elif old.is_initialized:
+                new.lazy_initialization(old.keys, old.values)
+                new.keys[:, :, : old.max_cache_len] = old.keys
+                new.values[:, :, : old.max_cache_len] = old.values
+                new.cumulative_length.copy_(old.cumulative_length)
+                if new.is_sliding:
+                    new.cumulative_length_int = old.cumulative_length_int
+        self.layers, self.tokens = larger.layers, larger.tokens
+
+
+class _Window(StaticSlidingWindowLayer):  # type: ignore[misc]  # transformers is not typed
+    """Transformers' own makes a tensor on the host for each token in a full window, which CUDA does not record."""
+
+    _layer_type = None  # it is nobody's default
+
+    @classmethod
+    def of(cls, layer: StaticSlidingWindowLayer) -> _Window:
+        """One of that size."""
+        return cls(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, H, T, D]; returns all that the step may look at."""
+        if not self.is_initialized or key_states.shape[2] > 1 or self.cumulative_length_int < self.max_cache_len:
+            both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return both
+        self.cumulative_length_int += 1
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            stored.copy_(torch.cat((stored[:, :, 1:], new), dim=2))
+        return self.keys, self.values
+
+
+_LAYERS = (StaticLayer, StaticSlidingWindowLayer, _Window)
+
+
+def why_not(cache: Any) -> str | None:
+    """Why a cache cannot be under a recording; None if it can."""
+    if type(cache) not in (StaticCache, StepCache):
+        return f"its cache is a {type(cache).__name__}"
+    if cache.offloading:
+        return "its cache is kept off the device"
+    kinds = {type(layer) for layer in cache.layers} - {*_LAYERS}
+    return f"its cache has a {min(kind.__name__ for kind in kinds)}" if kinds else None
+
+
+def stage(cache: Any, tokens: int) -> tuple[bool, ...] | None:
+    """Which of the sliding windows are full, for a step of so many tokens; None where one becomes full in it."""
+    full = []
+    for layer in cache.layers:
+        if layer.is_sliding:
+            count, size = layer.cumulative_length_int, layer.max_cache_len
+            if (count >= size and tokens > 1) or count < size < count + tokens:
+                return None
+            full.append(count >= size)
+    return tuple(full)
+
+
+class Bound:
+    """The tensors of one cache, which recordings write to.
+
+    When that cache is gone, the next of its size is given its tensors; when it replaces them (a beam search does so in
+    each step), what they hold is brought back.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._owner = ref(cache)
+        self._layers = [(layer.keys, layer.values, layer.cumulative_length) for layer in cache.layers]
+        self._shapes = [{name: getattr(layer, name) for name in _SHAPES} for layer in cache.layers]
+        self._sizes = [(type(layer), layer.max_cache_len) for layer in cache.layers]
+
+    def of(self, cache: Any) -> bool:
+        """Whether it is that cache's."""
+        return self._owner() is cache
+
+    def is_free(self) -> bool:
+        """Whether that cache is gone."""
+        return self._owner() is None
+
+    def adopt(self, cache: Any, rows: int) -> bool:
+        """Give its tensors to a cache that has none yet, for so many sequences; False where they do not fit."""
+        sizes = [(type(layer), layer.max_cache_len) for layer in cache.layers]
+        if sizes != self._sizes or any(shape["batch_size"] != rows for shape in self._shapes):
+            return False
+        for layer, tensors, shape in zip(cache.layers, self._layers, self._shapes, strict=True):
+            for tensor in tensors:
+                tensor.zero_()
+            layer.keys, layer.values, layer.cumulative_length = tensors
+            for name, value in shape.items():
+                setattr(layer, name, value)
+            layer.is_initialized = True
+        self._owner = ref(cache)
+        return True
+
+    def restore(self, cache: Any) -> bool:
+        """Make the cache use its tensors again, with what it holds; False where its sizes are others now."""
+        for layer, (keys, values, length) in zip(cache.layers, self._layers, strict=True):
+            if layer.keys is keys and layer.values is values and layer.cumulative_length is length:
+                continue
+            if layer.keys.shape != keys.shape or layer.values.shape != values.shape or layer.keys.dtype != keys.dtype:
+                return False
+            if layer.keys.device != keys.device:
+                return False
+            for old, new in ((keys, layer.keys), (values, layer.values), (length, layer.cumulative_length)):
+                if old is not new:
+                    old.copy_(new)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, length
+        return True
+
+
+def advance(cache: Any, tokens: int) -> None:
+    """Count tokens where a replay does not."""
+    for layer in cache.layers:
+        if layer.is_sliding:
+            layer.cumulative_length_int += tokens
+
+
+class Kept:
+    """How a cache was before a step that may fail. What a full-attention layer writes beyond its length is not read."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._lengths = [layer.cumulative_length.clone() for layer in cache.layers]
+        self._windows: dict[int, tuple[int, Tensor, Tensor]] = {
+            index: (layer.cumulative_length_int, layer.keys.clone(), layer.values.clone())
+            for index, layer in enumerate(cache.layers)
+            if layer.is_sliding
+        }
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """As it was."""
+        for layer, length in zip(self._cache.layers, self._lengths, strict=True):
+            layer.cumulative_length.copy_(length)
+        for index, (count, keys, values) in self._windows.items():
+            layer = self._cache.layers[index]
+            layer.cumulative_length_int = count
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
