@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any

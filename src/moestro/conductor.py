@@ -179,14 +179,14 @@ class Conductor:
         return self._held_ops[key]
 
     def count_held(self, layers: int, chosen: int) -> None:
-        """Account for steps of held layers, in each of which so many experts were chosen, tokens times top-k.
+        """Account for steps of held layers, in which so many experts were chosen in all, tokens times top-k.
 
         All are hits. An expert that several tokens chose counts for each, since nobody waited to see which it was.
         """
         with self._lock:
             self.counters.layer_steps += layers
-            self.counters.tokens += layers * chosen
-            self.counters.hits += layers * chosen if self.phase is Phase.DECODE else 0
+            self.counters.tokens += chosen
+            self.counters.hits += chosen if self.phase is Phase.DECODE else 0
 
     def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if (op := self.held_op(layer, x.dtype)) is not None:

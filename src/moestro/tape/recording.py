@@ -79,6 +79,7 @@ class Tape:
 
     graphs: list[Graph] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)  # experts chosen in each layer that is within a graph
     inputs: list[Tensor] = field(default_factory=list)
     output: Any = None
 
@@ -94,6 +95,7 @@ class Tape:
             experts_s += perf_counter() - entered_s
             cut.out.copy_(result)
         self.graphs[-1].replay()
+        conductor.count_held(len(self.held), sum(self.held))
         figures.replays += 1
         figures.cuts += len(self.cuts)
         figures.experts_s += experts_s
@@ -110,9 +112,8 @@ class Recording:
         """In the place of `Conductor.run_layer`: a cut, unless the layer can be recorded with what is around it."""
         if conductor is not self._conductor:
             raise CannotRecordError("it runs another model within")
-        held = getattr(conductor, "held_op", None)
-        op: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None if held is None else held(layer)
-        if op is not None:
+        if (op := conductor.held_op(layer, x.dtype)) is not None:
+            self.tape.held.append(index.numel())
             return op(x, index, weights)
         self._close()
         try:
@@ -131,6 +132,7 @@ class Recording:
         try:
             self.tape.output = without_cache(forward(*args, **kwargs))
             self._close()
+            self._conductor.count_held(len(self.tape.held), sum(self.tape.held))
         except BaseException:
             self._graphs.drop()
             raise

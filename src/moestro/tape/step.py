@@ -174,7 +174,8 @@ class StepTape:
             raise CannotRecordError("a sliding window counts in Python, and no masks and positions are given")
         config = getattr(self._model(), "config", None)
         settings = tuple(getattr(config, name, None) for name in _SETTINGS)
-        return windows, torch.is_inference_mode_enabled(), settings, tuple(rest)
+        heard = self._conductor.recorder is not None or self._conductor.timeline is not None  # which want each layer
+        return windows, torch.is_inference_mode_enabled(), settings, heard, tuple(rest)
 
     def _is_disturbed(self) -> bool:
         """Whether somebody listens to a module inside, or the model is being trained."""
