@@ -61,10 +61,7 @@ class Moestro(BasePolicy):
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
         super().place(spec, gpu_bytes, heat)
         all_fit = self.slots == sum(layer.experts for layer in spec.layers)
-        if all_fit:  # then there is nothing to decide, and RAM needs no copy
-            self._cached, self._staging = {}, 0
-            return Placement(held=frozenset(hottest(spec, heat, self.slots)))
-        self._staging = min(self.slots, max(2, min(16, self.slots // 64)))
+        self._staging = 0 if all_fit else min(self.slots, max(2, min(16, self.slots // 64)))
         pool = self.slots - self._staging
         self._weight = 1.0  # of a use now; earlier ones weigh less and less beside it
         self._uses = self._expected_uses(heat)
@@ -76,6 +73,9 @@ class Moestro(BasePolicy):
         self._gap_s = 0.0  # between two of them: attention, mostly
         self._pending: tuple[int, list[tuple[int, int]]] = (-1, [])  # a layer, ranks and experts guessed for it
         self._right: dict[int, float] = {}  # rank of a guess -> how often it came true
+        self._all_held = all_fit and self.slots > 0  # then there is nothing to decide, and RAM needs no copy
+        if self._all_held:
+            return Placement(held=frozenset(hottest(spec, heat, self.slots)))
         return Placement(slots=self.slots, warm=tuple(self._cached))
 
     def _expected_uses(self, heat: Mapping[Expert, float]) -> dict[Expert, float]:
@@ -97,6 +97,8 @@ class Moestro(BasePolicy):
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
+        if self._all_held:
+            return Decision(gpu=self.whole(step, step.tokens))
         layer, uses = step.layer, self._uses
         for expert, tokens in step.tokens.items():
             uses[layer, expert] = uses.get((layer, expert), 0.0) + tokens * self._weight
