@@ -15,7 +15,16 @@ from torch.nn.functional import linear
 from interpreter import mend_interpreter
 from moestro.compute import gpu
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
-from moestro.compute.gpu import GpuKernel, Plan, kernel_of, plan_of, plan_on_device, run_grouped, workspace_bytes
+from moestro.compute.gpu import (
+    GpuKernel,
+    Plan,
+    kernel_of,
+    plan_of,
+    plan_on_device,
+    run_grouped,
+    workspace_at_most,
+    workspace_bytes,
+)
 from moestro.compute.gpu import plan as plans
 from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
 from test_cpu_kernels import GATES
@@ -220,6 +229,17 @@ def test_the_workspace_is_bounded_whatever_the_tokens() -> None:
     assert layer.error(layer.run(chunked, x), layer.expected(x, work)) <= _tolerance(layer.kernel)
     with pytest.raises(ValueError, match="a workspace of 1 bytes"):
         run_grouped(layer.kernel, layer.pool, whole, x, x.float(), workspace=torch.empty(1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+def test_what_is_planned_for_is_enough(tokens: int) -> None:
+    layer = _layer("int4", "bf16", neurons=600)
+    index, weights = _choice(tokens)
+    for plan in (
+        plan_of(layer.kernel, layer.pool, layer.work(index, weights), tokens),
+        plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table),
+    ):
+        assert workspace_bytes(layer.kernel, plan) <= workspace_at_most(layer.kernel, tokens)
 
 
 def test_results_are_the_same_bit_for_bit() -> None:

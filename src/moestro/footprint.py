@@ -40,6 +40,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .compute import gpu
 from .compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
 from .families import expert_modules
 from .follow import META, StorageFollower, TooLong
@@ -89,7 +90,7 @@ def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.
         line = next(iter(str(error).splitlines()), type(error).__name__)
         logger.info("GPU memory is estimated: the forward of %s needs values (%s)", model.config.model_type, line[:80])
     with META:
-        return _estimate(model.config.get_text_config(), math, context)
+        return _estimate(model.config.get_text_config(), math, context, device)
 
 
 def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
@@ -103,13 +104,18 @@ def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
     return Footprint(context, at("kv_bytes"), at("prefill_bytes"), at("decode_bytes"))
 
 
-def experts_need(math: ExpertMath, x: Tensor) -> int:
-    """Bytes that `run_experts` takes while it computes, for any number of experts of x [T, D] on meta.
+def experts_need(math: ExpertMath, x: Tensor, device: torch.device) -> int:
+    """Bytes that a device takes while it computes any number of experts of x [T, D] on meta.
 
-    The worst case is that two of them are given all tokens: of the second, a chunk of `TOKENS_AT_ONCE` tokens is
-    computed while what is left of the one before is still there. Each expert is unpacked to float32 first, as the
-    reference does; kernels that read packed weights take less.
+    Where the GPU kernels cover the experts, their workspace. Else what `run_experts` takes: the worst case is that two
+    experts are given all tokens, and of the second, a chunk of `TOKENS_AT_ONCE` tokens is computed while what is left
+    of the one before is still there; each is unpacked to float32 first.
     """
+    if device.type == "cuda":
+        with torch.device("cpu"):  # where it tries the gate on numbers
+            kernel = gpu.kernel_of(math, x.dtype, device)
+        if kernel is not None:
+            return gpu.workspace_at_most(kernel, x.shape[0])
     tokens = min(x.shape[0], 2 * TOKENS_AT_ONCE)
     rows, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
     packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
@@ -134,7 +140,12 @@ def _measured(
     takes = {"use_cache": True} | ({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})
     own_cache = not model._supports_default_dynamic_cache()  # as `generate` asks
     prompt = max(1, context - 1)
-    with META, _stood_in(model, math, (prompt, 1)), attention, StorageFollower(most_calls) as follower:
+    with (
+        META,
+        _stood_in(model, math, (prompt, 1), attention.device),
+        attention,
+        StorageFollower(most_calls) as follower,
+    ):
 
         def step(tokens: int, cache: Any) -> Any:
             ids, positions = torch.empty(1, tokens, dtype=torch.long), torch.empty(4, tokens, dtype=torch.long)
@@ -163,7 +174,7 @@ def _choose(ids: Tensor, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int]) -> Iterator[None]:
+def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int], device: torch.device) -> Iterator[None]:
     """Within it the model is in eval mode and its experts only allocate; both is undone after.
 
     Args:
@@ -178,7 +189,8 @@ def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int]) ->
             key = of.shape, of.format.name, of.post_norm is None
             for tokens in lengths:
                 if (*key, tokens) not in known:
-                    known[*key, tokens] = experts_need(of, torch.empty(tokens, of.shape.hidden, dtype=model.dtype))
+                    x = torch.empty(tokens, of.shape.hidden, dtype=model.dtype)
+                    known[*key, tokens] = experts_need(of, x, device)
             module.forward = _allocating({tokens: known[*key, tokens] for tokens in lengths})
         yield
     finally:
@@ -220,7 +232,7 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._on_cuda = device.type == "cuda"
+        self.device, self._on_cuda = device, device.type == "cuda"
         self._has_flash = self._on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,7 +283,7 @@ def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors_in(part, seen)
 
 
-def _estimate(config: Any, math: Sequence[ExpertMath], context: int) -> Footprint:
+def _estimate(config: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
     """Arithmetic on a config, high rather than low.
 
     The cache: a key and a value of the widest head for each token, layer and key head. While a prompt is read: 12
@@ -297,7 +309,7 @@ def _estimate(config: Any, math: Sequence[ExpertMath], context: int) -> Footprin
 
     def activations(tokens: int) -> int:
         vectors = tokens * (item * (12 * width * streams + 4 * heads * head + 4 * inside) + 4 * linear)
-        experts = max(experts_need(one, torch.empty(tokens, one.shape.hidden)) for one in math)
+        experts = max(experts_need(one, torch.empty(tokens, one.shape.hidden), device) for one in math)
         sums = 8 * tokens * width
         return vectors + experts + sums + scores * 4 * tokens * context + _LOGIT_BYTES * most("vocab_size")
 

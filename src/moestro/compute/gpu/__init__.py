@@ -13,7 +13,16 @@ in a CUDA graph whose routing changes from replay to replay.
 from __future__ import annotations
 
 from .kernel import GpuKernel, kernel_of
-from .launch import run_grouped, workspace_bytes
+from .launch import run_grouped, workspace_at_most, workspace_bytes
 from .plan import Plan, plan_of, plan_on_device
 
-__all__ = ["GpuKernel", "Plan", "kernel_of", "plan_of", "plan_on_device", "run_grouped", "workspace_bytes"]
+__all__ = [
+    "GpuKernel",
+    "Plan",
+    "kernel_of",
+    "plan_of",
+    "plan_on_device",
+    "run_grouped",
+    "workspace_at_most",
+    "workspace_bytes",
+]

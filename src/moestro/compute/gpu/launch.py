@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...memory.formats import BLOCK
-from .kernel import GpuKernel, triton_kernels
+from .kernel import WORKSPACE_BYTES, GpuKernel, triton_kernels
 from .plan import Plan, PlanPart
 
 _ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, `down` splits its neurons
@@ -67,6 +67,15 @@ def workspace_bytes(kernel: GpuKernel, plan: Plan) -> int:
     No more than the plan's limit, unless a single token's pairs with one block of neurons each take more.
     """
     return max((_workspace(kernel, part, plan.limit_bytes).size_bytes for part in plan.parts), default=0)
+
+
+def workspace_at_most(kernel: GpuKernel, tokens: int) -> int:
+    """Bytes that no plan for so many tokens exceeds, each of up to 16 experts."""
+    pairs = 16 * tokens
+    all_at_once = tokens * kernel.bytes_of_token + pairs * (
+        _MOST_SPLITS * kernel.bytes_of_row + kernel.blocks * BLOCK * 4
+    )
+    return min(WORKSPACE_BYTES, all_at_once + 8 * _ALIGN_BYTES)
 
 
 def run_grouped(
