@@ -13,7 +13,7 @@ demo: install  ## set up .venv and run the model that ships in the package
 test: install  ## set up .venv, then lint, type-check and run the tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 install: $(VENV)/.installed  ## set up .venv only
 

@@ -19,7 +19,7 @@ from moestro.compute.devices.cuda import CudaDevice
 class Event:
     """Over when it was recorded."""
 
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.at_s: float | None = None
 
     def record(self, stream: Any = None) -> None:

@@ -20,13 +20,14 @@ class SlotPool(SlotTable):
     def __init__(self, memory: Tensor, held: Iterable[Expert] = (), warm: Iterable[Expert] = ()) -> None:
         super().__init__(memory.shape[0], held, warm)
         self.memory = memory
+        self._rows = memory.unbind(0)  # made once: a step asks for eight of them a layer
 
     def __getitem__(self, expert: Expert) -> Tensor:
         """The bytes of an expert's slot: uint8 [slot_bytes] on the device."""
         slot = self.find(expert)
         if slot is None:
             raise KeyError(expert)
-        return self.memory[slot.index]
+        return self._rows[slot.index]
 
     @property
     def n_bytes(self) -> int:

@@ -13,6 +13,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class StreamCarrier:
     def send(self, source: Tensor, target: Tensor, behind: Work | None) -> _Piece:
         if not self._pinned.holds(source):
             source = self._staged(source)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # the lane's thread sleeps for it: the cores are for the experts
         with torch.cuda.stream(self._stream):
             if isinstance(behind, _Queued):
                 behind.fence()
@@ -132,6 +133,8 @@ class CudaDevice:
     def pin(self, memory: Tensor) -> None:
         if (why := self._pinned.add(memory)) is not None:
             logger.warning("%s; copies of what is not pinned go through a buffer, more slowly", why)
+            with suppress(RuntimeError):  # the next launch tells of the failure once more
+                torch.zeros(1, device=self.torch_device)
 
     def trace(self, timeline: Timeline | None) -> None:
         if self._spans is not None:

@@ -69,14 +69,19 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Tensor] = {}
+        self._latest: dict[str, Tensor] = {}  # as it was asked for last, which most steps do again
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer of that shape; what it held is lost."""
+        latest = self._latest.get(name)
+        if latest is not None and latest.shape == shape and latest.dtype == dtype:
+            return latest
         n_bytes = torch.Size(shape).numel() * dtype.itemsize
         found = self._by_name.get(name)
         if found is None or found.numel() < n_bytes:
             found = self._by_name[name] = pinned_bytes(n_bytes)
-        return found[:n_bytes].view(dtype).view(shape)
+        self._latest[name] = found[:n_bytes].view(dtype).view(shape)
+        return self._latest[name]
 
     def read(self, name: str, tensor: Tensor) -> Tensor:
         """Begin to copy a tensor of the device into its buffer."""
@@ -85,3 +90,4 @@ class HostBuffers:
     def clear(self) -> None:
         """Forget them."""
         self._by_name.clear()
+        self._latest.clear()
