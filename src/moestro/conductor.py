@@ -218,10 +218,12 @@ class Conductor:
             self.time.end_layer()
             self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
-            for one in ran:
-                one.queued.cancel()
+            begun = [one for one in ran if not one.queued.cancel()]
             touched = [(step.layer, expert) for expert in step.tokens]
             self._forget_unfinished(touched + [move.expert for move in decision.moves])
+            for one in begun:  # what it waited for is there or gone now
+                _wait_quietly(one.queued)
+            self._last_ran = begun[-1] if begun else self._last_ran
             raise
         finally:
             self.slots.release(layer)
@@ -389,8 +391,8 @@ def _padded(scores: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(scores, (0, width - scores.shape[0]))
 
 
-def _wait_quietly(copy: Transfer) -> None:
+def _wait_quietly(work: Transfer | Queued) -> None:
     try:
-        copy.wait()
+        work.wait()
     except BaseException:  # its failure is being told already
         return

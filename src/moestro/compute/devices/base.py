@@ -99,8 +99,8 @@ class Queued(Protocol):
                 of them the sum is as if it had not been asked for. BudgetError: no memory in the midst of it.
         """
 
-    def cancel(self) -> None:
-        """Do not launch it if that has not happened yet."""
+    def cancel(self) -> bool:
+        """Do not launch it, if nobody has begun to; False when somebody has."""
 
 
 class Device(Protocol):

@@ -82,8 +82,8 @@ class _Queued:
     def wait(self) -> None:
         self.future.result()
 
-    def cancel(self) -> None:
-        self.future.cancel()
+    def cancel(self) -> bool:
+        return self.future.cancel()
 
     def launched(self) -> bool:
         return self.future.done()
