@@ -54,7 +54,7 @@ def test_ratios_against_arithmetic_by_hand() -> None:
 def test_what_there_was_no_time_for_is_said() -> None:
     report = measure_hybrid("tiny", device="emulated", gpu_memory="3MiB", prompts=(4,), limit_s=0.0)
     assert not report.rows
-    assert report.skipped[0] == "layer-streaming, full link, skewed routing"
+    assert report.skipped[0] == "moestro, full link, skewed routing"
     assert len(report.skipped) == 2 * len(POLICIES)
 
 

@@ -135,6 +135,8 @@ def _conductor(policy: object, slots: int, device: HostDevice) -> tuple[Conducto
     spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size),) * LAYERS, 0)
     memory = device.pool(slots, size).fill_(0xFF)
     math = [ExpertMath(SHAPE, FORMAT, _gate)] * LAYERS
+    with mock.patch("moestro.compute.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
+        device.pin(store.memory)
     return Conductor(spec, math, policy, device, store, SlotPool(memory)), parts  # type: ignore[arg-type]
 
 
@@ -514,7 +516,6 @@ def test_no_host_memory_stays_registered(closed: bool) -> None:
     """Neither after close nor after a conductor is let go, also when a step failed."""
     with pretended_cuda() as (device, runtime):
         conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
-        device.pin(conductor.store.memory)
         assert sum(runtime.registered.values()) == conductor.store.n_bytes
         x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
         conductor.run_layer(0, x, torch.tensor([[2]]), weights)
@@ -525,6 +526,37 @@ def test_no_host_memory_stays_registered(closed: bool) -> None:
         else:
             del conductor
         assert not runtime.registered
+
+
+def test_an_expert_of_which_a_part_came_is_not_taken_for_a_whole_one() -> None:
+    """Its copy may still be on its way when its step is over on the host."""
+    split = {"gpu": {2: range(BLOCK)}, "cpu": {2: range(BLOCK, SHAPE.neurons)}}
+    part = Move((0, 2), neurons=range(BLOCK), keep=False)
+    with pretended_cuda() as (device, _), mock.patch("pretended_cuda.LATE_S", 0.2):
+        conductor, _ = _conductor(Fixed(Decision(**split, moves=(part,))), 2, device)
+        x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+        conductor.run_layer(0, x, torch.tensor([[2]]), weights)
+        assert conductor.view.ready_s((0, 2), GPU0) == float("inf")
+        assert conductor.slots.empty() == 2
+        conductor.close()
+
+
+def test_an_interrupt_while_a_copy_is_queued_leaves_no_slot_with_half_an_expert() -> None:
+    device = EmulatedDevice(link_gbps=None)
+    conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
+    conductor.run_layer(0, x, torch.tensor([[2]]), weights)
+    conductor.policy.decision = Decision(gpu={3: FULL}, moves=(Move((0, 3), evict=(0, 2)),))  # type: ignore[attr-defined]
+    with (
+        mock.patch.object(conductor.time, "arrival_s", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        conductor.run_layer(0, x, torch.tensor([[3]]), weights)
+    assert conductor.slots.find((0, 2)) is None  # the copy has written over it
+    conductor.policy.decision = Decision(gpu={2: FULL}, moves=(Move((0, 2)),))  # type: ignore[attr-defined]
+    out = conductor.run_layer(0, x, torch.tensor([[2]]), weights)
+    torch.testing.assert_close(out, _reference(parts[0], x, torch.tensor([[2]]), weights), rtol=1e-4, atol=1e-5)
+    conductor.close()
 
 
 def test_one_token_is_grouped_as_one_of_many() -> None:

@@ -123,8 +123,8 @@ def test_a_late_suite_still_has_its_counts(tmp_path: Path, monkeypatch: pytest.M
 def test_mixtral_is_cut_where_ram_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "finish", lambda argv, limit_s: finished(1, "", " ".join(argv)))
     short, enough = (device.run_hybrid(["--shape", "mixtral-8x7b"], gib << 30, 100.0, 60.0) for gib in (90, 128))
-    assert short["command"].endswith("--limit-s 42 --layers 24")
-    assert enough["command"].endswith("--limit-s 42")
+    assert short["command"].endswith("--limit-s 33 --layers 24")
+    assert enough["command"].endswith("--limit-s 33")
     assert not short["ok"]
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from moestro.compute.devices.cuda_memory import PinnedMemory
 from moestro.errors import CopyError
-from moestro.memory.lanes import IN_FLIGHT, PIECE_BYTES, LinkLane
+from moestro.memory.lanes import IN_FLIGHT_BYTES, MOST_IN_FLIGHT, PIECE_BYTES, LinkLane
 from moestro.planning.contract import Lane
 from moestro.planning.timeline import Timeline
+
+IN_FLIGHT = IN_FLIGHT_BYTES // PIECE_BYTES  # pieces of full size
 
 
 class Piece:
@@ -250,6 +252,33 @@ def test_closing_drops_what_has_not_begun() -> None:
         lane.submit(_bytes(2), _bytes(0), True, (0, 2))
 
 
+def test_a_broken_device_is_told_to_whoever_waits() -> None:
+    work = Work()
+    work.over = lambda: 1 / 0  # type: ignore[method-assign,return-value,assignment]
+    lane = LinkLane(Carrier())
+    work.is_launched = True
+    copy = lane.submit(_bytes(1), _bytes(0), True, (0, 1), work)
+    with pytest.raises(CopyError, match="division by zero"):
+        copy.wait()
+    with pytest.raises(RuntimeError, match="the device is closed"):
+        lane.submit(_bytes(1), _bytes(0), True, (0, 1))
+    lane.close()
+
+
+def test_small_pieces_fly_in_greater_numbers() -> None:
+    carrier = Carrier(held=True)
+    lane = LinkLane(carrier)
+    copies = [lane.submit(_bytes(n), _bytes(0), True, (0, n)) for n in range(12)]
+    carrier.wait_for(MOST_IN_FLIGHT)
+    time.sleep(0.02)
+    assert len(carrier.pieces) == MOST_IN_FLIGHT
+    carrier.held = False
+    for piece in carrier.pieces:
+        piece.there.set()
+    _arrived(*copies)
+    lane.close()
+
+
 class Runtime:
     """CUDA's registration of host memory, as far as it is used."""
 
@@ -274,8 +303,10 @@ def test_memory_is_registered_in_runs_and_given_back(monkeypatch: pytest.MonkeyP
     pinned = PinnedMemory(runtime)
     assert pinned.add(memory) is None
     assert sorted(runtime.registered.values()) == [500, 1000, 1000]
-    assert pinned.holds(memory)
-    assert pinned.holds(memory[900:2100])
+    assert pinned.holds(memory[1000:2000])
+    assert not pinned.holds(memory[900:1100])  # it crosses from one run to the next
+    assert pinned.add(memory) is None
+    assert len(runtime.registered) == 3
     assert not pinned.holds(other)
     assert pinned.n_bytes == 2500
     pinned.close()

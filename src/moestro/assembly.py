@@ -39,7 +39,7 @@ from .planning.replay import experts_room
 from .planning.trace import Trace
 from .planning.virtual import machine_clock
 from .routers import find_gate
-from .tape import record_steps
+from .tape import forget_steps, record_steps
 from .this_machine import this_machine
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
@@ -120,10 +120,10 @@ def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert
         room_bytes: device memory for experts.
     """
     old: Conductor = model.moestro
-    slots_before = old.slots.memory.shape[0]
     placement = policy.place(old.spec, room_bytes, heat)
-    old.slots = SlotPool(old.slots.memory[:0])  # gives its memory back before the next is taken
-    if placement.slots and not slots_before:
+    old.let_go_of_slots()  # gives their memory back before the next is taken
+    forget_steps(model)
+    if placement.slots:
         old.device.pin(old.store.memory)
     memory = old.device.pool(len(placement.held) + placement.slots, old.spec.slot_bytes)
     slots = SlotPool(memory, placement.held, placement.warm)

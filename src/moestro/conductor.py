@@ -86,7 +86,7 @@ class Conductor:
         self._to_warm = list(self.slots.warm)
         self._last_ran: _Ran | None = None
         self._held_ops: dict[tuple[int, torch.dtype], HeldLayer | None] = {}
-        self._failed: list[Expert] = []  # experts of this step that did not arrive
+        self._failures = 0  # copies that have failed so far
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
         self._closing = weakref.finalize(self, self.device.close)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
@@ -106,8 +106,10 @@ class Conductor:
             self._warm()
             if self.recorder is not None:
                 self.recorder.begin(tokens, phase)
-            self._forget_unfinished(self._failed)  # not before: until now the policy may have them down as coming
-            self._failed = []
+            link = self.device.link
+            if link is not None and link.counters.failed != self._failures:
+                self._failures = link.counters.failed
+                self.slots.forget_unfinished()  # not before: until now the policy may have them down as coming
             moves = self.policy.begin(tokens, self.view, self.costs)
             check_moves(moves, self.view, self.spec, "before the first layer")
             for move in moves:
@@ -199,9 +201,9 @@ class Conductor:
         step = self._step(layer, host, groups)
         if self.recorder is not None:
             self.recorder.record(step, index.shape[1])
+        found = classify(step, self.slots)
         decision = self.policy.decide(step, self.view, self.costs)
         check(decision, step, self.view, self.spec, BLOCK)
-        found = classify(step, self.slots)
         moved_before = self.slots.moved_bytes
         ran: list[_Ran] = []
         total = StepSum(x, self.slots.memory)
@@ -219,8 +221,7 @@ class Conductor:
             self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
             begun = [one for one in ran if not one.queued.cancel()]
-            touched = [(step.layer, expert) for expert in step.tokens]
-            self._forget_unfinished(touched + [move.expert for move in decision.moves])
+            self._settle()
             for one in begun:  # what it waited for is there or gone now
                 _wait_quietly(one.queued)
             self._last_ran = begun[-1] if begun else self._last_ran
@@ -244,7 +245,9 @@ class Conductor:
         width = max((s.shape[0] for s in scores if s is not None), default=0)
         if not width:
             return None
-        padded = [x.new_zeros(width, dtype=torch.float32) if s is None else _padded(s, width) for s in scores]
+        nothing = x.new_zeros(0, dtype=torch.float32)
+        found = [nothing if s is None else s for s in scores]
+        padded = [torch.nn.functional.pad(s, (0, width - s.shape[0])) for s in found]
         return torch.stack(padded)
 
     def _step(self, layer: int, host: HostBatch, groups: dict[int, Routed]) -> Step:
@@ -284,7 +287,7 @@ class Conductor:
             timed = self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
             return timed, self.time.arrival_s(timed, move.urgent)
 
-        self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent)
+        self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent, move.neurons is not None)
 
     def _run_on_device(
         self,
@@ -334,18 +337,13 @@ class Conductor:
                 line = str(error).splitlines()[0]
                 logger.warning("layer %d: %s; the CPU computes %s instead", step.layer, line, experts)
                 lost += experts
-        self._failed += [(step.layer, expert) for expert in lost]
         return lost
 
-    def _forget_unfinished(self, touched: Sequence[Expert]) -> None:
-        """After a failure nobody knows what arrived: forget what was on its way, so that the next step copies."""
-        for expert in touched:
-            slot = self.slots.find(expert)
-            if slot is None or self.slots.ready(expert) or slot.filling is None:
-                continue
-            if not slot.filling.cancel():
-                _wait_quietly(slot.filling)  # a copy that runs would write into whoever has the slot next
-            self.slots.forget(expert)
+    def _settle(self) -> None:
+        """After a failure or an interrupt: nothing is on its way any longer, and no slot has half of an expert."""
+        if self.device.link is not None:
+            self.device.link.settle()
+        self.slots.forget_unfinished()
 
     def _account(self, step: Step, found: Found, moved_bytes: int, cpu_s: float, wall_s: float) -> None:
         counters = self.counters
@@ -360,6 +358,13 @@ class Conductor:
         self.policy.observe(outcome)
         if self.recorder is not None:
             self.recorder.done(outcome)
+
+    def let_go_of_slots(self) -> None:
+        """Nothing of this conductor holds the device's memory any longer; it is not used after."""
+        self._settle()
+        self.slots = SlotPool(self.device.pool(0, self.spec.slot_bytes))
+        self.view = TableView(self.slots, self.time, self.view.ram_ready_s)
+        self._held_ops.clear()
 
     def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:
         """A conductor of the same model with another policy and other slots; this one is not used after."""
@@ -385,10 +390,6 @@ class Conductor:
 
 def _ram_ready_s(store: ExpertStore, clock: Clock, expert: Expert) -> float:
     return clock.in_ram_s(expert) if expert in store else float("inf")
-
-
-def _padded(scores: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(scores, (0, width - scores.shape[0]))
 
 
 def _wait_quietly(work: Transfer | Queued) -> None:

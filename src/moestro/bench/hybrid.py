@@ -29,6 +29,7 @@ from ..conductor import Conductor
 from ..config import MoestroConfig
 from ..errors import RequestError
 from ..generation import TextOptions, TextResult, generate_text
+from ..memory.lanes import LaneCopy
 from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
@@ -39,19 +40,21 @@ from ..tracing import recording
 from .limit import HybridLimit
 from .machine_card import git_commit
 
-POLICIES = (
+POLICIES = (  # what the ratios need comes first: time may end before the list does
+    "moestro",
     "layer-streaming",
     "lru",
-    "lru-speculative",
     "fiddler",
     "bandwidth-split",
+    "lru-speculative",
     "cpu-only",
-    "moestro",
 )
 PROMPTS = (32, 512, 2048)
 OURS = "moestro"
 PUBLISHED = {"layer-streaming": "19.4-22.5 (Fiddler, tables of its paper)", "lru": "8.2-10.1 (the same)"}
 _TOGETHER_BYTES = 4 * 2**30
+_READ_BYTES = 64 * 2**20
+_LIMIT_TOKENS = 16  # whose hits the hybrid limit is reckoned with
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class HybridRow:
     hit_rate: float
     bytes_moved: int
     share: float
-    link_busy_s: float
+    link_busy_s: float  # of the timed answer, its prompt of 32 tokens included
     link_idle_s: float  # while a copy could go
     slots: int
     peak_gpu_bytes: int
@@ -163,12 +166,11 @@ def measure_hybrid(
         gpu_memory: for all. layers: cut the depth. links: paces in GB/s, None for the link's own.
         seconds: after which a policy's decode ends, however many tokens it has made.
         uniform: also with routers that like all experts alike, at the first of the links, decode only.
-        limit_s: after which no other policy is begun; those that were not are named.
+        limit_s: from when it is loaded, after which no other policy is begun; those that were not are named.
 
     Raises:
         RequestError: no accelerator, no kernels, or no such policy. BudgetError: it does not fit.
     """
-    end_s = time.perf_counter() + limit_s
     for name in names:
         make_policy(name)  # refused before the work
     if not levels():
@@ -179,6 +181,7 @@ def measure_hybrid(
     )
     model = build_random_model(shape, config, dtype="auto", seed=0, layers=layers)
     gpu_bytes = config.budget.gpu_bytes or 0
+    end_s = time.perf_counter() + limit_s
     bench = _Bench(model, shape_tokenizer(shape), names, prompts, decode_tokens, seconds, end_s)
     bench.conductor.device.pin(bench.conductor.store.memory)
     for routing, paces in (("skewed", links), ("uniform", links[:1] if uniform else ())):
@@ -201,26 +204,34 @@ def measure_hybrid(
     return report
 
 
-def rates_together(conductor: Any) -> tuple[float, float]:
-    """GB/s that the CPU reads and that the lane copies, both at once, from the store."""
+def rates_together(conductor: Conductor, seconds: float = 2.0) -> tuple[float, float]:
+    """GB/s that the CPU reads and that the lane copies, both at once, from the store, for so long."""
     store, lane, threads = conductor.store, conductor.device.link, conductor.cpu.threads
+    assert lane is not None
     size = min(_TOGETHER_BYTES, store.n_bytes) // 64 * 64
-    memory = store.memory[:size].view(torch.float32)
-    first: Expert = (0, 0)
-    source = store[first]
-    target = conductor.device.pool(1, source.numel())[0]
-    readings = []
-    for _ in range(3):
-        begun = lane.counters.n_bytes
-        read_gbps(memory[: size // 16], threads, 512)  # threads awake
-        copies = [lane.submit(store[0, e], target, False, first) for e in range(conductor.spec.layers[0].experts)]
-        reads: list[float] = []
-        start_s = time.perf_counter()
-        while not copies[-1].done() and len(reads) < 1000:
-            reads.append(read_gbps(memory, threads, 512))
-        took_s = time.perf_counter() - start_s
-        readings.append((sum(reads) / len(reads) if reads else 0.0, (lane.counters.n_bytes - begun) / took_s / 1e9))
-    return max(readings, key=lambda reading: sum(reading))
+    parts = store.memory[:size].view(torch.float32).split(_READ_BYTES // 4)
+    experts = [(layer, e) for layer, of in enumerate(conductor.spec.layers) for e in range(of.experts)]
+    target = conductor.device.pool(1, conductor.spec.slot_bytes)[0]
+    copies: list[LaneCopy] = []
+
+    def feed() -> None:
+        while lane.queued_bytes() < 4 * _READ_BYTES and len(copies) < 10**5:
+            expert = experts[len(copies) % len(experts)]
+            source = store[expert]
+            copies.append(lane.submit(source, target[: source.numel()], False, expert))
+
+    feed()
+    while not lane.counters.n_bytes and not copies[0].done():
+        time.sleep(0.001)
+    begun_bytes, start_s, read_s, read_bytes, turn = lane.counters.n_bytes, time.perf_counter(), 0.0, 0, 0
+    while (now_s := time.perf_counter()) < start_s + seconds:
+        part = parts[turn % len(parts)]
+        read_s += part.numel() * 4 / read_gbps(part, threads, 512) / 1e9
+        read_bytes, turn = read_bytes + part.numel() * 4, turn + 1
+        feed()
+    link_gbps = (lane.counters.n_bytes - begun_bytes) / (now_s - start_s) / 1e9
+    lane.settle()
+    return read_bytes / read_s / 1e9, link_gbps
 
 
 class _Bench:
@@ -253,9 +264,9 @@ class _Bench:
         return found
 
     def measure(self, routing: str, paces: Sequence[float | None]) -> None:
-        """All policies at each pace of the link; prompts only where routers are skewed."""
+        """All policies at each pace of the link; all prompts at the first, the first one at the others."""
         heat = self._profile()
-        for pace in paces:
+        for pace_index, pace in enumerate(paces):
             lane = self.conductor.device.link
             assert lane is not None
             lane.gbps = pace
@@ -266,7 +277,7 @@ class _Bench:
                 if time.perf_counter() > self._end_s:
                     self.skipped.append(f"{name}, {_link_name(pace)}, {routing} routing")
                     continue
-                self.rows.append(self._run(name, routing, heat, together))
+                self.rows.append(self._run(name, routing, heat, together, pace_index))
 
     def _profile(self) -> dict[Expert, float]:
         """How often experts are used in an answer to another prompt than those that are timed."""
@@ -287,22 +298,28 @@ class _Bench:
     def _measured(self) -> Costs:
         return this_machine(self.conductor.device, self.conductor.cpu.threads).costs
 
-    def _run(self, name: str, routing: str, heat: dict[Expert, float], together: tuple[float, float]) -> HybridRow:
+    def _run(
+        self, name: str, routing: str, heat: dict[Expert, float], together: tuple[float, float], pace_index: int
+    ) -> HybridRow:
         costs = replace(self._measured, cpu_beside_link_gbps=together[0], link_gbps=together[1])
         conductor = conduct_by(self._model, make_policy(name), self._room_bytes, heat, costs)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self._generate(32, 3, seed=2)  # kernels compiled, buffers taken, tapes recorded
-        prompts = self._prompts if routing == "skewed" else ()
+        conductor.recorder = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
+        limited = self._generate(32, min(_LIMIT_TOKENS, self._decode_tokens), seed=2)  # which also takes buffers
+        conductor.recorder = None  # who listens has each layer pass by it, so the timed run has nobody
+        self._generate(32, 4, seed=2)  # records what is replayed
+        prompts = [] if routing != "skewed" else self._prompts if pace_index == 0 else self._prompts[:1]
+        if not self.rows:
+            for n in prompts:  # kernels for prompts compiled
+                self._generate(n, 1, seed=2)
         prefill = {n: self._generate(n, 1, seed=3).prefill_tok_s for n in prompts}
         lane = conductor.device.link
         assert lane is not None
         busy_s, idle_s = lane.counters.busy_s, lane.counters.idle_s
-        conductor.recorder = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
         found = self._generate(32, self._decode_tokens, seed=4)
-        conductor.recorder = None
         decoded, decode_tok_s = found.new_tokens - 1, found.decode_tok_s or 0.0
         return HybridRow(
             policy=name,
@@ -313,7 +330,7 @@ class _Bench:
             decoded=decoded,
             hit_rate=found.hit_rate or 0.0,
             bytes_moved=found.bytes_moved,
-            share=limit.seconds * decode_tok_s / decoded if decoded else 0.0,
+            share=limit.seconds * decode_tok_s / max(1, limited.new_tokens - 1),
             link_busy_s=lane.counters.busy_s - busy_s,
             link_idle_s=lane.counters.idle_s - idle_s,
             slots=len(conductor.slots),

@@ -1,8 +1,8 @@
 """The link lane: one thread that carries copies from RAM to the device, piece by piece, by priority.
 
-Between two pieces an urgent copy overtakes; a copy that has not begun can be dropped. At most two pieces are on their
-way at once, so that the link never waits for the host and what is urgent never waits for more than those two. Knows
-neither devices nor experts: a `Carrier` moves a piece, by a stream or by hand.
+Between two pieces an urgent copy overtakes; a copy that has not begun can be dropped. At most two pieces, or eight
+small ones, are on their way at once, so that the link does not wait for the host and what is urgent waits for no more.
+Knows neither devices nor experts: a `Carrier` moves a piece, by a stream or by hand.
 
     lane = LinkLane(carrier, gbps=12.0)             # None: as fast as it goes
     copy = lane.submit(source, target, urgent=True, label=(3, 5))
@@ -28,7 +28,8 @@ from ..planning.slots import Expert
 from ..planning.timeline import Timeline
 
 PIECE_BYTES = 16 * 2**20
-IN_FLIGHT = 2  # pieces
+IN_FLIGHT_BYTES = 2 * PIECE_BYTES
+MOST_IN_FLIGHT = 8  # pieces, where experts are small
 
 
 class Piece(Protocol):
@@ -158,6 +159,7 @@ class LaneCounters:
     busy_s: float = 0.0
     idle_s: float = 0.0
     n_bytes: int = 0
+    failed: int = 0  # copies
 
 
 class LinkLane:
@@ -215,6 +217,7 @@ class LinkLane:
             self._queue.remove(copy)
         if copy.state < _State.FAILED:
             copy.state, copy.error = state, error
+            self.counters.failed += state is _State.FAILED
         copy.after = None  # which may hold tensors
         self.changed.notify_all()
 
@@ -246,9 +249,24 @@ class LinkLane:
             held_up = held_up or copy
         return None if self._flying else held_up
 
+    def settle(self) -> None:
+        """Drop what has not begun and wait until the rest is there."""
+        with self.changed:
+            for copy in [copy for copy in self._queue if copy.state is _State.QUEUED]:
+                self.end(copy, _State.DROPPED)
+            while (self._queue or self._flying) and self._thread.is_alive():
+                self.changed.wait(1.0)
+
     def _work(self) -> None:
-        while self._go_on():
-            pass
+        try:
+            while self._go_on():
+                pass
+        except Exception as error:  # the device is broken: whoever waits hears of it
+            with self.changed:
+                self._closed = True
+                for copy in [*self._queue, *(flying.copy for flying in self._flying)]:
+                    self.end(copy, _State.FAILED, error)
+                self._flying.clear()
 
     def _go_on(self) -> bool:
         """Send a piece, or see one arrive; False when the lane is closed and empty."""
@@ -261,7 +279,9 @@ class LinkLane:
                 copy.state = _State.BEGUN
         if copy is not None:
             self._send(copy)
-        if self._flying and (copy is None or len(self._flying) == IN_FLIGHT):
+        flying_bytes = sum(flying.n_bytes for flying in self._flying)
+        is_full = flying_bytes >= IN_FLIGHT_BYTES or len(self._flying) == MOST_IN_FLIGHT
+        if self._flying and (copy is None or is_full):
             self._land()
         return True
 
@@ -302,6 +322,7 @@ class LinkLane:
                 self.end(copy, _State.FAILED, error)
             elif copy.arrived_bytes == copy.source.numel():
                 self.end(copy, _State.ARRIVED)
+            self.changed.notify_all()
 
     def _note(self, copy: LaneCopy, start_s: float, end_s: float, n_bytes: int) -> None:
         counters = self.counters

@@ -185,9 +185,9 @@ class _Run:
         clock = self.clock
         clock.begin_layer(step.layer, tokens)
         start_s = clock.now_s
+        found = classify(step, self.slots)
         decision = self.policy.decide(step, self.view, self.costs)
         check(decision, step, self.view, self.spec, BLOCK)
-        found = classify(step, self.slots)
         moved_before = self.slots.moved_bytes
         dispatch(decision, step.layer, self.slots, self._start, partial(self._run_gpu, step, decision))
         cpu = sorted(decision.cpu.items())
@@ -212,7 +212,7 @@ class _Run:
             copy = self.clock.copy(move.expert, n_bytes, move.urgent, after or 0.0, before)
             return copy, self.clock.arrival_s(copy, move.urgent)
 
-        self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent)
+        self.slots.load(move.expert, move.evict, fill, n_bytes, move.keep, move.urgent, move.neurons is not None)
 
     def _run_gpu(self, step: Step, decision: Decision, experts: list[int], after: Transfer | None) -> float:
         shares = [Share((step.layer, e), step.tokens[e], len(decision.gpu[e])) for e in experts]

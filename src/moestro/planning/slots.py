@@ -44,6 +44,7 @@ class Slot:
     eta_s: float = 0.0  # when the copy is expected to be done
     n_bytes: int = 0  # of the copy
     keep: bool = True  # False: only borrowed, until its layer's next step is over
+    partial: bool = False  # some neurons alone come: of no use but in the step that asked for them
 
 
 class SlotTable:
@@ -100,6 +101,7 @@ class SlotTable:
         n_bytes: int,
         keep: bool = True,
         urgent: bool = True,
+        partial: bool = False,
     ) -> Slot:
         """Give `expert` a slot and start filling it; joins a load in flight, hastens it and keeps it if asked.
 
@@ -117,12 +119,12 @@ class SlotTable:
             return slot
         before = None if evict is None or self.ready(evict) else self._where[evict].filling
         slot = self._empty[-1] if evict is None else self._where[evict]
-        filling, eta_s = start(slot.index, before)  # if it cannot, the slot stays as it is
         if evict is not None:
-            self.forget(evict)
+            self.forget(evict)  # before its bytes are written over, also if that is interrupted
+        filling, eta_s = start(slot.index, before)  # if it cannot, the slot stays empty
         self._empty.pop()  # the slot, in either case
         slot.filling, slot.eta_s = filling, eta_s
-        slot.expert, slot.keep, slot.n_bytes = expert, keep, n_bytes
+        slot.expert, slot.keep, slot.n_bytes, slot.partial = expert, keep, n_bytes, partial
         self.moved_bytes += n_bytes
         self._where[expert] = slot
         if not keep:
@@ -151,7 +153,28 @@ class SlotTable:
     def release(self, layer: int) -> None:
         """Empty the slots of a layer's experts that were only to stay for its step, which is over."""
         for expert in list(self._borrowed.get(layer, ())):
-            self.drop(expert)  # one that is still coming goes after the layer's next step
+            if self._where[expert].partial:
+                self.forget(expert)  # its work is queued behind the copy, and so is whatever comes into the slot next
+            else:
+                self.drop(expert)  # one that is still coming goes after the layer's next step
+
+    def forget_unfinished(self) -> None:
+        """After a failure nobody knows what arrived: empty the slots of all that is not there, once it is still."""
+        for expert, slot in list(self._where.items()):
+            if slot.filling is None or self.ready(expert):
+                continue
+            if slot.filling.cancel():
+                self.moved_bytes -= slot.n_bytes
+            else:
+                _wait_quietly(slot.filling)  # it would write into whoever has the slot next
+            self.forget(expert)
+
+
+def _wait_quietly(copy: Transfer) -> None:
+    try:
+        copy.wait()
+    except Exception:  # its failure is being told already
+        return
 
 
 class _Evictable(Collection[Expert]):

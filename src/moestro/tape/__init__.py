@@ -45,6 +45,12 @@ def cache_for(model: Any, cache: Any, tokens: int, sequences: int = 1) -> Any:
     return cache
 
 
+def forget_steps(model: Any) -> None:
+    """Forget what was recorded with the conductor that a model had."""
+    if isinstance(model.forward, StepTape):
+        model.forward.forget()
+
+
 def figures_of(model: Any) -> TapeFigures | None:
     """What a model's recordings cost and save so far; None where its steps are not recorded."""
     return replace(model.forward.figures) if isinstance(model.forward, StepTape) else None
@@ -58,5 +64,6 @@ __all__ = [
     "cache_for",
     "current_recording",
     "figures_of",
+    "forget_steps",
     "record_steps",
 ]

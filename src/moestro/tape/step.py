@@ -69,6 +69,12 @@ class StepTape:
                 return output
         return self._forward(*args, **kwargs)
 
+    def forget(self) -> None:
+        """Forget what was recorded, and ask the model who conducts it now."""
+        model: Any = self._model()
+        self._conductor, self._taped = model.moestro, []
+        self._seen.clear()
+
     def new_cache(self, tokens: int, most: int | None) -> StepCache | None:
         """A cache for so many tokens with which steps can be recorded; None where the model has none."""
         model: Any = self._model()
@@ -93,7 +99,7 @@ class StepTape:
             return None
         model: Any = self._model()
         if model.moestro is not self._conductor:  # another policy has taken over
-            self._conductor, self._taped = model.moestro, []
+            self.forget()
         rows, tokens = ids.shape[:2]
         if why_not(cache) is None and not all(layer.is_initialized for layer in cache.layers):
             self._prepare(cache, rows)
@@ -140,7 +146,8 @@ class StepTape:
             before.put_back()
             if recording.experts_failed or not isinstance(error, Exception):
                 raise
-            self._remember(kind, False)
+            if not isinstance(error, torch.OutOfMemoryError):  # another time there may be room
+                self._remember(kind, False)
             self._say(error)
             return resume(recording.tape.cuts, self._forward, args, kwargs)
         taped.tapes[kind] = recording.tape

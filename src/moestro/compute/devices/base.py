@@ -68,13 +68,17 @@ class StepSum:
     pool: Tensor
     out: Tensor | None = None
 
-    def add(self, run: Callable[[Tensor], None]) -> None:
+    def add(self, prepare: Callable[[], Callable[[Tensor], None]]) -> None:
         """Call what adds to a float32 [T, D].
+
+        Args:
+            prepare: takes the memory that is needed and gives what adds.
 
         Raises:
             torch.OutOfMemoryError: no memory, and nothing was added. BudgetError: no memory after something was.
         """
         is_first = self.out is None
+        run = prepare()
         try:
             if self.out is None:
                 self.out = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memory.lanes import IN_FLIGHT, PIECE_BYTES, LaneCopy, LinkLane, Work
+from ...memory.lanes import MOST_IN_FLIGHT, PIECE_BYTES, LaneCopy, LinkLane, Work
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from .. import gpu
@@ -67,7 +67,7 @@ class StreamCarrier:
 
     def _staged(self, source: Tensor) -> Tensor:
         if not self._ring:  # one more than fly, so that the one that is written is no longer read
-            self._ring = [pinned_bytes(PIECE_BYTES) for _ in range(IN_FLIGHT + 1)]
+            self._ring = [pinned_bytes(PIECE_BYTES) for _ in range(MOST_IN_FLIGHT + 1)]
         buffer = self._ring[self._next][: source.numel()]
         self._next = (self._next + 1) % len(self._ring)
         return buffer.copy_(source)
@@ -186,23 +186,25 @@ class CudaDevice:
 
     def _launch(self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert) -> torch.cuda.Event:
         begin = None if self._spans is None else self._spans.mark()
-        total.add(functools.partial(self._run_experts, math, total, work))
+        total.add(functools.partial(self._prepare, math, total, work))
         event = torch.cuda.Event()
         event.record()
         if self._spans is not None and begin is not None:
             self._spans.add(label, begin)
         return event
 
-    def _run_experts(self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], out: Tensor) -> None:
-        kernel = self._kernel(math, total.x.dtype)
+    def _prepare(self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork]) -> Callable[[Tensor], None]:
+        """What runs the experts, with the memory that it needs."""
+        kernel, x = self._kernel(math, total.x.dtype), total.x
         if kernel is not None:
-            gpu.run_grouped(kernel, total.pool, gpu.plan_of(kernel, total.pool, work, len(out)), total.x, out)
-            return
+            plan = gpu.plan_of(kernel, total.pool, work, len(x))
+            workspace = torch.empty(gpu.workspace_bytes(kernel, plan), dtype=torch.uint8, device=x.device)
+            return lambda out: gpu.run_grouped(kernel, total.pool, plan, x, out, workspace=workspace)
         on_device = []
         for item in work:
             rows, weights = (part.to(self.torch_device, non_blocking=True) for part in item.routed())
             on_device.append(ExpertWork(item.packed, item.neurons, rows, weights))
-        run_experts(math, total.x, on_device, out)
+        return functools.partial(run_experts, math, x, on_device)
 
     def _kernel(self, math: ExpertMath, dtype: torch.dtype) -> gpu.GpuKernel | None:
         """The kernels' form of a layer's experts; None for the twin."""

@@ -34,6 +34,8 @@ class PinnedMemory:
         start, size = memory.data_ptr(), memory.numel()
         for offset in range(0, size, _RUN_BYTES):
             n_bytes = min(_RUN_BYTES, size - offset)
+            if self.holds(memory[offset : offset + n_bytes]):
+                continue
             code = int(runtime.cudaHostRegister(start + offset, n_bytes, 0))
             if code:
                 return f"{offset / 2**30:.1f} of {size / 2**30:.1f} GiB of RAM could be pinned (CUDA error {code})"
@@ -43,13 +45,10 @@ class PinnedMemory:
         return None
 
     def holds(self, memory: Tensor) -> bool:
-        """Whether all of it is registered, or was pinned by torch."""
-        start, stop = memory.data_ptr(), memory.data_ptr() + memory.numel()
-        while True:
-            at = bisect_right(self._starts, start) - 1
-            if at < 0 or start >= self._stops[at]:
-                return start >= stop
-            start = self._stops[at]
+        """Whether all of it is registered, in one run: the driver refuses a copy that crosses from one to the next."""
+        start = memory.data_ptr()
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and start + memory.numel() <= self._stops[at]
 
     def close(self) -> None:
         """Give all of it back."""

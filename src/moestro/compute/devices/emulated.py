@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class EmulatedDevice(HostDevice):
 
     def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
         self._memory_bytes = memory_bytes
-        self._pool_bytes = 0
+        self._pool_bytes = self._peak_bytes = 0
         self.pinned_bytes = 0
         self._timeline: Timeline | None = None
         self._compute = ThreadPoolExecutor(1, "moestro-emulated-gpu")
@@ -90,12 +91,18 @@ class EmulatedDevice(HostDevice):
         return self._memory_bytes
 
     def peak_bytes(self) -> int:
-        return self._pool_bytes
+        return self._peak_bytes
 
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
-        self._pool_bytes += slots * slot_bytes
         # Named, since models are built under `torch.device("meta")`.
-        return torch.empty(slots, slot_bytes, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(slots, slot_bytes, dtype=torch.uint8, device="cpu")
+        self._count(memory.numel())
+        weakref.finalize(memory, self._count, -memory.numel())
+        return memory
+
+    def _count(self, n_bytes: int) -> None:
+        self._pool_bytes += n_bytes
+        self._peak_bytes = max(self._peak_bytes, self._pool_bytes)
 
     def pin(self, memory: Tensor) -> None:
         self.pinned_bytes += memory.numel()
@@ -125,6 +132,6 @@ class EmulatedDevice(HostDevice):
         if after is not None:
             after.wait()
         start_s = time.perf_counter()
-        total.add(functools.partial(run_experts, math, total.x, work))
+        total.add(lambda: functools.partial(run_experts, math, total.x, work))
         if self._timeline is not None:
             self._timeline.add(Lane.GPU, label, start_s, time.perf_counter(), "expert")

@@ -73,6 +73,7 @@ class CudaGraphs:
 
     def begin(self) -> None:
         if self._anchor is None:
+            CUDA.empty_cache()  # what a prompt left is not given to graphs while they are recorded
             self._begin()
             with warnings.catch_warnings():  # that it is empty
                 warnings.simplefilter("ignore")
