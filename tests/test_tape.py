@@ -591,6 +591,9 @@ class _FakeCuda:
         self.graph_pool_handle = lambda: self.pools.append(f"pool {len(self.pools)}") or self.pools[-1]
         self.Stream = lambda device: SimpleNamespace(wait_stream=lambda other: self.log.append(f"wait {other}"))
 
+    def empty_cache(self) -> None:
+        assert self.stream == "main"  # not while something is recorded
+
     def set_stream(self, stream: Any) -> None:
         self.stream = stream if stream == "main" else "side"
 
