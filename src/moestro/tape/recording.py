@@ -57,6 +57,8 @@ class TapeFigures:
         if not self.replays:
             return "no step was replayed"
         recorded = f"recorded in {self.record_s:.2f} s; " if self.recordings else ""
+        if not self.cuts:
+            return f"{self.replays} steps replayed from {self.graphs} graphs each; {recorded}no layer needs the host"
         return (
             f"{self.replays} steps replayed from {self.graphs} graphs each; {recorded}"
             f"a layer {self.host_us:.0f} us of the host beside the conductor's {self.conductor_us:.0f} us"

@@ -1,7 +1,7 @@
 """What the conductor asks of a device.
 
 Calls return at once where they can: `run` queues, `copy` starts. Two calls may wait: `read_router` for the
-device, and `combine` for what still has to be launched.
+device, and `Queued.wait` for work that is still to be launched.
 """
 
 from __future__ import annotations
