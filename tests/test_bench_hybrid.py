@@ -43,7 +43,7 @@ def test_ratios_against_arithmetic_by_hand() -> None:
     """Mixtral's 8 experts and top-2; a CPU of 40 GB/s beside a link of 10, so r = 4; 60 % hits."""
     speeds = {"layer-streaming": 0.5, "lru": 2.0, "fiddler": 8.0, "moestro": 10.0}
     rows = [replace(ROW, policy=name, decode_tok_s=speed, hit_rate=0.6) for name, speed in speeds.items()]
-    found = {ratio.over: ratio for ratio in _ratios(rows, [(10.0, 40.0, 10.0)], 4.0)}
+    found = {ratio.over: ratio for ratio in _ratios(rows, {10.0: (40.0, 10.0)}, 4.0)}
     assert {ratio.best for ratio in found.values()} == {"moestro"}
     assert found["layer-streaming"].ratio == pytest.approx(20)
     assert found["layer-streaming"].allowed == pytest.approx(4 * 5 / 0.4)

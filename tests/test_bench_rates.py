@@ -17,8 +17,9 @@ import torch
 
 from moestro.bench import rates, rates_cuda
 from moestro.bench.rates import NEED_GPU, Rates, Readers, host_buffer, measure_rates
-from moestro.bench.rates_cuda import PIECE_BYTES, Link, registered
+from moestro.bench.rates_cuda import Link, registered
 from moestro.compute.cpu import core_cpus
+from moestro.planning.costs import PIECE_BYTES
 
 TOY = {"size_bytes": 4 * PIECE_BYTES, "window_s": 0.005, "repeats": 3}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -22,30 +22,11 @@ from moestro.planning.contract import Lane
 from moestro.planning.policies import POLICIES
 from moestro.planning.timeline import Timeline
 from moestro.tracing import recording
+from tiny_runs import EXPERTS, logits_of, reference
 
-RUNS = [(1, 1), (1, 40), (3, 5), (17, 3)]  # batch, tokens of each prompt
+RUNS = ((1, 1), (1, 40), (3, 5), (17, 3))  # batch, tokens of each prompt
 STEPS = 3
-SLOTS = {"one": 1, "a third": 4 * 8 // 3, "all": 4 * 8}
-
-
-@torch.no_grad()
-def _logits(model: Any) -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(0)
-    found = []
-    for batch, prompt in RUNS:
-        ids = torch.randint(512, (batch, prompt + STEPS), generator=random)
-        out = model(input_ids=ids[:, :prompt], use_cache=True)
-        found.append(out.logits)
-        for at in range(prompt, prompt + STEPS):
-            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
-            found.append(out.logits)
-    return found
-
-
-@functools.cache
-def _reference() -> tuple[list[torch.Tensor], Any]:
-    model = load(shape="tiny", dtype="float32", device="cpu", fuse=False)
-    return _logits(model), model.moestro.spec
+SLOTS = {"one": 1, "a third": EXPERTS // 3, "all": EXPERTS}
 
 
 @functools.cache
@@ -57,7 +38,7 @@ def _needed_bytes() -> int:
 
 
 def _emulated(policy: str, slots: int, **options: Any) -> Any:
-    spec = _reference()[1]
+    spec = reference(RUNS, STEPS)[1]
     how = {"device": "emulated", "dtype": "float32", "link": "0.1GB/s", "machine": "rtx4060-laptop"} | options
     return load(shape="tiny", policy=policy, context=64, gpu_memory=_needed_bytes() + slots * spec.slot_bytes, **how)
 
@@ -66,7 +47,7 @@ def _emulated(policy: str, slots: int, **options: Any) -> Any:
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_gives_the_reference_logits(name: str, slots: str) -> None:
     model = _emulated(name, SLOTS[slots])
-    for found, wanted in zip(_logits(model), _reference()[0], strict=True):
+    for found, wanted in zip(logits_of(model, RUNS, STEPS), reference(RUNS, STEPS)[0], strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     model.moestro.close()
 

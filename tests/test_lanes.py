@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moestro.compute.devices.cuda_memory import PinnedMemory
 from moestro.errors import CopyError
-from moestro.memory.lanes import IN_FLIGHT_BYTES, MOST_IN_FLIGHT, PIECE_BYTES, LinkLane
+from moestro.memory.lanes import IN_FLIGHT_BYTES, MOST_IN_FLIGHT, LinkLane
 from moestro.planning.contract import Lane
+from moestro.planning.costs import PIECE_BYTES
 from moestro.planning.timeline import Timeline
 
 IN_FLIGHT = IN_FLIGHT_BYTES // PIECE_BYTES  # pieces of full size
@@ -63,6 +64,12 @@ class Carrier:
             self.changed.notify_all()
         return piece
 
+    def release(self) -> None:
+        """Let everything arrive, also what is sent later."""
+        self.held = False
+        for piece in self.pieces:
+            piece.there.set()
+
     def wait_for(self, pieces: int) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.pieces) >= pieces, 10)
@@ -110,9 +117,7 @@ def test_what_is_urgent_overtakes_between_two_pieces() -> None:
     other = lane.submit(_bytes(2), _bytes(0), False, (0, 2))
     urgent = lane.submit(_bytes(3), _bytes(0), True, (0, 3))
     assert lane.queued_bytes(urgent=True) == urgent.left_bytes()
-    carrier.held = False
-    for piece in carrier.pieces:
-        piece.there.set()
+    carrier.release()
     _arrived(guess, other, urgent)
     assert [number for number, _ in carrier.sent] == [1, 1, 3, 1, 1, 2]
     assert [size for _, size in carrier.sent[:2]] == [PIECE_BYTES] * 2
@@ -146,9 +151,7 @@ def test_a_hastened_copy_goes_first_and_a_dropped_one_never() -> None:
     assert not first.cancel()
     with pytest.raises(CopyError, match=r"the copy of expert \(0, 2\) was dropped"):
         second.wait()
-    carrier.held = False
-    for piece in carrier.pieces:
-        piece.there.set()
+    carrier.release()
     _arrived(first, third, fourth)
     assert [number for number, _ in carrier.sent] == [1, 1, 3, 4]
     lane.close()
@@ -194,9 +197,7 @@ def test_a_copy_into_a_slot_in_flight_follows_and_hastens_the_one_before() -> No
     guess = lane.submit(_bytes(2), target, False, (0, 2))
     third = lane.submit(_bytes(3), _bytes(0), False, (0, 3))
     follows = lane.submit(_bytes(4), target, True, (0, 4), guess)
-    carrier.held = False
-    for piece in carrier.pieces:
-        piece.there.set()
+    carrier.release()
     _arrived(first, guess, third, follows)
     assert [number for number, _ in carrier.sent] == [1, 1, 2, 4, 3]
     assert int(target[0]) == 4
@@ -272,9 +273,7 @@ def test_small_pieces_fly_in_greater_numbers() -> None:
     carrier.wait_for(MOST_IN_FLIGHT)
     time.sleep(0.02)
     assert len(carrier.pieces) == MOST_IN_FLIGHT
-    carrier.held = False
-    for piece in carrier.pieces:
-        piece.there.set()
+    carrier.release()
     _arrived(*copies)
     lane.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,36 +18,15 @@ from moestro.planning.policies import POLICIES, BasePolicy, make_policy
 from moestro.planning.replay import replay
 from moestro.planning.trace import Trace
 from moestro.tracing import recording, trace_ids
+from tiny_runs import EXPERTS, logits_of, reference
 
 MACHINE = "rtx4060-laptop"
-EXPERTS = 4 * 8  # of the shape `tiny`
-RUNS = [(1, 1), (1, 40), (3, 5), (17, 1), (17, 40)]  # batch, tokens of each prompt
+RUNS = ((1, 1), (1, 40), (3, 5), (17, 1), (17, 40))  # batch, tokens of each prompt
 STEPS = 2
 
 
-@torch.no_grad()
-def _logits(model: Any) -> list[torch.Tensor]:
-    """Of prompts of several lengths in batches of several sizes, each followed by a few decode steps."""
-    random = torch.Generator().manual_seed(0)
-    found = []
-    for batch, prompt in RUNS:
-        ids = torch.randint(512, (batch, prompt + STEPS), generator=random)
-        out = model(input_ids=ids[:, :prompt], use_cache=True)
-        found.append(out.logits)
-        for at in range(prompt, prompt + STEPS):
-            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
-            found.append(out.logits)
-    return found
-
-
-@functools.cache
-def _reference() -> tuple[list[torch.Tensor], Any]:
-    model = load(shape="tiny", dtype="float32", device="cpu", fuse=False)
-    return _logits(model), model.moestro.spec
-
-
 def _on_virtual_clock(policy: str, slots: int, **options: Any) -> Any:
-    spec = _reference()[1]
+    spec = reference(RUNS, STEPS)[1]
     gpu_memory = spec.dense_bytes + slots * spec.slot_bytes
     how = {"device": "emulated", "clock": "virtual", "machine": MACHINE, "dtype": "float32"}
     return load(shape="tiny", policy=policy, gpu_memory=gpu_memory, **how, **options)
@@ -57,10 +35,10 @@ def _on_virtual_clock(policy: str, slots: int, **options: Any) -> Any:
 @pytest.mark.parametrize("slots", [0, 1, EXPERTS // 3, EXPERTS])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_policy_gives_the_reference_logits_and_a_replay_its_counts(name: str, slots: int) -> None:
-    expected, spec = _reference()
+    expected, spec = reference(RUNS, STEPS)
     model = _on_virtual_clock(name, slots)
     with recording(model) as recorder:
-        found = _logits(model)
+        found = logits_of(model, RUNS, STEPS)
     trace = recorder.trace(model, "tiny", None)
     counters, clock = model.moestro.counters, model.moestro.time
     model.moestro.close()
@@ -87,14 +65,14 @@ def test_a_profile_places_the_popular_experts(name: str, tmp_path: Path) -> None
     heat = trace.heat()
     hottest = sorted(heat, key=lambda key: -heat[key])[:4]
     assert all(conductor.slots.find(key) is not None for key in hottest)
-    for logits, wanted in zip(_logits(running), _reference()[0], strict=True):
+    for logits, wanted in zip(logits_of(running, RUNS, STEPS), reference(RUNS, STEPS)[0], strict=True):
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert conductor.counters.hits > 0
     conductor.close()
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
-    spec = ModelSpec(_reference()[1].layers[:2], 0)
+    spec = ModelSpec(reference(RUNS, STEPS)[1].layers[:2], 0)
     Trace("other", spec, 2, None, []).save(tmp_path / "other.trace")
     with pytest.raises(RequestError, match="is of other, 2 layers of 8 experts; this model has 4 of 8"):
         _on_virtual_clock("fiddler", 8, profile=str(tmp_path / "other.trace"))
@@ -118,7 +96,7 @@ def test_bad_options_are_refused_in_one_line(options: dict[str, str], says: str)
 @pytest.mark.parametrize("slots", [1, 8, 20])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_after_a_failed_copy_or_an_interrupt_the_next_request_works(name: str, slots: int) -> None:
-    expected = _reference()[0][0]
+    expected = reference(RUNS, STEPS)[0][0]
     model = _on_virtual_clock(name, slots)
     device, random = model.moestro.device, torch.Generator().manual_seed(0)
     ids = torch.randint(512, (1, 1 + STEPS), generator=random)[:, :1]
@@ -200,5 +178,5 @@ def test_an_unlawful_policy_is_named_live_and_in_a_replay(monkeypatch: pytest.Mo
     monkeypatch.setitem(POLICIES, Careless.name, Careless)
     model = _on_virtual_clock(Careless.name, 4)
     with pytest.raises(Exception, match=r"layer 0: expert . is given to the GPU, but is not there nor on its way"):
-        _logits(model)
+        logits_of(model, RUNS, STEPS)
     model.moestro.close()

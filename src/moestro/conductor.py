@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn
 
@@ -223,7 +223,8 @@ class Conductor:
             begun = [one for one in ran if not one.queued.cancel()]
             self._settle()
             for one in begun:  # what it waited for is there or gone now
-                _wait_quietly(one.queued)
+                with suppress(BaseException):  # a failure is being told already
+                    one.queued.wait()
             self._last_ran = begun[-1] if begun else self._last_ran
             raise
         finally:
@@ -390,10 +391,3 @@ class Conductor:
 
 def _ram_ready_s(store: ExpertStore, clock: Clock, expert: Expert) -> float:
     return clock.in_ram_s(expert) if expert in store else float("inf")
-
-
-def _wait_quietly(work: Transfer | Queued) -> None:
-    try:
-        work.wait()
-    except BaseException:  # its failure is being told already
-        return

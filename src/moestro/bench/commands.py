@@ -215,7 +215,7 @@ def bench_hybrid(
         typer.Option(
             metavar="N",
             min=1,
-            help="Tokens of a prompt; may be given several times. [default: 32, 512, 2048]",
+            help="Tokens of a prompt; may be given several times; a paced link has the first. [default: 32, 512, 2048]",
             show_default=False,
         ),
     ] = None,

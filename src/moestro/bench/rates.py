@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from ..compute.cpu import core_cpus
 from ..machine import available_ram_bytes
-from .rates_cuda import PIECE_BYTES, Link, gpu_memory_gbps, registered
+from ..planning.costs import PIECE_BYTES
+from .rates_cuda import Link, gpu_memory_gbps, registered
 
 GIB = 1 << 30
 FULL_BYTES = 8 * GIB  # two registrations of 4 GiB, and far past any last-level cache

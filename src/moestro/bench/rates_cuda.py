@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from ..planning.costs import PIECE_BYTES
+
 CUDA: Any = torch.cuda  # parts of it are untyped, which mypy --strict refuses to call
 GPU = "cuda"
-PIECE_BYTES = 16 << 20
 SLOTS = 16  # destinations on the GPU, used in turn
 IN_FLIGHT = 4  # queued pieces: at 50 GB/s 1.3 ms of work, longer than the host takes to wake up
 REGISTER_BYTES = 4 << 30  # at most this much in one cudaHostRegister

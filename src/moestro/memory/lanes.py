@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..errors import CopyError
 from ..planning.contract import Lane
+from ..planning.costs import PIECE_BYTES
 from ..planning.slots import Expert
 from ..planning.timeline import Timeline
 
-PIECE_BYTES = 16 * 2**20
 IN_FLIGHT_BYTES = 2 * PIECE_BYTES
 MOST_IN_FLIGHT = 8  # pieces, where experts are small
 

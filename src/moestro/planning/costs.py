@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PIECE_BYTES = 16 * 2**20  # of a copy: between two pieces an urgent one overtakes, live and simulated
 BLOCK = 64  # neurons: an expert can be divided between blocks; memory.formats has the same, and a test holds them
 
 

@@ -9,6 +9,7 @@ still in RAM, so nothing is copied back. Held experts are slots that are never e
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -166,15 +167,9 @@ class SlotTable:
             if slot.filling.cancel():
                 self.moved_bytes -= slot.n_bytes
             else:
-                _wait_quietly(slot.filling)  # it would write into whoever has the slot next
+                with suppress(Exception):  # its failure is being told already
+                    slot.filling.wait()  # it would write into whoever has the slot next
             self.forget(expert)
-
-
-def _wait_quietly(copy: Transfer) -> None:
-    try:
-        copy.wait()
-    except Exception:  # its failure is being told already
-        return
 
 
 class _Evictable(Collection[Expert]):

@@ -19,14 +19,13 @@ from ..errors import BudgetError
 from .budget import format_bytes
 from .clock import Share
 from .contract import Expert, Lane, ModelSpec, Placement
-from .costs import Costs
+from .costs import PIECE_BYTES, Costs
 from .machines import Machine
 from .page_cache import PageCache
 from .slots import Transfer
 from .timeline import Timeline
 from .virtual_link import VirtualCopy, VirtualLink
 
-PIECE_BYTES = 16 * 2**20
 RAM_SHARE = 0.9  # of a machine's RAM, for experts: the rest is the system's
 _ACTIVATION_BYTES = 2  # of a hidden state's element on the link
 

@@ -7,8 +7,9 @@ device, and `Queued.wait` for work that is still to be launched.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -105,6 +106,28 @@ class Queued(Protocol):
 
     def cancel(self) -> bool:
         """Do not launch it, if nobody has begun to; False when somebody has."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOfThread:
+    """Work that a thread of the device does or launches, whose future says when; `Queued`, and `Work` for the lane."""
+
+    future: Future[Any]
+
+    def wait(self) -> None:
+        self.future.result()
+
+    def cancel(self) -> bool:
+        return self.future.cancel()
+
+    def launched(self) -> bool:
+        return self.future.done()
+
+    def over(self) -> bool:
+        return self.future.done()
+
+    def when_launched(self, call: Callable[[], None]) -> None:
+        self.future.add_done_callback(lambda _: call())
 
 
 class Device(Protocol):

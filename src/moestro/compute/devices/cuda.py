@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memory.lanes import MOST_IN_FLIGHT, PIECE_BYTES, LaneCopy, LinkLane, Work
+from ...memory.lanes import MOST_IN_FLIGHT, LaneCopy, LinkLane, Work
+from ...planning.costs import PIECE_BYTES
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from .. import gpu
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, HeldLayer, HostBatch, Queued, StepSum
+from .base import Copy, HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_timeline import GpuSpans
 
@@ -59,7 +60,7 @@ class StreamCarrier:
             source = self._staged(source)
         event = torch.cuda.Event(blocking=True)  # the lane's thread sleeps for it: the cores are for the experts
         with torch.cuda.stream(self._stream):
-            if isinstance(behind, _Queued):
+            if isinstance(behind, _Launched):
                 behind.fence()
             target.copy_(source, non_blocking=True)
             event.record()
@@ -73,29 +74,16 @@ class StreamCarrier:
         return buffer.copy_(source)
 
 
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    """Work on the compute stream, or on its way there."""
+class _Launched(WorkOfThread):
+    """Work on the compute stream, or on its way there; its future has the event behind it."""
 
-    future: Future[torch.cuda.Event]
-
-    def wait(self) -> None:
-        self.future.result()
-
-    def cancel(self) -> bool:
-        return self.future.cancel()
-
-    def launched(self) -> bool:
-        return self.future.done()
+    __slots__ = ()
 
     def over(self) -> bool:
         if not self.future.done():
             return False
         failed = self.future.cancelled() or self.future.exception() is not None
         return failed or bool(self.future.result().query())
-
-    def when_launched(self, call: Callable[[], None]) -> None:
-        self.future.add_done_callback(lambda _: call())
 
     def fence(self) -> None:
         torch.cuda.current_stream().wait_event(self.future.result())
@@ -145,7 +133,7 @@ class CudaDevice:
     def copy(
         self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
     ) -> Copy:
-        assert after is None or isinstance(after, _Queued | LaneCopy)
+        assert after is None or isinstance(after, _Launched | LaneCopy)
         return self.link.submit(source, target, urgent, label, after)
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
@@ -169,13 +157,13 @@ class CudaDevice:
     ) -> Queued:
         stream = torch.cuda.current_stream()
         if after is not None:
-            return _Queued(self._launcher.submit(self._launch_behind, stream, math, total, work, label, after))
+            return _Launched(self._launcher.submit(self._launch_behind, stream, math, total, work, label, after))
         future: Future[torch.cuda.Event] = Future()
         try:
             future.set_result(self._launch(math, total, work, label))
         except Exception as error:
             future.set_exception(error)
-        return _Queued(future)
+        return _Launched(future)
 
     def _launch_behind(
         self, stream: Any, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy

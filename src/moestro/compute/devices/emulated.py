@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from ...planning.contract import Lane
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, Queued, StepSum
+from .base import Copy, Queued, StepSum, WorkOfThread
 from .host import HostDevice
 
 DEFAULT_MEMORY_BYTES = 8 * 2**30
@@ -49,26 +48,6 @@ class MemoryCarrier:
         return _Here()
 
 
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    future: Future[None]
-
-    def wait(self) -> None:
-        self.future.result()
-
-    def cancel(self) -> bool:
-        return self.future.cancel()
-
-    def launched(self) -> bool:
-        return self.future.done()
-
-    def over(self) -> bool:
-        return self.future.done()
-
-    def when_launched(self, call: Callable[[], None]) -> None:
-        self.future.add_done_callback(lambda _: call())
-
-
 class EmulatedDevice(HostDevice):
     """Slots in RAM, one compute thread and one link thread.
 
@@ -82,7 +61,6 @@ class EmulatedDevice(HostDevice):
     def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
         self._memory_bytes = memory_bytes
         self._pool_bytes = self._peak_bytes = 0
-        self.pinned_bytes = 0
         self._timeline: Timeline | None = None
         self._compute = ThreadPoolExecutor(1, "moestro-emulated-gpu")
         self.link: LinkLane = LinkLane(MemoryCarrier(), link_gbps)
@@ -104,27 +82,23 @@ class EmulatedDevice(HostDevice):
         self._pool_bytes += n_bytes
         self._peak_bytes = max(self._peak_bytes, self._pool_bytes)
 
-    def pin(self, memory: Tensor) -> None:
-        self.pinned_bytes += memory.numel()
-
     def trace(self, timeline: Timeline | None) -> None:
         self._timeline = self.link.timeline = timeline
 
     def copy(
         self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
     ) -> Copy:
-        assert after is None or isinstance(after, _Queued | LaneCopy)
+        assert after is None or isinstance(after, WorkOfThread | LaneCopy)
         return self.link.submit(source, target, urgent, label, after)
 
     def run(
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
-        return _Queued(self._compute.submit(self._run, math, total, work, label, after))
+        return WorkOfThread(self._compute.submit(self._run, math, total, work, label, after))
 
     def close(self) -> None:
         self.link.close()
         self._compute.shutdown(wait=False, cancel_futures=True)  # it may be its own thread that closes
-        self.pinned_bytes = 0
 
     def _run(
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None
