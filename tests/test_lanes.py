@@ -269,7 +269,8 @@ def test_a_broken_device_is_told_to_whoever_waits() -> None:
 def test_small_pieces_fly_in_greater_numbers() -> None:
     carrier = Carrier(held=True)
     lane = LinkLane(carrier)
-    copies = [lane.submit(_bytes(n), _bytes(0), True, (0, n)) for n in range(12)]
+    with lane.changed:  # all at once, or the lane may find its queue empty and wait for a piece
+        copies = [lane.submit(_bytes(n), _bytes(0), True, (0, n)) for n in range(12)]
     carrier.wait_for(MOST_IN_FLIGHT)
     time.sleep(0.02)
     assert len(carrier.pieces) == MOST_IN_FLIGHT
