@@ -21,6 +21,7 @@ from moestro.compute.gpu import (
     kernel_of,
     plan_of,
     plan_on_device,
+    table_of,
     run_grouped,
     workspace_at_most,
     workspace_bytes,
@@ -63,7 +64,7 @@ class _Layer:
 
     @property
     def table(self) -> Tensor:
-        return self.slots.int().to(DEVICE)
+        return table_of(self.kernel, self.slots.tolist(), DEVICE)
 
     def x(self, tokens: int) -> Tensor:
         return torch.randn(tokens, self.math.shape.hidden).to(self.dtype).to(DEVICE)
@@ -152,18 +153,26 @@ def test_numbers_of_tokens(name: str, tokens: int) -> None:
     assert layer.error(out, layer.expected(x, work)) <= _tolerance(layer.kernel)
 
 
+@pytest.mark.parametrize("partly", [False, True], ids=["all", "an expert is missing and one is there in part"])
 @pytest.mark.parametrize("pairs_at_once", [0, 256])
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (3, 2), (17, 3), (50, 3)])
-def test_both_builders_plan_the_same(tokens: int, k: int, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_builders_plan_the_same(
+    tokens: int, k: int, pairs_at_once: int, partly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plans, "PAIRS_AT_ONCE", pairs_at_once)
     layer = _layer("fp32", "fp32", hidden=8, neurons=130)
     index, weights = _choice(tokens, k=k)
     index[torch.rand(tokens, k) < 0.2] += 3  # somebody else's
     weights[torch.rand(tokens, k) < 0.2] = 0
     index[0, 0], weights[0, 0] = 2, 0.5
-    work = [w for w in layer.work(index, weights) if len(w.rows)]
+    table, work = layer.table, layer.work(index, weights)
+    if partly:
+        table[1, 2] = 0
+        table[2, 1], table[2, 2] = 1, 2
+        work = [work[0], work[2]._replace(neurons=range(64, 130))]
+    work = [w for w in work if len(w.rows)]
     (ours,) = plan_of(layer.kernel, layer.pool, work, tokens).parts
-    (theirs,) = plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table).parts
+    (theirs,) = plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), table).parts
     pairs = len(ours.pair_token)
     assert torch.equal(theirs.pair_token[:pairs], ours.pair_token)
     assert torch.equal(theirs.pair_weight[:pairs], ours.pair_weight)
@@ -325,7 +334,7 @@ def test_a_plan_on_the_device_waits_for_nothing() -> None:
     kernel = _layer("int4", "bf16").kernel
     with FakeTensorMode():
         index, weights = torch.zeros(300, 2, dtype=torch.int64), torch.zeros(300, 2)
-        plan = plan_on_device(kernel, index, weights, torch.zeros(8, dtype=torch.int32))
+        plan = plan_on_device(kernel, index, weights, torch.ones(8, 3, dtype=torch.int32))
     (part,) = plan.parts
     assert part.tiles.shape == (plans.most_tiles(600, 8, part.rows), 5)
 

@@ -205,7 +205,7 @@ class CudaDevice:
         kernel = self._kernel(math, dtype)
         if kernel is None:
             return None
-        table = torch.tensor(slots, dtype=torch.int32, device=self.torch_device)
+        table = gpu.table_of(kernel, slots, self.torch_device)
 
         def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             out = torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -19,6 +19,7 @@ import triton.language as tl
 from .tiles import BLOCK, PANEL, add_group, add_joined, column_at, load_planes, place_of
 
 TILE_INTS = tl.constexpr(5)
+ENTRY_INTS = tl.constexpr(3)  # of the table in `choose`: an expert's slot, first block of neurons, number of blocks
 GROUPS_AT_ONCE = tl.constexpr(16)  # of one program of `order`
 COMPARED = tl.constexpr(16)  # pairs at once in `choose`; all at once take seconds to compile
 
@@ -203,11 +204,12 @@ def combine(
 
 
 @triton.jit
-def _choice(index, weights, i, pairs, experts):
+def _choice(index, weights, table, i, pairs, experts):
     """Some of a router's choices: experts, `experts` for those that are skipped, and their weights."""
     expert = tl.load(index + i, mask=i < pairs, other=-1).to(tl.int32)
     weight = tl.load(weights + i, mask=i < pairs, other=0)
     is_ours = (weight != 0) & (expert < experts) & (expert >= 0)
+    is_ours &= tl.load(table + expert * ENTRY_INTS + 2, mask=is_ours, other=0) > 0
     return tl.where(is_ours, expert, experts), weight
 
 
@@ -223,24 +225,23 @@ def choose(
     experts,
     pairs,
     K: tl.constexpr,
-    BLOCKS: tl.constexpr,
     M: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     """The plan for index [T, K] and weights float32 [T, K] in one program, which compares each pair with each.
 
-    A tile stands where its first pair does, so there are as many as pairs, most of them empty. PAIRS: a power of two,
-    no fewer than `pairs`.
+    table: [E, 3], see ENTRY_INTS; an expert of no blocks is skipped. A tile stands where its first pair does, so there
+    are as many as pairs, most of them empty. PAIRS: a power of two, no fewer than `pairs`.
     """
     i = tl.arange(0, PAIRS)
-    expert, weight = _choice(index, weights, i, pairs, experts)
+    expert, weight = _choice(index, weights, table, i, pairs, experts)
     first = tl.zeros((PAIRS,), tl.int32)  # of the expert's pairs
     within = tl.zeros((PAIRS,), tl.int32)  # this one's number among them
     count = tl.zeros((PAIRS,), tl.int32)
     place = tl.zeros((PAIRS,), tl.int32)  # among the token's pairs
     for start in range(0, PAIRS, COMPARED):
         j = start + tl.arange(0, COMPARED)
-        other, _ = _choice(index, weights, j, pairs, experts)
+        other, _ = _choice(index, weights, table, j, pairs, experts)
         is_less = other[None, :] < expert[:, None]  # [i, j]
         is_same = other[None, :] == expert[:, None]
         is_earlier = is_same & (j[None, :] < i[:, None])
@@ -257,8 +258,8 @@ def choose(
     tl.store(token_pairs + i // K * K + place, tl.where(is_ours, rank, pairs), mask=is_pair)
     is_tile = is_ours & (within % M == 0)
     tile = tiles + rank * TILE_INTS
-    tl.store(tile, tl.load(table + expert, mask=is_ours, other=0).to(tl.int32), mask=is_pair)
-    tl.store(tile + 1, tl.zeros((PAIRS,), tl.int32), mask=is_pair)
-    tl.store(tile + 2, tl.zeros((PAIRS,), tl.int32) + BLOCKS, mask=is_pair)
+    for place in tl.static_range(ENTRY_INTS):
+        entry = tl.load(table + expert * ENTRY_INTS + place, mask=is_ours, other=0)
+        tl.store(tile + place, entry.to(tl.int32), mask=is_pair)
     tl.store(tile + 3, rank, mask=is_pair)
     tl.store(tile + 4, tl.where(is_tile, tl.minimum(rank + M, first + count), rank), mask=is_pair)

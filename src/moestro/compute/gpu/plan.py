@@ -101,11 +101,11 @@ def plan_of(
 def plan_on_device(
     kernel: GpuKernel, index: Tensor, weights: Tensor, table: Tensor, *, limit_bytes: int = WORKSPACE_BYTES
 ) -> Plan:
-    """The plan for a router's choice where all experts of the layer are in slots; never waits for the device.
+    """The plan for a router's choice, of those experts that are in slots; never waits for the device.
 
     Args:
         index: int [T, K], chosen experts; E or more for none of ours. weights: float [T, K].
-        table: int32 [E], each expert's slot.
+        table: int32 [E, 3], each expert's slot, first block of neurons and number of blocks: 0 for one that is skipped.
         limit_bytes: what the workspace may take.
     """
     step = tokens_at_once(kernel, index.shape[1], limit_bytes)
@@ -117,6 +117,11 @@ def plan_on_device(
         make = _by_one_program if chosen.numel() <= PAIRS_AT_ONCE else _by_torch
         parts.append(make(kernel, tokens, chosen, mass, table))
     return Plan(tuple(parts), limit_bytes)
+
+
+def table_of(kernel: GpuKernel, slots: Sequence[int], device: torch.device) -> Tensor:
+    """The table of `plan_on_device` where all experts of a layer are whole in these slots, in order."""
+    return torch.tensor([(slot, 0, kernel.blocks) for slot in slots], dtype=torch.int32, device=device)
 
 
 def tokens_at_once(kernel: GpuKernel, most_pairs: int, limit_bytes: int) -> int:
@@ -154,7 +159,6 @@ def _by_one_program(kernel: GpuKernel, tokens: range, index: Tensor, weights: Te
         experts,
         pairs,
         K=index.shape[1],
-        BLOCKS=kernel.blocks,
         M=rows,
         PAIRS=max(kernels.COMPARED.value, 1 << (pairs - 1).bit_length()),
     )
@@ -166,7 +170,8 @@ def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, 
     """The same by torch's operations, all of fixed shape."""
     pairs, experts, k, device = index.numel(), table.shape[0], index.shape[1], index.device
     rows = tile_rows(kernel, pairs, min(pairs, experts))
-    is_ours = (weights != 0) & (index >= 0) & (index < experts)
+    blocks = torch.cat([table[:, 2], table.new_zeros(1)])  # of each expert, and of none of ours
+    is_ours = (weights != 0) & (blocks[index.long().where(index >= 0, experts).clamp(max=experts)] > 0)
     expert, order = torch.sort(index.where(is_ours, experts).flatten(), stable=True)  # [P]
     numbers = torch.arange(max(experts + 1, most_tiles(pairs, experts, rows), pairs), device=device)
     start = torch.searchsorted(expert, numbers[: experts + 1].to(expert.dtype))  # [E + 1]
@@ -177,7 +182,7 @@ def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, 
     stop = start[1:][owner]
     count = (stop - start[owner] + rows - 1) // rows
     first = start[owner] + (tile - ends[owner] + count) * rows
-    columns = (table[owner], torch.zeros_like(tile), kernel.blocks, first, torch.minimum(first + rows, stop))
+    columns = (*table[owner].unbind(1), first, torch.minimum(first + rows, stop))
     tiles = torch.stack([torch.where(is_tile, column, 0) for column in columns], 1)
     place = torch.empty_like(order).scatter_(0, order, numbers[:pairs])  # of each choice among the pairs
     place = place.where(place < start[experts], pairs).view(-1, k).sort(1).values
