@@ -6,8 +6,9 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moestro.compute.devices import make_device
+from moestro.compute.devices import LayerPort, make_device
 from moestro.compute.devices.emulated import EmulatedDevice, MemoryCarrier
+from moestro.compute.devices.graphs import PretendedGraphs, graphs_of
 from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
 from moestro.conductor import Conductor
@@ -150,6 +152,25 @@ def _reference(parts: list[dict[str, Tensor]], x: Tensor, index: Tensor, weights
     return out
 
 
+class _Ports:
+    """Layer steps as a recorded step does them; its graphs are the calls themselves where there is no GPU."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._graphs = graphs_of(conductor.device) if torch.cuda.is_available() else PretendedGraphs()
+        self._port: LayerPort | None = None
+
+    def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        conductor, device = self._conductor, self._conductor.device
+        if self._port is None:
+            self._port = device.port(x, index, None, conductor.slots.memory, EXPERTS)
+        self._port.leave(x, index, weights, None)
+        assert self._graphs is not None
+        device.record_slots(self._port, conductor.math[layer], self._graphs)
+        conductor.run_port(layer, self._port)
+        return self._port.enter()
+
+
 class _AnyOrder(EmulatedDevice):
     """Copies come in an order that a test draws, whatever is urgent."""
 
@@ -173,35 +194,45 @@ DRAWN = given(
     seed=st.integers(0, 2**32 - 1),
     slots=st.sampled_from([0, 1, 2, 3, 7, EXPERTS * LAYERS]),
     tokens=st.sampled_from([1, 3, 17]),
+    by_port=st.booleans(),
 )
 
 
 @settings(max_examples=80, deadline=None)
 @DRAWN
-def test_any_lawful_decision_gives_the_reference_result(seed: int, slots: int, tokens: int) -> None:
-    _check_drawn(_AnyOrder(seed), seed, slots, tokens)
+def test_any_lawful_decision_gives_the_reference_result(seed: int, slots: int, tokens: int, by_port: bool) -> None:
+    _check_drawn(_AnyOrder(seed), seed, slots, tokens, by_port)
 
 
 @settings(max_examples=30, deadline=None)
 @DRAWN
-def test_any_lawful_decision_gives_the_reference_result_on_cuda(seed: int, slots: int, tokens: int) -> None:
+def test_any_lawful_decision_gives_the_reference_result_on_cuda(
+    seed: int, slots: int, tokens: int, by_port: bool
+) -> None:
     """Where there is no GPU its streams are pretended: who waits for whom is tested, what overlaps is not."""
     if torch.cuda.is_available():
-        _check_drawn(make_device("cuda"), seed, slots, tokens)
+        _check_drawn(make_device("cuda"), seed, slots, tokens, by_port)
         return
     with pretended_cuda() as (device, _), mock.patch.object(device, "_kernel", return_value=None):
-        _check_drawn(device, seed, slots, tokens)
+        _check_drawn(device, seed, slots, tokens, by_port)
 
 
+@pytest.mark.parametrize("by_port", [False, True], ids=["eagerly", "as recorded"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_cuda_computes_by_the_kernels(seed: int) -> None:
+def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
     """Interpreted where there is no GPU."""
     if torch.cuda.is_available():
-        _check_drawn(make_device("cuda"), seed, 3, 3)
+        _check_drawn(make_device("cuda"), seed, 3, 3, by_port)
         return
-    with pretended_cuda() as (device, _):
-        _check_drawn(device, seed, 3, 3)
+    replays: list[int] = []
+
+    def recorded(graphs: object, work: Callable[[], None]) -> object:
+        return SimpleNamespace(replay=lambda: (replays.append(1), work()))
+
+    with pretended_cuda() as (device, _), mock.patch("moestro.compute.devices.cuda_port.recorded", recorded):
+        _check_drawn(device, seed, 3, 3, by_port)
         assert all(kernel is not None for _, kernel in device._kernels.values())
+    assert bool(replays) == by_port
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -230,18 +261,19 @@ def test_a_held_layer_waits_for_nobody(tokens: int) -> None:
         conductor.close()
 
 
-def _check_drawn(device: Any, seed: int, slots: int, tokens: int) -> None:
+def _check_drawn(device: Any, seed: int, slots: int, tokens: int, by_port: bool) -> None:
     torch.manual_seed(seed)
     policy = Drawn(seed)
     conductor, parts = _conductor(policy, slots, device)
     at = device.torch_device
+    run_layer = _Ports(conductor).run_layer if by_port else conductor.run_layer
     try:
         for step in range(2):
             conductor.begin(tokens, Phase.PREFILL if step == 0 else Phase.DECODE)
             for layer in range(LAYERS):
                 x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
                 index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))  # EXPERTS is the sentinel
-                out = conductor.run_layer(layer, x.to(at), index.to(at), weights.to(at)).cpu()
+                out = run_layer(layer, x.to(at), index.to(at), weights.to(at)).cpu()
                 torch.testing.assert_close(out, _reference(parts[layer], x, index, weights), rtol=1e-4, atol=1e-5)
     finally:
         conductor.close()
@@ -411,9 +443,14 @@ def test_where_the_device_has_no_memory_the_cpu_computes(caplog: pytest.LogCaptu
     def full(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no room for 3 GiB")
 
-    device._run, compute = full, device._run  # type: ignore[method-assign]
-    for device._run in (full, compute):  # type: ignore[method-assign]
-        out = conductor.run_layer(0, x, index, weights)
+    compute, by_port = device._run, _Ports(conductor).run_layer
+    for device._run, run_layer in (  # type: ignore[method-assign]
+        (full, conductor.run_layer),
+        (compute, conductor.run_layer),
+        (full, by_port),
+        (compute, by_port),
+    ):
+        out = run_layer(0, x, index, weights)
         torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
     assert "no room for 3 GiB; the CPU computes [2] instead" in caplog.text
     conductor.close()

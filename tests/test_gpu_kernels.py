@@ -21,8 +21,8 @@ from moestro.compute.gpu import (
     kernel_of,
     plan_of,
     plan_on_device,
-    table_of,
     run_grouped,
+    table_of,
     workspace_at_most,
     workspace_bytes,
 )
@@ -81,7 +81,7 @@ class _Layer:
     def expected(self, x: Tensor, work: list[ExpertWork]) -> Tensor:
         """float64 [T, D]."""
         total = torch.zeros(x.shape, dtype=torch.float64)
-        for packed, neurons, rows, weights, _ in work:
+        for packed, neurons, rows, weights, *_ in work:
             p = self.math.format.unpack(packed.cpu(), self.math.shape, neurons, torch.float64)
             h = x.cpu()[rows].double()
             gate = None if p.gate is None else linear(h, p.gate, p.gate_bias)

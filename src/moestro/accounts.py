@@ -10,7 +10,11 @@ from .planning.contract import Outcome, Phase, Step
 
 @dataclass(slots=True)
 class Counters:
-    """What was done so far. Hits, joins and misses count (expert, step) pairs of decode."""
+    """What was done so far. Hits, joins and misses count (expert, step) pairs of decode.
+
+    cpu_s: the CPU computed experts. waited_s: the host waited for copies and launches; for the device see
+    `Device.waited_s`.
+    """
 
     layer_steps: int = 0
     tokens: int = 0  # summed over layer steps
@@ -18,6 +22,8 @@ class Counters:
     joined: int = 0
     misses: int = 0
     moved_bytes: int = 0
+    cpu_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class Recorder(Protocol):

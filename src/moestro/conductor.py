@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from .accounts import Counters, Recorder
 from .compute.cpu import CpuExperts, KernelShape
-from .compute.devices import Device, HeldLayer, HostBatch, Queued, StepSum
+from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .compute.experts import ExpertMath
 from .errors import CopyError
-from .grouping import Routed, group_by_expert
+from .grouping import Routed, group_by_expert, step_of
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
@@ -39,11 +39,10 @@ from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, O
 from .planning.dispatch import Found, classify, dispatch
 from .planning.slots import Transfer
 from .planning.timeline import Timeline
-from .planning.trace import kept_guesses
 from .planning.view import TableView
 from .planning.virtual import VirtualMachine
 from .planning.virtual_link import VirtualCopy
-from .routers import Gate
+from .routers import Gate, guess_next
 
 logger = logging.getLogger("moestro")
 
@@ -194,29 +193,42 @@ class Conductor:
         if (op := self.held_op(layer, x.dtype)) is not None:
             self.count_held(1, index.numel())
             return op(x, index, weights)
-        host = self.device.read_router(index, weights, x, self._guess(layer, x, index))
-        groups = group_by_expert(host.index, host.weights, self.spec.layers[layer].experts)
-        self.time.begin_layer(layer, x.shape[0])
+        if self.guesses_wanted and layer < len(self.gates) and (gate := self.gates[layer]) is not None:
+            gate.learn(x, index)
+        batch = self.device.read_router(index, weights, x, self.guess_next(layer, x, index.shape[1]))
+        total = StepSum(x, self.slots.memory)
+        on_cpu = self._run_step(layer, batch, total, functools.partial(self.device.host_output, x))
+        return self.device.combine(on_cpu, total)
+
+    def run_port(self, layer: int, port: LayerPort) -> None:
+        """The same for a recorded step: what its graph brought to the port, into the sum and the output of the port."""
+        with self._lock:
+            self._run_step(layer, port.read(), port.total, port.host_output)
+
+    def _run_step(
+        self, layer: int, batch: HostBatch, total: StepSum, host_output: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """One layer step as the policy decides; returns the CPU's part, if it has one."""
+        groups = group_by_expert(batch.index, batch.weights, self.spec.layers[layer].experts)
+        self.time.begin_layer(layer, batch.x.shape[0])
         start_s = self.time.now_s
-        step = self._step(layer, host, groups)
+        step = step_of(layer, self.phase, groups, batch.guesses)
         if self.recorder is not None:
-            self.recorder.record(step, index.shape[1])
+            self.recorder.record(step, batch.index.shape[1])
         found = classify(step, self.slots)
         decision = self.policy.decide(step, self.view, self.costs)
         check(decision, step, self.view, self.spec, BLOCK)
         moved_before = self.slots.moved_bytes
         ran: list[_Ran] = []
-        total = StepSum(x, self.slots.memory)
         try:
             run = functools.partial(self._run_on_device, step, decision, total, groups, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s
-            on_cpu = self._run_on_cpu(step, decision.cpu, host.x, groups, None)
+            on_cpu = self._run_on_cpu(step, decision.cpu, batch.x, groups, host_output() if decision.cpu else None)
             cpu_s = self.time.lane_free_s(Lane.CPU) - cpu_start_s
             if lost := self._wait_for(step, ran):
                 shares = {expert: decision.gpu[expert] for expert in lost}
-                on_cpu = self._run_on_cpu(step, shares, host.x, groups, on_cpu)
-            out = self.device.combine(on_cpu, total)
+                on_cpu = self._run_on_cpu(step, shares, batch.x, groups, host_output() if on_cpu is None else on_cpu)
             self.time.end_layer()
             self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
@@ -230,39 +242,18 @@ class Conductor:
         finally:
             self.slots.release(layer)
         self._account(step, found, self.slots.moved_bytes - moved_before, cpu_s, self.time.now_s - start_s)
-        return out
+        return on_cpu
 
-    def _guess(self, layer: int, x: Tensor, index: Tensor) -> Tensor | None:
-        """What the next gates make of this layer's hidden states: float32 [ahead, E], or None."""
+    @property
+    def guesses_wanted(self) -> int:
+        """For how many later layers, by the policy or who listens."""
         wanted = self.policy.lookahead if self.slots else 0  # without slots no guess can be loaded
-        if self.recorder is not None:
-            wanted = max(wanted, self.recorder.lookahead)
-        gates = self.gates[layer + 1 : layer + 1 + wanted]
-        if wanted and layer < len(self.gates) and (own := self.gates[layer]) is not None:
-            own.learn(x, index)
-        if not gates:
-            return None
-        scores = [gate.guess(x) if gate is not None else None for gate in gates]
-        width = max((s.shape[0] for s in scores if s is not None), default=0)
-        if not width:
-            return None
-        nothing = x.new_zeros(0, dtype=torch.float32)
-        found = [nothing if s is None else s for s in scores]
-        padded = [torch.nn.functional.pad(s, (0, width - s.shape[0])) for s in found]
-        return torch.stack(padded)
+        return wanted if self.recorder is None else max(wanted, self.recorder.lookahead)
 
-    def _step(self, layer: int, host: HostBatch, groups: dict[int, Routed]) -> Step:
-        guesses: dict[int, dict[int, float]] = {}
-        for ahead, scores in enumerate(host.guesses.tolist() if host.guesses is not None else ()):
-            if kept := kept_guesses(scores, host.index.shape[1]):
-                guesses[layer + 1 + ahead] = kept
-        return Step(
-            layer=layer,
-            phase=self.phase,
-            tokens={expert: len(routed.span) for expert, routed in groups.items()},
-            mass={expert: routed.mass for expert, routed in groups.items()},
-            guesses=guesses,
-        )
+    def guess_next(self, layer: int, x: Tensor, top_k: int) -> Tensor | None:
+        """The wanted guesses from a layer's hidden states, as `routers.guess_next` makes them. Can be recorded."""
+        gates = self.gates[layer + 1 : layer + 1 + self.guesses_wanted]
+        return guess_next(gates, x, top_k) if gates else None
 
     def _start(self, move: Move, after: _Ran | None, *, reading: _Ran | None = None) -> None:
         """Start a copy, behind work that must be over first; one that is there or on its way is joined.
@@ -310,16 +301,17 @@ class Conductor:
     def _run_on_cpu(
         self, step: Step, of: Mapping[int, range], x: Tensor, groups: dict[int, Routed], out: Tensor | None
     ) -> Tensor | None:
-        """Neurons of experts on the CPU, added to `out` if there is one."""
-        if not of:
+        """Neurons of experts on the CPU, added to `out`, which is None where there are none."""
+        if not of or out is None:
             return out
-        out = self.device.host_output(x) if out is None else out
         shares = sorted(of.items())
         work = [groups[expert].work(self.store[step.layer, expert], neurons) for expert, neurons in shares]
         start_s = time.perf_counter()
         self.cpu.run(self.math[step.layer], x, work, out)
+        end_s = time.perf_counter()
+        self.counters.cpu_s += end_s - start_s
         if self.timeline is not None and not isinstance(self.time, VirtualMachine):
-            self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, time.perf_counter(), "expert")
+            self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, end_s, "expert")
         self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
@@ -329,6 +321,7 @@ class Conductor:
         Their copy failed, or the device had no memory for the work.
         """
         lost: list[int] = []
+        start_s = time.perf_counter()
         for queued, experts, _ in ran:
             try:
                 queued.wait()
@@ -338,6 +331,7 @@ class Conductor:
                 line = str(error).splitlines()[0]
                 logger.warning("layer %d: %s; the CPU computes %s instead", step.layer, line, experts)
                 lost += experts
+        self.counters.waited_s += time.perf_counter() - start_s
         return lost
 
     def _settle(self) -> None:

@@ -1,22 +1,26 @@
-"""A router's choice, sorted by expert: whose tokens an expert computes, and with which weights.
+"""A router's choice, sorted by expert: whose tokens an expert computes, with which weights, and what a policy sees.
 
-Legend: T tokens, K top-k, E experts.
+Legend: T tokens, K top-k, E experts, G guesses.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .compute.experts import ExpertWork
+from .planning.contract import Phase, Step
+from .planning.trace import SCORE
 
 
 class Routed(NamedTuple):
     """The tokens of one expert in a step: `span` of the step's rows, int64, and routing weights, float32; their sum."""
 
+    expert: int
     step_rows: Tensor
     step_weights: Tensor
     span: range
@@ -24,7 +28,7 @@ class Routed(NamedTuple):
 
     def work(self, packed: Tensor, neurons: range) -> ExpertWork:
         """What these tokens ask of an expert's neurons."""
-        return ExpertWork(packed, neurons, self.step_rows, self.step_weights, self.span)
+        return ExpertWork(packed, neurons, self.step_rows, self.step_weights, self.span, self.expert)
 
 
 def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed]:
@@ -34,7 +38,7 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
     exactly 0, by which some families say "no expert".
 
     Args:
-        index: int64 [T, K] on the host. weights: float32 [T, K].
+        index: int [T, K] on the host. weights: float32 [T, K].
 
     Returns:
         expert -> its tokens, in ascending order of expert, only experts with at least one token.
@@ -50,9 +54,23 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> dict[int, R
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            groups[expert] = Routed(rows, sorted_weights, range(start, start + count), masses[expert])
+            groups[expert] = Routed(expert, rows, sorted_weights, range(start, start + count), masses[expert])
             start += count
     return groups
+
+
+def step_of(layer: int, phase: Phase, groups: Mapping[int, Routed], guesses: Tensor | None) -> Step:
+    """What a policy sees of it.
+
+    Args:
+        guesses: int32 [ahead, 2, G] on the host, as `routers.guess_next` makes them, or None.
+    """
+    likely: dict[int, dict[int, float]] = {}
+    for ahead, (experts, scores) in enumerate(() if guesses is None else guesses.tolist(), start=1):
+        if guess := {expert: score / SCORE for expert, score in zip(experts, scores, strict=True) if score}:
+            likely[layer + ahead] = guess
+    tokens = {expert: len(routed.span) for expert, routed in groups.items()}
+    return Step(layer, phase, tokens, {expert: routed.mass for expert, routed in groups.items()}, likely)
 
 
 def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
@@ -60,7 +78,7 @@ def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, 
     flat, rows = weights.view(-1), _zeros(index.shape[1])
     choices = enumerate(zip(*index.tolist(), flat.tolist(), strict=True))
     ours = sorted((expert, i, mass) for i, (expert, mass) in choices if expert < experts and mass != 0)
-    groups = {expert: Routed(rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
+    groups = {expert: Routed(expert, rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
     return groups if len(groups) == len(ours) else None
 
 

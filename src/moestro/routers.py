@@ -6,18 +6,20 @@ by comparing a few such rules with what the model chose.
 
     Gate(find_router(model, "model.layers.1.mlp.experts")).guess(hidden states of layer 0)
 
-Legend: T tokens, K top-k, D model width, E experts.
+Legend: T tokens, K top-k, D model width, E experts, G guesses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+
+from .planning.trace import SCORE, guesses_kept
 
 
 def find_router(model: nn.Module, experts_name: str) -> nn.Module | None:
@@ -125,6 +127,28 @@ class Gate:
             for name, tensor in (*owner.named_parameters(), *owner.named_buffers())
             if tensor.numel() == max(tensor.shape, default=0) and ".experts." not in f".{name}"
         }
+
+
+def guess_next(gates: Sequence[Gate | None], x: Tensor, top_k: int) -> Tensor | None:
+    """What the next layers' gates make of this layer's hidden states [T, D]; never waits for the host.
+
+    Returns:
+        int32 [ahead, 2, G]: experts, the likeliest first, and their shares of the attention in units of 1 / 65535; 0
+        for none. None where no gate says anything.
+    """
+    found = [None if gate is None else gate.guess(x) for gate in gates]
+    if all(scores is None for scores in found):
+        return None
+    kept = guesses_kept(top_k)
+    rows = []
+    for scores in found:
+        row = torch.zeros(2, kept, dtype=torch.int32, device=x.device)
+        if scores is not None:
+            best = scores.topk(min(kept, len(scores)))
+            row[0, : len(best.indices)] = best.indices
+            row[1, : len(best.indices)] = (best.values * SCORE).round().clamp(max=SCORE)
+        rows.append(row)
+    return torch.stack(rows)
 
 
 _GROUPS = (2, 4, 8)

@@ -97,7 +97,7 @@ class CpuExperts:
 
 def _item(work: ExpertWork) -> tuple[int, int, int, int, int, int]:
     """As the kernels take it: addresses, the range of neurons, how many tokens."""
-    packed, neurons, rows, weights, span = work
+    packed, neurons, rows, weights, span, _ = work
     first, stop = (0, rows.shape[0]) if span is None else (span.start, span.stop)
     rows_at, weights_at = rows.data_ptr() + 8 * first, weights.data_ptr() + 4 * first
     return packed.data_ptr(), neurons.start, neurons.stop, rows_at, weights_at, stop - first

@@ -28,19 +28,14 @@ from ..errors import RequestError
 from .contract import LayerSpec, ModelSpec, Phase, Step
 
 FORMAT, VERSION = "moestro-trace", 1
-_SCORE = 65535
+SCORE = 65535  # of certainty
 _LEAST_GUESSES = 8
 _COLUMNS = "BIHHHHIfHHH"  # see the module's docstring
 
 
-def kept_guesses(scores: Sequence[float], top_k: int) -> dict[int, float]:
-    """Of a gate's scores of all experts what policies see and traces keep: the likeliest, twice as many as it chooses.
-
-    Rounded as a trace stores them, so that a policy sees the same in a replay.
-    """
-    most = max(_LEAST_GUESSES, 2 * top_k)
-    ranked = sorted(enumerate(scores), key=lambda pair: -pair[1])[:most]
-    return {expert: min(_SCORE, round(score * _SCORE)) / _SCORE for expert, score in ranked if score > 0}
+def guesses_kept(top_k: int) -> int:
+    """How many experts of a gate's guess policies see and traces keep: the likeliest, twice as many as it chooses."""
+    return max(_LEAST_GUESSES, 2 * top_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +162,7 @@ def _append_pass(columns: list[array[Any]], one: Pass, lookahead: int) -> None:
             guesses = step.guesses.get(step.layer + ahead, {})
             guess_counts.append(len(guesses))
             guessed.extend(guesses)
-            scores.extend(min(_SCORE, round(score * _SCORE)) for score in guesses.values())
+            scores.extend(min(SCORE, round(score * SCORE)) for score in guesses.values())
 
 
 def _read(header: dict[str, Any], body: bytes) -> Trace:
@@ -218,7 +213,7 @@ def _read_passes(columns: list[array[Any]], lookahead: int, specs: Sequence[Laye
                 if stop > at_guess and max(guessed[at_guess:stop]) >= specs[layer + ahead].experts:
                     raise ValueError(f"a guess of an expert that layer {layer + ahead} does not have")
                 if stop > at_guess:
-                    marks = (score / _SCORE for score in scores[at_guess:stop])
+                    marks = (score / SCORE for score in scores[at_guess:stop])
                     guesses[layer + ahead] = dict(zip(guessed[at_guess:stop], marks, strict=True))
                 at_guess = stop
             steps.append(

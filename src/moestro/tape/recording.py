@@ -6,32 +6,34 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..compute.devices import LayerPort
 from ..compute.devices.graphs import CannotRecordError, Graph, Graphs
 from ..conductor import Conductor
 from .arguments import without_cache
 
 
 class Cut(NamedTuple):
-    """Where the experts of a layer run between two graphs: what they are given, and where their result goes."""
+    """Where the experts of a layer run between two graphs."""
 
+    conductor: Conductor
     layer: int
-    x: Tensor
-    chosen: Tensor
-    weights: Tensor
-    out: Tensor
+    port: LayerPort
+
+    def replay(self) -> None:
+        """As the policy decides now."""
+        self.conductor.run_port(self.layer, self.port)
 
 
 @dataclass(slots=True)
 class TapeFigures:
     """What a model's recordings cost and save.
 
-    graphs: of the latest recording. replay_s, experts_s: of all replays, on the host: the model's whole forward, and
-    the part in which the conductor had the step, waiting for the device and the CPU's experts.
+    graphs: of the latest recording. replay_s, cpu_s, waited_s: of all replays, on the host: the model's whole forward,
+    of which the CPU computed experts, and waited for the device or the link.
     """
 
     recordings: int = 0
@@ -40,17 +42,23 @@ class TapeFigures:
     replays: int = 0
     cuts: int = 0  # in all replays
     replay_s: float = 0.0
-    experts_s: float = 0.0
+    cpu_s: float = 0.0
+    waited_s: float = 0.0
 
     @property
     def host_us(self) -> float:
-        """Of a layer in a replay: what the host spends outside the conductor. On CUDA that is launching graphs."""
-        return (self.replay_s - self.experts_s) / self.cuts * 1e6 if self.cuts else 0.0
+        """Of a layer in a replay: what the host takes to decide, launch and account, nothing computed or waited for."""
+        return (self.replay_s - self.cpu_s - self.waited_s) / self.cuts * 1e6 if self.cuts else 0.0
 
     @property
-    def conductor_us(self) -> float:
-        """Of a layer in a replay: what the conductor took, with its waits for the device and the CPU's experts."""
-        return self.experts_s / self.cuts * 1e6 if self.cuts else 0.0
+    def cpu_us(self) -> float:
+        """Of a layer in a replay: experts on the CPU."""
+        return self.cpu_s / self.cuts * 1e6 if self.cuts else 0.0
+
+    @property
+    def wait_us(self) -> float:
+        """Of a layer in a replay: the host waits for the device or the link."""
+        return self.waited_s / self.cuts * 1e6 if self.cuts else 0.0
 
     def describe(self) -> str:
         """One line."""
@@ -61,12 +69,13 @@ class TapeFigures:
             return f"{self.replays} steps replayed from {self.graphs} graphs each; {recorded}no layer needs the host"
         return (
             f"{self.replays} steps replayed from {self.graphs} graphs each; {recorded}"
-            f"a layer {self.host_us:.0f} us of the host beside the conductor's {self.conductor_us:.0f} us"
+            f"a layer {self.host_us:.0f} us of the host, {self.cpu_us:.0f} us of experts on the CPU and "
+            f"{self.wait_us:.0f} us of waiting"
         )
 
     def to_json(self) -> dict[str, float]:
         """As `--json` prints them."""
-        names = ("recordings", "graphs", "record_s", "replays", "host_us", "conductor_us")
+        names = ("recordings", "graphs", "record_s", "replays", "host_us", "cpu_us", "wait_us")
         return {name: getattr(self, name) for name in names}
 
     def since(self, before: TapeFigures) -> TapeFigures:
@@ -79,28 +88,29 @@ class TapeFigures:
 class Tape:
     """One recorded step. `output` is what the model returned, in memory that a replay writes."""
 
-    graphs: list[Graph] = field(default_factory=list)
-    cuts: list[Cut] = field(default_factory=list)
+    parts: list[Graph | Cut] = field(default_factory=list)
     held: list[int] = field(default_factory=list)  # experts chosen in each layer that is within a graph
     inputs: list[Tensor] = field(default_factory=list)
     output: Any = None
 
+    @property
+    def cuts(self) -> int:
+        """Layers between graphs."""
+        return sum(isinstance(part, Cut) for part in self.parts)
+
     def replay(self, conductor: Conductor, given: list[Tensor], figures: TapeFigures) -> None:
         """The step with other inputs, into `output`."""
-        experts_s = 0.0
+        device, counters = conductor.device, conductor.counters
+        cpu_s, waited_s = counters.cpu_s, counters.waited_s + device.waited_s
         for buffer, tensor in zip(self.inputs, given, strict=True):
             buffer.copy_(tensor)
-        for graph, cut in zip(self.graphs, self.cuts, strict=False):
-            graph.replay()
-            entered_s = perf_counter()
-            result = conductor.run_layer(cut.layer, cut.x, cut.chosen, cut.weights)
-            experts_s += perf_counter() - entered_s
-            cut.out.copy_(result)
-        self.graphs[-1].replay()
+        for part in self.parts:
+            part.replay()
         conductor.count_held(len(self.held), sum(self.held))
         figures.replays += 1
-        figures.cuts += len(self.cuts)
-        figures.experts_s += experts_s
+        figures.cuts += self.cuts
+        figures.cpu_s += counters.cpu_s - cpu_s
+        figures.waited_s += counters.waited_s + device.waited_s - waited_s
 
 
 class Recording:
@@ -108,7 +118,9 @@ class Recording:
 
     def __init__(self, graphs: Graphs, conductor: Conductor) -> None:
         self.tape, self.experts_failed = Tape(), False
+        self.done: list[tuple[int, Tensor]] = []  # layers whose experts have run, and what these gave
         self._graphs, self._conductor = graphs, conductor
+        self._ports: dict[Any, LayerPort] = {}
 
     def run_layer(self, conductor: Conductor, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """In the place of `Conductor.run_layer`: a cut, unless the layer can be recorded with what is around it."""
@@ -117,15 +129,31 @@ class Recording:
         if (op := conductor.held_op(layer, x.dtype)) is not None:
             self.tape.held.append(index.numel())
             return op(x, index, weights)
+        guesses = conductor.guess_next(layer, x, index.shape[1])
+        port = self._port(x, index, guesses)
+        port.leave(x, index, weights, guesses)
         self._close()
+        conductor.device.record_slots(port, conductor.math[layer], self._graphs)
         try:
-            out = conductor.run_layer(layer, x, index, weights).clone()
+            conductor.run_port(layer, port)
         except BaseException:
             self.experts_failed = True
             raise
-        self.tape.cuts.append(Cut(layer, x, index, weights, out))
+        self.done.append((layer, port.enter()))
+        self.tape.parts.append(Cut(conductor, layer, port))
         self._graphs.begin()
-        return out
+        return port.enter()
+
+    def _port(self, x: Tensor, index: Tensor, guesses: Tensor | None) -> LayerPort:
+        """One for all layers alike. What a graph allocates is its own, so a new one is made between two."""
+        key = x.shape, x.dtype, index.shape, None if guesses is None else guesses.shape
+        if key not in self._ports:
+            self._close()
+            conductor = self._conductor
+            experts = max(layer.experts for layer in conductor.spec.layers)
+            self._ports[key] = conductor.device.port(x, index, guesses, conductor.slots.memory, experts)
+            self._graphs.begin()
+        return self._ports[key]
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Record a step. Raises what the step, its experts or the device raised."""
@@ -144,19 +172,19 @@ class Recording:
     def _close(self) -> None:
         graph = self._graphs.end()
         graph.replay()
-        self.tape.graphs.append(graph)
+        self.tape.parts.append(graph)
 
 
 class _Resumption:
     """A step that is done again from its beginning: layers whose experts have run give what they gave."""
 
-    def __init__(self, done: list[Cut]) -> None:
+    def __init__(self, done: list[tuple[int, Tensor]]) -> None:
         self._done = deque(done)
 
     def run_layer(self, conductor: Conductor, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """In the place of `Conductor.run_layer`."""
-        if self._done and self._done[0].layer == layer:
-            return self._done.popleft().out
+        if self._done and self._done[0][0] == layer:
+            return self._done.popleft()[1]
         self._done.clear()
         return conductor.run_layer(layer, x, index, weights)
 
@@ -173,7 +201,7 @@ def current_recording() -> Recording | _Resumption | None:
     return _OF_THREAD.recording
 
 
-def resume(done: list[Cut], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def resume(done: list[tuple[int, Tensor]], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A step that could not be recorded, the long way; the conductor, and who listens to it, see each layer once."""
     _OF_THREAD.recording = _Resumption(done)
     try:

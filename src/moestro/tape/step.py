@@ -149,12 +149,12 @@ class StepTape:
             if not isinstance(error, torch.OutOfMemoryError):  # another time there may be room
                 self._remember(kind, False)
             self._say(error)
-            return resume(recording.tape.cuts, self._forward, args, kwargs)
+            return resume(recording.done, self._forward, args, kwargs)
         taped.tapes[kind] = recording.tape
         if len(taped.tapes) > _TAPES:
             taped.tapes.popitem(last=False)
         self.figures.recordings += 1
-        self.figures.graphs = len(recording.tape.graphs)
+        self.figures.graphs = len(recording.tape.parts) - recording.tape.cuts
         self.figures.record_s += perf_counter() - start_s
         return copied(recording.tape.output, cache)
 

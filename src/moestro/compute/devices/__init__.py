@@ -9,6 +9,7 @@ from .base import Copy, Device, HeldLayer, HostBatch, Queued, StepSum
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
 from .host import HostDevice
+from .port import LayerPort
 
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 
@@ -37,4 +38,4 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     return HostDevice()
 
 
-__all__ = ["DEVICE_NAMES", "Copy", "Device", "HeldLayer", "HostBatch", "Queued", "StepSum", "make_device"]
+__all__ = ["DEVICE_NAMES", "Copy", "Device", "HeldLayer", "HostBatch", "LayerPort", "Queued", "StepSum", "make_device"]

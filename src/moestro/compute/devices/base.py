@@ -1,7 +1,7 @@
 """What the conductor asks of a device.
 
-Calls return at once where they can: `run` queues, `copy` starts. Two calls may wait: `read_router` for the
-device, and `Queued.wait` for work that is still to be launched.
+Calls return at once where they can: `run` queues, `copy` starts. Those that may wait: `read_router` and the `read` of a
+port for the device, and `Queued.wait` for work that is still to be launched.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,16 +20,20 @@ from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 
+if TYPE_CHECKING:
+    from .graphs import Graphs
+    from .port import LayerPort
+
 # x [T, D], index int [T, K], weights float [T, K] -> [T, D] in the dtype of x, all on the device
 HeldLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """What the host must see of a layer step: index int64 [T, K], weights float32 [T, K], x [T, D].
+    """What the host must see of a layer step: index int [T, K], weights float32 [T, K], x [T, D].
 
-    guesses: float32 [ahead, E], how much the next layers' gates would give each expert; None where nobody asked.
-    Valid until the next `read_router`.
+    guesses: int32 [ahead, 2, G], as `routers.guess_next` makes them; None where nobody asked.
+    Valid until the next `read_router`, or the next `read` of its port.
     """
 
     index: Tensor
@@ -62,12 +66,14 @@ class StepSum:
     """What the device has of a layer step so far. One for all of its works: Qwen3's 128 experts could come one by one.
 
     x: hidden states [T, D], where the device keeps them. pool: uint8 [slots, slot_bytes], where experts are.
-    out: float32 [T, D], from the first work on.
+    out: float32 [T, D], from the first work on; a fixed one is there before, and zero.
     """
 
     x: Tensor
     pool: Tensor
     out: Tensor | None = None
+    is_fixed: bool = False
+    is_begun: bool = False  # something was added
 
     def add(self, prepare: Callable[[], Callable[[Tensor], None]]) -> None:
         """Call what adds to a float32 [T, D].
@@ -78,19 +84,19 @@ class StepSum:
         Raises:
             torch.OutOfMemoryError: no memory, and nothing was added. BudgetError: no memory after something was.
         """
-        is_first = self.out is None
         run = prepare()
         try:
             if self.out is None:
                 self.out = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)
             run(self.out)
         except torch.OutOfMemoryError as error:
-            if is_first:
-                self.out = None
+            if not self.is_begun:
+                self.out = self.out.zero_() if self.is_fixed and self.out is not None else None
                 raise
             raise BudgetError(
                 "the GPU ran out of memory in the middle of a layer step; give --gpu-memory less, or a shorter prompt"
             ) from error
+        self.is_begun = True
 
 
 class Queued(Protocol):
@@ -135,6 +141,7 @@ class Device(Protocol):
 
     name: str
     torch_device: torch.device  # where dense weights and hidden states are
+    waited_s: float  # by the host in `read_router` and ports, so far
 
     @property
     def link(self) -> LinkLane | None:
@@ -166,6 +173,16 @@ class Device(Protocol):
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         """Bring the routing, the hidden states and the guesses to the host; waits for the device."""
+
+    def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
+        """Memory for recorded layer steps, in the place of `read_router`, `host_output` and `combine`.
+
+        Args:
+            x, index, guesses: as its `leave` will be given them. experts: the most of a layer.
+        """
+
+    def record_slots(self, port: LayerPort, math: ExpertMath, graphs: Graphs) -> None:
+        """Have `run` take one call of the device for experts of such a layer in that port's steps, where it can."""
 
     def host_output(self, x: Tensor) -> Tensor:
         """Zeros for the CPU's part of a step: float32, as x, in host memory, until the next `read_router`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -28,7 +29,10 @@ from .. import gpu
 from ..experts import ExpertMath, ExpertWork, run_experts
 from .base import Copy, HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
+from .cuda_port import CudaPort, PortSum
 from .cuda_timeline import GpuSpans
+from .graphs import Graphs
+from .port import LayerPort
 
 logger = logging.getLogger("moestro")
 
@@ -103,6 +107,8 @@ class CudaDevice:
         self._pinned = PinnedMemory()
         self._buffers = HostBuffers()
         self._spans: GpuSpans | None = None
+        self._reached = torch.cuda.Event()  # by the device, when the host may read on
+        self.waited_s = 0.0
         # By the id of a layer's math, which is held so that no other can take its id.
         self._kernels: dict[tuple[int, torch.dtype], tuple[ExpertMath, gpu.GpuKernel | None]] = {}
         self._launcher = ThreadPoolExecutor(1, "moestro-launch")
@@ -144,10 +150,21 @@ class CudaDevice:
             read("x", x),
             None if guesses is None else read("guesses", guesses),
         )
-        event = torch.cuda.Event()
-        event.record()
-        event.synchronize()
+        self._wait()
         return batch
+
+    def _wait(self) -> None:
+        start_s = time.perf_counter()
+        self._reached.record()
+        self._reached.synchronize()
+        self.waited_s += time.perf_counter() - start_s
+
+    def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
+        return CudaPort(x, index, guesses, pool, self._wait, experts)
+
+    def record_slots(self, port: LayerPort, math: ExpertMath, graphs: Graphs) -> None:
+        if isinstance(port, CudaPort) and (kernel := self._kernel(math, port.total.x.dtype)) is not None:
+            port.record(kernel, graphs)
 
     def host_output(self, x: Tensor) -> Tensor:
         return self._buffers.take("output", x.shape, torch.float32).zero_()
@@ -185,6 +202,8 @@ class CudaDevice:
         """What runs the experts, with the memory that it needs."""
         kernel, x = self._kernel(math, total.x.dtype), total.x
         if kernel is not None:
+            if isinstance(total, PortSum) and (ready := total.port.prepared(kernel, work)) is not None:
+                return ready
             plan = gpu.plan_of(kernel, total.pool, work, len(x))
             workspace = torch.empty(gpu.workspace_bytes(kernel, plan), dtype=torch.uint8, device=x.device)
             return lambda out: gpu.run_grouped(kernel, total.pool, plan, x, out, workspace=workspace)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -56,6 +56,17 @@ def graphs_of(device: Device) -> Graphs | None:
     if device.name == "cuda":
         return CudaGraphs(device.torch_device)
     return PretendedGraphs() if device.name == "emulated" else None
+
+
+def recorded(graphs: Graphs, work: Callable[[], None]) -> Graph:
+    """Some work, which is not done."""
+    graphs.begin()
+    try:
+        work()
+    except BaseException:
+        graphs.drop()
+        raise
+    return graphs.end()
 
 
 class CudaGraphs:

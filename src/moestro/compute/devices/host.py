@@ -12,6 +12,8 @@ from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 from .base import Copy, HeldLayer, HostBatch, Queued, StepSum
+from .graphs import Graphs
+from .port import LayerPort
 
 
 class HostDevice:
@@ -20,6 +22,7 @@ class HostDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
     link: LinkLane | None = None  # nothing is ever copied
+    waited_s = 0.0
 
     def memory_bytes(self) -> int:
         return 0
@@ -44,6 +47,12 @@ class HostDevice:
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         return HostBatch(index, weights.float(), x, guesses)
 
+    def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
+        return LayerPort(x, index, guesses, pool, _host_bytes, lambda: None)
+
+    def record_slots(self, port: LayerPort, math: ExpertMath, graphs: Graphs) -> None:
+        pass
+
     def host_output(self, x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float32)
 
@@ -64,3 +73,7 @@ class HostDevice:
 
     def close(self) -> None:
         pass
+
+
+def _host_bytes(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from .kernel import GpuKernel, kernel_of
 from .launch import run_grouped, workspace_at_most, workspace_bytes
-from .plan import Plan, plan_of, plan_on_device, table_of
+from .plan import Plan, plan_of, plan_on_device, slot_of, table_of
 
 __all__ = [
     "GpuKernel",
@@ -23,6 +23,7 @@ __all__ = [
     "plan_of",
     "plan_on_device",
     "run_grouped",
+    "slot_of",
     "table_of",
     "workspace_at_most",
     "workspace_bytes",

@@ -79,7 +79,7 @@ def plan_of(
         tokens: T.
         limit_bytes: what the workspace may take.
     """
-    slots = np.array([_slot(pool, item.packed) for item in work], np.int32)
+    slots = np.array([slot_of(pool, item.packed) for item in work], np.int32)
     spans = [(item.neurons.start // BLOCK, -(-item.neurons.stop // BLOCK)) for item in work]
     items = _Items(slots, *np.array(spans, np.int32).reshape(-1, 2).T)
     routed = [item.routed() for item in work]
@@ -222,7 +222,8 @@ class _Draft:
     blocks: int
 
 
-def _slot(pool: Tensor, packed: Tensor) -> int:
+def slot_of(pool: Tensor, packed: Tensor) -> int:
+    """Which slot of the pool these bytes are."""
     offset = packed.data_ptr() - pool.data_ptr()
     slot, rest = divmod(offset, pool.stride(0))
     if rest or not 0 <= slot < pool.shape[0]:

@@ -1,0 +1,91 @@
+"""A port whose experts in slots are one recorded piece of work: the host writes a small table and replays a graph.
+
+Launched one by one, the kernels of a decode step's hits would take the host longer than they take the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...memory.formats import BLOCK
+from .. import gpu
+from ..experts import ExpertWork
+from .base import HostBatch, StepSum
+from .cuda_memory import pinned_bytes
+from .graphs import Graph, Graphs, recorded
+from .port import LayerPort
+
+_ENTRY_BYTES = 12  # of the table of `gpu.plan_on_device`
+
+
+class CudaPort(LayerPort):
+    """See `LayerPort`. The graphs read the routing that `leave` wrote, and from a table which experts are where.
+
+    Args:
+        experts: the most of a layer.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        guesses: Tensor | None,
+        pool: Tensor,
+        wait: Callable[[], None],
+        experts: int,
+    ) -> None:
+        super().__init__(x, index, guesses, pool, pinned_bytes, wait)
+        self.total = PortSum(self, self.total)
+        self._graphs: dict[gpu.GpuKernel, Graph] = {}
+        self._table = torch.zeros(experts, 3, dtype=torch.int32, device=x.device)
+        # Each piece of work has a table of its own until the next step: there are no more of them than experts.
+        most = min(index.numel(), experts)
+        host = pinned_bytes(most * experts * _ENTRY_BYTES).view(torch.int32).view(most, experts, 3)
+        self._tables = [(table, table.numpy()) for table in host.unbind()]
+        self._unused = iter(self._tables)
+
+    def read(self) -> HostBatch:
+        batch = super().read()
+        self._unused = iter(self._tables)
+        return batch
+
+    def record(self, kernel: gpu.GpuKernel, graphs: Graphs) -> None:
+        """Prepare for experts that this kernel computes."""
+        if kernel in self._graphs:
+            return
+        self._table.zero_()
+        self._launch(kernel)  # compiles, and computes nothing
+        self._graphs[kernel] = recorded(graphs, lambda: self._launch(kernel))
+
+    def _launch(self, kernel: gpu.GpuKernel) -> None:
+        assert self.total.out is not None
+        plan = gpu.plan_on_device(kernel, self.index, self.weights, self._table)
+        gpu.run_grouped(kernel, self.total.pool, plan, self.total.x, self.total.out)
+
+    def prepared(self, kernel: gpu.GpuKernel, work: Sequence[ExpertWork]) -> Callable[[Tensor], None] | None:
+        """What adds the work to the sum, in one call of the device; None where that was not recorded."""
+        graph, found = self._graphs.get(kernel), next(self._unused, None)
+        if graph is None or found is None:
+            return None
+        table, entries = found
+        entries.fill(0)
+        for item in work:
+            first, stop = item.neurons.start // BLOCK, -(-item.neurons.stop // BLOCK)
+            entries[item.expert] = gpu.slot_of(self.total.pool, item.packed), first, stop - first
+
+        def run(_: Tensor) -> None:
+            self._table.copy_(table, non_blocking=True)
+            graph.replay()
+
+        return run
+
+
+class PortSum(StepSum):
+    """Of a port's steps."""
+
+    def __init__(self, port: CudaPort, total: StepSum) -> None:
+        super().__init__(total.x, total.pool, total.out, is_fixed=True)
+        self.port = port
