@@ -255,6 +255,35 @@ def bench_hybrid(
         report.print()
 
 
+@bench.command("host", epilog="Example: moestro bench host --shape olmoe-1b-7b --slots 0.5")
+def bench_host(
+    shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "qwen3-30b-a3b",
+    slots: Annotated[float, typer.Option(metavar="SHARE", help="Of the experts, that fit on the GPU.")] = 0.25,
+    bits: ReplayBits = None,
+    machine: ReplayMachine = "rtx4090",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Only this one; may be given several times. [default: {', '.join(POLICIES)}]",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of 16 tokens, policies in turns.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time what the host itself takes of a layer of a decode step, on a device that does nothing."""
+    from .host import measure_host
+
+    report = measure_host(
+        shape, slots=slots, bits=bits, machine=machine, names=policy or tuple(POLICIES), rounds=rounds
+    )
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.print()
+
+
 @bench.command("recall", epilog="Example: moestro bench recall demo --text story.txt --plot recall.svg")
 def bench_recall(
     model: Model = None,

@@ -27,7 +27,7 @@ DEFAULT_MEMORY_BYTES = 8 * 2**30
 DEFAULT_LINK_GBPS = 12.0  # PCIe 3.0 x16
 
 
-class _Here:
+class Here:
     """A piece that was copied while it was sent."""
 
     def arrived(self) -> bool:
@@ -43,9 +43,9 @@ class _Here:
 class MemoryCarrier:
     """Copies by hand, in the lane's own thread."""
 
-    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> _Here:
+    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
         target.copy_(source)
-        return _Here()
+        return Here()
 
 
 class EmulatedDevice(HostDevice):
