@@ -39,7 +39,9 @@ class Piece:
 
 
 class Carrier:
-    """Notes what is sent; pieces arrive at once unless `held`."""
+    """Notes what is sent; pieces arrive at once unless `held`. is_quick: who submits may send."""
+
+    is_quick = False
 
     def __init__(self, held: bool = False) -> None:
         self.sent: list[tuple[int, int]] = []  # of the target's first byte and its size
@@ -48,6 +50,9 @@ class Carrier:
         self.held = held
         self.fails_at: int | None = None
         self.changed = threading.Condition()
+
+    def queues(self, source: Tensor) -> bool:
+        return self.is_quick
 
     def send(self, source: Tensor, target: Tensor, behind: Any) -> Piece:
         if self.fails_at == len(self.pieces):
@@ -73,6 +78,11 @@ class Carrier:
     def wait_for(self, pieces: int) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.pieces) >= pieces, 10)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["the lane's thread sends", "who submits sends"])
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Carrier, "is_quick", request.param)
 
 
 class Work:

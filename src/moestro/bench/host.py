@@ -86,6 +86,9 @@ class HostReport:
 class _AtOnce(MemoryCarrier):
     """Copies nothing, and says that it has."""
 
+    def queues(self, source: Tensor) -> bool:
+        return True
+
     def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
         return Here()
 

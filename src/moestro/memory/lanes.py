@@ -1,7 +1,9 @@
-"""The link lane: one thread that carries copies from RAM to the device, piece by piece, by priority.
+"""The link lane carries copies from RAM to the device, piece by piece, by priority.
 
-Between two pieces an urgent copy overtakes; a copy that has not begun can be dropped. At most two pieces, or eight
-small ones, are on their way at once, so that the link does not wait for the host and what is urgent waits for no more.
+A thread of its own sends pieces and sees them arrive. Where sending takes no time, who asks for a copy sends at once
+what fits, since waking a thread takes longer than a small expert takes to cross. Between two pieces an urgent copy
+overtakes; a copy that has not begun can be dropped. At most two pieces, or eight small ones, are on their way at once,
+so that the link does not wait for the host and what is urgent waits for no more.
 Knows neither devices nor experts: a `Carrier` moves a piece, by a stream or by hand.
 
     lane = LinkLane(carrier, gbps=12.0)             # None: as fast as it goes
@@ -16,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -61,6 +64,9 @@ class Work(Protocol):
 class Carrier(Protocol):
     """What moves bytes. Its pieces arrive in the order in which they are sent."""
 
+    def queues(self, source: Tensor) -> bool:
+        """Whether to send this returns at once, so that whoever asks for a copy may begin it."""
+
     def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Piece:
         """Begin to copy a piece, behind work that is launched."""
 
@@ -95,6 +101,11 @@ class LaneCopy:
         self.sent_bytes = self.arrived_bytes = 0
         self.ready_s = time.perf_counter() if after is None else None  # since when it could go
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether all of it is on its way or there, so that `wait` returns at once."""
+        return self.state in (_State.SENT, _State.ARRIVED)
+
     def done(self) -> bool:
         if self.state is _State.SENT and self.last is not None:
             return self.last.arrived()  # which the lane may not have seen yet
@@ -127,6 +138,13 @@ class LaneCopy:
             self.urgent = True
             if isinstance(self.after, LaneCopy):
                 self.after.urgent = True
+
+    def next_piece(self) -> tuple[Tensor, Tensor]:
+        """Of source and target."""
+        if self.source.numel() <= PIECE_BYTES:
+            return self.source, self.target
+        span = slice(self.sent_bytes, self.sent_bytes + PIECE_BYTES)
+        return self.source[span], self.target[span]
 
     def left_bytes(self) -> int:
         return int(self.source.numel()) - self.arrived_bytes
@@ -178,6 +196,7 @@ class LinkLane:
         self._flying: deque[_Flying] = deque()
         self._order = itertools.count()
         self._closed = False
+        self._is_sending = False  # the thread, without holding the condition, since it takes a while
         self._free_s = 0.0  # when the paced link has carried what was sent
         self._ended_s = 0.0  # when the last piece arrived
         # A daemon, so that a program may end while copies are queued that nobody will read.
@@ -200,6 +219,8 @@ class LinkLane:
             if urgent and isinstance(after, LaneCopy):
                 after.urgent = True
             self._queue.append(copy)
+            if not self._is_sending and self._queues(copy):
+                self._send_what_fits()
             self.changed.notify_all()
         if after is not None and not isinstance(after, LaneCopy):
             after.when_launched(self._wake)
@@ -236,9 +257,20 @@ class LinkLane:
         with self.changed:
             self.changed.notify_all()
 
+    def _send_what_fits(self) -> None:
+        with suppress(Exception):  # a broken device: the thread meets it as well, and tells all
+            while (copy := self.next()) is not None and self._queues(copy):
+                self._send(copy)
+
+    def _queues(self, copy: LaneCopy) -> bool:
+        """Whether its next piece can be sent at once, by any thread that holds the condition."""
+        return self.gbps is None and self.carrier.queues(copy.next_piece()[0])
+
     def next(self) -> LaneCopy | None:
         """The copy whose turn it is: urgent ones first, then as they came. One that work on the device holds up goes
         only if nothing else can, since all that is sent after it would wait as well."""
+        if len(self._flying) == MOST_IN_FLIGHT or sum(one.n_bytes for one in self._flying) >= IN_FLIGHT_BYTES:
+            return None
         held_up: LaneCopy | None = None
         for copy in sorted(self._queue, key=lambda one: (not one.urgent, one.order)):
             if not copy.may_go():
@@ -275,19 +307,25 @@ class LinkLane:
                 self.changed.wait()
             if copy is None and not self._flying:
                 return False
+            if copy is not None and self._queues(copy):
+                self._send(copy)
+                return True
+            self._is_sending = copy is not None
             if copy is not None:
-                copy.state = _State.BEGUN
-        if copy is not None:
-            self._send(copy)
-        flying_bytes = sum(flying.n_bytes for flying in self._flying)
-        is_full = flying_bytes >= IN_FLIGHT_BYTES or len(self._flying) == MOST_IN_FLIGHT
-        if self._flying and (copy is None or is_full):
+                copy.state = _State.BEGUN  # before anybody can drop it
+        if copy is None:
             self._land()
+            return True
+        try:
+            self._send(copy)
+        finally:
+            self._is_sending = False
         return True
 
     def _send(self, copy: LaneCopy) -> None:
-        span = slice(copy.sent_bytes, copy.sent_bytes + PIECE_BYTES)
-        source, target = copy.source[span], copy.target[span]
+        """Its next piece. Only one thread sends at a time."""
+        source, target = copy.next_piece()
+        copy.state = _State.BEGUN
         now_s = time.perf_counter()
         if self.gbps is not None:
             self._free_s = max(self._free_s, now_s) + source.numel() / (self.gbps * 1e9)

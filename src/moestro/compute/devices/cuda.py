@@ -1,10 +1,10 @@
 """A CUDA GPU, by torch's streams and events.
 
-Who blocks where: the caller's stream computes; a side stream carries the link lane's pieces, which the lane's thread
-sends and sees arrive. Experts that are in slots are launched at once. Experts that a copy brings are launched by a
-thread of this device as soon as their last piece is on its way, behind that piece's event, while the caller computes
-on the CPU. A copy into a slot that is still read waits on the side stream for the event of that work. The host waits
-for the device once a layer, in `read_router`, and never for all of the device.
+Who blocks where: the caller's stream computes; a side stream carries the link lane's pieces. Experts that are in slots
+are launched at once, and so are those whose copy is all on its way, behind the event of its last piece. The others are
+launched by a thread of this device, while the caller computes on the CPU. A copy into a slot that is still read waits
+on the side stream for the event of that work. The host waits for the device once a layer, in `read_router` or a port's
+`read`, and never for all of the device.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class StreamCarrier:
         self._ring: list[Tensor] = []
         self._next = 0
 
+    def queues(self, source: Tensor) -> bool:
+        return self._pinned.holds(source)
+
     def send(self, source: Tensor, target: Tensor, behind: Work | None) -> _Piece:
         if not self._pinned.holds(source):
             source = self._staged(source)
@@ -112,6 +115,7 @@ class CudaDevice:
         # By the id of a layer's math, which is held so that no other can take its id.
         self._kernels: dict[tuple[int, torch.dtype], tuple[ExpertMath, gpu.GpuKernel | None]] = {}
         self._launcher = ThreadPoolExecutor(1, "moestro-launch")
+        self._launched: Future[Any] = self._launcher.submit(int)  # what it was given last
         self.link: LinkLane = LinkLane(StreamCarrier(self.torch_device, self._pinned), link_gbps)
 
     def memory_bytes(self) -> int:
@@ -172,11 +176,14 @@ class CudaDevice:
     def run(
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
-        stream = torch.cuda.current_stream()
-        if after is not None:
-            return _Launched(self._launcher.submit(self._launch_behind, stream, math, total, work, label, after))
+        if after is not None and not (isinstance(after, LaneCopy) and after.is_sent and self._launched.done()):
+            given = torch.cuda.current_stream(), math, total, work, label, after
+            self._launched = self._launcher.submit(self._launch_behind, *given)
+            return _Launched(self._launched)
         future: Future[torch.cuda.Event] = Future()
         try:
+            if after is not None:
+                after.wait()
             future.set_result(self._launch(math, total, work, label))
         except Exception as error:
             future.set_exception(error)

@@ -43,6 +43,9 @@ class Here:
 class MemoryCarrier:
     """Copies by hand, in the lane's own thread."""
 
+    def queues(self, source: Tensor) -> bool:
+        return False
+
     def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
         target.copy_(source)
         return Here()
