@@ -83,6 +83,7 @@ class Conductor:
         self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
         self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
         self._to_warm = list(self.slots.warm)
+        self._expert_bytes = [math.format.expert_bytes(math.shape) for math in self.math]
         self._last_ran: _Ran | None = None
         self._held_ops: dict[tuple[int, torch.dtype], HeldLayer | None] = {}
         self._failures = 0  # copies that have failed so far
@@ -109,10 +110,14 @@ class Conductor:
             if link is not None and link.counters.failed != self._failures:
                 self._failures = link.counters.failed
                 self.slots.forget_unfinished()  # not before: until now the policy may have them down as coming
-            moves = self.policy.begin(tokens, self.view, self.costs)
-            check_moves(moves, self.view, self.spec, "before the first layer")
-            for move in moves:
-                self._start(move, None, reading=self._last_ran)
+            try:
+                moves = self.policy.begin(tokens, self.view, self.costs)
+                check_moves(moves, self.view, self.spec, "before the first layer")
+                for move in moves:
+                    self._start(move, None, reading=self._last_ran)
+            except BaseException:
+                self._settle()
+                raise
             self._last_ran = None
 
     def _warm(self) -> None:
@@ -216,11 +221,11 @@ class Conductor:
         if self.recorder is not None:
             self.recorder.record(step, batch.index.shape[1])
         found = classify(step, self.slots)
-        decision = self.policy.decide(step, self.view, self.costs)
-        check(decision, step, self.view, self.spec, BLOCK)
         moved_before = self.slots.moved_bytes
         ran: list[_Ran] = []
         try:
+            decision = self.policy.decide(step, self.view, self.costs)
+            check(decision, step, self.view, self.spec, BLOCK)
             run = functools.partial(self._run_on_device, step, decision, total, groups, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s
@@ -261,25 +266,26 @@ class Conductor:
         Args:
             reading: work of an earlier step, which may still read the slot.
         """
-        experts = self.math[move.expert[0]]
-        neurons = move.neurons or range(experts.shape.neurons)
-        span = experts.format.byte_range(experts.shape, neurons)
+        key, math = move.expert, self.math[move.expert[0]]
+        part = range(self._expert_bytes[key[0]])
+        if move.neurons is not None:
+            part = math.format.byte_range(math.shape, move.neurons)
 
         def fill(index: int, before: Transfer | None) -> tuple[Transfer, float]:
-            source, target = self.store[move.expert], self.slots.memory[index]
+            source, target = self.store[key], self.slots.row(index)
+            if move.neurons is not None:
+                source = source[part.start : part.stop]
+            if source.numel() != target.numel():
+                target = target[part.start : part.stop]
             work = after or (reading if before is None else None)
-            copy = self.device.copy(
-                source[span.start : span.stop],
-                target[span.start : span.stop],
-                move.urgent,
-                move.expert,
-                (before.real if isinstance(before, VirtualCopy) else before) if work is None else work.queued,
-            )
+            previous = before.real if isinstance(before, VirtualCopy) else before
+            behind = previous if work is None else work.queued
+            copy = self.device.copy(source, target, move.urgent, key, behind)
             after_s = 0.0 if after is None else after.end_s
-            timed = self.time.copy(move.expert, len(span), move.urgent, after_s, before, copy)
+            timed = self.time.copy(key, len(part), move.urgent, after_s, before, copy)
             return timed, self.time.arrival_s(timed, move.urgent)
 
-        self.slots.load(move.expert, move.evict, fill, len(span), move.keep, move.urgent, move.neurons is not None)
+        self.slots.load(key, move.evict, fill, len(part), move.keep, move.urgent, move.neurons is not None)
 
     def _run_on_device(
         self,
@@ -294,8 +300,11 @@ class Conductor:
         keys = [(step.layer, expert) for expert in experts]
         work = [groups[key[1]].work(self.slots[key], decision.gpu[key[1]]) for key in keys]
         queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
-        shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
-        ran.append(_Ran(queued, experts, self.time.run_gpu(shares, after)))
+        end_s = 0.0
+        if self.clock is not None:  # the wall needs no telling
+            shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
+            end_s = self.time.run_gpu(shares, after)
+        ran.append(_Ran(queued, experts, end_s))
         return ran[-1]
 
     def _run_on_cpu(
@@ -312,7 +321,8 @@ class Conductor:
         self.counters.cpu_s += end_s - start_s
         if self.timeline is not None and not isinstance(self.time, VirtualMachine):
             self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, end_s, "expert")
-        self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
+        if self.clock is not None:
+            self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
     def _wait_for(self, step: Step, ran: Sequence[_Ran]) -> list[int]:

@@ -67,21 +67,28 @@ def step_of(layer: int, phase: Phase, groups: Mapping[int, Routed], guesses: Ten
     """
     likely: dict[int, dict[int, float]] = {}
     for ahead, (experts, scores) in enumerate(() if guesses is None else guesses.tolist(), start=1):
-        if guess := {expert: score / SCORE for expert, score in zip(experts, scores, strict=True) if score}:
-            likely[layer + ahead] = guess
+        if not scores[-1]:  # the least likely: there are fewer
+            experts, scores = experts[: scores.index(0)], scores[: scores.index(0)]
+        if scores:
+            likely[layer + ahead] = dict(zip(experts, [score / SCORE for score in scores], strict=True))
     tokens = {expert: len(routed.span) for expert, routed in groups.items()}
     return Step(layer, phase, tokens, {expert: routed.mass for expert, routed in groups.items()}, likely)
 
 
 def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> dict[int, Routed] | None:
     """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
-    flat, rows = weights.view(-1), _zeros(index.shape[1])
-    choices = enumerate(zip(*index.tolist(), flat.tolist(), strict=True))
-    ours = sorted((expert, i, mass) for i, (expert, mass) in choices if expert < experts and mass != 0)
-    groups = {expert: Routed(expert, rows, flat, range(i, i + 1), mass) for expert, i, mass in ours}
-    return groups if len(groups) == len(ours) else None
+    (chosen,), (masses,) = index.tolist(), weights.tolist()
+    (rows, spans), weights = _one_token(len(chosen)), weights.contiguous()
+    groups: dict[int, Routed] = {}
+    for expert, i in sorted(zip(chosen, range(len(chosen)), strict=True)):
+        if expert < experts and (mass := masses[i]) != 0:
+            if expert in groups:
+                return None
+            groups[expert] = Routed(expert, rows, weights, spans[i], mass)
+    return groups
 
 
 @functools.cache
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int64)
+def _one_token(count: int) -> tuple[Tensor, list[range]]:
+    """The row and the span of each of so many choices."""
+    return torch.zeros(count, dtype=torch.int64), [range(i, i + 1) for i in range(count)]

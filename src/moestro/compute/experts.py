@@ -43,8 +43,8 @@ class ExpertWork(NamedTuple):
     """One expert's share of one layer step.
 
     packed: uint8 bytes of the whole expert. neurons: the share of [0, F). rows: int64, tokens routed to experts of
-    this step; weights: float32, their routing weights; both contiguous. span: which of them are this expert's; None
-    for all. A span costs a decode step less than a slice of each tensor. expert: its number in the layer.
+    this step; weights: float32, their routing weights, in any shape; both contiguous. span: which of them are this
+    expert's; None for all. A span costs a decode step less than a slice of each tensor. expert: its number in the layer.
     """
 
     packed: Tensor
@@ -57,7 +57,7 @@ class ExpertWork(NamedTuple):
     def routed(self) -> tuple[Tensor, Tensor]:
         """This expert's rows and weights, [n] each."""
         part = slice(None) if self.span is None else slice(self.span.start, self.span.stop)
-        return self.rows[part], self.weights[part]
+        return self.rows[part], self.weights.flatten()[part]
 
 
 @torch.no_grad()

@@ -194,6 +194,7 @@ class LinkLane:
         self.changed = threading.Condition()
         self._queue: list[LaneCopy] = []
         self._flying: deque[_Flying] = deque()
+        self._flying_bytes = 0
         self._order = itertools.count()
         self._closed = False
         self._is_sending = False  # the thread, without holding the condition, since it takes a while
@@ -228,6 +229,8 @@ class LinkLane:
 
     def queued_bytes(self, *, urgent: bool = False) -> int:
         """What has not crossed yet of the copies that were queued; with `urgent`, of urgent ones alone."""
+        if not self._queue and not self._flying:
+            return 0
         with self.changed:
             copies = {*self._queue, *(flying.copy for flying in self._flying)}
             return sum(copy.left_bytes() for copy in copies if copy.urgent or not urgent)
@@ -269,7 +272,7 @@ class LinkLane:
     def next(self) -> LaneCopy | None:
         """The copy whose turn it is: urgent ones first, then as they came. One that work on the device holds up goes
         only if nothing else can, since all that is sent after it would wait as well."""
-        if len(self._flying) == MOST_IN_FLIGHT or sum(one.n_bytes for one in self._flying) >= IN_FLIGHT_BYTES:
+        if not self._queue or len(self._flying) == MOST_IN_FLIGHT or self._flying_bytes >= IN_FLIGHT_BYTES:
             return None
         held_up: LaneCopy | None = None
         for copy in sorted(self._queue, key=lambda one: (not one.urgent, one.order)):
@@ -338,6 +341,7 @@ class LinkLane:
             return
         with self.changed:
             self._flying.append(_Flying(copy, piece, source.numel(), now_s))
+            self._flying_bytes += source.numel()
             copy.sent_bytes += source.numel()
             copy.last = piece
             if copy.sent_bytes == copy.source.numel():
@@ -355,6 +359,7 @@ class LinkLane:
         self._note(copy, start_s, end_s, n_bytes)
         with self.changed:
             self._flying.popleft()
+            self._flying_bytes -= n_bytes
             copy.arrived_bytes += n_bytes
             if error is not None:
                 self.end(copy, _State.FAILED, error)

@@ -29,6 +29,10 @@ class SlotPool(SlotTable):
             raise KeyError(expert)
         return self._rows[slot.index]
 
+    def row(self, index: int) -> Tensor:
+        """The bytes of a slot: uint8 [slot_bytes] on the device."""
+        return self._rows[index]
+
     @property
     def n_bytes(self) -> int:
         """Bytes of device memory that the pool takes."""

@@ -116,6 +116,10 @@ class View(Protocol):
     def now_s(self) -> float:
         """The clock."""
 
+    @property
+    def failures(self) -> int:
+        """How often something failed, after which experts may be gone, or never have come, that a policy has down."""
+
     def ready_s(self, expert: Expert, at: Place) -> float:
         """When `expert` can be used at `at`: 0 if now, an expected arrival later than now, or inf."""
 

@@ -67,6 +67,7 @@ class SlotTable:
         self.find = self._where.get  # the slot of an expert that is here or on its way, or None; asked most of all
         self._empty = [Slot(i) for i in reversed(range(len(there), slots))]
         self.moved_bytes = 0  # queued so far, without what was dropped before it began
+        self.failures = 0  # after which slots may be empty that nobody decided to empty
         self._borrowed: dict[int, set[Expert]] = {}  # by layer
         self._evictable = _Evictable(self)
 
@@ -161,6 +162,7 @@ class SlotTable:
 
     def forget_unfinished(self) -> None:
         """After a failure nobody knows what arrived: empty the slots of all that is not there, once it is still."""
+        self.failures += 1
         for expert, slot in list(self._where.items()):
             if slot.filling is None or self.ready(expert):
                 continue

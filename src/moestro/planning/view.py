@@ -10,6 +10,8 @@ from .clock import Clock
 from .contract import GPU0, RAM, Expert, Lane, Place
 from .slots import SlotTable
 
+_INF = float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class TableView:
@@ -27,12 +29,16 @@ class TableView:
     def now_s(self) -> float:
         return self.clock.now_s
 
+    @property
+    def failures(self) -> int:
+        return self.table.failures
+
     def ready_s(self, expert: Expert, at: Place) -> float:
         if at != GPU0:
-            return self.ram_ready_s(expert) if at == RAM else math.inf
+            return self.ram_ready_s(expert) if at == RAM else _INF
         slot = self.table.find(expert)
         if slot is None:
-            return math.inf
+            return _INF
         if slot.filling is None or self.table.ready(expert):
             return 0.0  # and not the time, which goes on between two questions
         now_s = self.clock.now_s

@@ -10,10 +10,11 @@ No parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import islice
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Phase, Placement, Step, View
-from .base import BasePolicy, here, lost, sides_s
+from .base import BasePolicy, here, sides_s
 
 
 class BandwidthSplit(BasePolicy):
@@ -27,7 +28,7 @@ class BandwidthSplit(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        for expert in lost(self._order, view):
+        for expert in self.lost(self._order, view):
             del self._order[expert]
         return ()
 
@@ -57,9 +58,8 @@ class BandwidthSplit(BasePolicy):
         """Moves into empty slots, then into those of the least recently used, this step's own last."""
         layer, order = step.layer, self._order
         empty, evictable = view.free_slots(GPU0, layer), view.evictable(GPU0, layer)
-        unused: Iterator[Expert] = iter(())
-        if empty < len(misses):
-            unused = iter([e for e in order if not (e[0] == layer and e[1] in step.tokens) and e in evictable])
+        free = (e for e in order if not (e[0] == layer and e[1] in step.tokens) and e in evictable)
+        unused = iter(list(islice(free, max(0, len(misses) - empty))))
         moves: list[Move] = []
         for expert in misses:
             evict = None

@@ -22,6 +22,7 @@ class BasePolicy:
 
     spec: ModelSpec
     slots: int
+    _failures = 0  # that its books know of
 
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
         self.spec, self.slots = spec, count_slots(spec, gpu_bytes)
@@ -39,6 +40,14 @@ class BasePolicy:
     def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
         """The hybrid limit, unless a method has its own."""
         return Bound(dense_s + hybrid_limit_s(self.spec.layers[step.layer], step, done, costs))
+
+    def lost(self, experts: Iterable[Expert], view: View) -> list[Expert]:
+        """Of experts that a policy has down as on the GPU or on their way, those that a failure has taken; asked once
+        before each step."""
+        if view.failures == self._failures:
+            return []
+        self._failures = view.failures
+        return [expert for expert in experts if view.ready_s(expert, GPU0) == float("inf")]
 
     def whole(self, step: Step, experts: Iterable[int]) -> dict[int, range]:
         """All neurons of some experts of a step."""
@@ -61,11 +70,6 @@ def here(step: Step, view: View) -> list[int]:
     """Active experts that are on the GPU or on their way there."""
     layer = step.layer
     return [expert for expert in step.tokens if view.ready_s((layer, expert), GPU0) < float("inf")]
-
-
-def lost(experts: Iterable[Expert], view: View) -> list[Expert]:
-    """Of experts that a policy has down as on the GPU or on their way, those whose copy failed."""
-    return [expert for expert in experts if view.ready_s(expert, GPU0) == float("inf")]
 
 
 def through_ring(step: Step, experts: Iterable[int], slots: int) -> tuple[Move, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
-from .base import BasePolicy, lost
+from .base import BasePolicy
 
 
 class LayerStreaming(BasePolicy):
@@ -27,7 +27,7 @@ class LayerStreaming(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        for expert in lost(self._loaded, view):
+        for expert in self.lost(self._loaded, view):
             del self._loaded[expert]
         return () if self._loaded else tuple(self._moves(self._layer(0), view.free_slots(GPU0, 0), [], False))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
-from .base import BasePolicy, lost, through_ring
+from .base import BasePolicy, through_ring
 
 
 class Lru(BasePolicy):
@@ -40,9 +40,9 @@ class Lru(BasePolicy):
         return Placement(slots=self.slots)
 
     def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        for layer, order in enumerate(self._order):
-            for _, expert in lost([(layer, e) for e in order], view):
-                del order[expert]
+        cached = ((layer, e) for layer, order in enumerate(self._order) for e in order)
+        for layer, expert in self.lost(cached, view):
+            del self._order[layer][expert]
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:

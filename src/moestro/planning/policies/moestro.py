@@ -41,7 +41,7 @@ from ..contract import (
     View,
 )
 from ..costs import BLOCK
-from .base import BasePolicy, best_copies, hottest, lost, sides_s
+from .base import BasePolicy, best_copies, hottest, sides_s
 
 _LEARNED = 0.02  # of each new value that is averaged
 _UNKNOWN = 0.5  # how often guesses come true of which nothing is known
@@ -92,7 +92,7 @@ class Moestro(BasePolicy):
             self._least = [(uses / self._weight, e) for uses, e in self._least]
             self._weight = 1.0
         self._weight *= min(self._growth ** min(tokens, 10**5), _REBASE)  # beyond it nothing from before counts
-        for expert in lost(self._cached, view):
+        for expert in self.lost(self._cached, view):
             del self._cached[expert]
         return ()
 
