@@ -28,14 +28,14 @@ from .compute.cpu import CpuExperts, KernelShape
 from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .compute.experts import ExpertMath
 from .errors import CopyError
-from .grouping import Routed, group_by_expert, step_of
+from .grouping import Routed, group_by_expert
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
 from .planning.budget import GpuPlan
 from .planning.check import check, check_moves
 from .planning.clock import Clock, Share, WallClock
-from .planning.contract import Costs, Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
+from .planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from .planning.dispatch import Found, classify, dispatch
 from .planning.slots import Transfer
 from .planning.timeline import Timeline
@@ -81,7 +81,7 @@ class Conductor:
     def __post_init__(self) -> None:
         self._of_thread = threading.local()
         self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
-        self.view = TableView(self.slots, self.time, functools.partial(_ram_ready_s, self.store, self.time))
+        self.view = TableView(self.slots, self.time, self.store.experts)
         self._to_warm = list(self.slots.warm)
         self._expert_bytes = [math.format.expert_bytes(math.shape) for math in self.math]
         self._last_ran: _Ran | None = None
@@ -214,10 +214,10 @@ class Conductor:
         self, layer: int, batch: HostBatch, total: StepSum, host_output: Callable[[], Tensor]
     ) -> Tensor | None:
         """One layer step as the policy decides; returns the CPU's part, if it has one."""
-        groups = group_by_expert(batch.index, batch.weights, self.spec.layers[layer].experts)
+        routed = group_by_expert(batch.index, batch.weights, self.spec.layers[layer].experts)
         self.time.begin_layer(layer, batch.x.shape[0])
         start_s = self.time.now_s
-        step = step_of(layer, self.phase, groups, batch.guesses)
+        step = routed.step(layer, self.phase, batch.guesses)
         if self.recorder is not None:
             self.recorder.record(step, batch.index.shape[1])
         found = classify(step, self.slots)
@@ -226,14 +226,14 @@ class Conductor:
         try:
             decision = self.policy.decide(step, self.view, self.costs)
             check(decision, step, self.view, self.spec, BLOCK)
-            run = functools.partial(self._run_on_device, step, decision, total, groups, ran)
+            run = functools.partial(self._run_on_device, step, decision, total, routed, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s
-            on_cpu = self._run_on_cpu(step, decision.cpu, batch.x, groups, host_output() if decision.cpu else None)
+            on_cpu = self._run_on_cpu(step, decision.cpu, batch.x, routed, host_output() if decision.cpu else None)
             cpu_s = self.time.lane_free_s(Lane.CPU) - cpu_start_s
             if lost := self._wait_for(step, ran):
                 shares = {expert: decision.gpu[expert] for expert in lost}
-                on_cpu = self._run_on_cpu(step, shares, batch.x, groups, host_output() if on_cpu is None else on_cpu)
+                on_cpu = self._run_on_cpu(step, shares, batch.x, routed, host_output() if on_cpu is None else on_cpu)
             self.time.end_layer()
             self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
@@ -292,13 +292,13 @@ class Conductor:
         step: Step,
         decision: Decision,
         total: StepSum,
-        groups: dict[int, Routed],
+        routed: Routed,
         ran: list[_Ran],
         experts: list[int],
         after: Transfer | None,
     ) -> _Ran:
         keys = [(step.layer, expert) for expert in experts]
-        work = [groups[key[1]].work(self.slots[key], decision.gpu[key[1]]) for key in keys]
+        work = [routed.work(key[1], self.slots[key], decision.gpu[key[1]]) for key in keys]
         queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
         end_s = 0.0
         if self.clock is not None:  # the wall needs no telling
@@ -308,13 +308,13 @@ class Conductor:
         return ran[-1]
 
     def _run_on_cpu(
-        self, step: Step, of: Mapping[int, range], x: Tensor, groups: dict[int, Routed], out: Tensor | None
+        self, step: Step, of: Mapping[int, range], x: Tensor, routed: Routed, out: Tensor | None
     ) -> Tensor | None:
         """Neurons of experts on the CPU, added to `out`, which is None where there are none."""
         if not of or out is None:
             return out
         shares = sorted(of.items())
-        work = [groups[expert].work(self.store[step.layer, expert], neurons) for expert, neurons in shares]
+        work = [routed.work(expert, self.store[step.layer, expert], neurons) for expert, neurons in shares]
         start_s = time.perf_counter()
         self.cpu.run(self.math[step.layer], x, work, out)
         end_s = time.perf_counter()
@@ -368,7 +368,7 @@ class Conductor:
         """Nothing of this conductor holds the device's memory any longer; it is not used after."""
         self._settle()
         self.slots = SlotPool(self.device.pool(0, self.spec.slot_bytes))
-        self.view = TableView(self.slots, self.time, self.view.ram_ready_s)
+        self.view = TableView(self.slots, self.time, self.store.experts)
         self._held_ops.clear()
 
     def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:
@@ -391,7 +391,3 @@ class Conductor:
     def close(self) -> None:
         """Stop the device's threads. The model cannot be used after."""
         self._closing()
-
-
-def _ram_ready_s(store: ExpertStore, clock: Clock, expert: Expert) -> float:
-    return clock.in_ram_s(expert) if expert in store else float("inf")

@@ -63,8 +63,8 @@ class OurLayer:
 
     def step(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, D] in the dtype of x, by what the conductor does: group the choices, compute, round the result."""
-        groups = group_by_expert(index, weights, self._experts)
-        return self._run(x, [group.work(self.store[0, expert], self._all) for expert, group in groups.items()])
+        routed = group_by_expert(index, weights, self._experts)
+        return self._run(x, [routed.work(expert, self.store[0, expert], self._all) for expert in routed.tokens])
 
     def _run(self, x: Tensor, work: list[ExpertWork]) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32)

@@ -44,7 +44,7 @@ class ExpertWork(NamedTuple):
 
     packed: uint8 bytes of the whole expert. neurons: the share of [0, F). rows: int64, tokens routed to experts of
     this step; weights: float32, their routing weights, in any shape; both contiguous. span: which of them are this
-    expert's; None for all. A span costs a decode step less than a slice of each tensor. expert: its number in the layer.
+    expert's; None for all. A span costs a decode step less than a slice of each tensor. expert: number in the layer.
     """
 
     packed: Tensor

@@ -229,11 +229,9 @@ class LinkLane:
 
     def queued_bytes(self, *, urgent: bool = False) -> int:
         """What has not crossed yet of the copies that were queued; with `urgent`, of urgent ones alone."""
-        if not self._queue and not self._flying:
-            return 0
-        with self.changed:
-            copies = {*self._queue, *(flying.copy for flying in self._flying)}
-            return sum(copy.left_bytes() for copy in copies if copy.urgent or not urgent)
+        # Not under the condition, for which a step would wait: lists of what is there are made in one go.
+        copies = {*list(self._queue), *[flying.copy for flying in list(self._flying)]}
+        return sum(copy.left_bytes() for copy in copies if copy.urgent or not urgent)
 
     def end(self, copy: LaneCopy, state: _State, error: Exception | None = None) -> None:
         """A copy leaves the queue, or has arrived; the condition is held."""

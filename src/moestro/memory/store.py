@@ -38,6 +38,11 @@ class ExpertStore:
         self.memory = map_memory(self.n_bytes)
         self._views: dict[tuple[int, int], Tensor] = {}  # made once: a step asks for eight of them a layer
 
+    @property
+    def experts(self) -> Collection[tuple[int, int]]:
+        """All that have bytes here."""
+        return self._spans.keys()
+
     def __contains__(self, expert: tuple[int, int]) -> bool:
         return expert in self._spans
 

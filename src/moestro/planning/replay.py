@@ -165,7 +165,8 @@ class _Run:
                 f"{format_bytes(len(self.slots) * spec.slot_bytes)}, but {format_bytes(room_bytes)} are left for them"
             )
         self.clock = machine_clock(spec, placement, machine, timeline)
-        self.view = TableView(self.slots, self.clock, self._ram_ready_s)
+        everyone = {(layer, expert) for layer, of in enumerate(spec.layers) for expert in range(of.experts)}
+        self.view = TableView(self.slots, self.clock, everyone - placement.held)
         self.figures = {phase: PhaseFigures() for phase in Phase}
         self._now = self.figures[Phase.PREFILL]
         self._limits: dict[Any, tuple[float, float, float]] = {}  # which depend on counts alone
@@ -217,11 +218,6 @@ class _Run:
     def _run_gpu(self, step: Step, decision: Decision, experts: list[int], after: Transfer | None) -> float:
         shares = [Share((step.layer, e), step.tokens[e], len(decision.gpu[e])) for e in experts]
         return self.clock.run_gpu(shares, after)
-
-    def _ram_ready_s(self, expert: Expert) -> float:
-        if expert in self.slots.held:
-            return float("inf")
-        return 0.0 if self.clock.disk.holds_all else self.clock.in_ram_s(expert)
 
     def _account(self, step: Step, found: Found, done: Outcome, tokens: int, moved: int) -> None:
         figures = self._now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .clock import Clock
@@ -18,12 +18,12 @@ class TableView:
     """Where experts are now.
 
     Args:
-        ram_ready_s: when an expert can be read from RAM; inf for one that has no copy there.
+        in_ram: experts that have a copy in RAM, or on the disk behind it.
     """
 
     table: SlotTable
     clock: Clock
-    ram_ready_s: Callable[[Expert], float]
+    in_ram: Collection[Expert]
 
     @property
     def now_s(self) -> float:
@@ -34,8 +34,8 @@ class TableView:
         return self.table.failures
 
     def ready_s(self, expert: Expert, at: Place) -> float:
-        if at != GPU0:
-            return self.ram_ready_s(expert) if at == RAM else _INF
+        if at is not GPU0 and at != GPU0:
+            return self.clock.in_ram_s(expert) if at == RAM and expert in self.in_ram else _INF
         slot = self.table.find(expert)
         if slot is None:
             return _INF

@@ -76,7 +76,11 @@ class VirtualMachine:
         return copy.done_s - self.now_s if copy.over else copy.left_s
 
     def in_ram_s(self, expert: Expert) -> float:
-        return self.disk.ready_s(expert, self.spec.layers[expert[0]].expert_bytes, self.now_s)
+        return (
+            0.0
+            if self.disk.holds_all
+            else self.disk.ready_s(expert, self.spec.layers[expert[0]].expert_bytes, self.now_s)
+        )
 
     def copy(
         self,

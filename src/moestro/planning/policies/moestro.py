@@ -46,6 +46,7 @@ from .base import BasePolicy, best_copies, hottest, sides_s
 _LEARNED = 0.02  # of each new value that is averaged
 _UNKNOWN = 0.5  # how often guesses come true of which nothing is known
 _REBASE = 1e100
+_INF = float("inf")
 
 
 class Moestro(BasePolicy):
@@ -71,8 +72,8 @@ class Moestro(BasePolicy):
         heapq.heapify(self._least)
         self._began_s = self._ended_s = 0.0  # the last layer step
         self._gap_s = 0.0  # between two of them: attention, mostly
-        self._pending: tuple[int, list[tuple[int, int]]] = (-1, [])  # a layer, ranks and experts guessed for it
-        self._right: dict[int, float] = {}  # rank of a guess -> how often it came true
+        self._pending: tuple[int, list[int]] = (-1, [])  # a layer, and the experts guessed for it, the likeliest first
+        self._right = [_UNKNOWN] * max(layer.experts for layer in spec.layers)  # by rank, how often guesses came true
         self._all_held = all_fit and self.slots > 0  # then there is nothing to decide, and RAM needs no copy
         if self._all_held:
             return Placement(held=frozenset(hottest(spec, heat, self.slots)))
@@ -153,7 +154,7 @@ class Moestro(BasePolicy):
         arrivals: list[tuple[float, int]] = []
         for expert in step.tokens:
             ready_s = view.ready_s((step.layer, expert), GPU0)
-            if ready_s == float("inf"):
+            if ready_s == _INF:
                 rest.append(expert)
             elif not ready_s:
                 gpu.append(expert)
@@ -243,23 +244,24 @@ class Moestro(BasePolicy):
         following = step.layer + 1
         if room <= 0 or following not in step.guesses:
             return []
-        if view.lane_free_s(Lane.LINK) > view.now_s:
-            return []
         of = self.spec.layers[step.layer]
-        busy_s = sum(costs.cpu_s(of, step.tokens[e]) * len(neurons) / of.neurons for e, neurons in cpu.items())
-        copy_s, alone_s = costs.link_s(of.expert_bytes), costs.cpu_s(of, 1)
-        lost_s = min(copy_s, busy_s) * (1 - alone_s / costs.cpu_s(of, 1, beside_link=True))
+        copy_s, alone_s, taken = _one_expert(of, costs)
+        busy_s = 0.0
+        for expert, neurons in cpu.items():
+            tokens = step.tokens[expert]
+            busy_s += (alone_s if tokens == 1 else costs.cpu_s(of, tokens)) * len(neurons) / of.neurons
+        lost_s = min(copy_s, busy_s) * taken
         late_s = max(0.0, copy_s - busy_s - self._gap_s)  # after the next step has begun
         moves: list[Move] = []
-        if alone_s - late_s <= lost_s:
-            return moves  # it would not pay if it were certain
-        self._pending = following, []
-        for rank, expert in enumerate(list(step.guesses[following])[: len(step.tokens)]):
+        if alone_s - late_s <= lost_s or view.lane_free_s(Lane.LINK) > view.now_s:
+            return moves  # it would not pay if it were certain, or others are waiting
+        guessed = list(step.guesses[following])[: len(step.tokens)]
+        self._pending = following, guessed
+        for expert, right in zip(guessed, self._right, strict=False):
+            if len(moves) == room:
+                break
             key = (following, expert)
-            if view.ready_s(key, GPU0) < float("inf"):
-                continue
-            self._pending[1].append((rank, expert))
-            if len(moves) < room and self._right.get(rank, _UNKNOWN) * (alone_s - late_s) > lost_s:
+            if right * (alone_s - late_s) > lost_s and view.ready_s(key, GPU0) == _INF:
                 moves.append(Move(key, keep=False, urgent=False))
                 late_s += copy_s
         return moves
@@ -271,12 +273,19 @@ class Moestro(BasePolicy):
         self._began_s = now_s
         layer, guessed = self._pending
         if layer == step.layer:
-            for rank, expert in guessed:
-                before = self._right.get(rank, _UNKNOWN)
-                self._right[rank] = before + _LEARNED * ((expert in step.tokens) - before)
+            right = self._right
+            for rank, expert in enumerate(guessed):
+                right[rank] += _LEARNED * ((expert in step.tokens) - right[rank])
 
     def observe(self, done: Outcome) -> None:
         self._ended_s = self._began_s + done.wall_s
+
+
+@lru_cache(maxsize=64)
+def _one_expert(of: LayerSpec, costs: Costs) -> tuple[float, float, float]:
+    """Its copy in seconds; its computation by the CPU; which share of the CPU's time a copy takes meanwhile."""
+    alone_s = costs.cpu_s(of, 1)
+    return costs.link_s(of.expert_bytes), alone_s, 1 - alone_s / costs.cpu_s(of, 1, beside_link=True)
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,240 @@
+"""What the host takes of a decode step besides computing and waiting: asking the policy, checking, planning, launching.
+
+    moestro bench host --shape qwen3-30b-a3b --slots 0.25
+
+A device that does everything at once and nothing in earnest stands for the GPU, and nobody computes experts on the CPU:
+what is left is Moestro's own Python, without the calls of CUDA. Steps are as recorded ones (tape/), routing is drawn: a
+few experts are much more popular than others, and three in four guesses come true.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..compute.cpu import CpuExperts
+from ..compute.devices.base import Copy, Queued, StepSum, WorkOfThread
+from ..compute.devices.emulated import Here, MemoryCarrier
+from ..compute.devices.host import HostDevice
+from ..compute.experts import ExpertMath, ExpertWork
+from ..conductor import Conductor
+from ..errors import RequestError
+from ..memory.formats import FORMATS, ExpertShape
+from ..memory.lanes import LaneCopy, LinkLane, Work
+from ..memory.slots import SlotPool
+from ..memory.store import ExpertStore
+from ..planning.contract import Expert, ModelSpec, Phase
+from ..planning.machines import machine_named
+from ..planning.policies import POLICIES, make_policy
+from ..planning.shapes import spec_of_shape, top_k_of_shape
+from ..planning.tile import at_bits
+from ..planning.trace import SCORE, guesses_kept
+from .machine_card import git_commit, machine_card
+
+_HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
+_RIGHT = 0.75  # of guesses
+_STEEPNESS = 0.75  # of popularity, by rank: Zipf's exponent
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """One policy. us: of a layer step, the median over tokens. hits, copies: of a layer step, the mean."""
+
+    policy: str
+    us: float
+    hits: float
+    copies: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """One run. loop_us: a million turns of an empty loop in Python, for the speed of this machine."""
+
+    shape: str
+    machine: str
+    slots: int
+    experts: int
+    loop_us: float
+    rows: tuple[HostRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self) | {"commit": git_commit(), "card": machine_card()}
+
+    def print(self) -> None:
+        """A row for each policy."""
+        console = Console(width=100)
+        console.print(
+            f"{self.shape}'s routing, {self.slots} of {self.experts} experts in slots, costs of {self.machine}"
+        )
+        table = Table("policy", "us a layer", "hits", "copies")
+        for row in self.rows:
+            table.add_row(row.policy, f"{row.us:.0f}", f"{row.hits:.2f}", f"{row.copies:.2f}")
+        console.print(table)
+        console.print(f"a million turns of an empty loop take {self.loop_us / 1e3:.0f} ms here")
+
+
+class _AtOnce(MemoryCarrier):
+    """Copies nothing, and says that it has."""
+
+    def queues(self, source: Tensor) -> bool:
+        return True
+
+    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
+        return Here()
+
+
+class _Idle(HostDevice):
+    """All that it is asked is done at once."""
+
+    name = "idle"
+
+    def __init__(self) -> None:
+        self.link: LinkLane = LinkLane(_AtOnce())
+        done: Future[None] = Future()
+        done.set_result(None)
+        self._done = WorkOfThread(done)
+
+    def pool(self, slots: int, slot_bytes: int) -> Tensor:
+        return torch.empty(slots, slot_bytes, dtype=torch.uint8)
+
+    def copy(
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
+    ) -> Copy:
+        assert after is None or isinstance(after, WorkOfThread | LaneCopy)
+        return self.link.submit(source, target, urgent, label, after)
+
+    def run(
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+    ) -> Queued:
+        if after is not None:
+            after.wait()
+        return self._done
+
+    def close(self) -> None:
+        self.link.close()
+
+
+class _NoExperts(CpuExperts):
+    def run(self, math: ExpertMath, x: Tensor, work: Sequence[ExpertWork], out: Tensor) -> None:
+        pass
+
+
+class _Routing:
+    """Decode steps of one token, drawn before anything is timed: for each layer experts, weights, and a guess."""
+
+    def __init__(self, spec: ModelSpec, top_k: int, tokens: int) -> None:
+        random = torch.Generator().manual_seed(0)
+        popularity = torch.arange(1, spec.layers[0].experts + 1) ** -_STEEPNESS
+        of_layer = [popularity[torch.randperm(len(popularity), generator=random)] for _ in spec.layers]
+        self.weights = torch.full((1, top_k), 1 / top_k)
+        self.steps = [[torch.multinomial(p, top_k, generator=random)[None] for p in of_layer] for _ in range(tokens)]
+        kept = min(guesses_kept(top_k), len(popularity))
+        scores = torch.linspace(0.5, 0.0, kept + 1)[:-1] * SCORE
+        self.guesses: list[list[Tensor]] = []
+        for step in self.steps:
+            likely = [torch.multinomial(p, kept, generator=random) for p in of_layer]
+            for mine, true in zip(likely, step, strict=True):
+                right = torch.rand(top_k, generator=random) < _RIGHT
+                mine[:top_k][right] = true[0, right]
+            stored = [torch.stack([mine, scores]).int()[None] for mine in likely]
+            self.guesses.append([*stored[1:], torch.zeros_like(stored[0])])  # of the next layer, where there is one
+
+
+def measure_host(
+    shape: str,
+    *,
+    slots: float = 0.25,
+    bits: int | None = None,
+    machine: str = "rtx4090",
+    names: Sequence[str] = tuple(POLICIES),
+    tokens: int = 16,
+    rounds: int = 5,
+) -> HostReport:
+    """Time policies in turns.
+
+    Args:
+        slots: the share of the experts that fits on the GPU. tokens: of a round, of which the first is not timed.
+
+    Raises:
+        RequestError: no such shape, machine or policy, or no such share.
+    """
+    if not 0 <= slots < 1:
+        raise RequestError(f"--slots {slots:g}: a share of the experts is wanted, from 0 to below 1")
+    spec = spec_of_shape(shape) if bits is None else at_bits(spec_of_shape(shape), bits)
+    count = int(slots * sum(layer.experts for layer in spec.layers))
+    routing = _Routing(spec, top_k_of_shape(shape), tokens)
+    runs = [_Run(name, spec, count, machine, routing) for name in names]
+    loops = []
+    try:
+        for _ in range(rounds):
+            start_s = time.thread_time()
+            for _ in range(1_000_000):
+                pass
+            loops.append(time.thread_time() - start_s)
+            for run in runs:
+                run.time_round()
+    finally:
+        for run in runs:
+            run.conductor.close()
+    rows = tuple(run.row() for run in runs)
+    experts = sum(layer.experts for layer in spec.layers)
+    return HostReport(shape, machine, count, experts, statistics.median(loops) * 1e6, rows)
+
+
+class _Run:
+    def __init__(self, name: str, spec: ModelSpec, slots: int, machine: str, routing: _Routing) -> None:
+        policy, self._name, self._routing = make_policy(name), name, routing
+        layer = spec.layers[0]
+        shape, form = ExpertShape(_HIDDEN, layer.neurons), FORMATS["bf16"]
+        size = form.expert_bytes(shape)
+        place = policy.place(spec, slots * spec.slot_bytes, {})
+        device = _Idle()
+        memory = device.pool(len(place.held) + place.slots, size)
+        math = ExpertMath(shape, form, lambda gate, up: up)
+        self.conductor = Conductor(
+            spec,
+            [math] * len(spec.layers),
+            policy,
+            device,
+            ExpertStore([[size] * of.experts for of in spec.layers]),
+            SlotPool(memory, place.held),
+            cpu=_NoExperts(),
+            costs=machine_named(machine).costs,
+        )
+        self._seconds: list[float] = []
+        x, index = torch.zeros(1, layer.hidden, dtype=torch.bfloat16), routing.steps[0][0]
+        guesses = routing.guesses[0][0] if policy.lookahead and len(self.conductor.slots) else None
+        self._x = x
+        self._port = device.port(x, index, guesses, memory, layer.experts)
+
+    def time_round(self) -> None:
+        """All tokens once."""
+        conductor, port, routing = self.conductor, self._port, self._routing
+        for number, (step, guesses) in enumerate(zip(routing.steps, routing.guesses, strict=True)):
+            took_s = -time.thread_time()
+            conductor.begin(1, Phase.DECODE)
+            took_s += time.thread_time()
+            for layer, index in enumerate(step):
+                port.leave(self._x, index, routing.weights, guesses[layer])
+                took_s -= time.thread_time()
+                conductor.run_port(layer, port)
+                took_s += time.thread_time()
+            if number:
+                self._seconds.append(took_s / len(step))
+
+    def row(self) -> HostRow:
+        """What was found."""
+        counters = self.conductor.counters
+        copies = counters.moved_bytes / self.conductor.store[0, 0].numel()
+        steps = max(1, counters.layer_steps)
+        return HostRow(self._name, statistics.median(self._seconds) * 1e6, counters.hits / steps, copies / steps)
