@@ -129,16 +129,14 @@ def _check_drops(decision: Decision, step: Step, where: str) -> None:
 
 def _check_shares(decision: Decision, step: Step, layer: LayerSpec, block: int, where: str) -> None:
     """Refuse shares that do not tile each active expert's neurons."""
-    whole = range(layer.neurons)
-    shares = [*decision.gpu.values(), *decision.cpu.values()]
-    whole_each = len(shares) == len(step.tokens) and all(share == whole for share in shares)
-    if whole_each and decision.gpu.keys() | decision.cpu.keys() == step.tokens.keys():
-        return  # as most are
-    for expert in decision.gpu.keys() | decision.cpu.keys():
-        if expert not in step.tokens:
-            raise ContractError(f"{where}: expert {expert} is computed, but no token was routed to it")
+    gpu, cpu, whole = decision.gpu, decision.cpu, range(layer.neurons)
+    if strangers := (gpu.keys() | cpu.keys()) - step.tokens.keys():
+        raise ContractError(f"{where}: expert {min(strangers)} is computed, but no token was routed to it")
     for expert in step.tokens:
-        found = [share for side in (decision.gpu, decision.cpu) if (share := side.get(expert)) is not None]
+        on_gpu, on_cpu = gpu.get(expert), cpu.get(expert)
+        if (on_gpu is None or on_cpu is None) and (on_gpu or on_cpu) == whole:
+            continue  # as most are
+        found = [share for share in (on_gpu, on_cpu) if share is not None]
         _check_tiling(found, layer, block, f"{where}, expert {expert}")
 
 
