@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+from moestro.bench.host import measure_host
 from moestro.bench.hybrid import POLICIES, HybridRow, _ratios, measure_hybrid
 from moestro.errors import RequestError
+from moestro.planning.policies import POLICIES as PLANNED
 
 COMPARED = ["layer-streaming", "lru", "fiddler", "moestro"]
-ROW = HybridRow("", 10.0, "skewed", {32: 1.0}, 1.0, 63, 0.0, 0, 0.9, 1.0, 0.0, 8, 0)
+ROW = HybridRow("", 10.0, "skewed", {32: 1.0}, 1.0, 63, 0.0, 0, 0.9, 1.0, 0.0, None, 8, 0)
 
 
 def test_policies_run_on_one_load() -> None:
@@ -31,7 +33,7 @@ def test_policies_run_on_one_load() -> None:
         (5.0, "skewed"),
         (None, "uniform"),
     ]
-    assert all(row["decode_tok_s"] > 0 and row["decoded"] == 5 for row in rows)
+    assert all(row["decode_tok_s"] > 0 and row["decoded"] == 5 and row["host_us"] > 0 for row in rows)
     assert all(list(row["prefill_tok_s"]) == ["8"] for row in rows if row["routing"] == "skewed")
     by_name = {row["policy"]: row for row in rows[: len(COMPARED)]}
     assert by_name["layer-streaming"]["bytes_moved"] > by_name["lru"]["bytes_moved"] > 0
@@ -61,3 +63,16 @@ def test_what_there_was_no_time_for_is_said() -> None:
 def test_it_needs_a_device_with_a_link() -> None:
     with pytest.raises(RequestError, match="there is no GPU here; leave it out or use --device emulated"):
         measure_hybrid("tiny", device="cpu", gpu_memory="3MiB", prompts=(8,))
+
+
+def test_the_hosts_time_is_counted_for_each_policy() -> None:
+    """Every policy gets through; hits and copies are what the policy's kind makes of them."""
+    report = measure_host("tiny", tokens=3, rounds=2)
+    rows = {row.policy: row for row in report.rows}
+    assert list(rows) == list(PLANNED)
+    assert all(row.us > 0 for row in report.rows)
+    assert rows["cpu-only"].hits == rows["cpu-only"].copies == rows["fiddler"].copies == 0
+    assert rows["layer-streaming"].copies == pytest.approx(8, abs=1)  # all of a layer, but for those it starts with
+    assert rows["lru"].hits + rows["lru"].copies == pytest.approx(2)
+    with pytest.raises(RequestError, match="a share of the experts is wanted"):
+        measure_host("tiny", slots=1.0)

@@ -26,7 +26,7 @@ from moestro.planning.trace import Trace
 
 DEMO = str(Path(moestro.__file__).parent / "demo")
 PROMPT = "Once upon a time"
-BENCHES = ("load", "kernels", "decode", "policies", "recall")
+BENCHES = ("load", "kernels", "decode", "policies", "hybrid", "host", "recall")
 
 
 def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:

@@ -27,10 +27,9 @@ from .compute.devices import make_device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import METHOD, MoestroConfig
-from .errors import RequestError
 from .families import expert_modules
 from .memory.formats import BLOCK
-from .planning.shapes import SHAPES
+from .planning.shapes import shape_named
 from .routers import find_router
 
 # Popularity against rank, both as fractions: the densities of the cumulative figures of Fiddler's
@@ -94,9 +93,7 @@ def shape_config(name: str, layers: int | None = None) -> Any:
     Raises:
         RequestError: no such shape.
     """
-    if name not in SHAPES:
-        raise RequestError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
-    values = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    values = shape_named(name) | ({} if layers is None else {"num_hidden_layers": layers})
     return AutoConfig.for_model(**values, tie_word_embeddings=False)
 
 

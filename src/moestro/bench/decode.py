@@ -24,7 +24,7 @@ from ..compute.cpu import best_level, core_cpus, levels, read_gbps
 from ..errors import RequestError
 from ..machine import available_ram_bytes, cpu_model
 from ..planning.budget import format_bytes
-from ..planning.shapes import SHAPES
+from ..planning.shapes import shape_named
 from . import llama_cpp
 from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .machine_card import git_commit
@@ -101,10 +101,8 @@ def measure_decode(
     """
     if not levels():
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
-    if shape not in SHAPES:
-        raise RequestError(f"no shape {shape!r}; there are: {', '.join(SHAPES)}")
     rival = llama_cpp.available() is not None and installed("gguf", "gguf") is not None
-    depth = layers or SHAPES[shape]["num_hidden_layers"]
+    depth = layers or shape_named(shape)["num_hidden_layers"]
     _check_ram(shape, depth, [bits, *([bits] if rival else []), *([16] if alone else [])])
     count = threads or len(core_cpus())
     with ExitStack() as stack, one_torch_thread():

@@ -93,6 +93,7 @@ def _hybrid_rows(reports: Sequence[dict[str, Any]]) -> Iterator[Row]:
                 f"{title}: {row['policy']}",
                 f"{row['decode_tok_s']:.2f} tok/s",
                 f"{link}, {row['routing']}; hits {row['hit_rate']:.0%}, share {row['share']:.2f}"
+                + (f"; host {row['host_us']:.0f} us a layer" if row["host_us"] else "")
                 + (f"; prefill {prefill}" if prefill else ""),
             )
         for ratio in report["ratios"]:

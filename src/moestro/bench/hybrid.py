@@ -64,6 +64,7 @@ class HybridRow:
     """One policy on one link and routing.
 
     decoded: tokens, fewer than asked for where the time for a policy was over. share: of the hybrid limit at its hits.
+    host_us: what the host takes of a layer step besides computing and waiting; None where steps were not replayed.
     """
 
     policy: str
@@ -77,6 +78,7 @@ class HybridRow:
     share: float
     link_busy_s: float  # of the timed answer, its prompt of 32 tokens included
     link_idle_s: float  # while a copy could go
+    host_us: float | None
     slots: int
     peak_gpu_bytes: int
 
@@ -122,13 +124,20 @@ class HybridReport:
             console.print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
         prompts = list(self.rows[0].prefill_tok_s) if self.rows else []
         names = ("policy", "link", "routing", *(f"prefill {n}" for n in prompts), "decode", "tokens", "hits", "moved")
-        table = Table(*names, "share")
+        table = Table(*names, "share", "host us")
         for row in self.rows:
             prefill = [f"{row.prefill_tok_s[n]:.1f}" if n in row.prefill_tok_s else "-" for n in prompts]
             figures = [f"{row.decode_tok_s:.2f}", str(row.decoded), f"{row.hit_rate:.1%}"]
             moved = format_bytes(row.bytes_moved)
             table.add_row(
-                row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, moved, f"{row.share:.2f}"
+                row.policy,
+                _link_name(row.link_gbps),
+                row.routing,
+                *prefill,
+                *figures,
+                moved,
+                f"{row.share:.2f}",
+                "-" if row.host_us is None else f"{row.host_us:.0f}",
             )
         console.print(table)
         for name in self.skipped:
@@ -336,6 +345,7 @@ class _Bench:
             share=limit.seconds * decode_tok_s / max(1, limited.new_tokens - 1),
             link_busy_s=lane.counters.busy_s - busy_s,
             link_idle_s=lane.counters.idle_s - idle_s,
+            host_us=found.tape.host_us if found.tape is not None and found.tape.cuts else None,
             slots=len(conductor.slots),
             peak_gpu_bytes=conductor.device.peak_bytes(),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import RequestError
 from .contract import LayerSpec, ModelSpec
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -72,14 +73,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def shape_named(name: str) -> dict[str, Any]:
+    """What a shape's config.json says.
+
+    Raises:
+        RequestError: no such shape.
+    """
+    if name not in SHAPES:
+        raise RequestError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
 def top_k_of_shape(name: str) -> int:
     """Experts a token."""
-    return int(SHAPES[name]["num_experts_per_tok"])
+    return int(shape_named(name)["num_experts_per_tok"])
 
 
 def spec_of_shape(name: str) -> ModelSpec:
     """A shape as the planner sees it, in bf16: attention, norms, routers, embedding and head are its dense part."""
-    shape = SHAPES[name]
+    shape = shape_named(name)
     width, vocab, layers = shape["hidden_size"], shape["vocab_size"], shape["num_hidden_layers"]
     heads, key_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     head = shape.get("head_dim", width // heads)
