@@ -20,7 +20,6 @@ from torch import Tensor
 
 from moestro.compute.devices import LayerPort, make_device
 from moestro.compute.devices.emulated import EmulatedDevice, MemoryCarrier
-from moestro.compute.devices.graphs import PretendedGraphs, graphs_of
 from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
 from moestro.conductor import Conductor
@@ -157,7 +156,6 @@ class _Ports:
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
-        self._graphs = graphs_of(conductor.device) if torch.cuda.is_available() else PretendedGraphs()
         self._port: LayerPort | None = None
 
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -165,8 +163,7 @@ class _Ports:
         if self._port is None:
             self._port = device.port(x, index, None, conductor.slots.memory, EXPERTS)
         self._port.leave(x, index, weights, None)
-        assert self._graphs is not None
-        device.record_slots(self._port, conductor.math[layer], self._graphs)
+        device.record_slots(self._port, conductor.math[layer])
         conductor.run_port(layer, self._port)
         return self._port.enter()
 
@@ -229,7 +226,11 @@ def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
     def recorded(graphs: object, work: Callable[[], None]) -> object:
         return SimpleNamespace(replay=lambda: (replays.append(1), work()))
 
-    with pretended_cuda() as (device, _), mock.patch("moestro.compute.devices.cuda_port.recorded", recorded):
+    with (
+        pretended_cuda() as (device, _),
+        mock.patch("moestro.compute.devices.cuda_port.recorded", recorded),
+        mock.patch("moestro.compute.devices.cuda.CudaGraphs"),
+    ):
         _check_drawn(device, seed, 3, 3, by_port)
         assert all(kernel is not None for _, kernel in device._kernels.values())
     assert bool(replays) == by_port

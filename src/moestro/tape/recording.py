@@ -133,7 +133,7 @@ class Recording:
         port = self._port(x, index, guesses)
         port.leave(x, index, weights, guesses)
         self._close()
-        conductor.device.record_slots(port, conductor.math[layer], self._graphs)
+        conductor.device.record_slots(port, conductor.math[layer])
         try:
             conductor.run_port(layer, port)
         except BaseException:

@@ -21,7 +21,6 @@ from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 
 if TYPE_CHECKING:
-    from .graphs import Graphs
     from .port import LayerPort
 
 # x [T, D], index int [T, K], weights float [T, K] -> [T, D] in the dtype of x, all on the device
@@ -181,7 +180,7 @@ class Device(Protocol):
             x, index, guesses: as its `leave` will be given them. experts: the most of a layer.
         """
 
-    def record_slots(self, port: LayerPort, math: ExpertMath, graphs: Graphs) -> None:
+    def record_slots(self, port: LayerPort, math: ExpertMath) -> None:
         """Have `run` take one call of the device for experts of such a layer in that port's steps, where it can."""
 
     def host_output(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .base import Copy, HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_port import CudaPort, PortSum
 from .cuda_timeline import GpuSpans
-from .graphs import Graphs
+from .graphs import CudaGraphs
 from .port import LayerPort
 
 logger = logging.getLogger("moestro")
@@ -166,9 +166,14 @@ class CudaDevice:
     def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
         return CudaPort(x, index, guesses, pool, self._wait, experts)
 
-    def record_slots(self, port: LayerPort, math: ExpertMath, graphs: Graphs) -> None:
+    def record_slots(self, port: LayerPort, math: ExpertMath) -> None:
         if isinstance(port, CudaPort) and (kernel := self._kernel(math, port.total.x.dtype)) is not None:
-            port.record(kernel, graphs)
+            port.record(kernel, self._slot_graphs)
+
+    @functools.cached_property
+    def _slot_graphs(self) -> CudaGraphs:
+        """With memory of their own: they run between the graphs of a step, whose memory is in use then."""
+        return CudaGraphs(self.torch_device)
 
     def host_output(self, x: Tensor) -> Tensor:
         return self._buffers.take("output", x.shape, torch.float32).zero_()

@@ -39,7 +39,11 @@ class Graph(Protocol):
 
 
 class Graphs(Protocol):
-    """Records one thread's work at a time. What it records shares memory, so only one graph may run at a time."""
+    """Records one thread's work at a time.
+
+    What it records shares memory: graphs run one at a time, and in the order in which they were recorded unless nothing
+    that one makes is needed after another.
+    """
 
     def begin(self) -> None:
         """Record from now on."""

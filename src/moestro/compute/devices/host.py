@@ -12,7 +12,6 @@ from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 from .base import Copy, HeldLayer, HostBatch, Queued, StepSum
-from .graphs import Graphs
 from .port import LayerPort
 
 
@@ -50,7 +49,7 @@ class HostDevice:
     def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
         return LayerPort(x, index, guesses, pool, _host_bytes, lambda: None)
 
-    def record_slots(self, port: LayerPort, math: ExpertMath, graphs: Graphs) -> None:
+    def record_slots(self, port: LayerPort, math: ExpertMath) -> None:
         pass
 
     def host_output(self, x: Tensor) -> Tensor:
