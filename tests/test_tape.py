@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from families import FAMILIES as EVERY_FAMILY
 from families import VOCABULARY, Family, save_model
@@ -306,6 +309,29 @@ def test_a_conversation(sizes: dict[str, Any], device: str, folders: Any) -> Non
                     assert result.tape.recordings == (1, 1 if sizes is FULL else 2, 0)[turn]
             answers.append(torch.cat(texts))
     assert torch.equal(*answers)
+
+
+def test_a_cache_that_grows_is_never_there_twice(device: str, folders: Any) -> None:
+    """Layer by layer, and what was recorded with it lets it go."""
+    with _loaded(folders("olmoe", {}), device, fuse=True) as model, torch.no_grad():
+        cache = cache_for(model, None, 200)
+        for _ in range(3):
+            model(**_next_step(model, cache))
+        assert model.forward.figures.recordings == 1
+        keys = [layer.keys[..., :3, :].clone() for layer in cache.layers]
+        old, alive = [ref(layer.keys) for layer in cache.layers], []
+        lazy = StaticLayer.lazy_initialization
+
+        def counting(self: Any, *given: Any) -> None:
+            alive.append(sum(each() is not None for each in old))
+            lazy(self, *given)
+
+        with mock.patch.object(StaticLayer, "lazy_initialization", counting):
+            assert cache_for(model, cache, 300) is cache
+        assert alive == [len(old) - i for i in range(len(old))]
+        assert not any(each() is not None for each in old)
+        assert all(torch.equal(layer.keys[..., :3, :], kept) for layer, kept in zip(cache.layers, keys, strict=True))
+        model(**_next_step(model, cache))
 
 
 def test_chat_reuses_and_cuts_its_cache(device: str) -> None:

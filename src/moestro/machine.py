@@ -29,6 +29,20 @@ def peak_ram_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def last_level_cache_bytes() -> int:
+    """All caches of the CPU's last level together, as the kernel reports them; 64 MiB where it reports none."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found: dict[tuple[int, str], int] = {}  # by level and the processors that share it
+    for cache in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, size, shared = ((cache / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+            found[int(level), shared] = int(size[:-1]) * units[size[-1]]
+        except (OSError, ValueError, KeyError):
+            continue
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or 64 * 2**20
+
+
 def cpu_model() -> str:
     """The CPU's own name."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()

@@ -15,11 +15,11 @@ import torch
 from .compute.cpu import core_cpus, fma_gflops, levels, read_gbps
 from .compute.devices import Device
 from .compute.devices.emulated import EmulatedDevice
-from .machine import total_ram_bytes
+from .machine import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
 from .memory.store import map_memory
 from .planning.machines import THIS, Machine, costs_of
 
-_READ_BYTES = 256 * 2**20
+_READ_BYTES = 256 * 2**20  # or more, where the CPU's caches would hold much of it
 _LINK_BYTES = 256 * 2**20
 _MATRIX = 4096
 
@@ -55,11 +55,12 @@ def _measured(device: Device, threads: int) -> Machine:
 @functools.cache
 def _cpu_rates(threads: int) -> tuple[float, float]:
     """GB/s that the CPU reads, GFLOP/s that it multiplies in float32."""
-    memory = map_memory(_READ_BYTES).fill_(1).view(torch.float32)
+    size_bytes = min(max(_READ_BYTES, 3 * last_level_cache_bytes()), available_ram_bytes() // 4) // 64 * 64
+    memory = map_memory(size_bytes).fill_(1).view(torch.float32)
     if not any(levels().values()):  # no kernels here: torch's own sum and product
         start_s = time.perf_counter()
         memory.sum()
-        gbps = _READ_BYTES / (time.perf_counter() - start_s) / 1e9
+        gbps = size_bytes / (time.perf_counter() - start_s) / 1e9
         return gbps, _product_gflops(torch.device("cpu"), torch.float32, 1024)
     return max(read_gbps(memory, threads, ahead) for ahead in 3 * (0, 512)), fma_gflops(threads)
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from torch import Tensor
 from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, levels, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
 from ..errors import RequestError
-from ..machine import available_ram_bytes, cpu_model
+from ..machine import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, ExpertShape
 from ..planning.budget import format_bytes
 from .machine_card import git_commit
@@ -211,10 +210,3 @@ def plausible_weights(size_bytes: int) -> Tensor:
         part = flat[start : start + piece.numel()]
         part.copy_(piece[: part.numel()])
     return memory
-
-
-def last_level_cache_bytes() -> int:
-    """The largest cache that the kernel reports; 64 MiB where it reports none."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 * 2**20)

@@ -19,11 +19,11 @@ from rich.table import Table
 
 from ..compute.cpu import core_cpus, levels
 from ..errors import RequestError
-from ..machine import available_ram_bytes
+from ..machine import available_ram_bytes, last_level_cache_bytes
 from ..memory.formats import FORMATS
 from ..planning.budget import format_bytes
 from . import kt_kernel
-from .kernels import CACHES, SHAPES, MoeLayer, check_shapes, last_level_cache_bytes
+from .kernels import CACHES, SHAPES, MoeLayer, check_shapes
 from .layer_workers import OURS, TORCH, LayerWorker
 
 KT_BITS = {"bf16": 16, "int4": 4}  # our format -> kt-kernel's bits of a weight, which take as many bytes

@@ -39,6 +39,8 @@ def cache_for(model: Any, cache: Any, tokens: int, sequences: int = 1) -> Any:
     plan = model.moestro.gpu_plan
     most = None if plan is None else plan.context // sequences
     if isinstance(cache, StepCache):
+        if tokens > cache.tokens and isinstance(model.forward, StepTape):
+            model.forward.forget_cache(cache)  # what was recorded with it holds its memory
         cache.grow(tokens, most)
     elif cache is None and isinstance(model.forward, StepTape):
         return model.forward.new_cache(tokens, most)

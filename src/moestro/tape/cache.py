@@ -60,17 +60,20 @@ class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
             return
         wanted = self.tokens * 3 // 2 if most is None else min(self.tokens * 3 // 2, most)
         larger = StepCache(self._config, max(tokens, wanted), most)
-        for index, (old, new) in enumerate(zip(self.layers, larger.layers, strict=True)):
+        for index, new in enumerate(larger.layers):  # layer by layer, so that two caches are never there at once
+            old = self.layers[index]
             if new.max_cache_len == old.max_cache_len:  # a window that has its whole size
-                larger.layers[index] = old
-            elif old.is_initialized:
+                continue
+            if old.is_initialized:
                 new.lazy_initialization(old.keys, old.values)
                 new.keys[:, :, : old.max_cache_len] = old.keys
                 new.values[:, :, : old.max_cache_len] = old.values
                 new.cumulative_length.copy_(old.cumulative_length)
                 if new.is_sliding:
                     new.cumulative_length_int = old.cumulative_length_int
-        self.layers, self.tokens = larger.layers, larger.tokens
+            self.layers[index] = new
+            del old
+        self.tokens = larger.tokens
 
 
 class _Window(StaticSlidingWindowLayer):  # type: ignore[misc]  # transformers is not typed

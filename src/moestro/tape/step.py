@@ -75,6 +75,10 @@ class StepTape:
         self._conductor, self._taped = model.moestro, []
         self._seen.clear()
 
+    def forget_cache(self, cache: Any) -> None:
+        """Forget what was recorded with a cache."""
+        self._taped = [taped for taped in self._taped if not taped.bound.of(cache)]
+
     def new_cache(self, tokens: int, most: int | None) -> StepCache | None:
         """A cache for so many tokens with which steps can be recorded; None where the model has none."""
         model: Any = self._model()
