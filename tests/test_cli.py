@@ -88,7 +88,7 @@ def test_a_virtual_clock_gives_real_text_at_modelled_speed(run) -> None:  # type
         run("run", "demo", PROMPT, "-n", "20", "--temperature", "0", "--gpu-memory", "24MiB", *how) for _ in range(2)
     ]
     assert told[0][0] == told[1][0] == f"{PROMPT}{_reference(PROMPT)}\n"
-    figures = [re.findall(r"(?:prefill|decode|experts) .*", err) for _, err in told]
+    figures = [re.findall(r"(?m)^(?:prefill|decode|experts) .*", err) for _, err in told]
     assert figures[0] == figures[1]
     assert re.search(r"experts +[\d.]+% hits +[\d.]+ MiB moved to the GPU", told[0][1])
 

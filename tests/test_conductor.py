@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -228,7 +230,7 @@ def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
 
     with (
         pretended_cuda() as (device, _),
-        mock.patch("moestro.compute.devices.cuda_port.recorded", recorded),
+        mock.patch("moestro.compute.devices.cuda_slots.recorded", recorded),
         mock.patch("moestro.compute.devices.cuda.CudaGraphs"),
     ):
         _check_drawn(device, seed, 3, 3, by_port)
@@ -434,6 +436,56 @@ def test_a_failed_guess_does_not_poison_its_slot() -> None:
         out = conductor.run_layer(1, x, torch.tensor([[4]]), weights)
         torch.testing.assert_close(out, _reference(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
     conductor.close()
+
+
+def test_a_step_whose_end_is_interrupted_as_well_is_settled_by_the_next_one() -> None:
+    device, policy = EmulatedDevice(link_gbps=None), Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),)))
+    conductor, parts = _conductor(policy, 1, device)
+    x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
+    with (
+        mock.patch.object(policy, "observe"),
+        mock.patch.object(device, "run", side_effect=KeyboardInterrupt),
+        mock.patch.object(device.link, "settle", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        conductor.run_layer(0, x, index, weights)
+    assert conductor.slots.find((0, 2)) is not None
+    failures = conductor.view.failures
+    conductor.begin(1, Phase.DECODE)
+    assert conductor.slots.find((0, 2)) is None
+    assert conductor.view.failures == failures + 1
+    out = conductor.run_layer(0, x, index, weights)
+    torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    conductor.close()
+
+
+def test_cuda_launches_at_once_what_waits_for_nobody_else() -> None:
+    """Behind a copy that is all on its way; behind one that is not, a thread of the device does it."""
+    with pretended_cuda() as (device, _):
+        conductor, _ = _conductor(Fixed(Decision()), 2, device)
+        launchers: list[int] = []
+        with mock.patch.object(device, "_launch", side_effect=lambda *_: launchers.append(threading.get_ident())):
+            for pace in (None, 0.001):
+                device.link.gbps = pace
+                copy = device.copy(conductor.store[0, 0], conductor.slots.row(0), True, (0, 0))
+                device.run(conductor.math[0], mock.Mock(), [], (0, 0), after=copy).wait()
+        assert launchers[0] == threading.get_ident() != launchers[1]
+        conductor.close()
+
+
+def test_a_port_that_is_let_go_gives_its_memory_back_at_once() -> None:
+    """Without the collector's help: the next policy's slots need that room."""
+    with pretended_cuda() as (device, _):
+        pool = device.pool(2, 64)
+        port = device.port(torch.zeros(1, 8), torch.zeros(1, 2, dtype=torch.int64), None, pool, 4)
+        gone = weakref.ref(pool)
+        gc.disable()
+        try:
+            del pool, port
+            assert gone() is None
+        finally:
+            gc.enable()
+        device.close()
 
 
 def test_where_the_device_has_no_memory_the_cpu_computes(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""The link lane: priorities, pieces, faults, pace; and the CUDA device's parts that need no GPU."""
+"""The link lane: priorities, pieces, faults, pace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.compute.devices.cuda_memory import PinnedMemory
 from moestro.errors import CopyError
 from moestro.memory.lanes import IN_FLIGHT_BYTES, MOST_IN_FLIGHT, LinkLane
 from moestro.planning.contract import Lane
@@ -48,6 +47,7 @@ class Carrier:
         self.behind: list[Any] = []
         self.pieces: list[Piece] = []
         self.held = held
+        self.senders: set[int] = set()  # threads
         self.fails_at: int | None = None
         self.changed = threading.Condition()
 
@@ -55,6 +55,7 @@ class Carrier:
         return self.is_quick
 
     def send(self, source: Tensor, target: Tensor, behind: Any) -> Piece:
+        self.senders.add(threading.get_ident())
         if self.fails_at == len(self.pieces):
             self.fails_at = None
             raise OSError("no link")
@@ -289,47 +290,21 @@ def test_small_pieces_fly_in_greater_numbers() -> None:
     lane.close()
 
 
-class Runtime:
-    """CUDA's registration of host memory, as far as it is used."""
-
-    def __init__(self, allowed: int) -> None:
-        self.allowed, self.registered = allowed, dict[int, int]()
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        if len(self.registered) == self.allowed:
-            return 2
-        self.registered[address] = size
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.registered[address]
-        return 0
-
-
-def test_memory_is_registered_in_runs_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.compute.devices.cuda_memory._RUN_BYTES", 1000)
-    memory, other = torch.zeros(2500, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
-    runtime = Runtime(allowed=10)
-    pinned = PinnedMemory(runtime)
-    assert pinned.add(memory) is None
-    assert sorted(runtime.registered.values()) == [500, 1000, 1000]
-    assert pinned.holds(memory[1000:2000])
-    assert not pinned.holds(memory[900:1100])  # it crosses from one run to the next
-    assert pinned.add(memory) is None
-    assert len(runtime.registered) == 3
-    assert not pinned.holds(other)
-    assert pinned.n_bytes == 2500
-    pinned.close()
-    assert not runtime.registered
-
-
-def test_memory_that_cannot_be_registered_is_said_and_not_taken_for_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.compute.devices.cuda_memory._RUN_BYTES", 1000)
-    memory = torch.zeros(2500, dtype=torch.uint8)
-    runtime = Runtime(allowed=1)
-    pinned = PinnedMemory(runtime)
-    assert pinned.add(memory) == "0.0 of 0.0 GiB of RAM could be pinned (CUDA error 2)"
-    assert pinned.holds(memory[:1000])
-    assert not pinned.holds(memory[500:1500])
-    pinned.close()
-    assert not runtime.registered
+def test_who_sends_where_that_takes_no_time() -> None:
+    """Whoever submits, as long as there is room; the lane's thread what is left, what takes time, and at a pace."""
+    here = threading.get_ident()
+    for pace in (None, 10.0):
+        carrier = Carrier(held=True)
+        lane = LinkLane(carrier, pace)
+        copy = lane.submit(_bytes(1, IN_FLIGHT - 1), _bytes(0, IN_FLIGHT - 1), True, (0, 1))
+        at_once = Carrier.is_quick and pace is None
+        if at_once:
+            assert copy.is_sent
+        carrier.wait_for(IN_FLIGHT - 1)
+        assert carrier.senders == ({here} if at_once else {lane._thread.ident})
+        more = lane.submit(_bytes(2, 2), _bytes(0, 2), True, (0, 2))
+        assert not more.is_sent  # there is room for one of its pieces at most
+        carrier.release()
+        _arrived(copy, more)
+        assert carrier.senders == ({here, lane._thread.ident} if at_once else {lane._thread.ident})
+        lane.close()

@@ -5,6 +5,7 @@ On the CPU with pretended graphs, and on a GPU where there is one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -31,8 +32,10 @@ from moestro.compute.devices.graphs import CannotRecordError, CudaGraphs, Preten
 from moestro.generation import TextOptions, generate_text
 from moestro.planning.contract import Step
 from moestro.planning.policies import make_policy
+from moestro.planning.timeline import Timeline
 from moestro.tape import StepCache, StepTape, cache_for
 from moestro.tape.recording import Cut
+from moestro.tracing import recording
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 FULL = {"sliding_window": None}
@@ -520,6 +523,33 @@ def test_a_recorder_hears_of_each_layer_once(folders: Any) -> None:
         assert heard.layers == [0, 1, 2] * 30
         assert model.moestro.counters.layer_steps == 3 * (14 + 30)
         assert model.forward.figures.replays == 11
+
+
+@pytest.mark.parametrize("policy", ["lru", "moestro", "fiddler"])
+def test_inference_mode(policy: str, device: str, folders: Any) -> None:
+    """What a step leaves for other threads is no tensor of inference."""
+    ids, texts = _ids(1, 6), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with _loaded(folders("olmoe", {}), device, fuse=True, policy=policy) as model, mode():
+            texts.append(_generate(model, ids)[0])
+            assert model.forward.figures.replays
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("before", ["nobody", "a recorder that wants less", "a timeline"])
+def test_a_recorder_gets_the_guesses_that_it_wants(before: str, folders: Any) -> None:
+    ids = _ids(1, 5)
+    with _loaded(folders("olmoe", {"num_hidden_layers": 5}), "emulated", fuse=True) as model:
+        with contextlib.ExitStack() as stack:
+            if before == "a timeline":
+                stack.enter_context(model.moestro.note_on(Timeline()))
+            elif before != "nobody":
+                stack.enter_context(recording(model, 1))
+            _generate(model, ids)
+        with recording(model, 3) as recorder:
+            _generate(model, ids)
+        trace = recorder.trace(model, "small", None)
+        assert all(len(one.steps[0].guesses) == 3 for one in trace.passes)
 
 
 def test_another_policy_takes_over(device: str, folders: Any) -> None:

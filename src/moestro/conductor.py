@@ -87,6 +87,7 @@ class Conductor:
         self._last_ran: _Ran | None = None
         self._held_ops: dict[tuple[int, torch.dtype], HeldLayer | None] = {}
         self._failures = 0  # copies that have failed so far
+        self._is_unsettled = False  # something failed, and the rest has not come to an end
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
         self._closing = weakref.finalize(self, self.device.close)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
@@ -103,6 +104,8 @@ class Conductor:
         """Before the first layer of a step of `tokens` tokens, over all its sequences."""
         with self._lock:
             self._of_thread.phase = phase
+            if self._is_unsettled:
+                self._settle()
             self._warm()
             if self.recorder is not None:
                 self.recorder.begin(tokens, phase)
@@ -345,10 +348,12 @@ class Conductor:
         return lost
 
     def _settle(self) -> None:
-        """After a failure or an interrupt: nothing is on its way any longer, and no slot has half of an expert."""
+        """After a failure or an interrupt: nothing is on its way any longer, and the slots are as at the start."""
+        self._is_unsettled = True  # until it is done, also if this is interrupted in turn
         if self.device.link is not None:
             self.device.link.settle()
-        self.slots.forget_unfinished()
+        self.slots.forget_all()
+        self._is_unsettled = False
 
     def _account(self, step: Step, found: Found, moved_bytes: int, cpu_s: float, wall_s: float) -> None:
         counters = self.counters

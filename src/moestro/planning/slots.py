@@ -160,6 +160,12 @@ class SlotTable:
             else:
                 self.drop(expert)  # one that is still coming goes after the layer's next step
 
+    def forget_all(self) -> None:
+        """After a step that failed nobody knows what a policy has in its books: empty all slots but those held."""
+        self.forget_unfinished()
+        for expert in self._where.keys() - self.held:
+            self.forget(expert)
+
     def forget_unfinished(self) -> None:
         """After a failure nobody knows what arrived: empty the slots of all that is not there, once it is still."""
         self.failures += 1

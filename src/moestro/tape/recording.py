@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..compute.devices import LayerPort
@@ -19,13 +20,8 @@ from .arguments import without_cache
 class Cut(NamedTuple):
     """Where the experts of a layer run between two graphs."""
 
-    conductor: Conductor
     layer: int
     port: LayerPort
-
-    def replay(self) -> None:
-        """As the policy decides now."""
-        self.conductor.run_port(self.layer, self.port)
 
 
 @dataclass(slots=True)
@@ -105,7 +101,10 @@ class Tape:
         for buffer, tensor in zip(self.inputs, given, strict=True):
             buffer.copy_(tensor)
         for part in self.parts:
-            part.replay()
+            if isinstance(part, Cut):
+                conductor.run_port(part.layer, part.port)
+            else:
+                part.replay()
         conductor.count_held(len(self.held), sum(self.held))
         figures.replays += 1
         figures.cuts += self.cuts
@@ -136,22 +135,26 @@ class Recording:
         conductor.device.record_slots(port, conductor.math[layer])
         try:
             conductor.run_port(layer, port)
+            self.done.append((layer, port.enter()))
         except BaseException:
             self.experts_failed = True
             raise
-        self.done.append((layer, port.enter()))
-        self.tape.parts.append(Cut(conductor, layer, port))
+        self.tape.parts.append(Cut(layer, port))
         self._graphs.begin()
         return port.enter()
 
     def _port(self, x: Tensor, index: Tensor, guesses: Tensor | None) -> LayerPort:
-        """One for all layers alike. What a graph allocates is its own, so a new one is made between two."""
+        """One for layers alike; the last ones have fewer guesses.
+
+        What a graph allocates is its own, so a port is made between two.
+        """
         key = x.shape, x.dtype, index.shape, None if guesses is None else guesses.shape
         if key not in self._ports:
             self._close()
             conductor = self._conductor
             experts = max(layer.experts for layer in conductor.spec.layers)
-            self._ports[key] = conductor.device.port(x, index, guesses, conductor.slots.memory, experts)
+            with torch.inference_mode(False):  # other threads write to it as well
+                self._ports[key] = conductor.device.port(x, index, guesses, conductor.slots.memory, experts)
             self._graphs.begin()
         return self._ports[key]
 

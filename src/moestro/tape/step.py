@@ -186,7 +186,8 @@ class StepTape:
         config = getattr(self._model(), "config", None)
         settings = tuple(getattr(config, name, None) for name in _SETTINGS)
         heard = self._conductor.recorder is not None or self._conductor.timeline is not None  # which want each layer
-        return windows, torch.is_inference_mode_enabled(), settings, heard, tuple(rest)
+        guesses = self._conductor.guesses_wanted
+        return windows, torch.is_inference_mode_enabled(), settings, heard, guesses, tuple(rest)
 
     def _is_disturbed(self) -> bool:
         """Whether somebody listens to a module inside, or the model is being trained."""

@@ -74,6 +74,10 @@ class StepSum:
     is_fixed: bool = False
     is_begun: bool = False  # something was added
 
+    def begin(self) -> None:
+        """Another step, in the same memory."""
+        self.is_begun = False
+
     def add(self, prepare: Callable[[], Callable[[Tensor], None]]) -> None:
         """Call what adds to a float32 [T, D].
 

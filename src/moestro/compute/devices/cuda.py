@@ -29,7 +29,7 @@ from .. import gpu
 from ..experts import ExpertMath, ExpertWork, run_experts
 from .base import Copy, HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
-from .cuda_port import CudaPort, PortSum
+from .cuda_slots import RecordedSum
 from .cuda_timeline import GpuSpans
 from .graphs import CudaGraphs
 from .port import LayerPort
@@ -164,11 +164,15 @@ class CudaDevice:
         self.waited_s += time.perf_counter() - start_s
 
     def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
-        return CudaPort(x, index, guesses, pool, self._wait, experts)
+        port = LayerPort(x, index, guesses, pool, pinned_bytes, self._wait)
+        port.total = RecordedSum(port, experts)
+        return port
 
     def record_slots(self, port: LayerPort, math: ExpertMath) -> None:
-        if isinstance(port, CudaPort) and (kernel := self._kernel(math, port.total.x.dtype)) is not None:
-            port.record(kernel, self._slot_graphs)
+        total = port.total
+        kernel = self._kernel(math, total.x.dtype) if len(total.pool) else None
+        if kernel is not None and isinstance(total, RecordedSum):
+            total.record(kernel, self._slot_graphs)
 
     @functools.cached_property
     def _slot_graphs(self) -> CudaGraphs:
@@ -214,7 +218,7 @@ class CudaDevice:
         """What runs the experts, with the memory that it needs."""
         kernel, x = self._kernel(math, total.x.dtype), total.x
         if kernel is not None:
-            if isinstance(total, PortSum) and (ready := total.port.prepared(kernel, work)) is not None:
+            if isinstance(total, RecordedSum) and (ready := total.prepared(kernel, work)) is not None:
                 return ready
             plan = gpu.plan_of(kernel, total.pool, work, len(x))
             workspace = torch.empty(gpu.workspace_bytes(kernel, plan), dtype=torch.uint8, device=x.device)

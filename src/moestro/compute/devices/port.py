@@ -1,7 +1,7 @@
 """Where a recorded step and the host meet at the experts of a layer: memory that keeps its place.
 
 The graph before the experts ends with `leave`, and the one behind begins with `enter`, so what the host must see comes
-to it, and what it made goes back, without a call of its own. One port serves all layers of a recorded step, in turn.
+to it, and what it made goes back, without a call of its own. Layers of a recorded step that are alike share a port.
 
     port.leave(x, index, weights, guesses)      # recorded
     batch = port.read()                         # waits; experts are added to port.total and port.host_output()
@@ -39,7 +39,7 @@ class LayerPort:
         wait: Callable[[], None],
     ) -> None:
         n_chosen, n_guesses = index.numel(), 0 if guesses is None else guesses.numel()
-        n_bytes = 4 * (2 * n_chosen + n_guesses)
+        n_bytes = 2 * _padded(4 * n_chosen) + 4 * n_guesses
         self.total = StepSum(torch.empty_like(x), pool, torch.zeros(x.shape, device=x.device), is_fixed=True)
         self._routing = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
         self._host_routing = host_bytes(n_bytes)
@@ -71,7 +71,7 @@ class LayerPort:
     def read(self) -> HostBatch:
         """Wait until the host has it. Valid until the next one."""
         self._wait()
-        self.total.is_begun = False
+        self.total.begin()
         if self._output_is_used:
             self._host_output.zero_()
             self._output_is_used = False
@@ -94,9 +94,14 @@ def _parts(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Experts as int32, weights as float32 and guesses as int32, one after another."""
     size = 4 * torch.Size(chosen).numel()
-    index, weights, rest = memory[:size], memory[size : 2 * size], memory[2 * size :]
+    index, weights, rest = memory.split([step := _padded(size), step, memory.numel() - 2 * step])
     return (
-        index.view(torch.int32).view(chosen),
-        weights.view(torch.float32).view(masses),
+        index[:size].view(torch.int32).view(chosen),
+        weights[:size].view(torch.float32).view(masses),
         None if guesses is None else rest.view(torch.int32).view(guesses),
     )
+
+
+def _padded(n_bytes: int) -> int:
+    """Kernels are compiled for addresses of 16 bytes."""
+    return -(-n_bytes // 16) * 16

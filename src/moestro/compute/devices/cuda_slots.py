@@ -1,4 +1,4 @@
-"""A port whose experts in slots are one recorded piece of work: the host writes a small table and replays a graph.
+"""Experts in slots as one recorded piece of work: the host writes a small table and replays a graph.
 
 Launched one by one, the kernels of a decode step's hits would take the host longer than they take the GPU.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...memory.formats import BLOCK
 from .. import gpu
 from ..experts import ExpertWork
-from .base import HostBatch, StepSum
+from .base import StepSum
 from .cuda_memory import pinned_bytes
 from .graphs import Graph, Graphs, recorded
 from .port import LayerPort
@@ -21,36 +21,29 @@ from .port import LayerPort
 _ENTRY_BYTES = 12  # of the table of `gpu.plan_on_device`
 
 
-class CudaPort(LayerPort):
-    """See `LayerPort`. The graphs read the routing that `leave` wrote, and from a table which experts are where.
+class RecordedSum(StepSum):
+    """The sum of a port's steps, with graphs that add to it.
+
+    They read the routing that the port's `leave` wrote, and from a table which experts are where.
 
     Args:
         experts: the most of a layer.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        guesses: Tensor | None,
-        pool: Tensor,
-        wait: Callable[[], None],
-        experts: int,
-    ) -> None:
-        super().__init__(x, index, guesses, pool, pinned_bytes, wait)
-        self.total = PortSum(self, self.total)
-        self._graphs: dict[gpu.GpuKernel, Graph] = {}
-        self._table = torch.zeros(experts, 3, dtype=torch.int32, device=x.device)
+    def __init__(self, port: LayerPort, experts: int) -> None:
+        super().__init__(port.total.x, port.total.pool, port.total.out, is_fixed=True)
+        self._index, self._weights = port.index, port.weights
+        self._table = torch.zeros(experts, 3, dtype=torch.int32, device=self.x.device)
         # Each piece of work has a table of its own until the next step: there are no more of them than experts.
-        most = min(index.numel(), experts)
+        most = min(self._index.numel(), experts)
         host = pinned_bytes(most * experts * _ENTRY_BYTES).view(torch.int32).view(most, experts, 3)
         self._tables = [(table, table.numpy()) for table in host.unbind()]
         self._unused = iter(self._tables)
+        self._graphs: dict[gpu.GpuKernel, Graph] = {}
 
-    def read(self) -> HostBatch:
-        batch = super().read()
+    def begin(self) -> None:
+        super().begin()
         self._unused = iter(self._tables)
-        return batch
 
     def record(self, kernel: gpu.GpuKernel, graphs: Graphs) -> None:
         """Prepare for experts that this kernel computes."""
@@ -61,31 +54,24 @@ class CudaPort(LayerPort):
         self._graphs[kernel] = recorded(graphs, lambda: self._launch(kernel))
 
     def _launch(self, kernel: gpu.GpuKernel) -> None:
-        assert self.total.out is not None
-        plan = gpu.plan_on_device(kernel, self.index, self.weights, self._table)
-        gpu.run_grouped(kernel, self.total.pool, plan, self.total.x, self.total.out)
+        assert self.out is not None
+        plan = gpu.plan_on_device(kernel, self._index, self._weights, self._table)
+        gpu.run_grouped(kernel, self.pool, plan, self.x, self.out)
 
     def prepared(self, kernel: gpu.GpuKernel, work: Sequence[ExpertWork]) -> Callable[[Tensor], None] | None:
-        """What adds the work to the sum, in one call of the device; None where that was not recorded."""
+        """What adds the work, in one call of the device; None where that was not recorded."""
         graph, found = self._graphs.get(kernel), next(self._unused, None)
         if graph is None or found is None:
             return None
         table, entries = found
         entries.fill(0)
         for item in work:
+            assert item.expert >= 0
             first, stop = item.neurons.start // BLOCK, -(-item.neurons.stop // BLOCK)
-            entries[item.expert] = gpu.slot_of(self.total.pool, item.packed), first, stop - first
+            entries[item.expert] = gpu.slot_of(self.pool, item.packed), first, stop - first
 
         def run(_: Tensor) -> None:
             self._table.copy_(table, non_blocking=True)
             graph.replay()
 
         return run
-
-
-class PortSum(StepSum):
-    """Of a port's steps."""
-
-    def __init__(self, port: CudaPort, total: StepSum) -> None:
-        super().__init__(total.x, total.pool, total.out, is_fixed=True)
-        self.port = port
