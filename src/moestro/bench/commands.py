@@ -33,6 +33,14 @@ TextSource = Annotated[
     typer.Option("--text", metavar="FILE", help="The text to read. [default: random tokens]", show_default=False),
 ]
 Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Draw it as an SVG. [default: no]", show_default=False)]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Only this one; may be given several times. [default: {', '.join(POLICIES)}]",
+        show_default=False,
+    ),
+]
 KERNEL_SHAPES = tuple(name for name in SHAPES if name != "tiny")
 
 bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
@@ -138,14 +146,7 @@ def bench_policies(
     gpu_memory: ReplayGpuMemory = None,
     as_shape: AsShape = None,
     bits: ReplayBits = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Only this one; may be given several times. [default: {', '.join(POLICIES)}]",
-            show_default=False,
-        ),
-    ] = None,
+    policy: Policies = None,
     live: Annotated[
         bool,
         typer.Option(
@@ -259,16 +260,11 @@ def bench_hybrid(
 def bench_host(
     shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "qwen3-30b-a3b",
     slots: Annotated[float, typer.Option(metavar="SHARE", help="Of the experts, that fit on the GPU.")] = 0.25,
-    bits: ReplayBits = None,
-    machine: ReplayMachine = "rtx4090",
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Only this one; may be given several times. [default: {', '.join(POLICIES)}]",
-            show_default=False,
-        ),
+    bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Bits of the experts' weights. [default: 16]", show_default=False)
     ] = None,
+    machine: ReplayMachine = "rtx4090",
+    policy: Policies = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of 16 tokens, policies in turns.")] = 5,
     as_json: Json = False,
 ) -> None:

@@ -23,22 +23,21 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts
 from ..compute.devices.base import Copy, Queued, StepSum, WorkOfThread
-from ..compute.devices.emulated import Here, MemoryCarrier
-from ..compute.devices.host import HostDevice
+from ..compute.devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..compute.experts import ExpertMath, ExpertWork
 from ..conductor import Conductor
 from ..errors import RequestError
 from ..memory.formats import FORMATS, ExpertShape
-from ..memory.lanes import LaneCopy, LinkLane, Work
+from ..memory.lanes import LinkLane, Work
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.contract import Expert, ModelSpec, Phase
-from ..planning.machines import machine_named
+from ..planning.contract import Costs, Expert, ModelSpec, Phase
 from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.tile import at_bits
 from ..planning.trace import SCORE, guesses_kept
 from .machine_card import git_commit, machine_card
+from .traces import find_machine
 
 _HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
 _RIGHT = 0.75  # of guesses
@@ -93,25 +92,18 @@ class _AtOnce(MemoryCarrier):
         return Here()
 
 
-class _Idle(HostDevice):
+class _Idle(EmulatedDevice):
     """All that it is asked is done at once."""
 
     name = "idle"
 
     def __init__(self) -> None:
-        self.link: LinkLane = LinkLane(_AtOnce())
+        super().__init__()
+        self.link.close()
+        self.link = LinkLane(_AtOnce())
         done: Future[None] = Future()
         done.set_result(None)
         self._done = WorkOfThread(done)
-
-    def pool(self, slots: int, slot_bytes: int) -> Tensor:
-        return torch.empty(slots, slot_bytes, dtype=torch.uint8)
-
-    def copy(
-        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
-    ) -> Copy:
-        assert after is None or isinstance(after, WorkOfThread | LaneCopy)
-        return self.link.submit(source, target, urgent, label, after)
 
     def run(
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
@@ -119,9 +111,6 @@ class _Idle(HostDevice):
         if after is not None:
             after.wait()
         return self._done
-
-    def close(self) -> None:
-        self.link.close()
 
 
 class _NoExperts(CpuExperts):
@@ -173,7 +162,8 @@ def measure_host(
     spec = spec_of_shape(shape) if bits is None else at_bits(spec_of_shape(shape), bits)
     count = int(slots * sum(layer.experts for layer in spec.layers))
     routing = _Routing(spec, top_k_of_shape(shape), tokens)
-    runs = [_Run(name, spec, count, machine, routing) for name in names]
+    costs = find_machine(machine).costs
+    runs = [_Run(name, spec, count, costs, routing) for name in names]
     loops = []
     try:
         for _ in range(rounds):
@@ -192,7 +182,7 @@ def measure_host(
 
 
 class _Run:
-    def __init__(self, name: str, spec: ModelSpec, slots: int, machine: str, routing: _Routing) -> None:
+    def __init__(self, name: str, spec: ModelSpec, slots: int, costs: Costs, routing: _Routing) -> None:
         policy, self._name, self._routing = make_policy(name), name, routing
         layer = spec.layers[0]
         shape, form = ExpertShape(_HIDDEN, layer.neurons), FORMATS["bf16"]
@@ -209,7 +199,7 @@ class _Run:
             ExpertStore([[size] * of.experts for of in spec.layers]),
             SlotPool(memory, place.held),
             cpu=_NoExperts(),
-            costs=machine_named(machine).costs,
+            costs=costs,
         )
         self._seconds: list[float] = []
         x, index = torch.zeros(1, layer.hidden, dtype=torch.bfloat16), routing.steps[0][0]
