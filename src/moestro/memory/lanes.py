@@ -300,6 +300,7 @@ class LinkLane:
                 for copy in [*self._queue, *(flying.copy for flying in self._flying)]:
                     self.end(copy, _State.FAILED, error)
                 self._flying.clear()
+                self._flying_bytes = 0
 
     def _go_on(self) -> bool:
         """Send a piece, or see one arrive; False when the lane is closed and empty."""

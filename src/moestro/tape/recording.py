@@ -43,12 +43,12 @@ class TapeFigures:
 
     @property
     def host_us(self) -> float:
-        """Of a layer in a replay: what the host takes to decide, launch and account, nothing computed or waited for."""
+        """Of a layer in a replay: what the host takes to decide, launch and account, without `cpu_us` and `wait_us`."""
         return (self.replay_s - self.cpu_s - self.waited_s) / self.cuts * 1e6 if self.cuts else 0.0
 
     @property
     def cpu_us(self) -> float:
-        """Of a layer in a replay: experts on the CPU."""
+        """Of a layer in a replay: experts on the CPU, handing them to the kernels included."""
         return self.cpu_s / self.cuts * 1e6 if self.cuts else 0.0
 
     @property

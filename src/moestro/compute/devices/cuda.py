@@ -115,7 +115,7 @@ class CudaDevice:
         # By the id of a layer's math, which is held so that no other can take its id.
         self._kernels: dict[tuple[int, torch.dtype], tuple[ExpertMath, gpu.GpuKernel | None]] = {}
         self._launcher = ThreadPoolExecutor(1, "moestro-launch")
-        self._launched: Future[Any] = self._launcher.submit(int)  # what it was given last
+        self._launched: Future[Any] | None = None  # what it was given last
         self.link: LinkLane = LinkLane(StreamCarrier(self.torch_device, self._pinned), link_gbps)
 
     def memory_bytes(self) -> int:
@@ -185,7 +185,8 @@ class CudaDevice:
     def run(
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
-        if after is not None and not (isinstance(after, LaneCopy) and after.is_sent and self._launched.done()):
+        is_idle = self._launched is None or self._launched.done()
+        if after is not None and not (isinstance(after, LaneCopy) and after.is_sent and is_idle):
             given = torch.cuda.current_stream(), math, total, work, label, after
             self._launched = self._launcher.submit(self._launch_behind, *given)
             return _Launched(self._launched)
