@@ -10,16 +10,18 @@ Legend: T tokens, R rows (outputs), K columns (inputs).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .compute.cpu import Matrix, first_touch, levels, look_up, run_linear
-from .errors import refuse_gradients
+from .errors import ModelError, refuse_gradients
 from .families import expert_modules
 from .memory.formats import MatrixFormat
+from .memory.packed_weight import PackedWeight
 from .memory.store import map_memory
 from .routers import find_router
 
@@ -32,23 +34,93 @@ class DenseFormats:
     head: MatrixFormat
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose packed weights are read by our kernels.
+class _Packed(nn.Module):
+    """What packed layers share: a weight that is packed when it is assigned.
 
-    matrix: its bytes, which are no buffer: they move to no device. bias: [out_features] or None.
+    Reading it unpacks a copy, which refuses to be edited (memory/packed_weight.py). It is no parameter: it moves to no
+    device and keeps the dtype that it was loaded with.
+
+    matrix: the bytes, and a bias in float32.
+
+    Args:
+        is_shared: another layer has the same bytes.
     """
 
-    def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight_dtype, self.bias, self.threads = linear.weight.dtype, linear.bias, threads
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self.matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias)
+    matrix: Matrix
+    weight_dtype: torch.dtype
+    threads: int
+
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, threads: int, *, is_shared: bool) -> None:
+        nn.Module.__init__(self)
+        self.matrix, self.weight_dtype, self.threads, self._is_shared = matrix, dtype, threads, is_shared
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """[R, K], unpacked for code that looks at it; slow."""
-        return self.matrix.unpack(self.weight_dtype)
+        return PackedWeight(self.matrix.unpack(self.weight_dtype), self.matrix.packed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._assign_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _assign_weight(self, value: Any) -> None:
+        """Pack another weight. A layer that shares our bytes keeps the old one, as it would in torch."""
+        if isinstance(value, PackedWeight) and value.source is self.matrix.packed:
+            return  # tied once more
+        if self._is_shared:  # fused layers see that the matrix is another
+            own = self.matrix._replace(packed=torch.empty_like(self.matrix.packed))
+            _pack(value, own)
+            self.matrix, self._is_shared = own, False
+        else:
+            _pack(value, self.matrix)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """Pack what a state dict has for this layer, for all layers that share its bytes."""
+        loaders = self._loaders()
+        for name, load in loaders.items():
+            if (value := state_dict.get(prefix + name)) is not None:
+                load(value)
+            elif strict:
+                missing.append(prefix + name)
+        if strict:
+            unexpected.extend(key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in loaders)
+
+    def _loaders(self) -> dict[str, Callable[[Any], None]]:
+        """How each tensor that a state dict has for this layer is taken."""
+        return {"weight": lambda value: _pack(value, self.matrix)}
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A linear layer whose packed weights are read by our kernels."""
+
+    def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int, *, is_shared: bool) -> None:
+        bias = None if linear.bias is None else linear.bias.detach().float().clone()
+        matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias)
+        super().__init__(matrix, linear.weight.dtype, threads, is_shared=is_shared)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """[R] or None; a copy, which refuses to be edited, like the weight."""
+        bias = self.matrix.bias
+        return None if bias is None else PackedWeight(bias.to(self.weight_dtype, copy=True))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias":
+            self._assign_bias(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _assign_bias(self, value: Any) -> None:
+        bias = None if value is None else _checked(value, (self.out_features,)).float().clone()
+        self.matrix = self.matrix._replace(bias=bias)  # fused layers see that the matrix is another
+
+    def _loaders(self) -> dict[str, Callable[[Any], None]]:
+        return super()._loaders() | ({} if self.matrix.bias is None else {"bias": self._assign_bias})
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
@@ -59,23 +131,44 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.fmt.name}"
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(_Packed, nn.Embedding):
     """An embedding that unpacks the rows it is asked for; may share its bytes with the head."""
 
-    def __init__(self, packed: Tensor, fmt: MatrixFormat, embedding: nn.Embedding, threads: int) -> None:
-        super().__init__()
+    def __init__(
+        self, packed: Tensor, fmt: MatrixFormat, embedding: nn.Embedding, threads: int, *, is_shared: bool
+    ) -> None:
+        matrix = Matrix(packed, fmt, embedding.num_embeddings, embedding.embedding_dim)
+        super().__init__(matrix, embedding.weight.dtype, threads, is_shared=is_shared)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx, self.weight_dtype, self.threads = embedding.padding_idx, embedding.weight.dtype, threads
-        self.matrix = Matrix(packed, fmt, embedding.num_embeddings, embedding.embedding_dim)
-
-    @property
-    def weight(self) -> Tensor:
-        """[N, D], unpacked for code that looks at it; slow."""
-        return self.matrix.unpack(self.weight_dtype)
+        self.padding_idx = embedding.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., D]."""
         return look_up(self.matrix, ids, self.weight_dtype, threads=self.threads)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.matrix.fmt.name}"
+
+
+def _pack(value: Any, matrix: Matrix) -> None:
+    """Write another weight, [R, K], into a matrix's bytes."""
+    matrix.panels.copy_(matrix.fmt.pack(_checked(value, (matrix.rows, matrix.columns))))
+
+
+def _checked(value: Any, shape: tuple[int, ...]) -> Tensor:
+    """A new weight or bias, on the CPU.
+
+    Raises:
+        ModelError: it is no tensor of floats of that shape.
+    """
+    fits = isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+    if not fits or tuple(value.shape) != shape:
+        found = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ModelError(
+            f"a packed layer was given {found} for floats of {list(shape)}; give it a tensor of that shape, or load the "
+            "model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
+        )
+    return value.detach().to("cpu", copy=isinstance(value, PackedWeight))
 
 
 def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:
@@ -120,10 +213,10 @@ def pack_dense(model: nn.Module, formats: DenseFormats, threads: int, *, fast: b
         for name, module in owners:
             parent, _, leaf = name.rpartition(".")
             kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear
-            new = kind(packed, fmt, module, threads)
+            new = kind(packed, fmt, module, threads, is_shared=len(owners) > 1)
             new.train(module.training)
             setattr(model.get_submodule(parent), leaf, new)
-            module.weight = None  # whoever else holds the module must not hold the weight
+            module.weight = None  # code that still holds the module must not hold the weight
         del weight, owners
 
 
@@ -139,7 +232,7 @@ def _packable(model: nn.Module, formats: DenseFormats) -> Iterator[tuple[Tensor,
         is_head = module is head or module is embedding
         if type(module) not in (nn.Linear, nn.Embedding) or id(module) in left_alone:
             continue
-        if type(module) is nn.Embedding and module is not embedding:
+        if type(module) is nn.Embedding and (module is not embedding or module.max_norm is not None):
             continue
         weight = _find(model, tied.get(f"{name}.weight", f"{name}.weight"))
         fmt = formats.head if is_head else formats.other

@@ -3,7 +3,8 @@
 At one token a layer's small operations cost more host time than its kernels wait for memory. Norms and routers become
 one call each, single-token attention two, all that stands before a layer's experts one, and layers that follow one
 another, where nothing is left to decide about their experts, one together; rotary tables are kept. What is not
-recognized stays as it is. Tokens are the same either way.
+recognized stays as it is, and what was changed since it was recognized (compute/watch.py) goes the original way. Tokens
+are the same either way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..families import expert_modules
 from ..routers import find_router
 from .attention import fuse_attention
 from .decoder_layer import fuse_decoder_layer
-from .norm import as_rms_norm
+from .norm import fuse_norm
 from .rotary import fuse_rotary
 from .router import fuse_router
 from .stretch import fuse_stretches
@@ -32,22 +33,20 @@ def fuse(model: nn.Module, threads: int) -> None:
     """Swap what can be fused in a loaded model on the CPU."""
     if not levels():
         return
+    training = model.training
+    model.eval()
+    for module in model.modules():
+        fuse_norm(module, threads)
     for name, experts in expert_modules(model).items():
         # Transformers looks the function up in the config anew for each call, which takes 20 us.
         experts.forward = partial(ALL_EXPERTS_FUNCTIONS[METHOD], proxy(experts))
         router = find_router(model, name)
         if router is not None:
             fuse_router(router, threads)
-    for name, module in list(model.named_modules()):
-        norm = as_rms_norm(module, threads)
-        if norm is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, norm)
     for module in model.modules():
         fuse_rotary(module)
         fuse_attention(module, threads)
     for module in model.modules():
         fuse_decoder_layer(module)
-    training = model.training
-    fuse_stretches(model.eval())
+    fuse_stretches(model)
     model.train(training)

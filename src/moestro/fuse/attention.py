@@ -18,13 +18,25 @@ from transformers import DynamicCache
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenAttention
+from ..compute.watch import Watch
 from ..dense import PackedLinear
 from .cache import CacheKind, append, is_plain
-from .norm import FusedRmsNorm
-from .original import forward_of, has_hooks
+from .norm import norm_of
+from .original import forward_of, has_hooks, put_in_place
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
+_ARGUMENTS = frozenset(("hidden_states", "position_embeddings", "attention_mask", "past_key_values"))
+_ANY = object()  # a tensor of positions, whatever they are
+# What decoders pass on to their attention layers besides, and these to functions that ignore it.
+_PASSED_ON: Mapping[str, Any] = {
+    "position_ids": _ANY,
+    "cache_position": _ANY,
+    "use_cache": True,
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 _PAST = 6  # tokens in the cache of a trial
 _LARGEST_SCORE = 25.0  # of the second trial: far enough for a soft cap to show
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -34,10 +46,13 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
     """Give an attention layer a forward for single tokens, if it is one that we know; says whether it is."""
     if not _looks_known(module):
         return False
-    fused = FusedAttention(module, threads)
+    try:
+        fused = FusedAttention(module, threads)
+    except ValueError:  # sizes that do not fit one another
+        return False
     if not fused.agrees():
         return False
-    module.forward = fused
+    put_in_place(module, fused, *module.modules())
     return True
 
 
@@ -47,8 +62,10 @@ class FusedAttention:
     def __init__(self, module: Any, threads: int) -> None:
         self._original = forward_of(module)
         self.layer, self.output = module.layer_idx, module.o_proj
-        norms = [getattr(module, name, None) for name in _NORMS]
+        norms = [norm_of(getattr(module, name, None)) for name in _NORMS]
         self.parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
+        self.watch: Watch | None = None
+        self._tried: dict[str, Any] = {}  # what else it may be given, see `agrees`
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
         self._columns, self._scaling = q.in_features, module.scaling
@@ -71,19 +88,35 @@ class FusedAttention:
         return self._run(x, kwargs["position_embeddings"], kwargs["past_key_values"]), None
 
     def fits(self, x: Tensor, given: Mapping[str, Any]) -> bool:
-        """Whether it is one token of one sequence without a mask, in a plain cache, and nobody listens inside."""
-        rotary = given.get("position_embeddings")
+        """Whether the layer is what it was, has no hooks inside, and is given what it was tried with.
+
+        That is one token of one sequence without a mask, and a plain cache.
+        """
+        return self.takes(x, given) and not has_hooks(self.parts) and self.watch is not None and self.watch.holds()
+
+    def takes(self, x: Tensor, given: Mapping[str, Any]) -> bool:
+        """Whether the layer was tried with such arguments."""
         return (
-            x.shape[:2] == (1, 1)
+            x.shape == (1, 1, self._columns)
             and x.dtype == self.dtype
-            and given.get("attention_mask") is None
-            and rotary is not None
-            and rotary[0].dtype == self.dtype
-            and rotary[0].numel() == self.head
-            and is_plain(given.get("past_key_values"), self.layer)
+            and x.device.type == "cpu"
             and not x.requires_grad
-            and not has_hooks(self.parts)
+            and given.get("attention_mask") is None
+            and self._turns(given.get("position_embeddings"))
+            and is_plain(given.get("past_key_values"), self.layer)
+            and all(name in _ARGUMENTS or self._was_tried(name, value) for name, value in given.items())
         )
+
+    def _turns(self, rotary: Any) -> bool:
+        """Whether it is the cosine and the sine of one position, for whole heads."""
+        if not (isinstance(rotary, tuple) and len(rotary) == 2):
+            return False
+        return all(part.dtype == self.dtype and part.numel() == self.head for part in rotary)
+
+    def _was_tried(self, name: str, value: Any) -> bool:
+        """Whether an argument, which the layer passes on or ignores, can make no difference."""
+        tried = self._tried.get(name, value)
+        return name in self._tried and (isinstance(value, Tensor) if tried is _ANY else value is tried)
 
     def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         q, k, v = self._project(x, rotary)
@@ -98,12 +131,22 @@ class FusedAttention:
         return q, k.view(1, -1, 1, self.head), v.view(1, -1, 1, self.head)
 
     def agrees(self) -> bool:
-        """Whether it computes what the layer did, tried with small and with large scores."""
+        """Whether it computes what the layer did, tried with small and with large scores.
+
+        Decoders pass on more than an attention layer reads. It is tried with all of that, then without.
+        """
+        for more in (_PASSED_ON, {}):
+            self._tried = more
+            if self._agrees():
+                return True
+        return False
+
+    def _agrees(self) -> bool:
         random = torch.Generator().manual_seed(0)
         scale = 1.0
-        for _ in range(2):
+        for turn in range(2):
             x, rotary, caches = self.trial(scale, random)
-            given = {"hidden_states": x, "position_embeddings": rotary, "attention_mask": None}
+            given = {"hidden_states": x, "position_embeddings": rotary, "attention_mask": None} | self.more(turn)
             try:
                 wanted = self._original(**given, past_key_values=caches[0])
             except Exception:  # it wants other arguments
@@ -117,6 +160,10 @@ class FusedAttention:
                 return False
             scale = (_LARGEST_SCORE / max(self._largest_score(x, rotary, mine.keys), 1e-6)) ** 0.5
         return True
+
+    def more(self, turn: int) -> dict[str, Any]:
+        """What else the layer is tried with; positions differ from turn to turn, and must make no difference."""
+        return {name: torch.tensor([[turn * 1000]]) if value is _ANY else value for name, value in self._tried.items()}
 
     def trial(self, scale: float, random: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor], list[DynamicCache]]:
         """A random token [1, 1, D] of that size, its rotary embedding, and two equal caches with some tokens."""
@@ -145,9 +192,7 @@ def _looks_known(module: Any) -> bool:
     if not all(isinstance(children.get(name), PackedLinear) for name in _PROJECTIONS):
         return False
     norms = [children.get(name) for name in _NORMS]
-    if not all(norm is None or isinstance(norm, FusedRmsNorm) for norm in norms) or (norms[0] is None) != (
-        norms[1] is None
-    ):
+    if (norms[0] is None) != (norms[1] is None) or not all(norm is None or norm_of(norm) for norm in norms):
         return False
     if set(children) - {*_PROJECTIONS, *_NORMS, "rotary_emb"} or list(module.parameters(recurse=False)):
         return False

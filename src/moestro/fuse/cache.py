@@ -23,17 +23,33 @@ class CacheKind(NamedTuple):
     width: int
 
 
-class _Storage(NamedTuple):
+class _Storage:
     """Room for a layer's keys and values, and the views of it that the cache was given last.
 
-    owner: the id of the cache's layer, since a shallow copy has the attribute too.
+    written: tokens that have ever been there. Only behind them may more be written: a caller may hold views of all of
+    them, also where the cache was cropped since, or a copy of it went on. Copies of a cache share this object.
     """
 
-    owner: int
-    key_room: Tensor
-    value_room: Tensor
-    keys: Tensor
-    values: Tensor
+    __slots__ = ("key_room", "keys", "value_room", "values", "written")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.key_room, self.value_room = _with_room(keys), _with_room(values)
+        self.keys, self.values, self.written = keys, values, keys.shape[2]
+
+    def is_free_behind(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether a cache that holds these may write its next token into this room."""
+        if not keys.shape[2] == values.shape[2] == self.written < self.key_room.shape[2]:
+            return False
+        if keys is self.keys and values is self.values:
+            return True
+        pairs = ((keys, self.key_room), (values, self.value_room))
+        return all(part.data_ptr() == room.data_ptr() and _alike(part, room) for part, room in pairs)
+
+    def take_one(self) -> tuple[Tensor, Tensor]:
+        """Make keys and values one token longer; what is there is for the caller to write."""
+        self.written += 1
+        self.keys, self.values = (room.narrow(2, 0, self.written) for room in (self.key_room, self.value_room))
+        return self.keys, self.values
 
 
 def is_plain(cache: Any, index: int) -> bool:
@@ -58,9 +74,6 @@ def can_grow(cache: Any, index: int, kind: CacheKind) -> bool:
     if not is_plain(cache, index) or index >= len(cache.layers):
         return False
     layer = cache.layers[index]
-    storage: _Storage | None = getattr(layer, "_moestro_storage", None)
-    if storage is not None and layer.keys is storage.keys and layer.values is storage.values:
-        return True  # seen before
     if not layer.is_initialized or layer.keys.numel() == 0 or layer.keys.shape != layer.values.shape:
         return False
     batch, heads, _, width = layer.keys.shape
@@ -73,37 +86,25 @@ def grow(cache: Any, index: int) -> tuple[Tensor, Tensor]:
     """Make a cache that can grow one token longer, which the caller writes, and return all of it, [1, G, S, d].
 
     In place, in storage with room for more: Transformers' own update copies the whole cache for each token. What the
-    cache holds stays a tensor like any other; where somebody replaced or copied it, new storage is made. After a
-    crop, new tokens overwrite those that were cropped, also in views of them that somebody kept: clone such views.
+    cache holds stays a tensor like any other, and what it ever held keeps its contents: after a crop, or where keys and
+    values were replaced or copied, new storage is made.
     """
     layer = cache.layers[index]
-    keys, values = layer.keys, layer.values
-    length = keys.shape[2]
     storage: _Storage | None = getattr(layer, "_moestro_storage", None)
-    if storage is not None and _has_room(storage, layer, keys, values):
-        key_room, value_room = storage.key_room, storage.value_room
-    else:
-        key_room, value_room = _with_room(keys), _with_room(values)
-    keys, values = key_room.narrow(2, 0, length + 1), value_room.narrow(2, 0, length + 1)
-    layer.keys, layer.values = keys, values
-    layer._moestro_storage = _Storage(id(layer), key_room, value_room, keys, values)
-    return keys, values
+    if storage is None or not storage.is_free_behind(layer.keys, layer.values):
+        storage = layer._moestro_storage = _Storage(layer.keys, layer.values)
+    layer.keys, layer.values = storage.take_one()
+    return layer.keys, layer.values
 
 
 def shrink(cache: Any, index: int) -> None:
-    """Take back the token that `grow` made room for and nobody wrote."""
+    """Take back the token that `grow` made room for and that was never written."""
     layer = cache.layers[index]
     layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
 
 
-def _has_room(storage: _Storage, layer: Any, keys: Tensor, values: Tensor) -> bool:
-    """Whether the layer holds the beginning of our storage, and there is room behind it."""
-    if storage.owner != id(layer) or storage.key_room.shape[2] <= keys.shape[2]:
-        return False
-    if keys is storage.keys and values is storage.values:
-        return True
-    same = keys.data_ptr() == storage.key_room.data_ptr() and values.data_ptr() == storage.value_room.data_ptr()
-    return same and keys.shape[:2] == storage.keys.shape[:2] and keys.stride() == storage.keys.stride()
+def _alike(part: Tensor, room: Tensor) -> bool:
+    return part.shape[:2] == room.shape[:2] and part.shape[3] == room.shape[3] and part.stride() == room.stride()
 
 
 def _with_room(part: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Legend: D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenFirstHalf
+from ..compute.watch import Watch
 from .attention import FusedAttention, near
-from .cache import can_grow, grow
-from .norm import FusedRmsNorm
-from .original import forward_of, has_hooks
+from .cache import can_grow, grow, shrink
+from .norm import norm_of
+from .original import forward_of, has_hooks, put_in_place
 
 if TYPE_CHECKING:
     from .stretch import Stretch
@@ -33,14 +34,17 @@ def fuse_decoder_layer(module: nn.Module) -> bool:
     """Give a decoder layer whose attention is fused a forward for single tokens, if it is one that we know."""
     children = dict(module.named_children())
     rest = set(children) - {_ATTENTION, _BEFORE, _AFTER}
-    if len(rest) != 1 or not all(isinstance(children.get(name), FusedRmsNorm) for name in (_BEFORE, _AFTER)):
+    if len(rest) != 1 or not all(norm_of(children.get(name)) for name in (_BEFORE, _AFTER)):
         return False
     if not isinstance(getattr(children.get(_ATTENTION), "forward", None), FusedAttention):
         return False
-    fused = FusedLayer(module, rest.pop())
+    try:
+        fused = FusedLayer(module, rest.pop())
+    except ValueError:  # sizes that do not fit one another
+        return False
     if not fused.agrees():
         return False
-    module.forward = fused
+    put_in_place(module, fused, module, *fused.skipped, *fused.attention.parts)
     return True
 
 
@@ -51,8 +55,9 @@ class FusedLayer:
         self._original, self._module, self._rest = forward_of(module), ref(module), rest
         self.attention: FusedAttention = getattr(module, _ATTENTION).forward
         self.skipped = [getattr(module, name) for name in (_ATTENTION, _BEFORE, _AFTER)]
-        before, after = (getattr(module, name).norm for name in (_BEFORE, _AFTER))
+        before, after = (getattr(module, name).forward.norm for name in (_BEFORE, _AFTER))
         self.kernel = OneTokenFirstHalf(self.attention.kernel, self.attention.output.matrix, before, after)
+        self.watch: Watch | None = None
         self._stretch: Stretch | None = None
         self._place = 0  # in the stretch
 
@@ -73,13 +78,29 @@ class FusedLayer:
             out = self._stretch.run(self._place, x, kwargs)
             if out is not None:
                 return out
-        cache, index = kwargs.get("past_key_values"), self.attention.layer
-        if args or not self.attention.fits(x, kwargs) or has_hooks(self.skipped):
+        if args or not self._fits(x, kwargs):
             return self._original(x, *args, **kwargs)
-        if not can_grow(cache, index, self.attention.cache_kind):
-            return self._original(x, *args, **kwargs)
-        cosine, sine = kwargs["position_embeddings"]
-        hidden, normed = self.kernel.run(x, cosine, sine, *grow(cache, index))
+        return self._run(x, kwargs["past_key_values"], kwargs["position_embeddings"])
+
+    def _fits(self, x: Tensor, given: Mapping[str, Any]) -> bool:
+        """Whether the layer and its first half are what they were, without hooks, and the arguments were tried."""
+        attention = self.attention
+        return (
+            attention.takes(x, given)
+            and can_grow(given["past_key_values"], attention.layer, attention.cache_kind)
+            and not has_hooks((*self.skipped, *attention.parts))
+            and self.watch is not None
+            and self.watch.holds()
+        )
+
+    def _run(self, x: Tensor, cache: Any, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        index = self.attention.layer
+        grown = grow(cache, index)
+        try:
+            hidden, normed = self.kernel.run(x, *rotary, *grown)
+        except BaseException:  # an interrupt: the cache may not keep a token that was never written
+            shrink(cache, index)
+            raise
         return hidden.add_(self.block(normed))
 
     def agrees(self) -> bool:
@@ -88,21 +109,18 @@ class FusedLayer:
         block = self.block
         setattr(module, self._rest, _Halved())
         try:
-            return all(self._agrees(scale) for scale in SCALES)
+            return all(self._agrees(turn, scale) for turn, scale in enumerate(SCALES))
         except Exception:  # it wants or returns something else
             return False
         finally:
             setattr(module, self._rest, block)
 
-    def _agrees(self, scale: float) -> bool:
+    def _agrees(self, turn: int, scale: float) -> bool:
         attention, random = self.attention, torch.Generator().manual_seed(0)
-        x, rotary, caches = attention.trial(scale, random)
-        forwards: tuple[Callable[..., Any], ...] = (self, self._original)
-        results = [
-            forward(x, attention_mask=None, past_key_values=cache, position_embeddings=rotary)
-            for forward, cache in zip(forwards, caches, strict=True)
-        ]
-        layers = [cache.layers[attention.layer] for cache in caches]
+        x, rotary, (ours, theirs) = attention.trial(scale, random)
+        given = {"attention_mask": None, "position_embeddings": rotary} | attention.more(turn)
+        results = self._run(x, ours, rotary), self._original(x, past_key_values=theirs, **given)
+        layers = [cache.layers[attention.layer] for cache in (ours, theirs)]
         pairs = [results, [layer.keys for layer in layers], [layer.values for layer in layers]]
         return all(isinstance(b, Tensor) and near(a, b) for a, b in pairs)
 

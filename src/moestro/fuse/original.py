@@ -1,15 +1,17 @@
-"""A module's own forward, kept by what takes its place, and hooks that it must not pass by."""
+"""A module's own forward, kept by what takes its place, and the hooks inside that must be called all the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakMethod
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.utils import output_capturing
+
+from ..compute.watch import Watch
 
 
 def forward_of(module: Any) -> Callable[..., Any]:
@@ -30,8 +32,23 @@ def forward_of(module: Any) -> Callable[..., Any]:
     return forward
 
 
+class Fused(Protocol):
+    """A forward that computes with what it copied from modules."""
+
+    watch: Watch | None  # of all that it copied from; None until it is in its place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own forward."""
+
+
+def put_in_place(module: nn.Module, fused: Fused, *owners: Any) -> None:
+    """Give a module a forward that computes with what it copied from these owners, and note all of that."""
+    module.forward = fused  # type: ignore[method-assign]
+    fused.watch = Watch(*owners)  # now, since the module's forward is among its attributes
+
+
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody listens to one of these modules, which then has to be called."""
+    """Whether one of these modules has a hook, so that it has to be called."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
     return any((m._forward_hooks or m._forward_pre_hooks) and _listens(m) for m in modules)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.eager import outside_of_graphs
-from .original import forward_of
+from ..compute.watch import Watch
+from .original import forward_of, put_in_place
 
 _POSITIONS = 128  # of a table
 _FIXED = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies are the same at every position
@@ -31,12 +32,12 @@ def fuse_rotary(module: nn.Module) -> bool:
     try:
         for position in _TRIALS:
             ids = torch.tensor([[position]])
-            pairs = zip(fused(x, ids), module(x, ids), strict=True)
+            pairs = zip(fused.run(x, ids), module(x, ids), strict=True)
             if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs):
                 return False
     except Exception:  # it wants or returns something else
         return False
-    module.forward = fused
+    put_in_place(module, fused, module)
     return True
 
 
@@ -45,7 +46,7 @@ class _Table(NamedTuple):
 
     first: int
     dtype: torch.dtype
-    frequencies: Tensor
+    frequencies: Tensor  # a copy, since the module's own may be edited in place
     cosine: Tensor
     sine: Tensor
 
@@ -55,22 +56,36 @@ class _RotaryTable:
 
     def __init__(self, module: Any) -> None:
         self._original, self._buffers = forward_of(module), module._buffers
-        self._of_thread = threading.local()  # who generates beside us is at another position
+        self.watch: Watch | None = None
+        self._of_thread = threading.local()  # each thread that generates is at a position of its own
 
     @outside_of_graphs
     def __call__(self, x: Tensor, position_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not isinstance(position_ids, Tensor) or position_ids.shape != (1, 1):
+        if args or kwargs or not self._fits(x, position_ids):
             return self._original(x, position_ids, *args, **kwargs)
+        return self.run(x, position_ids)
+
+    def run(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [1, 1, d] of one position, in the dtype of x."""
         position = int(position_ids)
         table: _Table | None = getattr(self._of_thread, "table", None)
         if table is None or not self._holds(table, position, x.dtype):
             positions = torch.arange(position, position + _POSITIONS)[None]
             cosine, sine = self._original(x, positions)
-            table = self._of_thread.table = _Table(position, x.dtype, self._buffers["inv_freq"], cosine, sine)
+            frequencies = self._buffers["inv_freq"].clone()
+            table = self._of_thread.table = _Table(position, x.dtype, frequencies, cosine, sine)
         at = position - table.first
-        return table.cosine[:, at : at + 1], table.sine[:, at : at + 1]
+        # Copies, since the caller may do with them what it likes.
+        return table.cosine[:, at : at + 1].clone(), table.sine[:, at : at + 1].clone()
+
+    def _fits(self, x: Any, position_ids: Any) -> bool:
+        """Whether it is one position of one sequence on the CPU, and the module is what it was."""
+        if not (isinstance(x, Tensor) and isinstance(position_ids, Tensor) and position_ids.shape == (1, 1)):
+            return False
+        on_cpu = x.device.type == position_ids.device.type == "cpu"
+        return on_cpu and self.watch is not None and self.watch.holds()
 
     def _holds(self, table: _Table, position: int, dtype: torch.dtype) -> bool:
-        frequencies = self._buffers["inv_freq"]
+        """Whether a table has this position, made with the frequencies that the module has now."""
         near = table.first <= position < table.first + _POSITIONS
-        return near and table.dtype == dtype and table.frequencies is frequencies
+        return near and table.dtype == dtype and torch.equal(table.frequencies, self._buffers["inv_freq"])

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenRouter
+from ..compute.watch import Watch
 from ..memory.formats import FLOAT_FORMATS
-from .original import forward_of
+from .original import forward_of, put_in_place
 
 _FEW_TOKENS = 4
 _TRIALS = 8
@@ -26,7 +27,7 @@ def fuse_router(router: Any, threads: int) -> bool:
     """Give a router a forward for single tokens; says whether it is one that we know."""
     known = _recognize(router, threads)
     if known is not None:
-        router.forward = FusedRouter(router, known)
+        put_in_place(router, FusedRouter(router, known), *router.modules())
     elif next(router.parameters()).dtype != torch.float32:
         _spare_small_products(router)
     return known is not None
@@ -37,13 +38,25 @@ class FusedRouter:
 
     def __init__(self, router: Any, kernel: OneTokenRouter) -> None:
         self._original, self.kernel = forward_of(router), kernel
+        self.watch: Watch | None = None
 
     @outside_of_graphs
-    def __call__(self, hidden_states: Tensor) -> Any:
-        x = hidden_states
-        if x.numel() != self.kernel.width or x.dtype != self.kernel.dtype or x.requires_grad:
-            return self._original(x)
-        return self.kernel.run(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not self._fits(args[0]):
+            return self._original(*args, **kwargs)
+        return self.kernel.run(args[0])
+
+    def _fits(self, x: Any) -> bool:
+        """Whether it is one token of the weight's dtype on the CPU, and the router is what it was."""
+        return (
+            isinstance(x, Tensor)
+            and x.numel() == self.kernel.width
+            and x.dtype == self.kernel.dtype
+            and x.device.type == "cpu"
+            and not x.requires_grad
+            and self.watch is not None
+            and self.watch.holds()
+        )
 
 
 def _recognize(router: Any, threads: int) -> OneTokenRouter | None:
@@ -52,6 +65,8 @@ def _recognize(router: Any, threads: int) -> OneTokenRouter | None:
     if len(parameters) != 1 or weight is not parameters[0] or list(router.buffers()) or not isinstance(top_k, int):
         return None
     if weight.dim() != 2 or weight.dtype not in FLOAT_FORMATS or weight.device.type != "cpu":
+        return None
+    if not weight.is_contiguous():  # the kernel would read a copy, which no later edit reaches
         return None
     random = torch.Generator().manual_seed(0)
     # Random vectors alone would leave the logits of small weights as good as equal.

@@ -6,8 +6,8 @@ and experts, no more, and these are all in RAM with no slots to move them to, th
 of it, and the others pass on what they are given.
 
 Nothing may happen between the layers: that is found by calling the model's loop with layers that only note what they
-are given. Who listens to a module inside (a hook) is told, who calls one layer gets its own result, and where a layer
-was replaced or left out, all go layer by layer as before.
+are given. Where a module inside has a hook, or anything in a layer was changed, replaced or left out, all go layer by
+layer as before; a layer that is called by itself gives its own result.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from ..compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
+from ..compute.watch import Watch
 from ..conductor import Conductor
 from ..errors import ModelError
 from .attention import FusedAttention
 from .cache import can_grow, grow, shrink
 from .decoder_layer import SCALES, FusedLayer
-from .original import forward_of, has_hooks, is_collecting
+from .original import forward_of, has_hooks, is_collecting, put_in_place
 from .router import FusedRouter
 
 _MARKS = ("sliding_window", "is_sliding", "attention_type", "layer_type")  # by which families tell layers apart
@@ -47,20 +48,19 @@ def fuse_stretches(model: nn.Module) -> None:
 
 
 class _Loop:
-    """A decoder's own forward, in which alone its stretches run: who calls a layer by itself gets that layer's result.
+    """A decoder's own forward, in which alone its stretches run: a layer that is called by itself gives its own result.
 
     Held by the decoder, so it holds neither that nor its layers.
     """
 
-    def __init__(self, decoder: Any, layers: Any) -> None:
-        self._forward, self._decoder, self._layers = forward_of(decoder), ref(decoder), [ref(layer) for layer in layers]
-        self._name = next(name for name, module in decoder.named_children() if module is layers)
-        self._depth = getattr(decoder.config, "num_hidden_layers", None)
+    def __init__(self, decoder: Any) -> None:
+        self._forward = forward_of(decoder)
+        self.watch: Watch | None = None
         self._of_thread = threading.local()
         self.__signature__ = signature(decoder.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._is_as_it_was():
+        if torch.compiler.is_compiling() or self.watch is None or not self.watch.holds():
             return self._forward(*args, **kwargs)
         self._of_thread.runs = True
         try:
@@ -72,17 +72,6 @@ class _Loop:
         """Whether this thread is in it, and it goes through the layers that it went through at first."""
         return getattr(self._of_thread, "runs", False)
 
-    def layers(self) -> list[nn.Module]:
-        """Those that are still there."""
-        return [layer for find in self._layers if (layer := find()) is not None]
-
-    def _is_as_it_was(self) -> bool:
-        decoder: Any = self._decoder()
-        now = getattr(decoder, self._name)
-        if decoder.training or getattr(decoder.config, "num_hidden_layers", None) != self._depth:
-            return False
-        return len(now) == len(self._layers) and all(a() is b for a, b in zip(self._layers, now, strict=True))
-
 
 class Stretch:
     """Some consecutive layers of a decoder. Its layers hold it, so it holds none of them."""
@@ -92,8 +81,13 @@ class Stretch:
         self._conductor, self._last, self._loop = layers[0].conductor, len(layers) - 1, loop
         self._kernel = OneTokenLayers([layer.kernel for layer in layers])
         self._parts = [part for layer in layers for part in layer.parts]
-        self._watched = [entry for layer in layers for entry in layer.watched]
+        self._layers = [ref(layer.module) for layer in layers]
+        self.watch: Watch | None = None  # of all layers, when they are in their places
         self._quiet_at = -1  # how many hooks anything had ever been given when none was on our parts
+
+    def note(self) -> None:
+        """Note what the layers are now."""
+        self.watch = Watch(*(layer for find in self._layers if (layer := find()) is not None), *self._parts)
 
     def run(self, place: int, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         """What a layer returns, if the stretch is computed at once: all layers' result at the first; None if not.
@@ -108,7 +102,7 @@ class Stretch:
             return None
         if place:
             return self._pass_on(place, x, given)
-        if not (self._attentions[0].fits(x, given) and self._nobody_listens() and self._is_as_it_was()):
+        if not self._attentions[0].takes(x, given) or self.watch is None or not self.watch.holds() or self._has_hooks():
             return None
         if self._conductor.recorder is not None or self._conductor.timeline is not None:  # which want each layer
             return None
@@ -121,7 +115,7 @@ class Stretch:
                 grown.append(grow(cache, attention.layer))
             cosine, sine = given["position_embeddings"]
             hidden, experts = self._kernel.run(x, cosine, sine, grown)
-        except BaseException:  # an interrupt: no cache may keep a token that nobody wrote
+        except BaseException:  # an interrupt: no cache may keep a token that was never written
             for attention, _ in zip(self._attentions, grown, strict=False):
                 shrink(cache, attention.layer)
             raise
@@ -139,34 +133,30 @@ class Stretch:
             del x._moestro_done  # type: ignore[attr-defined]
         return x
 
-    def _is_as_it_was(self) -> bool:
-        """Whether nobody replaced a module of ours or its forward."""
-        return all(entries.get(name) is value for entries, name, value in self._watched)
-
-    def _nobody_listens(self) -> bool:
-        if is_collecting():
-            return not has_hooks((*self._parts, *self._loop.layers()))
+    def _has_hooks(self) -> bool:
+        """Whether a module that the stretch passes by has a hook."""
         latest = RemovableHandle.next_id  # of the hook that will be registered next
-        if latest != self._quiet_at:
-            if has_hooks((*self._parts, *self._loop.layers())):
-                return False
-            self._quiet_at = latest
-        return True
+        if latest == self._quiet_at and not is_collecting():
+            return False
+        layers = [layer for find in self._layers if (layer := find()) is not None]
+        if has_hooks((*self._parts, *layers)):
+            return True
+        self._quiet_at = -1 if is_collecting() else latest
+        return False
 
 
 @dataclass(frozen=True, slots=True)
 class _WholeLayer:
     """A decoder layer whose second half is a router and experts, no more, about which there is nothing to decide.
 
-    parts: the modules that it passes by. watched: where each is found, and its forward: a dict, a name, a value. kind:
-    what its family says of it.
+    parts: the modules inside that it passes by. kind: what its family says of it.
     """
 
+    module: nn.Module
     kernel: OneTokenLayer
     attention: FusedAttention
     conductor: Conductor
     parts: list[nn.Module]
-    watched: list[tuple[Mapping[str, Any], str, Any]]
     kind: list[Any]
 
     @classmethod
@@ -186,12 +176,13 @@ class _WholeLayer:
         choice = conductor.only_choice(index)
         if choice is None or router.dtype != fused.attention.dtype or not _only_routes(block, experts[0], router):
             return None
-        parts = [*fused.skipped, *fused.attention.parts, block, *children]
-        owners = (module, fused.skipped[0], block)
-        watched = [(owner._modules, name, child) for owner in owners for name, child in owner._modules.items()]
-        watched += [(vars(part), "forward", vars(part).get("forward")) for part in parts]
+        try:
+            kernel = OneTokenLayer(fused.kernel, router, *choice)
+        except ValueError:  # sizes that do not fit one another
+            return None
+        parts = [*fused.skipped, *fused.attention.parts, *block.modules()]
         kind = [getattr(part, mark, None) for part in (module, fused.skipped[0]) for mark in _MARKS]
-        return cls(OneTokenLayer(fused.kernel, router, *choice), fused.attention, conductor, parts, watched, kind)
+        return cls(module, kernel, fused.attention, conductor, parts, kind)
 
     def like(self, other: _WholeLayer) -> bool:
         """Whether what fits one of them fits the other."""
@@ -232,7 +223,7 @@ def _join(decoder: Any, modules: Any) -> None:
     if known is None:
         return
     joined = _nothing_between(decoder, modules, known.attention)
-    loop, first = _Loop(decoder, modules), 0
+    loop, first = _Loop(decoder), 0
     for index, layer in enumerate(whole):
         after = whole[index + 1] if index + 1 < len(whole) else None
         if layer is None:
@@ -242,8 +233,9 @@ def _join(decoder: Any, modules: Any) -> None:
             stretch = Stretch(members, loop)
             for place in range(len(members)):
                 modules[first + place].forward.join(stretch, place)
+            stretch.note()
             first = index + 1
-    decoder.forward = loop
+    put_in_place(decoder, loop, decoder, modules)
 
 
 def _nothing_between(decoder: Any, modules: Any, attention: FusedAttention) -> list[bool]:

@@ -9,6 +9,7 @@ than one that fills: `advance` counts after a replay, and the two are different 
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import Any
 from weakref import ref
 
@@ -97,6 +98,7 @@ class _Window(StaticSlidingWindowLayer):  # type: ignore[misc]  # transformers i
         return self.keys, self.values
 
 
+_TENSORS = ("keys", "values", "cumulative_length")
 _LAYERS = (StaticLayer, StaticSlidingWindowLayer, _Window)
 
 
@@ -126,7 +128,8 @@ class Bound:
     """The tensors of one cache, which recordings write to.
 
     When that cache is gone, the next of its size is given its tensors; when it replaces them (a beam search does so in
-    each step), what they hold is brought back.
+    each step), what they hold is brought back. Both write to tensors that the cache no longer has, so neither is done
+    where anything else still holds one of them.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -134,6 +137,24 @@ class Bound:
         self._layers = [(layer.keys, layer.values, layer.cumulative_length) for layer in cache.layers]
         self._shapes = [{name: getattr(layer, name) for name in _SHAPES} for layer in cache.layers]
         self._sizes = [(type(layer), layer.max_cache_len) for layer in cache.layers]
+
+    def holders(self) -> list[int]:
+        """How many references to each tensor and to its memory there are, the bound's own included."""
+        return _holders(self._layers)
+
+    def _is_held_elsewhere(self, cache: Any, by_recordings: list[int]) -> bool:
+        """Whether anything but the cache, these notes and the recordings holds one of the tensors."""
+        layers = [] if cache is None else cache.layers
+        by_cache = [
+            int(layer.keys is keys) + int(layer.values is values) + int(layer.cumulative_length is length)
+            for layer, (keys, values, length) in zip(layers, self._layers, strict=False)
+        ] or [0] * len(self._layers)
+        return any(
+            found > alone + cached + recorded
+            for found, alone, cached, recorded in zip(
+                self.holders(), [_ALONE] * len(self._layers), by_cache, by_recordings, strict=True
+            )
+        )
 
     def of(self, cache: Any) -> bool:
         """Whether it is that cache's."""
@@ -143,10 +164,16 @@ class Bound:
         """Whether that cache is gone."""
         return self._owner() is None
 
-    def adopt(self, cache: Any, rows: int) -> bool:
-        """Give its tensors to a cache that has none yet, for so many sequences; False where they do not fit."""
+    def adopt(self, cache: Any, rows: int, by_recordings: list[int]) -> bool:
+        """Give its tensors to a cache that has none yet, for so many sequences; False where they do not fit.
+
+        Args:
+            by_recordings: of each layer, how many of its `holders` are recordings.
+        """
         sizes = [(type(layer), layer.max_cache_len) for layer in cache.layers]
         if sizes != self._sizes or any(shape["batch_size"] != rows for shape in self._shapes):
+            return False
+        if self._is_held_elsewhere(None, by_recordings):
             return False
         for layer, tensors, shape in zip(cache.layers, self._layers, self._shapes, strict=True):
             for tensor in tensors:
@@ -158,20 +185,38 @@ class Bound:
         self._owner = ref(cache)
         return True
 
-    def restore(self, cache: Any) -> bool:
+    def restore(self, cache: Any, by_recordings: list[int]) -> bool:
         """Make the cache use its tensors again, with what it holds; False where its sizes are others now."""
-        for layer, (keys, values, length) in zip(cache.layers, self._layers, strict=True):
-            if layer.keys is keys and layer.values is values and layer.cumulative_length is length:
-                continue
-            if layer.keys.shape != keys.shape or layer.values.shape != values.shape or layer.keys.dtype != keys.dtype:
+        replaced = [
+            (layer, tensors)
+            for layer, tensors in zip(cache.layers, self._layers, strict=True)
+            if not all(getattr(layer, name) is tensor for name, tensor in zip(_TENSORS, tensors, strict=True))
+        ]
+        if replaced and self._is_held_elsewhere(cache, by_recordings):
+            return False
+        for layer, tensors in replaced:
+            pairs = [(tensor, getattr(layer, name)) for name, tensor in zip(_TENSORS, tensors, strict=True)]
+            if any((old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) for old, new in pairs):
                 return False
-            if layer.keys.device != keys.device:
-                return False
-            for old, new in ((keys, layer.keys), (values, layer.values), (length, layer.cumulative_length)):
+            for old, new in pairs:
                 if old is not new:
                     old.copy_(new)
-            layer.keys, layer.values, layer.cumulative_length = keys, values, length
+            layer.keys, layer.values, layer.cumulative_length = tensors
         return True
+
+
+def _holders(layers: list[tuple[Tensor, Tensor, Tensor]]) -> list[int]:
+    """For each layer, the references to its tensors and, from views of them, to their memory."""
+    return [sum(getrefcount(tensor) + _users(tensor) for tensor in tensors) for tensors in layers]
+
+
+def _users(tensor: Tensor) -> int:
+    """How many tensors share a tensor's memory."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+
+
+# Of tensors that nothing but a list like a bound's holds: three of them.
+_ALONE = _holders([(torch.zeros(1), torch.zeros(1), torch.zeros(1))])[0]
 
 
 def advance(cache: Any, tokens: int) -> None:

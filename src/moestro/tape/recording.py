@@ -82,12 +82,17 @@ class TapeFigures:
 
 @dataclass(slots=True)
 class Tape:
-    """One recorded step. `output` is what the model returned, in memory that a replay writes."""
+    """One recorded step.
+
+    output: what the model returned, in memory that a replay writes. references: of each layer of the cache, how many
+    holders of its tensors the graphs are.
+    """
 
     parts: list[Graph | Cut] = field(default_factory=list)
     held: list[int] = field(default_factory=list)  # experts chosen in each layer that is within a graph
     inputs: list[Tensor] = field(default_factory=list)
     output: Any = None
+    references: list[int] = field(default_factory=list)
 
     @property
     def cuts(self) -> int:

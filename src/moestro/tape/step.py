@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 
 from ..compute.devices.graphs import CannotRecordError, Graphs
+from ..compute.watch import Watch
 from ..conductor import Conductor
 from ..fuse.original import forward_of, has_hooks
 from .arguments import Put, collect, copied
@@ -28,7 +29,7 @@ MAX_TOKENS = 8  # of a step, over its sequences
 _TAPES = 8  # of one cache: assisted decoding asks for steps of 2 to 8 tokens in turns
 _CACHES = 4  # with tapes
 _SEEN = 64  # kinds of steps that are remembered
-_SETTINGS = ("_attn_implementation", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict")
+_CHANGES = 8  # of a model, one after another without a replay, after which nothing is recorded any more
 
 
 class _Taped:
@@ -37,6 +38,11 @@ class _Taped:
     def __init__(self, cache: Any) -> None:
         self.bound = Bound(cache)
         self.tapes: OrderedDict[Any, Tape] = OrderedDict()
+
+    def references(self) -> list[int]:
+        """Of each layer, how many holders of its tensors the tapes are."""
+        layers = self.bound.holders()
+        return [sum(tape.references[i] for tape in self.tapes.values()) for i in range(len(layers))]
 
 
 class StepTape:
@@ -49,6 +55,8 @@ class StepTape:
         self._taped: list[_Taped] = []  # latest last
         self._seen: OrderedDict[Any, bool] = OrderedDict()  # kind of step -> whether it can be recorded
         self._longest = 0  # tokens, of the caches that were made here
+        self._watch: Watch | None = None  # of the model as it was recorded
+        self._changes = 0
         self._said = False
         self._hooks_at, self._is_heard = -1, False  # how many hooks there had been, and whether one was on our parts
         self._lock = threading.Lock()
@@ -72,7 +80,7 @@ class StepTape:
     def forget(self) -> None:
         """Forget what was recorded, and ask the model who conducts it now."""
         model: Any = self._model()
-        self._conductor, self._taped = model.moestro, []
+        self._conductor, self._taped, self._watch = model.moestro, [], None
         self._seen.clear()
 
     def forget_cache(self, cache: Any) -> None:
@@ -121,8 +129,25 @@ class StepTape:
         if kind not in self._seen:  # what a step allocates the first time, it allocates now
             self._remember(kind, True)
             return None
+        if not self._is_as_recorded():
+            return None
         with torch.no_grad():
             return self._recorded(cache, kind, tokens, args, kwargs, given)
+
+    def _is_as_recorded(self) -> bool:
+        """Whether nothing in the model was changed since its steps were recorded; forgets them otherwise."""
+        if self._changes > _CHANGES:
+            return False
+        if self._watch is None:
+            model: Any = self._model()
+            self._watch = Watch(*model.modules())
+        if self._watch.holds():
+            return True
+        self._changes += 1
+        if self._changes > _CHANGES:
+            self._say(CannotRecordError("something in the model changes all the time"))
+        self.forget()
+        return False
 
     def _recorded(self, cache: Any, kind: Any, tokens: int, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """The same from a tape, which may have to be made first."""
@@ -137,10 +162,11 @@ class StepTape:
             self._taped.remove(taped)
             raise
         advance(cache, tokens)
+        self._changes = 0
         return copied(tape.output, cache)
 
     def _record(self, taped: _Taped, cache: Any, kind: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        start_s, before = perf_counter(), Kept(cache)
+        start_s, before, holders = perf_counter(), Kept(cache), taped.bound.holders()
         recording = Recording(self._graphs, self._conductor)
         recording.tape.inputs = [tensor.clone() for tensor in given]
         put = Put(recording.tape.inputs)
@@ -154,6 +180,8 @@ class StepTape:
                 self._remember(kind, False)
             self._say(error)
             return resume(recording.done, self._forward, args, kwargs)
+        after = taped.bound.holders()
+        recording.tape.references = [now - then for now, then in zip(after, holders, strict=True)]
         taped.tapes[kind] = recording.tape
         if len(taped.tapes) > _TAPES:
             taped.tapes.popitem(last=False)
@@ -183,11 +211,9 @@ class StepTape:
             and all(isinstance(each, Tensor) and each.dim() == 4 for each in masks)
         ):
             raise CannotRecordError("a sliding window counts in Python, and no masks and positions are given")
-        config = getattr(self._model(), "config", None)
-        settings = tuple(getattr(config, name, None) for name in _SETTINGS)
         heard = self._conductor.recorder is not None or self._conductor.timeline is not None  # which want each layer
         guesses = self._conductor.guesses_wanted
-        return windows, torch.is_inference_mode_enabled(), settings, heard, guesses, tuple(rest)
+        return windows, torch.is_inference_mode_enabled(), heard, guesses, tuple(rest)
 
     def _is_disturbed(self) -> bool:
         """Whether somebody listens to a module inside, or the model is being trained."""
@@ -204,7 +230,7 @@ class StepTape:
         """Before a cache's first step: give it the tensors of one that is gone, or give those back."""
         adopted = False
         for taped in [taped for taped in self._taped if taped.bound.is_free()]:
-            adopted = not adopted and taped.bound.adopt(cache, rows)
+            adopted = not adopted and taped.bound.adopt(cache, rows, taped.references())
             if not adopted:
                 self._taped.remove(taped)
 
@@ -212,7 +238,7 @@ class StepTape:
         for taped in self._taped:
             if taped.bound.of(cache):
                 self._taped.remove(taped)
-                if taped.bound.restore(cache):
+                if taped.bound.restore(cache, taped.references()):
                     self._taped.append(taped)
                     return taped
                 break

@@ -1,0 +1,140 @@
+"""What a fast path copied when it was made, noted so that each use can see whether it still holds.
+
+A fast path (a fused layer, a captured step, a recognized activation) computes with what it read once: a router's top_k,
+a norm's epsilon, the address of a weight. A `Watch` notes every attribute of the modules and configs that these came
+from, and `holds` compares all of them, in 0.4 us a module. What does not hold any longer goes the original way.
+
+Not noted is what tensors contain: kernels read weights where they lie, each time, and packed weights refuse to be
+edited in place (`dense.py`). Functions that were patched in a module of Python or a class are not noticed either.
+
+    watch = Watch(router)
+    watch.holds()             # True, until somebody sets router.top_k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import itemgetter
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+# What torch itself keeps in a module: hooks, which `fuse/original.py` asks for, and dicts that are compared one by one.
+_TORCH_KEEPS = frozenset(vars(nn.Module())) - {"training"}
+_TENSORS = ("_parameters", "_buffers")
+_TRANSFORMERS_NOTES = ("_output_capturing_hooks_installed",)  # set where hidden states were asked for, and read nowhere else
+
+
+class _Forward:
+    """Equals the forward that a module had, without keeping it: the forward may be what holds the watch."""
+
+    __slots__ = ("_find",)
+
+    def __init__(self, forward: Any) -> None:
+        self._find = ref(forward)
+
+    def __eq__(self, other: object) -> bool:
+        return other is not None and self._find() is other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Watch:
+    """Notes of modules, each by itself, and of configs with all that these hold.
+
+    It keeps no module alive, since a module holds the fast path that holds the watch. A module inside that was replaced
+    is told by its address, so it must be noted too if it can go: an address may be used again.
+
+    Args:
+        owners: modules (without those inside), configs.
+    """
+
+    def __init__(self, *owners: Any) -> None:
+        # A module, what gets its attributes, these, how many entries it has in all, and the addresses of those inside.
+        self._owners: list[tuple[ReferenceType[Any], itemgetter[Any], tuple[Any, ...], int, list[int]]] = []
+        self._homes: list[dict[Any, Any]] = []  # these three side by side, an item for each entry of a dict
+        self._names: list[Any] = []
+        self._values: list[Any] = []
+        self._dicts: list[dict[Any, Any]] = []
+        self._sizes: list[int] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._tensors: list[Tensor] = []
+        self._seen: set[int] = set()
+        for owner in owners:
+            self.add(owner)
+        self._places = list(map(Tensor.data_ptr, self._tensors))
+        self._counts = list(map(Tensor.numel, self._tensors))
+
+    def add(self, owner: Any) -> None:
+        """Note all attributes of an object. Only before the first question."""
+        if id(owner) in self._seen:
+            return
+        self._seen.add(id(owner))
+        if isinstance(owner, nn.Module):
+            self._add_module(owner)
+        elif isinstance(owner, PreTrainedConfig):
+            self._add_dict(vars(owner))
+        elif isinstance(owner, dict):
+            self._add_dict(owner)
+        elif isinstance(owner, list):
+            self._lists.append((owner, list(owner)))
+        elif isinstance(owner, tuple):
+            for item in owner:
+                self.add(item)
+        elif isinstance(owner, Tensor):
+            self._tensors.append(owner)
+
+    def holds(self) -> bool:
+        """Whether everything is as it was noted."""
+        try:
+            for find, getter, values, size, inside in self._owners:
+                now = find().__dict__
+                if (len(now) != size and _count(now) != size) or getter(now) != values or list(map(id, now["_modules"].values())) != inside:
+                    return False
+            return (
+                list(map(dict.get, self._homes, self._names)) == self._values
+                and list(map(len, self._dicts)) == self._sizes
+                and list(map(Tensor.data_ptr, self._tensors)) == self._places
+                and list(map(Tensor.numel, self._tensors)) == self._counts
+                and all(now == before for now, before in self._lists)
+            )
+        except (AttributeError, KeyError, RuntimeError):  # gone; or a tensor stands where another stood
+            return False
+
+    def notes(self) -> Iterator[tuple[Any, str]]:
+        """What was noted: an owner (a module, a dict, a list or a tensor) and a name in it."""
+        for find, getter, *_ in self._owners:
+            yield from ((find(), name) for name in getter.__reduce__()[1])
+            yield from ((find(), name) for name in find()._modules)
+        yield from zip(self._homes, self._names, strict=True)
+        yield from ((items, "") for items, _ in self._lists)
+        yield from ((tensor, "") for tensor in self._tensors)
+
+    def _add_module(self, module: nn.Module) -> None:
+        entries = vars(module)
+        ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "training"}
+        names = ["training", *_TENSORS, *(name for name in entries if name not in ignored)]
+        values = [_Forward(entries[name]) if name == "forward" else entries[name] for name in names]
+        inside = list(map(id, module._modules.values()))
+        self._owners.append((ref(module), itemgetter(*names), tuple(values), _count(entries), inside))
+        for name in _TENSORS:
+            self._add_dict(entries[name])
+        for name, value in entries.items():
+            if name not in _TORCH_KEEPS and not isinstance(value, nn.Module):
+                self.add(value)
+
+    def _add_dict(self, entries: dict[Any, Any]) -> None:
+        self._dicts.append(entries)
+        self._sizes.append(len(entries))
+        for name, value in entries.items():
+            self._homes.append(entries)
+            self._names.append(name)
+            self._values.append(value)
+            self.add(value)
+
+
+def _count(entries: dict[str, Any]) -> int:
+    """How many attributes a module has, without a note that changes nothing."""
+    return len(entries) - sum(name in entries for name in _TRANSFORMERS_NOTES)
