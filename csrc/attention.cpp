@@ -20,8 +20,8 @@ void Attention::project(Runner& runner, const Level& level, const void* x, const
     linears[i].out_type = type;
   }
   runner.run_linears(level, {x, type, q.columns}, 1, linears, 3);
-  if (q_norm) runner.rms_norm(level, {q_out, type, q_norm_width}, q.rows / q_norm_width, q_norm, q_offset, q_epsilon, q_out);
-  if (k_norm) runner.rms_norm(level, {k_out, type, k_norm_width}, k.rows / k_norm_width, k_norm, k_offset, k_epsilon, k_out);
+  if (q_norm.weight) runner.rms_norm(level, q_out, type, q.rows / q_norm.width, q_norm, q_out);
+  if (k_norm.weight) runner.rms_norm(level, k_out, type, k.rows / k_norm.width, k_norm, k_out);
   runner.with_scratch(2 * round_up(turned, kGroup) + round_up(q.rows > k.rows ? q.rows : k.rows, kGroup), [&](float* memory) {
     float *c = memory, *s = c + round_up(turned, kGroup), *row = s + round_up(turned, kGroup);
     level.read({cosine, type, turned}, c);

@@ -5,14 +5,12 @@
 
 namespace moestro {
 
-// What does not change from token to token. Norms are over `q_norm_width` elements at a time: a head, or all of them.
+// What does not change from token to token. Norms are over a head at a time, or over all of them.
 struct Attention {
   Linear q, k, v;
   int64_t head = 0;  // d
   Format type = Format::kBf16;  // of activations and of the cache
-  const float *q_norm = nullptr, *k_norm = nullptr;  // or none
-  int64_t q_norm_width = 0, k_norm_width = 0;
-  float q_offset = 0, k_offset = 0, q_epsilon = 0, k_epsilon = 0;
+  Norm q_norm, k_norm;  // or none
   float scaling = 0;
 
   // q, k, v of one token x [D], normed and rotated by cosine and sine [turned] of the same type.

@@ -54,7 +54,7 @@ void FirstHalf::run(Runner& runner, const Level& level, const void* x, const voi
   memory.resize(2 * (Q + K) * size);
   uint8_t *q = memory.data(), *k = q + Q * size, *v = k + K * size, *heads = v + K * size;
 
-  runner.rms_norm(level, {x, type, D}, 1, before.weight, before.offset, before.epsilon, normed);
+  runner.rms_norm(level, x, type, 1, before, normed);
   attention.project(runner, level, normed, cosine, sine, turned, q, k, v);
   const int64_t head_bytes = attention.head * size;
   append(k, K / attention.head, head_bytes, cache.keys, cache.apart * size, cache.length - 1);
@@ -65,7 +65,7 @@ void FirstHalf::run(Runner& runner, const Level& level, const void* x, const voi
   linear.out_type = type;
   runner.run_linears(level, {heads, type, Q}, 1, &linear, 1);
   add(runner, level, x, hidden, type, D, hidden);
-  runner.rms_norm(level, {hidden, type, D}, 1, after.weight, after.offset, after.epsilon, normed);
+  runner.rms_norm(level, hidden, type, 1, after, normed);
 }
 
 void Router::run(Runner& runner, const Level& level, const void* x, void* logits, void* scores, int64_t* chosen) const {

@@ -14,11 +14,6 @@ struct CachePlace {
   int64_t length, apart;
 };
 
-struct Norm {
-  const float* weight = nullptr;
-  float offset = 0, epsilon = 0;
-};
-
 // hidden = x + attention(norm(x)); normed = norm(hidden).
 struct FirstHalf {
   Attention attention;

@@ -3,9 +3,6 @@
 
 #include <atomic>
 #include <functional>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <vector>
 
 #include "experts.h"
@@ -13,12 +10,21 @@
 
 namespace moestro {
 
+// norm(x) * (offset + weight) over `width` numbers at a time. The weight is read where it lies, at each use, in the type
+// that it has: it may be edited.
+struct Norm {
+  const void* weight = nullptr;  // [width], or none
+  Format type = Format::kFp32;   // of the weight
+  int64_t width = 0;
+  float offset = 0, epsilon = 0;
+};
+
 class Runner {
  public:
   Runner(int threads, const std::vector<int>& cpus);
   ~Runner();
 
-  int threads() const { return pool_.threads(); }
+  int threads() const { return threads_; }
   double busy_s() const { return busy_s_.load(); }  // spent in calls that compute, so far
 
   // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x [tokens, D], out float32 [tokens, D].
@@ -30,8 +36,8 @@ class Runner {
   // Rows `ids` [n] of a packed table, as its out_type, to its out [n, K]. Throws where there is no such row.
   void look_up(const Level& level, const Linear& table, const int64_t* ids, int64_t n);
 
-  // A norm of each of `rows` rows; see norm.inl.
-  void rms_norm(const Level& level, const Input& x, int64_t rows, const float* weight, float offset, float epsilon, void* out);
+  // A norm of each of `rows` rows, which are as wide as it; see norm.inl.
+  void rms_norm(const Level& level, const void* x, Format type, int64_t rows, const Norm& norm, void* out);
 
   // Calls do_with(memory) on this thread, or do_one(i, memory) for each i on the pool or on this thread.
   template <class Do>
@@ -48,11 +54,13 @@ class Runner {
   double fma_flops(const Level& level, int64_t rounds);
 
  private:
-  struct Memory;
+  struct Crew;
   class Call;
-  Pool pool_;
-  std::unique_ptr<Memory> memory_;
-  std::mutex one_call_;  // the memory is shared
+  Crew& crew();
+
+  const int threads_;
+  const std::vector<int> cpus_;
+  std::atomic<Crew*> crew_;  // of this process: a forked child makes one of its own
   std::atomic<double> busy_s_{0};
 };
 

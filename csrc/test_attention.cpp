@@ -24,11 +24,13 @@ Row rounded(Format type, Row row) {
 }
 
 // A norm's weight, offset and epsilon, over `width` numbers at a time.
-struct Norm {
+struct NormCase {
   Numbers weight;
   float offset, epsilon;
 
-  Norm(int64_t width, float of, Rng& rng) : weight(Format::kFp32, width, rng), offset(of), epsilon(1e-3f) {}
+  NormCase(Format type, int64_t width, float of, Rng& rng) : weight(type, width, rng), offset(of), epsilon(1e-3f) {}
+
+  Norm norm() const { return {weight.bytes.data(), weight.type, weight.size(), offset, epsilon}; }
 
   // Not rounded to the type in the end. `shift` moves norm(x) a little where it is rounded before, since float32 may
   // find it on either side of where two numbers of the type meet.
@@ -47,14 +49,14 @@ struct Norm {
 void check_norm(Machine& machine, Format type, int64_t rows, int64_t width, float offset, bool spoilt, Rng& rng) {
   Numbers x(type, rows * width, rng, 3);
   if (spoilt) x.set(rng.below(x.size()), rng.below(2) ? NAN : INFINITY);
-  Norm norm(width, offset, rng);
+  NormCase norm(rng.below(2) ? type : Format::kFp32, width, offset, rng);
   Row low = row_of(x, 0, x.size()), high = low;
   for (int64_t i = 0; i < rows; ++i) {
     norm.apply(&low[i * width], type, -kRoom);
     norm.apply(&high[i * width], type, kRoom);
   }
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    runner.rms_norm(level, {x.bytes.data(), type, width}, rows, norm.weight.floats(), offset, norm.epsilon, out.bytes.data());
+    runner.rms_norm(level, x.bytes.data(), type, rows, norm.norm(), out.bytes.data());
   };
   const auto error = [&](const Numbers& out) {
     Row want = low;
@@ -139,16 +141,15 @@ void check_project(Machine& machine, const Layer& l, Rng& rng) {
   Attention attention;
   attention.head = l.head;
   attention.type = l.type;
-  std::vector<Norm> norms;
-  for (int i = 0; i < 2; ++i) norms.emplace_back(l.norms == Norms::kAll ? projections[i].linear.rows : l.head, l.offset, rng);
-  if (l.norms != Norms::kNone) {
-    attention.q_norm = norms[0].weight.floats();
-    attention.k_norm = norms[1].weight.floats();
+  std::vector<NormCase> norms;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t width = l.norms == Norms::kAll ? projections[i].linear.rows : l.head;
+    norms.emplace_back(rng.below(2) ? l.type : Format::kFp32, width, l.offset, rng);
   }
-  attention.q_norm_width = norms[0].weight.size();
-  attention.k_norm_width = norms[1].weight.size();
-  attention.q_offset = attention.k_offset = l.offset;
-  attention.q_epsilon = attention.k_epsilon = norms[0].epsilon;
+  if (l.norms != Norms::kNone) {
+    attention.q_norm = norms[0].norm();
+    attention.k_norm = norms[1].norm();
+  }
   attention.q = projections[0].linear;
   attention.k = projections[1].linear;
   attention.v = projections[2].linear;

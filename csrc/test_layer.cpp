@@ -39,14 +39,14 @@ struct Sizes {
 void check_layers(Machine& machine, Format format, Format type, const Sizes& z, Rng& rng) {
   const int64_t Q = z.heads * z.head, K = z.key_heads * z.head, apart = (z.length + 2) * z.head;
   Weights q(format, Q, z.D, rng), k(format, K, z.D, rng), v(format, K, z.D, rng), o(format, z.D, Q, rng);
-  Numbers before(Format::kFp32, z.D, rng), after(Format::kFp32, z.D, rng), gate(type, z.experts * z.D, rng, 0.2);
+  Numbers before(Format::kFp32, z.D, rng), after(type, z.D, rng), gate(type, z.experts * z.D, rng, 0.2);
   DecoderLayer layer;
   Attention& attention = layer.first.attention;
   attention.q = q.linear, attention.k = k.linear, attention.v = v.linear;
   attention.head = z.head, attention.type = type, attention.scaling = 0.25f;
   layer.first.output = o.linear;
-  layer.first.before = {before.floats(), 0, 1e-5f};
-  layer.first.after = {after.floats(), 1, 1e-5f};
+  layer.first.before = {before.bytes.data(), before.type, z.D, 0, 1e-5f};
+  layer.first.after = {after.bytes.data(), after.type, z.D, 1, 1e-5f};
   layer.router = {gate.bytes.data(), type, z.experts, z.D, z.top_k, true, Format::kFp32};
   layer.shape.hidden = z.D, layer.shape.neurons = 100, layer.shape.format = format;
   std::vector<std::vector<uint8_t>> experts;
@@ -70,7 +70,7 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
     want.clear();
     for (int i = 0; i < 3; ++i) {
       Numbers normed(type, z.D), query(type, Q), heads(type, Q), added(type, z.D), keys = past, values = past, own[2] = {{type, K}, {type, K}};
-      runner.rms_norm(level, {hidden.bytes.data(), type, z.D}, 1, before.floats(), 0, 1e-5f, normed.bytes.data());
+      runner.rms_norm(level, hidden.bytes.data(), type, 1, layer.first.before, normed.bytes.data());
       attention.project(runner, level, normed.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head, query.bytes.data(),
                         own[0].bytes.data(), own[1].bytes.data());
       for (int64_t j = 0; j < K; ++j) {
@@ -84,7 +84,7 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
       output.out_type = type;
       runner.run_linears(level, {heads.bytes.data(), type, Q}, 1, &output, 1);
       for (int64_t d = 0; d < z.D; ++d) hidden.set(d, hidden.at(d) + added.at(d));
-      runner.rms_norm(level, {hidden.bytes.data(), type, z.D}, 1, after.floats(), 1, 1e-5f, normed.bytes.data());
+      runner.rms_norm(level, hidden.bytes.data(), type, 1, layer.first.after, normed.bytes.data());
       Numbers logits(type, z.experts), scores(Format::kFp32, z.top_k), sum(Format::kFp32, z.D);
       std::vector<int64_t> chosen(z.top_k), order(z.top_k), row(1, 0);
       layer.router.run(runner, level, normed.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());

@@ -48,7 +48,7 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
         return False
     try:
         fused = FusedAttention(module, threads)
-    except ValueError:  # sizes that do not fit one another
+    except ValueError:  # its parts do not fit each other: queries with gates between them, for instance
         return False
     if not fused.agrees():
         return False
@@ -57,7 +57,7 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
 
 
 class FusedAttention:
-    """The forward of a recognized attention layer."""
+    """The forward of a recognized attention layer; ValueError if its parts do not fit each other."""
 
     def __init__(self, module: Any, threads: int) -> None:
         self._original = forward_of(module)
@@ -68,7 +68,7 @@ class FusedAttention:
         self._tried: dict[str, Any] = {}  # what else it may be given, see `agrees`
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
-        self._columns, self._scaling = q.in_features, module.scaling
+        self.width, self._scaling = q.in_features, module.scaling
         self._sizes = (q.out_features, k.out_features, v.out_features)
         self.cache_kind = CacheKind(self.dtype, k.out_features // self.head, self.head)
         self.kernel = OneTokenAttention(
@@ -79,6 +79,8 @@ class FusedAttention:
             dtype=self.dtype,
             threads=threads,
         )
+        if self.output.in_features != q.out_features:
+            raise ValueError("the output projection does not take what the heads give")
 
     @outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +99,7 @@ class FusedAttention:
     def takes(self, x: Tensor, given: Mapping[str, Any]) -> bool:
         """Whether the layer was tried with such arguments."""
         return (
-            x.shape == (1, 1, self._columns)
+            x.shape == (1, 1, self.width)
             and x.dtype == self.dtype
             and x.device.type == "cpu"
             and not x.requires_grad
@@ -167,7 +169,7 @@ class FusedAttention:
 
     def trial(self, scale: float, random: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor], list[DynamicCache]]:
         """A random token [1, 1, D] of that size, its rotary embedding, and two equal caches with some tokens."""
-        x = torch.randn(1, 1, self._columns, generator=random).mul_(scale).to(self.dtype)
+        x = torch.randn(1, 1, self.width, generator=random).mul_(scale).to(self.dtype)
         angles = torch.rand(1, 1, self.head // 2, generator=random).mul_(6).repeat(1, 1, 2)
         rotary = (angles.cos().to(self.dtype), angles.sin().to(self.dtype))
         past, caches = self.past(scale, random), [DynamicCache(), DynamicCache()]

@@ -40,7 +40,7 @@ def fuse_decoder_layer(module: nn.Module) -> bool:
         return False
     try:
         fused = FusedLayer(module, rest.pop())
-    except ValueError:  # sizes that do not fit one another
+    except ValueError:  # its parts do not fit each other
         return False
     if not fused.agrees():
         return False

@@ -178,7 +178,7 @@ class _WholeLayer:
             return None
         try:
             kernel = OneTokenLayer(fused.kernel, router, *choice)
-        except ValueError:  # sizes that do not fit one another
+        except ValueError:  # its parts do not fit each other
             return None
         parts = [*fused.skipped, *fused.attention.parts, *block.modules()]
         kind = [getattr(part, mark, None) for part in (module, fused.skipped[0]) for mark in _MARKS]
@@ -187,7 +187,7 @@ class _WholeLayer:
     def like(self, other: _WholeLayer) -> bool:
         """Whether what fits one of them fits the other."""
         a, b = self.attention, other.attention
-        return (a.dtype, a.head, self.kind) == (b.dtype, b.head, other.kind)
+        return (a.dtype, a.head, a.width, self.kind) == (b.dtype, b.head, b.width, other.kind)
 
 
 def _only_routes(block: Any, experts: Any, router: OneTokenRouter) -> bool:
