@@ -18,7 +18,7 @@ from families import FAMILIES, build_config, build_model, random_ids, save_model
 from moestro import cli, footprint, load
 from moestro.compute.experts import ExpertMath
 from moestro.errors import BudgetError, RequestError
-from moestro.families import FamilyLayout, activation_of, expert_modules, post_norm_of
+from moestro.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.follow import StorageFollower
 from moestro.footprint import Footprint, cache_bytes, measure
 from moestro.memory.formats import FORMATS
@@ -33,7 +33,7 @@ TRIED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "minima
 
 def _measure(model: Any, context: int, fmt: str = "fp32") -> Footprint:
     math = [
-        ExpertMath(layout.shape, FORMATS[fmt], activation_of(module, layout), post_norm_of(module))
+        ExpertMath(layout.shape, FORMATS[fmt], FamilyActivation(module, layout), post_norm_of(module))
         for name, module in expert_modules(model).items()
         for layout in [FamilyLayout.of(name, module)]
     ]

@@ -21,7 +21,7 @@ from moestro.fuse import fuse
 from moestro.fuse.attention import fuse_attention
 from moestro.fuse.cache import CacheKind, append
 from moestro.fuse.decoder_layer import fuse_decoder_layer
-from moestro.fuse.norm import FusedNorm, norm_of
+from moestro.fuse.norm import norm_of
 from moestro.fuse.rotary import fuse_rotary
 from moestro.fuse.router import fuse_router
 

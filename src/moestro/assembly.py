@@ -20,11 +20,12 @@ from .compute.cpu import CpuExperts, first_touch
 from .compute.devices import Device
 from .compute.devices.graphs import graphs_of
 from .compute.experts import ExpertMath
+from .compute.watch import Watch
 from .conductor import Conductor
 from .config import MoestroConfig
 from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from .errors import BudgetError, ModelError, RequestError
-from .families import FamilyLayout, activation_of, expert_modules, post_norm_of, why_no_experts
+from .families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
 from .footprint import measure
 from .fuse import fuse
 from .machine import available_ram_bytes
@@ -51,13 +52,34 @@ _GPU_SHARE = 0.95  # of free GPU memory, where none was named: other programs' s
 _CUDA_MARGIN = Margin(0.02, 64 * 2**20)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExpertLayer:
-    """What our experts function finds on an experts module: its number and its conductor."""
+    """What our experts function finds on an experts module: its number and its conductor.
+
+    watch: of the module as its experts were packed and its activation recognized; None until it has loaded.
+    """
 
     index: int
     layout: FamilyLayout
     conductor: Conductor
+    watch: Watch | None = None
+
+    def note(self, module: Any) -> None:
+        """Note what the module computes now."""
+        self.watch = Watch(*module.modules(), hooks=True)
+
+    def follow(self, module: Any) -> None:
+        """Where the module was changed since, compute what it computes now.
+
+        Raises:
+            ModelError: it describes weights of another kind, and these are packed.
+        """
+        if self.watch is None or self.watch.holds():
+            return
+        if (changed := self.layout.misfit(module)) is not None:
+            raise ModelError(f"{changed} of experts was changed, but their weights are packed; load the model again")
+        self.conductor.forget_math(self.index)
+        self.note(module)
 
 
 def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
@@ -79,7 +101,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     dense = dense_formats(model, config, device)
     spec = _spec_of(model, modules, layouts, fmt, dense_bytes(model, dense))
     math = [
-        ExpertMath(layouts[name].shape, fmt, activation_of(module, layouts[name]), post_norm_of(module))
+        ExpertMath(layouts[name].shape, fmt, FamilyActivation(module, layouts[name]), post_norm_of(module))
         for name, module in modules.items()
     ]
     gpu_plan = _gpu_plan(model, spec, math, config, device, context)
@@ -229,15 +251,16 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
         fast: as in `MatrixFormat.pack`.
     """
     formats = dense_formats(model, config, device)
-    if formats is None:
-        graphs = graphs_of(device)
-        if config.fuse and graphs is not None:
-            record_steps(model, graphs)
-        return
-    threads = model.moestro.cpu.threads
-    pack_dense(model, formats, threads, fast=fast)
-    if config.fuse:
+    threads, graphs = model.moestro.cpu.threads, graphs_of(device)
+    if formats is not None:
+        pack_dense(model, formats, threads, fast=fast)
+    if config.fuse and graphs is not None:
+        record_steps(model, graphs)
+    elif config.fuse:
         fuse(model, threads)
+    for module in expert_modules(model).values():
+        keep_in_store(module, module._moestro.layout)
+        module._moestro.note(module)
 
 
 def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:
@@ -269,12 +292,12 @@ def _spec_of(
                 experts=layouts[name].experts,
                 neurons=layouts[name].shape.neurons,
                 expert_bytes=fmt.expert_bytes(layouts[name].shape),
-                splittable=not module.has_post_expert_norm,
+                splittable=not layouts[name].post_norm,
                 hidden=layouts[name].shape.hidden,
                 block_bytes=fmt.block_bytes(layouts[name].shape),
                 matrices=3 if layouts[name].shape.has_gate else 2,
             )
-            for name, module in modules.items()
+            for name in modules
         ),
         dense_bytes=dense,
         dense_weights=dense_weights(model),

@@ -376,6 +376,11 @@ class Conductor:
         self.view = TableView(self.slots, self.time, self.store.experts)
         self._held_ops.clear()
 
+    def forget_math(self, layer: int) -> None:
+        """Recognize anew what a layer's experts compute: their activation was changed."""
+        self.math = [replace(math) if index == layer else math for index, math in enumerate(self.math)]
+        self._held_ops.clear()
+
     def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:
         """A conductor of the same model with another policy and other slots; this one is not used after."""
         self._closing.detach()

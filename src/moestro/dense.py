@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,14 +70,21 @@ class _Packed(nn.Module):
         if isinstance(value, PackedWeight) and value.source is self.matrix.packed:
             return  # tied once more
         if self._is_shared:  # fused layers see that the matrix is another
-            own = self.matrix._replace(packed=torch.empty_like(self.matrix.packed))
+            own = replace(self.matrix, packed=torch.empty_like(self.matrix.packed))
             _pack(value, own)
             self.matrix, self._is_shared = own, False
         else:
             _pack(value, self.matrix)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         """Pack what a state dict has for this layer, for all layers that share its bytes."""
         loaders = self._loaders()
@@ -117,7 +124,7 @@ class PackedLinear(_Packed, nn.Linear):
 
     def _assign_bias(self, value: Any) -> None:
         bias = None if value is None else _checked(value, (self.out_features,)).float().clone()
-        self.matrix = self.matrix._replace(bias=bias)  # fused layers see that the matrix is another
+        self.matrix = replace(self.matrix, bias=bias)  # fused layers see that the matrix is another
 
     def _loaders(self) -> dict[str, Callable[[Any], None]]:
         return super()._loaders() | ({} if self.matrix.bias is None else {"bias": self._assign_bias})

@@ -9,6 +9,7 @@ Legend: E experts, D model width, F expert neurons, f neurons of a share.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compute.experts import Activation
 from .errors import ModelError
 from .memory.formats import ExpertShape
 
@@ -35,12 +35,14 @@ class FamilyLayout:
 
     transposed: weights are [E, in, out] instead of [E, out, in].
     interleaved: gate and up rows alternate instead of following one another.
+    post_norm: a norm follows each expert.
     """
 
     experts: int
     shape: ExpertShape
     transposed: bool
     interleaved: bool
+    post_norm: bool
 
     @classmethod
     def of(cls, name: str, module: Any) -> FamilyLayout:
@@ -57,12 +59,25 @@ class FamilyLayout:
         experts = down.shape[0]
         hidden, neurons = (down.shape[2], down.shape[1]) if transposed else (down.shape[1], down.shape[2])
         shape = ExpertShape(hidden, neurons, has_gate, bool(module.has_bias))
-        layout = cls(experts, shape, transposed, has_gate and not module.is_concatenated)
+        interleaved = has_gate and not module.is_concatenated
+        layout = cls(experts, shape, transposed, interleaved, bool(module.has_post_expert_norm))
         for part, size in layout.parameters.items():
             found = getattr(module, part, None)
             if found is None or tuple(found.shape) != (experts, *size):
                 raise ModelError(f"{name}.{part} is {found if found is None else list(found.shape)}; no known layout")
         return layout
+
+    def misfit(self, module: Any) -> str | None:
+        """What a module says of its experts that is not so; None where all of it is."""
+        said = {
+            "num_experts": (module.num_experts, self.experts),
+            "has_gate": (module.has_gate, self.shape.has_gate),
+            "has_bias": (module.has_bias, self.shape.has_bias),
+            "has_post_expert_norm": (module.has_post_expert_norm, self.post_norm),
+            "is_transposed": (module.is_transposed, self.transposed),
+            "is_concatenated": (module.is_concatenated or not self.shape.has_gate, not self.interleaved),
+        }
+        return next((name for name, (value, so) in said.items() if value != so), None)
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -93,18 +108,66 @@ class FamilyLayout:
         return {"gate" + suffix: gate, "up" + suffix: up}
 
 
-def activation_of(module: Any, layout: FamilyLayout) -> Activation:
-    """The family's own gate, called with gate and up in the order that it expects them."""
+class _StoredError(ModelError, AttributeError):
+    """A module's expert weights are not there; also an AttributeError, so that hasattr says so."""
 
-    owner: Any = weakref.ref(module)  # the module knows its conductor, which keeps this function
 
-    def apply(gate: Tensor | None, up: Tensor) -> Tensor:
+class _InStore(nn.Module):
+    """What an experts module becomes whose weights are in the store: it says so where it is asked for them."""
+
+    _stored: frozenset[str]  # the names of its own parameters
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self)._stored:
+            raise _StoredError(f"{name} is not in the model: {_WHERE}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self)._stored:
+            raise _StoredError(f"{name} cannot be changed: {_WHERE}")
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if found := [name for name in type(self)._stored if f"{prefix}{name}" in state_dict]:
+            raise _StoredError(f"{prefix}{min(found)} cannot be loaded into the model: {_WHERE}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_WHERE = "Moestro has packed the experts into its store; change the checkpoint and load it again"
+
+
+def keep_in_store(module: Any, layout: FamilyLayout) -> None:
+    """Have an experts module refuse to show or to take weights, which would not be those that are computed with."""
+    module.__class__ = _stored_class(type(module), frozenset(layout.parameters))
+
+
+@functools.cache
+def _stored_class(family: type, names: frozenset[str]) -> type:
+    return type(family.__name__, (_InStore, family), {"__module__": family.__module__, "_stored": names})
+
+
+class FamilyActivation:
+    """The family's own gate, called with gate and up in the order that it expects them.
+
+    It keeps no module alive, since the module knows its conductor, which keeps this.
+    """
+
+    def __init__(self, module: Any, layout: FamilyLayout) -> None:
+        self._find: Any = weakref.ref(module)
+        self._interleaved = layout.interleaved
+
+    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """[n, f] or None, [n, f] -> [n, f]."""
         if gate is None:
-            return owner().act_fn(up)  # type: ignore[no-any-return]
-        both = torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
-        return owner()._apply_gate(both)  # type: ignore[no-any-return]
+            return self._find().act_fn(up)  # type: ignore[no-any-return]
+        both = torch.stack((gate, up), -1).flatten(-2) if self._interleaved else torch.cat((gate, up), -1)
+        return self._find()._apply_gate(both)  # type: ignore[no-any-return]
 
-    return apply
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a module inside has forward hooks, so that it must be called."""
+        module = self._find()
+        return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
 
 
 def post_norm_of(module: Any) -> Callable[[Tensor], Tensor] | None:

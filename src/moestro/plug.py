@@ -39,6 +39,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             'experts_implementation="moestro" needs quantization_config=MoestroConfig(...) in from_pretrained, '
             "or use moestro.load"
         )
+    layer.follow(module)
     refuse_gradients(hidden_states)
     refuse_gradients(top_k_weights)
     x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]

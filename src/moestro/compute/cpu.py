@@ -272,8 +272,11 @@ def type_of(dtype: torch.dtype) -> _kernels.Format:
 def recognize(activation: Activation, has_gate: bool) -> Kernel | None:
     """Which of the kernels' gates computes what `activation` does, found by trying it on numbers.
 
-    The numbers go far enough out to meet a clamp. Compared in float32, in which families compute it.
+    The numbers go far enough out to meet a clamp. Compared in float32, in which families compute it. None where a
+    module that it calls has hooks, since it must be called then.
     """
+    if getattr(activation, "has_hooks", False):
+        return None
     # A dimension of its own for each of the two, and not square, so that nothing is mixed up unnoticed.
     gate = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([-60.0, -25.0, 25.0, 60.0])])[:, None]
     up = torch.tensor([-60.0, -8.0, -1.0, -0.1, 0.0, 0.3, 2.0, 7.5, 60.0])[None]

@@ -24,7 +24,9 @@ from transformers import PreTrainedConfig
 # What torch itself keeps in a module: hooks, which `fuse/original.py` asks for, and dicts that are compared one by one.
 _TORCH_KEEPS = frozenset(vars(nn.Module())) - {"training"}
 _TENSORS = ("_parameters", "_buffers")
-_TRANSFORMERS_NOTES = ("_output_capturing_hooks_installed",)  # set where hidden states were asked for, and read nowhere else
+_TRANSFORMERS_NOTES = (
+    "_output_capturing_hooks_installed",
+)  # set where hidden states were asked for, and read nowhere else
 
 
 class _Forward:
@@ -48,10 +50,10 @@ class Watch:
     is told by its address, so it must be noted too if it can go: an address may be used again.
 
     Args:
-        owners: modules (without those inside), configs.
+        owners: modules (without those inside), configs. hooks: whether to note which modules have forward hooks.
     """
 
-    def __init__(self, *owners: Any) -> None:
+    def __init__(self, *owners: Any, hooks: bool = False) -> None:
         # A module, what gets its attributes, these, how many entries it has in all, and the addresses of those inside.
         self._owners: list[tuple[ReferenceType[Any], itemgetter[Any], tuple[Any, ...], int, list[int]]] = []
         self._homes: list[dict[Any, Any]] = []  # these three side by side, an item for each entry of a dict
@@ -61,11 +63,14 @@ class Watch:
         self._sizes: list[int] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._tensors: list[Tensor] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._notes_hooks = hooks
         self._seen: set[int] = set()
         for owner in owners:
             self.add(owner)
         self._places = list(map(Tensor.data_ptr, self._tensors))
         self._counts = list(map(Tensor.numel, self._tensors))
+        self._hooked = list(map(bool, self._hooks))
 
     def add(self, owner: Any) -> None:
         """Note all attributes of an object. Only before the first question."""
@@ -91,13 +96,18 @@ class Watch:
         try:
             for find, getter, values, size, inside in self._owners:
                 now = find().__dict__
-                if (len(now) != size and _count(now) != size) or getter(now) != values or list(map(id, now["_modules"].values())) != inside:
+                if (
+                    (len(now) != size and _count(now) != size)
+                    or getter(now) != values
+                    or list(map(id, now["_modules"].values())) != inside
+                ):
                     return False
             return (
                 list(map(dict.get, self._homes, self._names)) == self._values
                 and list(map(len, self._dicts)) == self._sizes
                 and list(map(Tensor.data_ptr, self._tensors)) == self._places
                 and list(map(Tensor.numel, self._tensors)) == self._counts
+                and list(map(bool, self._hooks)) == self._hooked
                 and all(now == before for now, before in self._lists)
             )
         except (AttributeError, KeyError, RuntimeError):  # gone; or a tensor stands where another stood
@@ -117,6 +127,8 @@ class Watch:
         ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "training"}
         names = ["training", *_TENSORS, *(name for name in entries if name not in ignored)]
         values = [_Forward(entries[name]) if name == "forward" else entries[name] for name in names]
+        if self._notes_hooks:
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         inside = list(map(id, module._modules.values()))
         self._owners.append((ref(module), itemgetter(*names), tuple(values), _count(entries), inside))
         for name in _TENSORS:
