@@ -153,8 +153,7 @@ def test_every_tensor_that_is_changed(family: str, dtype: torch.dtype, tmp_path:
             what = f"{name}.{key} {way}"
             try:
                 edit(model.get_submodule(name), key, new.clone())
-            except MoestroError as error:
-                assert "\n" not in str(error)
+            except MoestroError:
                 continue
             except Exception as error:
                 wrong.append(f"{what}: we raise {error!r:.120}")

@@ -55,7 +55,7 @@ class _Packed(nn.Module):
         self.matrix, self.weight_dtype, self.threads, self._is_shared = matrix, dtype, threads, is_shared
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Any:  # a Tensor; torch's layers, which share this class's methods, say a Parameter
         """[R, K], unpacked for code that looks at it; slow."""
         return PackedWeight(self.matrix.unpack(self.weight_dtype), self.matrix.packed)
 
@@ -101,7 +101,7 @@ class _Packed(nn.Module):
         return {"weight": lambda value: _pack(value, self.matrix)}
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(_Packed, nn.Linear):  # type: ignore[override]  # whose weight is a property here
     """A linear layer whose packed weights are read by our kernels."""
 
     def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int, *, is_shared: bool) -> None:
@@ -138,7 +138,7 @@ class PackedLinear(_Packed, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.fmt.name}"
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
+class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[override]  # likewise
     """An embedding that unpacks the rows it is asked for; may share its bytes with the head."""
 
     def __init__(
@@ -170,12 +170,13 @@ def _checked(value: Any, shape: tuple[int, ...]) -> Tensor:
     """
     fits = isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
     if not fits or tuple(value.shape) != shape:
-        found = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        what = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ModelError(
-            f"a packed layer was given {found} for floats of {list(shape)}; give it a tensor of that shape, or load the "
-            "model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
+            f"a packed layer was given {what} for floats of {list(shape)}; give it a tensor of that shape, or load "
+            "the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
         )
-    return value.detach().to("cpu", copy=isinstance(value, PackedWeight))
+    found: Tensor = value.detach().to("cpu", copy=isinstance(value, PackedWeight))
+    return found
 
 
 def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:

@@ -138,7 +138,8 @@ _WHERE = "Moestro has packed the experts into its store; change the checkpoint a
 
 def keep_in_store(module: Any, layout: FamilyLayout) -> None:
     """Have an experts module refuse to show or to take weights, which would not be those that are computed with."""
-    module.__class__ = _stored_class(type(module), frozenset(layout.parameters))
+    family: Any = type(module)
+    module.__class__ = _stored_class(family, frozenset(layout.parameters))
 
 
 @functools.cache

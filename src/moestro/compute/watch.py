@@ -24,9 +24,8 @@ from transformers import PreTrainedConfig
 # What torch itself keeps in a module: hooks, which `fuse/original.py` asks for, and dicts that are compared one by one.
 _TORCH_KEEPS = frozenset(vars(nn.Module())) - {"training"}
 _TENSORS = ("_parameters", "_buffers")
-_TRANSFORMERS_NOTES = (
-    "_output_capturing_hooks_installed",
-)  # set where hidden states were asked for, and read nowhere else
+# Set on a decoder when hidden states are first asked for; it changes nothing.
+_TRANSFORMERS_NOTES = ("_output_capturing_hooks_installed",)
 
 
 class _Forward:
@@ -96,11 +95,9 @@ class Watch:
         try:
             for find, getter, values, size, inside in self._owners:
                 now = find().__dict__
-                if (
-                    (len(now) != size and _count(now) != size)
-                    or getter(now) != values
-                    or list(map(id, now["_modules"].values())) != inside
-                ):
+                if len(now) != size and _count(now) != size:
+                    return False
+                if getter(now) != values or list(map(id, now["_modules"].values())) != inside:
                     return False
             return (
                 list(map(dict.get, self._homes, self._names)) == self._values
@@ -116,8 +113,9 @@ class Watch:
     def notes(self) -> Iterator[tuple[Any, str]]:
         """What was noted: an owner (a module, a dict, a list or a tensor) and a name in it."""
         for find, getter, *_ in self._owners:
-            yield from ((find(), name) for name in getter.__reduce__()[1])
-            yield from ((find(), name) for name in find()._modules)
+            owner: Any = find()
+            yield from ((owner, name) for name in getter.__reduce__()[1])
+            yield from ((owner, name) for name in owner._modules)
         yield from zip(self._homes, self._names, strict=True)
         yield from ((items, "") for items, _ in self._lists)
         yield from ((tensor, "") for tensor in self._tensors)

@@ -62,10 +62,11 @@ class FusedAttention:
     def __init__(self, module: Any, threads: int) -> None:
         self._original = forward_of(module)
         self.layer, self.output = module.layer_idx, module.o_proj
-        norms = [norm_of(getattr(module, name, None)) for name in _NORMS]
+        fused_norms = [norm_of(getattr(module, name, None)) for name in _NORMS]
+        q_norm, k_norm = (None if fused is None else fused.norm for fused in fused_norms)
         self.parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
         self.watch: Watch | None = None
-        self._tried: dict[str, Any] = {}  # what else it may be given, see `agrees`
+        self._tried: Mapping[str, Any] = {}  # what else it may be given, see `agrees`
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
         self.width, self._scaling = q.in_features, module.scaling
@@ -73,7 +74,7 @@ class FusedAttention:
         self.cache_kind = CacheKind(self.dtype, k.out_features // self.head, self.head)
         self.kernel = OneTokenAttention(
             (q.matrix, k.matrix, v.matrix),
-            (norms[0] and norms[0].norm, norms[1] and norms[1].norm),
+            (q_norm, k_norm),
             head=module.head_dim,
             scaling=module.scaling,
             dtype=self.dtype,

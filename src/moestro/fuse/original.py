@@ -43,7 +43,7 @@ class Fused(Protocol):
 
 def put_in_place(module: nn.Module, fused: Fused, *owners: Any) -> None:
     """Give a module a forward that computes with what it copied from these owners, and note all of that."""
-    module.forward = fused  # type: ignore[method-assign]
+    module.forward = fused
     fused.watch = Watch(*owners)  # now, since the module's forward is among its attributes
 
 

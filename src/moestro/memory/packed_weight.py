@@ -1,7 +1,7 @@
-"""The weight that a packed layer shows: computed from its bytes when it is asked for, so it can be read and not edited.
+"""The weight that a packed layer shows: computed from its bytes when it is asked for, to be read and not edited.
 
-An edit in place of such a tensor would be lost in silence. `PackedWeight` refuses every operator that writes to it or to
-a view of it; a weight is changed by assigning a new one, which the layer packs.
+An edit in place of such a tensor would be lost in silence. `PackedWeight` refuses every operator that writes to it or
+to a view of it; a weight is changed by assigning a new one, which the layer packs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PackedWeight(Tensor):
         unpacked: the copy, which nothing else may hold. source: the packed bytes that it is of; None of a view.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _unpacked: Tensor
     source: Tensor | None
 
@@ -44,7 +44,7 @@ class PackedWeight(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if any(isinstance(value, PackedWeight) for value in _written(func, args, kwargs)):
             _refuse(func.__name__)
@@ -54,7 +54,7 @@ class PackedWeight(Tensor):
         return tree_map(_kept, out) if is_view else out
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The weight, which can as little be edited by this way."""
         return self.detach()
 
@@ -68,14 +68,15 @@ class PackedWeight(Tensor):
         array.flags.writeable = False
         return array
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({self._unpacked!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _plain(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return _plain(self).clone()
+        copied: Tensor = _plain(self).clone()
+        return copied
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -97,6 +98,6 @@ def _kept(value: Any) -> Any:
 
 def _refuse(what: str) -> NoReturn:
     raise ModelError(
-        f"{what} would edit a packed weight in place, which would be lost: assign a new one (layer.weight = ...), or load "
-        "the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
+        f"{what} would edit a packed weight in place, which would be lost: assign a new one (layer.weight = ...), or "
+        "load the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
     )

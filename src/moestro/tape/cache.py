@@ -212,7 +212,7 @@ def _holders(layers: list[tuple[Tensor, Tensor, Tensor]]) -> list[int]:
 
 def _users(tensor: Tensor) -> int:
     """How many tensors share a tensor's memory."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 # Of tensors that nothing but a list like a bound's holds: three of them.
