@@ -216,10 +216,8 @@ def test_gradients_are_refused_and_not_wrong(reference: Any) -> None:
 def test_what_cannot_be_done_says_so() -> None:
     model = load("demo", **ON_CPU)
     for action in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        with pytest.raises(ModelError, match="cannot be copied or pickled"):
             action(model.moestro)
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained("/nonexistent")
 
 
 def test_tied_embeddings_count_once_in_the_plan() -> None:

@@ -32,6 +32,7 @@ from .machine import available_ram_bytes
 from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
+from .methods import give_methods
 from .planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, share_out
 from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
 from .planning.machines import THIS, Machine, machine_named
@@ -52,7 +53,7 @@ _GPU_SHARE = 0.95  # of free GPU memory, where none was named: other programs' s
 _CUDA_MARGIN = Margin(0.02, 64 * 2**20)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class ExpertLayer:
     """What our experts function finds on an experts module: its number and its conductor.
 
@@ -261,10 +262,11 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
     for module in expert_modules(model).values():
         keep_in_store(module, module._moestro.layout)
         module._moestro.note(module)
+    give_methods(model)
 
 
 def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:
-    """How the dense layers will be packed; None where they stay as Transformers has them, on a GPU.
+    """How the dense layers will be packed; None where they stay as Transformers has them: on a GPU, or as asked.
 
     Raises:
         RequestError: bits for dense layers that are not on the CPU.
@@ -275,6 +277,8 @@ def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFor
                 raise RequestError(
                     f"{option} {value} needs the dense layers on the CPU; use --device cpu, or leave it out"
                 )
+        return None
+    if not config.pack_dense:
         return None
     dtype = model.config.dtype
     return DenseFormats(

@@ -27,7 +27,7 @@ from .accounts import Counters, Recorder
 from .compute.cpu import CpuExperts, KernelShape
 from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .compute.experts import ExpertMath
-from .errors import CopyError
+from .errors import CopyError, ModelError
 from .grouping import Routed, group_by_expert
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
@@ -98,7 +98,7 @@ class Conductor:
         return getattr(self._of_thread, "phase", Phase.PREFILL)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a model in Moestro's hands cannot be copied or pickled; load it again")
+        raise ModelError("a model in Moestro's hands cannot be copied or pickled; load it again")
 
     def begin(self, tokens: int, phase: Phase) -> None:
         """Before the first layer of a step of `tokens` tokens, over all its sequences."""

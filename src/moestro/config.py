@@ -44,7 +44,9 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head
             with the embedding; None for `bits`.
         fuse: a decode step in few calls: on the CPU what is recognized is fused, on other devices a step with a static
-            cache is recorded and replayed. A module that is replaced after loading is not always noticed then.
+            cache is recorded and replayed. What is changed after loading goes the original way.
+        pack_dense: on the CPU, whether the dense layers are packed for our kernels. Packed weights can be assigned, not
+            edited in place or resized; without it they stay in torch, in the checkpoint's dtype.
 
     Raises:
         RequestError: an amount, policy, device or number of bits that is none.
@@ -68,6 +70,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         dense_bits: int | None = None,
         head_bits: int | None = None,
         fuse: bool = True,
+        pack_dense: bool = True,
         quant_method: str = METHOD,
     ) -> None:
         if policy not in POLICIES:
@@ -89,6 +92,8 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
         }.items():
             if value is not None and value not in BITS:
                 raise RequestError(f"--{option} {value}: there are {', '.join(map(str, BITS))}")
+        if not pack_dense and not {dense_bits, head_bits} <= {None, 16}:
+            raise RequestError("--dense-bits and --head-bits are for packed layers; leave them or --no-pack-dense out")
         if clock not in CLOCKS:
             raise RequestError(f"no clock {clock!r}; there are: {', '.join(CLOCKS)}")
         if clock == "virtual" and (device != "emulated" or machine is None):
@@ -97,7 +102,7 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             raise RequestError(f"no machine {machine!r}; there are: {', '.join(machine_names())}")
         self.device, self.machine, self.clock, self.profile = device, machine, clock, profile
         self.threads = threads
-        self.fuse = fuse
+        self.fuse, self.pack_dense = fuse, pack_dense
         self.bits, self.expert_bits, self.dense_bits, self.head_bits = bits, expert_bits, dense_bits, head_bits
         self.quant_method = METHOD
 
@@ -120,4 +125,5 @@ class MoestroConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
             "dense_bits": self.dense_bits,
             "head_bits": self.head_bits,
             "fuse": self.fuse,
+            "pack_dense": self.pack_dense,
         }

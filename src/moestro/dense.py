@@ -34,7 +34,7 @@ class DenseFormats:
     head: MatrixFormat
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """What packed layers share: a weight that is packed when it is assigned.
 
     Reading it unpacks a copy, which refuses to be edited (memory/packed_weight.py). It is no parameter: it moves to no
@@ -101,7 +101,7 @@ class _Packed(nn.Module):
         return {"weight": lambda value: _pack(value, self.matrix)}
 
 
-class PackedLinear(_Packed, nn.Linear):  # type: ignore[override]  # whose weight is a property here
+class PackedLinear(Packed, nn.Linear):  # type: ignore[override]  # whose weight is a property here
     """A linear layer whose packed weights are read by our kernels."""
 
     def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int, *, is_shared: bool) -> None:
@@ -138,7 +138,7 @@ class PackedLinear(_Packed, nn.Linear):  # type: ignore[override]  # whose weigh
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.fmt.name}"
 
 
-class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[override]  # likewise
+class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # likewise
     """An embedding that unpacks the rows it is asked for; may share its bytes with the head."""
 
     def __init__(

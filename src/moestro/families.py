@@ -10,6 +10,7 @@ Legend: E experts, D model width, F expert neurons, f neurons of a share.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class FamilyLayout:
             if found is None or tuple(found.shape) != (experts, *size):
                 raise ModelError(f"{name}.{part} is {found if found is None else list(found.shape)}; no known layout")
         return layout
+
+    @property
+    def count(self) -> int:
+        """How many weights all experts of the module have, biases too."""
+        return self.experts * sum(math.prod(size) for size in self.parameters.values())
 
     def misfit(self, module: Any) -> str | None:
         """What a module says of its experts that is not so; None where all of it is."""

@@ -200,16 +200,24 @@ def _read_config(model: str, source: str) -> Any:
         raise ModelError(f"{model}: Transformers cannot use its config.json: {_first_line(error)}") from error
     text_config = config.get_text_config()
     own = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
-    if own is not None:
-        method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
+    if own is not None and _method(own) == METHOD:  # how a model of ours was run; its weights are as they always were
+        del config.quantization_config
+    elif own is not None:
         raise ModelError(
-            f"{model} is already quantized ({method}), which Moestro cannot read yet; use the unquantized checkpoint"
+            f"{model} is already quantized ({_method(own)}), which Moestro cannot read yet; use the unquantized checkpoint"
         )
     for part in (config, text_config):
         experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
         if isinstance(experts, int) and isinstance(top_k, int) and not 1 <= top_k <= max(experts, 1):
             raise ModelError(f"{model}: its config.json routes each token to {top_k} of {experts} experts")
     return config
+
+
+def _method(quantization_config: Any) -> Any:
+    """By which a checkpoint says that it was quantized."""
+    if isinstance(quantization_config, dict):
+        return quantization_config.get("quant_method")
+    return getattr(quantization_config, "quant_method", quantization_config)
 
 
 def _model_class(config: Any) -> Any:

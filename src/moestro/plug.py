@@ -64,8 +64,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
 
     def __init__(self, quantization_config: MoestroConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if self.pre_quantized:
-            raise ModelError("this checkpoint says that Moestro quantized it, which is never saved; load the original")
+        self.pre_quantized = False  # a saved config says how a model was run; its weights are as they always were
         self._device: Device = make_device(quantization_config.device, quantization_config.link_gbps)
         self._layers: dict[str, ExpertLayer] = {}  # by the name of the experts module
         self._not_loaded: set[str] = set()  # expert parameters

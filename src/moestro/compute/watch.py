@@ -28,13 +28,16 @@ _TENSORS = ("_parameters", "_buffers")
 _TRANSFORMERS_NOTES = ("_output_capturing_hooks_installed",)
 
 
-class _Forward:
-    """Equals the forward that a module had, without keeping it: the forward may be what holds the watch."""
+_HOLDERS = ("forward", "_moestro")  # attributes through which a module holds a fast path, which holds the watch
+
+
+class _Held:
+    """Equals the object that an attribute had, without keeping it alive."""
 
     __slots__ = ("_find",)
 
-    def __init__(self, forward: Any) -> None:
-        self._find = ref(forward)
+    def __init__(self, value: Any) -> None:
+        self._find = ref(value)
 
     def __eq__(self, other: object) -> bool:
         return other is not None and self._find() is other
@@ -124,7 +127,7 @@ class Watch:
         entries = vars(module)
         ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "training"}
         names = ["training", *_TENSORS, *(name for name in entries if name not in ignored)]
-        values = [_Forward(entries[name]) if name == "forward" else entries[name] for name in names]
+        values = [_Held(entries[name]) if name in _HOLDERS else entries[name] for name in names]
         if self._notes_hooks:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         inside = list(map(id, module._modules.values()))

@@ -1,0 +1,228 @@
+"""What a loaded model does with the public methods of Transformers' and torch's models: a table, and what differs.
+
+Most work as they are. Those that would copy, move, convert or write weights that are packed are refused in one line,
+and those that count or show weights know the packed ones too. A test fails on a method that has no row.
+
+    give_methods(model)          # the class of the model becomes a subclass of what it was
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from .config import METHOD
+from .dense import Packed, PackedEmbedding
+from .errors import ModelError
+from .families import expert_modules
+
+_WRITES = "its weights are packed for this machine; copy the original checkpoint"
+_CONVERTS = "its weights are packed in one format and one place; load it again with dtype=, bits= or device="
+_TRAINS = "Moestro is for inference, and gives no gradients"
+_COPIES = "its weights are in memory that has one owner; load it again, or share it between threads"
+
+# Why a method is refused.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("dequantize", "push_to_hub", "save_distributed_checkpoint", "save_pretrained"), _WRITES),
+    **dict.fromkeys(("bfloat16", "double", "float", "half", "to_empty", "type"), _CONVERTS),
+    **dict.fromkeys(("activation_checkpointing_enable", "gradient_checkpointing_enable"), _TRAINS),
+    "enable_input_require_grads": _TRAINS,
+    **dict.fromkeys(("init_weights", "initialize_weights", "share_memory"), _COPIES),
+    **dict.fromkeys(("maybe_distribute_model", "prepare_distribute_model"), _COPIES),
+}
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What is our own, since it concerns packed weights.
+OURS = _names(
+    """
+    cpu cuda from_pretrained get_memory_footprint get_parameter get_parameter_or_buffer ipu mtia num_parameters
+    resize_token_embeddings set_experts_implementation state_dict to xpu
+    """
+)
+
+# What works as Transformers and torch have it.
+SAME = _names(
+    """
+    activation_checkpointing_disable active_adapters add_adapter add_model_tags add_module adjust_generation_fn
+    apply barrier_after_gathered_checkpoint_save buffers can_generate children compile compute_transition_scores
+    config_class continuous_batching_context_manager delete_adapter destroy_cached_continuous_batching_manager
+    disable_adapters disable_input_require_grads enable_adapters enable_peft_hotswap eval extra_repr forward
+    gather_sharded_state_dict_for_save generate generate_batch generation_config_class get_adapter_state_dict
+    get_buffer get_compiled_call get_correct_attn_implementation get_correct_experts_implementation get_decoder
+    get_encoder get_expanded_tied_weights_keys get_experts_implementation get_extra_state get_init_context
+    get_input_embeddings get_output_embeddings get_position_embeddings get_submodule gradient_checkpointing_disable
+    heal_tokens init_continuous_batching init_parallel_plans is_backend_compatible is_custom_code is_remote_code
+    load_adapter load_custom_generate load_state_dict mark_tied_weights_as_initialized modules named_buffers
+    named_children named_modules named_non_persistent_buffers named_parameters parameters post_init
+    prepare_inputs_for_generation register_backward_hook register_buffer register_for_auto_class
+    register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
+    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
+    register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ resize_position_embeddings
+    retrieve_modules_from_names set_adapter set_attn_implementation set_decoder set_encoder set_extra_state
+    set_input_embeddings set_output_embeddings set_submodule set_use_kernels should_save_on_this_rank tie_weights
+    train warn_if_padding_and_no_attention_mask zero_grad
+    """
+)
+
+
+def give_methods(model: Any) -> None:
+    """Have a loaded model answer its public methods as the table says."""
+    family: Any = type(model)
+    model.__class__ = _conducted(family)
+
+
+@functools.cache
+def _conducted(family: Any) -> Any:
+    """The class of a family's models that are in Moestro's hands; its name stays, which Transformers goes by."""
+    refusals = {name: _refusal(name, why) for name, why in REFUSED.items() if hasattr(family, name)}
+    return type(family.__name__, (_Conducted, family), {"__module__": family.__module__, "_family": family, **refusals})
+
+
+def _refusal(name: str, why: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(name, why)
+
+    refuse.__name__ = name
+    return refuse
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise ModelError(f"{name} is not for a model in Moestro's hands: {why}")
+
+
+class _Conducted(nn.Module):
+    """The methods that differ from a family's own; each has that one's arguments."""
+
+    _family: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Another model of the family, which is in no hands yet."""
+        return cls._family(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Another model of the family, in whose hands it will be."""
+        return cls._family.from_pretrained(*args, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing, where it is there already and of that dtype."""
+        model: Any = self
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        there = device is None or (device.type == model.device.type and device.index in (None, model.device.index))
+        if not there or dtype not in (None, model.dtype):
+            _refuse("to", _CONVERTS)
+        return model
+
+    def cpu(self) -> Any:
+        """As `to`."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None) -> Any:
+        """As `to`."""
+        return self.to(
+            "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
+        )
+
+    def ipu(self, device: Any = None) -> Any:
+        """As `to`."""
+        return self.to("ipu")
+
+    def mtia(self, device: Any = None) -> Any:
+        """As `to`."""
+        return self.to("mtia")
+
+    def xpu(self, device: Any = None) -> Any:
+        """As `to`."""
+        return self.to("xpu")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The weights that torch holds: neither packed layers nor experts. It cannot be saved."""
+        found = super().state_dict(*args, **kwargs)
+        if args or kwargs.get("destination") is not None:
+            return found
+        part = _Part(found)
+        part._metadata = getattr(found, "_metadata", None)
+        return part
+
+    def get_parameter(self, target: str) -> Any:
+        """A parameter by name; of a packed layer an unpacked copy."""
+        owner, _, leaf = target.rpartition(".")
+        module = self.get_submodule(owner)
+        is_packed = isinstance(module, Packed) and leaf in ("weight", "bias")
+        if is_packed or leaf in getattr(type(module), "_stored", ()):
+            return getattr(module, leaf)  # which says where the weights of experts are
+        return super().get_parameter(target)
+
+    def get_parameter_or_buffer(self, target: str) -> Any:
+        """As `get_parameter`."""
+        owner, _, leaf = target.rpartition(".")
+        if leaf in getattr(type(self.get_submodule(owner)), "_stored", ()):
+            return self.get_parameter(target)
+        return super().get_parameter_or_buffer(target)  # type: ignore[misc]
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many weights there are, experts and packed layers too; none of them is trained."""
+        count: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
+        if only_trainable:
+            return count
+        for layers in self._packed():
+            if not (exclude_embeddings and any(isinstance(layer, PackedEmbedding) for layer in layers)):
+                matrix = layers[0].matrix
+                count += matrix.rows * matrix.columns
+            count += sum(layer.matrix.rows for layer in layers if layer.matrix.bias is not None)
+        experts: int = sum(module._moestro.layout.count for module in expert_modules(self).values())
+        return count + experts
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights as they are: in torch, packed, in the store in RAM, and in slots on the device."""
+        model: Any = self
+        used: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
+        for layers in self._packed():
+            used += layers[0].matrix.packed.numel()
+            used += sum(4 * layer.matrix.rows for layer in layers if layer.matrix.bias is not None)
+        return used + int(model.moestro.store.n_bytes) + int(model.moestro.slots.memory.numel())
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', where the embedding is torch's."""
+        model: Any = self
+        if isinstance(model.get_input_embeddings(), Packed) and (args or kwargs):
+            _refuse("resize_token_embeddings", "its embedding is packed; load it with pack_dense=False")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
+    def set_experts_implementation(self, experts_implementation: Any) -> None:
+        """Nothing, for our own; there are no weights here for another."""
+        wanted = experts_implementation
+        if any(name != METHOD for name in (wanted.values() if isinstance(wanted, dict) else (wanted,))):
+            _refuse("set_experts_implementation", f"its experts' weights are packed for {METHOD!r} alone")
+
+    def _packed(self) -> Iterator[list[Any]]:
+        """The packed layers, those that share their bytes together."""
+        found: dict[int, list[Any]] = {}
+        for module in self.modules():
+            if isinstance(module, Packed):
+                found.setdefault(module.matrix.packed.data_ptr(), []).append(module)
+        yield from found.values()
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        _refuse("deepcopy", _COPIES)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse("pickle", _COPIES)
+
+
+class _Part(OrderedDict[str, Any]):
+    """A state dict without the experts, which must not be taken for the model."""
+
+    _metadata: Any
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse("saving a state dict", _WRITES)
