@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import transformers
-from families import FAMILIES, save_model
+from families import save_model
 from moestro import MoestroConfig, load
 from moestro.errors import ModelError, MoestroError
 from moestro.methods import OURS, REFUSED, SAME

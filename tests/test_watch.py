@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from families import EXPERTS, save_model
 from moestro import load
@@ -345,3 +345,62 @@ def test_each_note_is_compared(tmp_path: Path) -> None:
                 assert not watch.holds()
                 del entries["something new"]
         assert watch.holds()
+
+
+@torch.no_grad()
+def _replayed(model: Any) -> Tensor | Exception:
+    """Logits of decoded tokens with a static cache, which a device records and replays."""
+    ids, cache = torch.arange(40, 51)[None], StaticCache(config=model.config, max_cache_len=16)
+    try:
+        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([6] + [1] * 5, 1)]
+    except Exception as error:
+        return error
+    return torch.cat([part[:, -1:] for part in parts], 1).float()
+
+
+@pytest.mark.parametrize("way", ["attributes", "tensors", _wrap_forward, _hook])
+@torch.no_grad()
+def test_recorded_steps_follow_what_is_changed(way: Any, tmp_path: Path) -> None:
+    reference = save_model("qwen3_moe", tmp_path, HEADS).requires_grad_(False)
+    options: dict[str, Any] = {"device": "emulated", "policy": "lru", "gpu_memory": "450KiB", "context": 32}
+    model = load(str(tmp_path), threads=1, dtype="float32", **options)
+    models = (reference, model)
+    wrong = [_compare(_replayed(model), _replayed(reference), "nothing")]
+    replays, runs = model.forward.figures.replays, 0
+
+    def compare(what: str) -> None:
+        wrong.append(_compare(_replayed(model), _replayed(reference), what))
+
+    for name, module in list(reference.named_modules()):
+        if ".0." in name or (".experts" in name and way != "attributes"):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if way == "attributes":
+            for owner, attribute in [pair for pair in _attributes(reference) if pair[0] == name]:
+                before = [getattr(_owner(m, owner), attribute) for m in models if hasattr(_owner(m, owner), attribute)]
+                if len(before) < 2:
+                    continue
+                for m, value in zip(models, before, strict=True):
+                    setattr(_owner(m, owner), attribute, _changed(value))
+                compare(f"{name}.{attribute}")
+                for m, value in zip(models, before, strict=True):
+                    setattr(_owner(m, owner), attribute, value)
+        elif way == "tensors":
+            for key in [key for key, value in module._parameters.items() if value is not None]:
+                for edit in ("through data", "other data", "another parameter"):
+                    before = [getattr(m.get_submodule(name), key).clone() for m in models]
+                    for m, value in zip(models, before, strict=True):
+                        _edits()[edit](m.get_submodule(name), key, value * 0.5 + 0.1)
+                    compare(f"{name}.{key} {edit}")
+                    for m, value in zip(models, before, strict=True):
+                        setattr(m.get_submodule(name), key, nn.Parameter(value, requires_grad=False))
+        elif name and not isinstance(module, nn.ModuleList):
+            undo = [way(m.get_submodule(parent), leaf) for m in models]
+            compare(name)
+            for each in undo:
+                each()
+        compare(f"{name}, and back")
+        runs += 1
+    model.moestro.close()
+    assert not [line for line in wrong if line]
+    assert model.forward.figures.replays > replays + 2 * runs  # it was not all done the long way
