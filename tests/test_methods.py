@@ -24,7 +24,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "cpu, dense layers in torch": {"device": "cpu", "pack_dense": False},
     "emulated": {"device": "emulated", "gpu_memory": "200KiB", "policy": "lru"},
 }
-CONFIG = {"tie_word_embeddings": False}
 
 
 def _public(kind: type) -> set[str]:
@@ -123,21 +122,19 @@ def test_a_saved_config_loads_again(pair: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [120, 140])
 @pytest.mark.parametrize("tied", [True, False])
-def test_resized_embeddings(pair: Any, size: int, tied: bool, tmp_path: Path) -> None:
-    folder = tmp_path / "tied"
-    folder.mkdir()
-    reference = save_model("mixtral", folder, tie_word_embeddings=tied)
+def test_resized_embeddings(size: int, tied: bool, tmp_path: Path) -> None:
+    reference = save_model("mixtral", tmp_path, tie_word_embeddings=tied)
     for way in WAYS:
         other = copy.deepcopy(reference)
-        model = _load(folder, way)
+        model = _load(tmp_path, way)
         torch.manual_seed(0)
         other.resize_token_embeddings(size, mean_resizing=False)
         torch.manual_seed(0)
-        try:
-            model.resize_token_embeddings(size, mean_resizing=False)
-        except ModelError as error:
-            assert way == "cpu", error
+        if way == "cpu" and tied:
+            with pytest.raises(ModelError, match="pack_dense"):
+                model.resize_token_embeddings(size, mean_resizing=False)
         else:
+            model.resize_token_embeddings(size, mean_resizing=False)
             assert model.config.vocab_size == size
             torch.testing.assert_close(_logits(model), _logits(other), rtol=1e-4, atol=1e-5)
         model.moestro.close()
