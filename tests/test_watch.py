@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from transformers.utils import ModelOutput
 
 from families import EXPERTS, save_model
 from moestro import load
@@ -22,6 +23,8 @@ from moestro.errors import MoestroError
 from moestro.fuse import attention, decoder_layer, fuse, norm, rotary, router, stretch
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+# Every token to every expert: where two are nearly equal, a rounding would decide which one a token goes to.
+HEADS |= {"num_experts_per_tok": EXPERTS}
 TORCH_KEEPS = frozenset(vars(nn.Module()))
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 # Without norms on queries, with them over all heads, over each head; with biases and shared experts; with multipliers.
@@ -33,7 +36,7 @@ def _changed(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + 1
+        return value - 1 if value > 1 else value + 1
     return value * 1.75 + 0.0625 if isinstance(value, float) else None
 
 
@@ -79,9 +82,7 @@ def _compare(ours: Tensor | Exception, theirs: Tensor | Exception, what: str, to
 
 
 def _models(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    # Every token to every expert: in 16 bits, a tie between two routes may fall either way.
-    sizes = HEADS | ({} if dtype is torch.float32 else {"num_experts_per_tok": EXPERTS})
-    reference = save_model(family, folder, sizes).to(dtype)
+    reference = save_model(family, folder, HEADS).to(dtype)
     return reference, load(str(folder), device="cpu", threads=1, dtype=dtype)
 
 
@@ -193,9 +194,13 @@ class _Scaled(nn.Module):
 def _scaled(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output * 1.25 if output.is_floating_point() else output
-    if isinstance(output, tuple):
-        return tuple(_scaled(part) for part in output)
-    return output
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: _scaled(part) for name, part in output.items()})
+    return tuple(_scaled(part) for part in output) if isinstance(output, tuple) else output
+
+
+def _scaling(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _scaled(function(*args, **kwargs))
 
 
 def _wrap_forward(parent: Any, leaf: str) -> Callable[[], None]:
@@ -247,6 +252,54 @@ def test_every_module_that_is_wrapped(family: str, way: Callable[..., Any], tmp_
             each()
         wrong.append(_compare(_outcome(model), _outcome(reference), f"{name}, and back"))
     assert not [line for line in wrong if line]
+
+
+@needs_kernels
+@torch.no_grad()
+def test_patched_classes_and_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of a family's class, of a cache, and of a cache's layer."""
+    reference, model = _models("qwen3_moe", tmp_path)
+    kinds = {
+        type(module) for module in reference.modules() if type(module).__module__.startswith("transformers.models")
+    }
+    for kind in sorted(kinds, key=lambda kind: kind.__name__):
+        for name in {"forward", "_apply_gate"} & vars(kind).keys():
+            if not kind.__module__.startswith("transformers.models") or "ForCausalLM" in kind.__name__:
+                continue
+            monkeypatch.setattr(kind, name, _scaling(getattr(kind, name)))
+            assert _compare(_outcome(model), _outcome(reference), f"{kind.__name__}.{name}") is None
+            monkeypatch.undo()
+            assert _compare(_outcome(model), _outcome(reference), "back") is None
+    for layered in (False, True):
+        results = []
+        for each in (reference, model):
+            cache, seen = DynamicCache(config=each.config), []
+            each(torch.arange(5, 11)[None], past_key_values=cache)
+            owner = cache.layers[1] if layered else cache
+            update = owner.update
+
+            def watched(k: Tensor, v: Tensor, *rest: Any, update: Any = update, seen: Any = seen, **more: Any) -> Any:
+                seen.append(k.clone())
+                return update(k * 2, v, *rest, **more)
+
+            owner.update = watched
+            results.append((each(torch.tensor([[7]]), past_key_values=cache).logits, len(seen)))
+        torch.testing.assert_close(*[logits for logits, _ in results], rtol=1e-4, atol=1e-4)
+        assert results[0][1] == results[1][1] > 0
+
+
+@needs_kernels
+def test_a_gradient_that_is_asked_for(tmp_path: Path) -> None:
+    reference, model = _models("mixtral", tmp_path)
+    ids = torch.arange(5, 11)[None]
+    grads = []
+    for each in (reference, model):
+        each.requires_grad_(False)
+        each.model.norm.weight.requires_grad_(True)
+        each(ids).logits.sum().backward() if each is reference else None
+        grads.append(each.model.norm.weight.grad)
+    with pytest.raises(MoestroError, match="inference"):
+        model(ids).logits.sum().backward()
 
 
 def _noting(kind: type, reads: list[tuple[Any, str]]) -> type:

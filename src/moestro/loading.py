@@ -204,7 +204,8 @@ def _read_config(model: str, source: str) -> Any:
         del config.quantization_config
     elif own is not None:
         raise ModelError(
-            f"{model} is already quantized ({_method(own)}), which Moestro cannot read yet; use the unquantized checkpoint"
+            f"{model} is already quantized ({_method(own)}), which Moestro cannot read yet; use the unquantized "
+            "checkpoint"
         )
     for part in (config, text_config):
         experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))

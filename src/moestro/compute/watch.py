@@ -5,7 +5,7 @@ a norm's epsilon, the address of a weight. A `Watch` notes every attribute of th
 from, and `holds` compares all of them, in 0.4 us a module. What does not hold any longer goes the original way.
 
 Not noted is what tensors contain: kernels read weights where they lie, each time, and packed weights refuse to be
-edited in place (`dense.py`). Functions that were patched in a module of Python or a class are not noticed either.
+edited in place (`dense.py`). Of classes, the methods of `_METHODS` are noted; functions of Python modules are not.
 
     watch = Watch(router)
     watch.holds()             # True, until somebody sets router.top_k
@@ -18,6 +18,7 @@ from operator import itemgetter
 from typing import Any
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -28,6 +29,7 @@ _TENSORS = ("_parameters", "_buffers")
 _TRANSFORMERS_NOTES = ("_output_capturing_hooks_installed",)
 
 
+_METHODS = ("forward", "_apply_gate")  # by which modules compute, the second of experts
 _HOLDERS = ("forward", "_moestro")  # attributes through which a module holds a fast path, which holds the watch
 
 
@@ -65,6 +67,7 @@ class Watch:
         self._sizes: list[int] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._tensors: list[Tensor] = []
+        self._methods: dict[tuple[type, str], Any] = {}
         self._hooks: list[dict[int, Any]] = []
         self._notes_hooks = hooks
         self._seen: set[int] = set()
@@ -94,8 +97,13 @@ class Watch:
             self._tensors.append(owner)
 
     def holds(self) -> bool:
-        """Whether everything is as it was noted."""
+        """Whether everything is as it was noted, and no gradient is asked for."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors):
+            return False
         try:
+            for (kind, name), method in self._methods.items():
+                if getattr(kind, name) is not method:
+                    return False
             for find, getter, values, size, inside in self._owners:
                 now = find().__dict__
                 if len(now) != size and _count(now) != size:
@@ -128,6 +136,9 @@ class Watch:
         ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "training"}
         names = ["training", *_TENSORS, *(name for name in entries if name not in ignored)]
         values = [_Held(entries[name]) if name in _HOLDERS else entries[name] for name in names]
+        for name in _METHODS:
+            if (method := getattr(type(module), name, None)) is not None:
+                self._methods[type(module), name] = method
         if self._notes_hooks:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         inside = list(map(id, module._modules.values()))

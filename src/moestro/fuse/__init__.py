@@ -9,19 +9,15 @@ are the same either way.
 
 from __future__ import annotations
 
-from functools import partial
-from weakref import proxy
-
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..compute.cpu import levels
-from ..config import METHOD
 from ..families import expert_modules
 from ..routers import find_router
 from .attention import fuse_attention
 from .decoder_layer import fuse_decoder_layer
+from .experts import DirectExperts
 from .norm import fuse_norm
 from .rotary import fuse_rotary
 from .router import fuse_router
@@ -38,8 +34,7 @@ def fuse(model: nn.Module, threads: int) -> None:
     for module in model.modules():
         fuse_norm(module, threads)
     for name, experts in expert_modules(model).items():
-        # Transformers looks the function up in the config anew for each call, which takes 20 us.
-        experts.forward = partial(ALL_EXPERTS_FUNCTIONS[METHOD], proxy(experts))
+        experts.forward = DirectExperts(experts)
         router = find_router(model, name)
         if router is not None:
             fuse_router(router, threads)

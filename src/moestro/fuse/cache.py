@@ -53,10 +53,15 @@ class _Storage:
 
 
 def is_plain(cache: Any, index: int) -> bool:
-    """Whether it is the plain cache, which returns all keys and values of a layer in one piece."""
-    if type(cache) is not DynamicCache or cache.offloading:
+    """Whether it is the plain cache, which returns all keys and values of a layer in one piece.
+
+    One whose `update` was replaced, to see or to change what it is given, is not.
+    """
+    if type(cache) is not DynamicCache or cache.offloading or "update" in vars(cache):
         return False
-    return index >= len(cache.layers) or type(cache.layers[index]) is DynamicLayer
+    if index >= len(cache.layers):
+        return True
+    return type(cache.layers[index]) is DynamicLayer and "update" not in vars(cache.layers[index])
 
 
 def append(cache: Any, index: int, k: Tensor, v: Tensor, kind: CacheKind) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any, Protocol
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -15,21 +15,24 @@ from ..compute.watch import Watch
 
 
 def forward_of(module: Any) -> Callable[..., Any]:
-    """The forward that a module has now.
+    """The forward that a module has now: its class's, whatever that is when it is called, or one of its own.
 
-    It does not keep the module alive: the module will hold who holds this, and a model must give its memory back
-    when it goes, not when the garbage collector comes.
+    It does not keep the module alive: the module will hold what holds this, and a model must give its memory back when
+    it goes, not when the garbage collector comes.
     """
-    if not isinstance(module.forward, MethodType):
-        return module.forward  # type: ignore[no-any-return]
-    method = WeakMethod(module.forward)
+    forward = module.forward
+    if not isinstance(forward, MethodType):
+        return forward  # type: ignore[no-any-return]
+    find: Callable[[], Any] = ref(module) if "forward" not in vars(module) else WeakMethod(forward)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        bound = method()
-        assert bound is not None
-        return bound(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = find()
+        assert found is not None
+        if isinstance(found, nn.Module):
+            return type(found).forward(found, *args, **kwargs)
+        return found(*args, **kwargs)
 
-    return forward
+    return call
 
 
 class Fused(Protocol):
