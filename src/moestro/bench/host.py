@@ -3,8 +3,8 @@
     moestro bench host --shape qwen3-30b-a3b --slots 0.25
 
 A device that does everything at once and nothing in earnest stands for the GPU, and nobody computes experts on the CPU:
-what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: addresses on
-the CPU, the table of a recorded step's hits. Steps are as recorded ones (tape/), routing is drawn: a few experts are
+what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: addresses
+on the CPU, the table of a recorded step's hits. Steps are as recorded ones (tape/), routing is drawn: a few experts are
 much more popular than others, and three in four guesses come true.
 """
 
@@ -89,7 +89,7 @@ class _AtOnce(MemoryCarrier):
     def queues(self, source: Tensor) -> bool:
         return True
 
-    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Here:
         return Here()
 
 
