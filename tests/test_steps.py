@@ -414,3 +414,11 @@ def test_begin_and_end_are_heard_once_a_call(folder: Path) -> None:
             model(IDS)
         model.forward(IDS)
         assert begun == [(10, "PREFILL"), (10, "DECODE")]
+        begun.clear()
+        with (
+            mock.patch.object(conductor.policy, "decide", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            model(PROMPT)  # of which torch tells no hook
+        model.forward(IDS)
+        assert begun == [(20, "PREFILL"), (10, "DECODE")]

@@ -117,7 +117,7 @@ def plan_on_device(
     """
     step = tokens_at_once(kernel, index.shape[1], limit_bytes)
     index, weights = index.long(), weights.float()
-    if counts is not None and index.numel() > PAIRS_AT_ONCE:
+    if counts is not None and (index.shape[0] > step or index.numel() > PAIRS_AT_ONCE):  # not in one program
         _count(index, weights, table, counts)
         counts = None
     parts = []
