@@ -99,7 +99,7 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
         is_held = "held" in path
         slots = LAYERS * EXPERTS if is_held else 0 if device.name == "cpu" else 4
         conductor, parts = small_conductor(Drawn(seed), slots, device)
-        if "torch" in path:
+        if path == "cpu, torch":
             conductor.cpu = CpuExperts(1, level="torch")
         if is_held:
             everything = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
@@ -107,10 +107,11 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
             for expert in everything:
                 conductor.slots[expert].copy_(conductor.store[expert])
         graphs = mock.patch("moestro.compute.devices.cuda.CudaGraphs")
+        sorts = mock.patch("moestro.compute.gpu.plan.PAIRS_AT_ONCE", 0) if "sorted" in path else nullcontext()
         recorded = mock.patch(
             "moestro.compute.devices.cuda_slots.recorded", lambda _, work: mock.Mock(replay=lambda: work())
         )
-        with graphs, recorded if pretended[0] is not None else nullcontext():
+        with graphs, sorts, recorded if pretended[0] is not None else nullcontext():
             yield conductor, parts
             conductor.close()
 
@@ -118,7 +119,7 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
 CHEAP = ["cpu", "cpu, torch", "emulated", "cpu by port", "emulated by port"]
 
 
-@pytest.mark.parametrize("path", [*CHEAP, "cuda", "cuda by port", "cuda, held"])
+@pytest.mark.parametrize("path", [*CHEAP, "cuda", "cuda by port", "cuda, held", "cuda, held, sorted by torch"])
 def test_every_path_skips_and_counts_the_same(path: str) -> None:
     random = torch.Generator().manual_seed(torch.initial_seed())
     sizes = (1, 1, 1, 2, 7) if path in CHEAP else (1, 1, 3)

@@ -365,6 +365,7 @@ class Conductor:
     def let_go_of_slots(self) -> None:
         """Nothing of this conductor holds the device's memory any longer; it is not used after."""
         self._copies.settle()
+        self.device.follow()
         self.device.finish()  # what it computes reads them
         self.slots = SlotPool(self.device.pool(0, self.spec.slot_bytes))
         self.view = TableView(self.slots, self.time, self.store.experts)

@@ -44,8 +44,9 @@ def likely_phase(tokens: int) -> Phase:
 
 
 def size_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Sequences, and tokens of each, of a call of a Transformers model."""
+    """Sequences, and tokens of each, of a call of a Transformers model; one token where it cannot be seen."""
     given = kwargs.get("input_ids", args[0] if args else None)
     if given is None:
         given = kwargs.get("inputs_embeds")
-    return (1, 1) if given is None else (int(given.shape[0]), int(given.shape[1]))
+    shape = tuple(getattr(given, "shape", ()))
+    return (int(shape[0]), int(shape[1])) if len(shape) > 1 else (1, 1)

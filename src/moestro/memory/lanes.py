@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -50,10 +50,6 @@ class Piece(Protocol):
 
 class Work(Protocol):
     """Work on the device that a copy must not overtake, since it reads the copy's target."""
-
-    @property
-    def queue(self) -> Hashable:
-        """Where it stands, one after another: a stream."""
 
     def launched(self) -> bool:
         """Whether the device knows of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class SlotPool(SlotTable):
         self.memory = memory
         self._rows = memory.unbind(0)  # made once: a step asks for eight of them a layer
         self._copies: list[list[LaneCopy]] = [[] for _ in self._rows]  # into each slot
-        self._work: list[dict[Hashable, Work]] = [{} for _ in self._rows]  # the last of each queue that reads it
+        self._work: list[Work | None] = [None for _ in self._rows]  # that read each slot last
         for expert in self.warm:
             self._where[expert].filling = _NotBegun(expert)
 
@@ -57,13 +57,15 @@ class SlotPool(SlotTable):
         self._copies[index] = [*(one for one in self._copies[index] if not one.over()), copy]
 
     def note_work(self, experts: Iterable[Expert], work: Work) -> None:
-        """Queued work reads the slots of experts."""
+        """Queued work reads the slots of experts. What read them before is over first, see `Device.follow`."""
         for expert in experts:
-            self._work[self._where[expert].index][work.queue] = work
+            self._work[self._where[expert].index] = work
 
     def users(self, index: int) -> list[SlotUser]:
         """All that still writes or reads a slot, which the next copy into it must not overtake."""
-        users: list[SlotUser] = [*self._copies[index], *self._work[index].values()]
+        users: list[SlotUser] = list(self._copies[index])
+        if (work := self._work[index]) is not None:
+            users.append(work)
         return [one for one in users if not one.over()]
 
 

@@ -6,7 +6,7 @@ port for the device, and `Queued.wait` for work that is still to be launched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -123,7 +123,6 @@ class WorkOfThread:
     """Work that a thread of the device does or launches, whose future says when; `Queued`, and `Work` for the lane."""
 
     future: Future[Any]
-    queue: Hashable = None
 
     def wait(self) -> None:
         self.future.result()

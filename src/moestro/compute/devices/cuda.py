@@ -68,8 +68,8 @@ class StreamCarrier:
         event = torch.cuda.Event(blocking=True)  # the lane's thread sleeps for it: the cores are for the experts
         with torch.cuda.stream(self._stream):
             for work in behind:
-                if isinstance(work, _Launched):
-                    work.fence()
+                assert isinstance(work, _Launched)
+                work.fence()
             target.copy_(source, non_blocking=True)
             event.record()
         return _Piece(event)
@@ -112,7 +112,7 @@ class CudaDevice:
         self._buffers = HostBuffers()
         self._spans: GpuSpans | None = None
         self._reached = torch.cuda.Event()  # by the device, when the host may read on
-        self._stream: Any = None  # on which it was asked last
+        self._stream: Any = torch.cuda.current_stream()  # on which it was asked last
         self.waited_s = 0.0
         # By the id of a layer's math, which is held so that no other can take its id.
         self._kernels: dict[tuple[int, torch.dtype], tuple[ExpertMath, gpu.GpuKernel | None]] = {}
@@ -128,7 +128,9 @@ class CudaDevice:
         return int(torch.cuda.max_memory_allocated(self.torch_device))
 
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
-        return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
+        memory = torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
+        self.finish()  # what had this memory before may still be read, and the link's stream waits for no other
+        return memory
 
     def pin(self, memory: Tensor) -> None:
         if (why := self._pinned.add(memory)) is not None:
@@ -148,12 +150,12 @@ class CudaDevice:
         return self.link.submit(source, target, urgent, label, after)
 
     def follow(self) -> None:
-        stream, last = torch.cuda.current_stream(), self._stream
-        if last is not None and stream != last:
+        stream = torch.cuda.current_stream()
+        if stream != self._stream:
             event = torch.cuda.Event()
-            event.record(last)
+            event.record(self._stream)
             stream.wait_event(event)
-        self._stream = stream
+            self._stream = stream
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         read = self._buffers.read
@@ -194,10 +196,11 @@ class CudaDevice:
     def run(
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
     ) -> Queued:
-        stream, is_idle = torch.cuda.current_stream(), self._launched is None or self._launched.done()
+        is_idle = self._launched is None or self._launched.done()
         if after is not None and not (isinstance(after, LaneCopy) and after.is_sent and is_idle):
-            self._launched = self._launcher.submit(self._launch_behind, stream, math, total, work, label, after)
-            return _Launched(self._launched, stream)
+            given = torch.cuda.current_stream(), math, total, work, label, after
+            self._launched = self._launcher.submit(self._launch_behind, *given)
+            return _Launched(self._launched)
         future: Future[torch.cuda.Event] = Future()
         try:
             if after is not None:
@@ -205,7 +208,7 @@ class CudaDevice:
             future.set_result(self._launch(math, total, work, label))
         except Exception as error:
             future.set_exception(error)
-        return _Launched(future, stream)
+        return _Launched(future)
 
     def _launch_behind(
         self, stream: Any, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy
