@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -322,6 +324,28 @@ def test_an_error_in_one_thread_is_told_to_the_policy_before_another_threads_nex
             _same(model(IDS).logits, expected["call"], policy)
             _same(model.forward(IDS).logits, expected["forward"], policy)
             hook.remove()
+
+
+def test_another_policy_gets_the_memory_of_the_one_before_and_fills_its_slots(
+    folder: Path, expected: dict[str, list[Tensor]]
+) -> None:
+    """Also where a copy of the one before has failed."""
+    with _loaded(folder, "emulated") as model, torch.no_grad():
+        conductor = _fresh(model, "lru", 9)
+        with mock.patch.object(conductor.device.link.carrier, "send", side_effect=OSError("the link is down")):
+            _same(model(IDS).logits, expected["call"], "call")
+        model(PROMPT)
+        before = weakref.ref(conductor.slots.memory)
+        gc.collect()  # the failure's traceback
+        gc.disable()
+        try:
+            conductor = _fresh(model, "moestro", 9)
+            assert before() is None
+        finally:
+            gc.enable()
+        _same(model.forward(IDS).logits, expected["forward"], "forward")
+        assert conductor.slots.warm
+        assert all(conductor.slots.ready(expert) for expert in conductor.slots.warm)
 
 
 def _counts(model: Any, announced: bool) -> tuple[int, int, int]:

@@ -83,8 +83,7 @@ class Conductor:
     def __post_init__(self) -> None:
         self._step = StepOfThread()
         self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
-        self.view = TableView(self.slots, self.time, self.store.experts)
-        self._copies = Copies(self.math, self.device, self.store, self.slots, self.time)
+        self._see_slots()
         self._held = HeldLayers(self.device, self.math)
         self._holds_all = len(self.slots.held) == sum(of.experts for of in self.spec.layers)
         self._counters = Counters()
@@ -92,6 +91,10 @@ class Conductor:
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
         self._closing = weakref.finalize(self, self.device.close)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
+
+    def _see_slots(self) -> None:
+        self.view = TableView(self.slots, self.time, self.store.experts)
+        self._copies = Copies(self.math, self.device, self.store, self.slots, self.time)
 
     @property
     def phase(self) -> Phase:
@@ -203,7 +206,7 @@ class Conductor:
     def held_op(self, layer: int, dtype: torch.dtype) -> HeldLayer | None:
         """A layer as an operation that never waits for the host, if all its experts are held on the device.
 
-        There is nothing to decide about it, so the policy is not asked; who calls it tells `count_held`. None of
+        There is nothing to decide about it, so the policy is not asked; whoever calls it tells `count_held`. None of
         layers that must be decided about, and while a recorder or a timeline listens.
         """
         if self.recorder is not None or self.timeline is not None or self.clock is not None:
@@ -368,7 +371,7 @@ class Conductor:
         self.device.follow()
         self.device.finish()  # what it computes reads them
         self.slots = SlotPool(self.device.pool(0, self.spec.slot_bytes))
-        self.view = TableView(self.slots, self.time, self.store.experts)
+        self._see_slots()
         self._held.clear()
 
     def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:

@@ -27,7 +27,7 @@ class Copies:
         self._math, self._device, self._store, self._slots, self._clock = math, device, store, slots, clock
         self._expert_bytes = [of.format.expert_bytes(of.shape) for of in math]
         self._to_warm = slots.warm
-        self._failed = 0  # of the link's copies, as far as the slots know
+        self._failed = 0 if device.link is None else device.link.counters.failed  # as far as the slots know
         self.is_unsettled = False  # something failed, and the rest has not come to an end
 
     def start(self, move: Move, after_s: float = 0.0) -> None:
@@ -59,6 +59,8 @@ class Copies:
         keys, self._to_warm = self._to_warm, ()
         copies = []
         for key in keys:
+            if self._slots.find(key) is None:  # after an interrupt
+                continue
             source = self._store[key]
             copies.append(self._device.copy(source, self._slots[key][: source.numel()], False, key))
             self._slots.fill_warm(key, copies[-1])
