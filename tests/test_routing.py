@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -145,6 +146,25 @@ def test_every_path_skips_and_counts_the_same(path: str) -> None:
         assert counters.hits + counters.joined + counters.misses == pairs
         assert conductor.counters == counters  # reading them adds nothing
         assert "held" not in path or counters.hits == pairs
+
+
+def test_held_layers_count_what_all_threads_choose() -> None:
+    with _conductor_of("cuda, held", 1) as (conductor, _):
+        at = conductor.device.torch_device
+        x, weights = torch.randn(2, SHAPE.hidden, device=at), torch.ones(2, 2, device=at)
+        index = torch.tensor([[0, 1], [1, -1]], device=at)
+
+        def decode() -> None:
+            conductor.begin(2, Phase.DECODE)
+            conductor.run_layer(0, x, index, weights)
+
+        for number in (1, 2):
+            thread = threading.Thread(target=decode)
+            thread.start()
+            thread.join()
+            decode()
+            counters = conductor.counters
+            assert (counters.layer_steps, counters.tokens, counters.hits) == (2 * number, 6 * number, 4 * number)
 
 
 @pytest.mark.parametrize("pairs_at_once", [0, 256])

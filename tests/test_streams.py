@@ -151,6 +151,7 @@ def test_a_thread_changes_streams(seed: int, slots: int, by_port: bool) -> None:
                 if at[turn] == 0:
                     conductor.begin(3, Phase.DECODE)
                 if by_port:
+                    conductor.begin_unless_announced(3)  # as a replay does before it touches what it shares
                     for layer in range(LAYERS):
                         _layer(port.run_layer, parts, layer, 3, draw)
                 else:

@@ -105,7 +105,6 @@ class Conductor:
     def counters(self) -> Counters:
         """What was done so far. Waits for the device where that counts for itself."""
         with self._lock:
-            self.device.follow()
             self._held.add_to(self._counters)
             return self._counters
 
@@ -126,6 +125,7 @@ class Conductor:
     def begin_unless_announced(self, tokens: int) -> None:
         """The same for a step that is recorded or replayed, of which the conductor does not see each layer."""
         with self._lock:
+            self.device.follow()
             self._enter(BEFORE_LAYERS, tokens)
 
     def end(self) -> None:
@@ -141,10 +141,8 @@ class Conductor:
         elif self._copies.is_unsettled or self._failures != self.slots.failures:  # another thread's step failed
             self._prepare(tokens)
         step.layer = layer
-        self.device.follow()
 
     def _begin(self, tokens: int) -> None:
-        self.device.follow()
         if self.recorder is not None:
             self.recorder.begin(tokens, self.phase)
         self._prepare(tokens)
@@ -218,7 +216,6 @@ class Conductor:
     def count_held(self, layers: int, chosen: Tensor) -> None:
         """Account for steps of held layers, which have counted what they chose in `chosen`; sets it to zero."""
         with self._lock:
-            self.device.follow()
             self._counters.layer_steps += layers
             self._held.chosen(self.phase).add_(chosen)
             chosen.zero_()
@@ -228,6 +225,7 @@ class Conductor:
         if (op := self.held_op(layer, x.dtype)) is not None:
             self._counters.layer_steps += 1
             return op(x, index, weights, self._held.chosen(self.phase))
+        self.device.follow()  # not before: a held layer may be captured, where no stream may wait for another
         if self.guesses_wanted and layer < len(self.gates) and (gate := self.gates[layer]) is not None:
             gate.learn(x, index)
         batch = self.device.read_router(index, weights, x, self.guess_next(layer, x, index.shape[1]))
@@ -239,6 +237,7 @@ class Conductor:
         """The same for a recorded step: what its graph brought to the port, into the sum and the output of the port."""
         with self._lock:
             self._enter(layer, port.total.x.shape[0])
+            self.device.follow()
             self._run_step(layer, port.read(), port.total, port.host_output)
 
     def _run_step(

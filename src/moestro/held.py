@@ -5,6 +5,7 @@ So the host does not see what their routers choose. The device counts it, and is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,9 @@ class HeldLayers:
     def __init__(self, device: Device, math: Sequence[ExpertMath]) -> None:
         self._device, self._math = device, math
         self._ops: dict[tuple[int, torch.dtype], HeldLayer | None] = {}
-        self._chosen: dict[Phase, Tensor] = {}  # by all steps since the counters were read
+        # By the steps of each thread, so that no two streams add to one, and how much of it is in the counters.
+        self._chosen: dict[tuple[Phase, int], Tensor] = {}
+        self._counted: dict[tuple[Phase, int], tuple[int, int]] = {}
 
     def op(self, layer: int, dtype: torch.dtype, slots: SlotPool, experts: int) -> HeldLayer | None:
         """One layer of so many experts; None where they are not all held, or the device has no such operation."""
@@ -38,18 +41,22 @@ class HeldLayers:
         return self._ops[key]
 
     def chosen(self, phase: Phase) -> Tensor:
-        """Where steps of a phase count what they choose, as `new_counts` makes it."""
-        if phase not in self._chosen:
-            self._chosen[phase] = new_counts(self._device.torch_device)
-        return self._chosen[phase]
+        """Where this thread's steps of a phase count what they choose, as `new_counts` makes it."""
+        key = phase, threading.get_ident()
+        if key not in self._chosen:
+            self._chosen[key] = new_counts(self._device.torch_device)
+        return self._chosen[key]
 
     def add_to(self, counters: Counters) -> None:
-        """Move what was counted to the counters; waits for the device."""
-        for phase, chosen in self._chosen.items():
+        """Add what was counted since the last time; waits for the device, if there is anything to count."""
+        if self._chosen:
+            self._device.finish()
+        for key, chosen in self._chosen.items():
             choices, experts = chosen.tolist()
-            chosen.zero_()
-            counters.tokens += choices
-            counters.hits += experts if phase is Phase.DECODE else 0
+            known_choices, known_experts = self._counted.get(key, (0, 0))
+            self._counted[key] = choices, experts
+            counters.tokens += choices - known_choices
+            counters.hits += experts - known_experts if key[0] is Phase.DECODE else 0
 
     def clear(self) -> None:
         """Forget the operations, which hold the slots' memory."""
