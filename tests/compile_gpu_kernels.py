@@ -65,7 +65,8 @@ def compile_layer(capability: str, name: str, x: str, tokens: int, hidden: int =
     pool = torch.zeros(1, math.format.expert_bytes(math.shape), dtype=torch.uint8)
     states = torch.zeros(tokens, hidden, dtype=DTYPES[x])
     index, weights = torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1)
-    plan = plan_on_device(kernel, index, weights, torch.ones(1, 3, dtype=torch.int32))
+    table, counts = torch.ones(1, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    plan = plan_on_device(kernel, index, weights, table, counts=counts)
     run_grouped(kernel, pool, plan, states, states.float())
 
 

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moestro.compute.devices import LayerPort, make_device
+from moestro.compute.devices import make_device
 from moestro.compute.devices.emulated import EmulatedDevice, MemoryCarrier
 from moestro.compute.devices.host import HostDevice
-from moestro.compute.experts import ExpertMath
-from moestro.conductor import Conductor
 from moestro.errors import ContractError, CopyError
 from moestro.grouping import Routed, group_by_expert
-from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+from moestro.memory.formats import BLOCK
 from moestro.memory.lanes import LaneCopy, LinkLane
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
@@ -35,139 +33,26 @@ from moestro.planning.contract import (
     GPU0,
     Costs,
     Decision,
-    Expert,
     Lane,
-    LayerSpec,
-    ModelSpec,
     Move,
-    Outcome,
     Phase,
-    Placement,
-    Step,
     View,
 )
-from moestro.planning.policies import BasePolicy
 from moestro.planning.timeline import Timeline
 from pretended_cuda import pretended_cuda
-
-SHAPE, FORMAT, LAYERS, EXPERTS, TOP_K = ExpertShape(hidden=24, neurons=160), FORMATS["fp32"], 3, 6, 2
-
-
-def _gate(gate: Tensor | None, up: Tensor) -> Tensor:
-    assert gate is not None
-    return torch.nn.functional.silu(gate) * up
-
-
-class Drawn(BasePolicy):
-    """A policy that decides at random: who computes, what is copied, split, dropped and evicted."""
-
-    name = "drawn"
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self.outcomes: list[Outcome] = []
-
-    def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
-        raise NotImplementedError
-
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        return ()
-
-    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
-        """Slots are taken from whoever is there or in flight, and from those of this step once they were computed."""
-        gpu, cpu, moves = {}, {}, []
-        active = {(step.layer, e) for e in step.tokens}
-        everybody = [(layer, e) for layer in range(LAYERS) for e in range(EXPERTS)]
-        victims = [key for key in everybody if key not in active and view.ready_s(key, GPU0) < float("inf")]
-        drop = [victims.pop(self._pick(victims))] if victims and self._random.random() < 0.5 else []
-        empty = view.free_slots(GPU0, step.layer) + sum(key in view.evictable(GPU0, step.layer) for key in drop)
-
-        def place() -> tuple[bool, Expert | None]:
-            nonlocal empty
-            if empty:
-                empty -= 1
-                return True, None
-            return (True, victims.pop(self._pick(victims))) if victims else (False, None)
-
-        for expert in sorted(step.tokens, key=lambda e: view.ready_s((step.layer, e), GPU0) == float("inf")):
-            key = (step.layer, expert)
-            there = view.ready_s(key, GPU0) < float("inf")
-            how = self._random.choice(["cpu", "gpu", "split"])
-            found, evict = (True, None) if there or how == "cpu" else place()
-            edge = self._random.choice([BLOCK, 2 * BLOCK])
-            if how == "cpu" or not found:
-                cpu[expert] = range(SHAPE.neurons)
-                continue
-            gpu[expert] = range(SHAPE.neurons) if how == "gpu" else range(edge)
-            if how == "split":
-                cpu[expert] = range(edge, SHAPE.neurons)
-            if not there:
-                whole = how == "gpu"
-                keep = whole and self._random.random() < 0.5
-                moves.append(Move(key, evict=evict, neurons=None if whole else range(edge), keep=keep))
-            victims.append(key)  # once it was computed
-        for key in everybody:
-            if key[0] != step.layer and key not in drop and self._random.random() < 0.25:
-                if view.ready_s(key, GPU0) == float("inf"):
-                    found, evict = place()
-                    if found:
-                        moves.append(Move(key, evict=evict, keep=self._random.random() < 0.5, urgent=False))
-                elif key in victims:  # it joins
-                    victims.remove(key)
-                    moves.append(Move(key, urgent=self._random.random() < 0.5))
-        return Decision(gpu=gpu, cpu=cpu, moves=tuple(moves), drop=tuple(drop))
-
-    def _pick(self, among: list[Expert]) -> int:
-        return self._random.randrange(len(among))
-
-    def observe(self, done: Outcome) -> None:
-        self.outcomes.append(done)
-
-
-def _conductor(policy: object, slots: int, device: HostDevice) -> tuple[Conductor, list[list[dict[str, Tensor]]]]:
-    """A conductor over random experts, and their parts."""
-    size = FORMAT.expert_bytes(SHAPE)
-    store = ExpertStore([[size] * EXPERTS] * LAYERS)
-    parts = [
-        [{name: torch.randn(s) / s[-1] ** 0.5 for name, s in SHAPE.parts.items()} for _ in range(EXPERTS)]
-        for _ in range(LAYERS)
-    ]
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
-            FORMAT.pack(store[layer, expert], SHAPE, parts[layer][expert])
-    spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size),) * LAYERS, 0)
-    memory = device.pool(slots, size).fill_(0xFF)
-    math = [ExpertMath(SHAPE, FORMAT, _gate)] * LAYERS
-    with mock.patch("moestro.compute.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
-        device.pin(store.memory)
-    return Conductor(spec, math, policy, device, store, SlotPool(memory)), parts  # type: ignore[arg-type]
-
-
-def _reference(parts: list[dict[str, Tensor]], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    out = torch.zeros_like(x)
-    for t in range(x.shape[0]):
-        for k in range(index.shape[1]):
-            if (e := int(index[t, k])) < EXPERTS:
-                p = parts[e]
-                out[t] += weights[t, k] * (p["down"] @ (torch.nn.functional.silu(p["gate"] @ x[t]) * (p["up"] @ x[t])))
-    return out
-
-
-class _Ports:
-    """Layer steps as a recorded step does them; its graphs are the calls themselves where there is no GPU."""
-
-    def __init__(self, conductor: Conductor) -> None:
-        self._conductor = conductor
-        self._port: LayerPort | None = None
-
-    def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        conductor, device = self._conductor, self._conductor.device
-        if self._port is None:
-            self._port = device.port(x, index, None, conductor.slots.memory, EXPERTS)
-        self._port.leave(x, index, weights, None)
-        device.record_slots(self._port, conductor.math[layer])
-        conductor.run_port(layer, self._port)
-        return self._port.enter()
+from small_conductor import (
+    EXPERTS,
+    FORMAT,
+    FULL,
+    LAYERS,
+    SHAPE,
+    TOP_K,
+    ByPort,
+    Drawn,
+    Fixed,
+    reference_of,
+    small_conductor,
+)
 
 
 class _AnyOrder(EmulatedDevice):
@@ -246,18 +131,20 @@ def test_a_held_layer_waits_for_nobody(tokens: int) -> None:
         cuda = torch.cuda.is_available()
         device = make_device("cuda") if cuda else stack.enter_context(pretended_cuda())[0]
         policy = Fixed(Decision(cpu={0: FULL}))
-        conductor, parts = _conductor(policy, EXPERTS, device)
+        conductor, parts = small_conductor(policy, EXPERTS, device)
         conductor.slots = SlotPool(conductor.slots.memory, held)
         for expert in held:
             conductor.slots[expert].copy_(conductor.store[expert])
-        stack.enter_context(mock.patch.object(device, "read_router", side_effect=AssertionError("the host waited")))
+        for name in ("read_router", "follow"):  # a stream that is captured may not even wait for another one
+            stack.enter_context(mock.patch.object(device, name, side_effect=AssertionError("the host waited")))
         x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
         index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))
         conductor.begin(tokens, Phase.DECODE)
         at = device.torch_device
         out = conductor.run_layer(1, x.to(at), index.to(at), weights.to(at)).cpu()
-        torch.testing.assert_close(out, _reference(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
-        assert conductor.counters.hits == tokens * TOP_K
+        torch.testing.assert_close(out, reference_of(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
+        ours = index[index < EXPERTS]
+        assert (conductor.counters.hits, conductor.counters.tokens) == (len(ours.unique()), len(ours))
         assert conductor.held_op(0, torch.float32) is None
         conductor.recorder = mock.Mock(lookahead=0)
         assert conductor.held_op(1, torch.float32) is None  # it wants to hear of it
@@ -267,9 +154,9 @@ def test_a_held_layer_waits_for_nobody(tokens: int) -> None:
 def _check_drawn(device: Any, seed: int, slots: int, tokens: int, by_port: bool) -> None:
     torch.manual_seed(seed)
     policy = Drawn(seed)
-    conductor, parts = _conductor(policy, slots, device)
+    conductor, parts = small_conductor(policy, slots, device)
     at = device.torch_device
-    run_layer = _Ports(conductor).run_layer if by_port else conductor.run_layer
+    run_layer = ByPort(conductor).run_layer if by_port else conductor.run_layer
     try:
         for step in range(2):
             conductor.begin(tokens, Phase.PREFILL if step == 0 else Phase.DECODE)
@@ -277,7 +164,7 @@ def _check_drawn(device: Any, seed: int, slots: int, tokens: int, by_port: bool)
                 x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
                 index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))  # EXPERTS is the sentinel
                 out = run_layer(layer, x.to(at), index.to(at), weights.to(at)).cpu()
-                torch.testing.assert_close(out, _reference(parts[layer], x, index, weights), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(out, reference_of(parts[layer], x, index, weights), rtol=1e-4, atol=1e-5)
     finally:
         conductor.close()
     decode = [o for o in policy.outcomes if o.phase is Phase.DECODE]
@@ -290,29 +177,10 @@ def _check_drawn(device: Any, seed: int, slots: int, tokens: int, by_port: bool)
     assert counters.moved_bytes == sum(o.moved_bytes for o in policy.outcomes)
 
 
-class Fixed(BasePolicy):
-    """A policy that always says the same."""
-
-    name = "fixed"
-
-    def __init__(self, decision: Decision) -> None:
-        self.decision = decision
-
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        return ()
-
-    def decide(self, step: Step, view: View, costs: Costs) -> Decision:
-        return self.decision
-
-    def observe(self, done: Outcome) -> None:
-        pass
-
-
-FULL = range(SHAPE.neurons)
-
-
 def test_a_kept_expert_is_a_hit_next_time_and_is_not_copied_again() -> None:
-    conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, EmulatedDevice(link_gbps=None))
+    conductor, _ = small_conductor(
+        Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, EmulatedDevice(link_gbps=None)
+    )
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
     conductor.begin(1, Phase.DECODE)
     first = conductor.run_layer(0, x, index, weights)
@@ -325,7 +193,7 @@ def test_a_kept_expert_is_a_hit_next_time_and_is_not_copied_again() -> None:
 
 
 def test_an_unlawful_decision_stops_before_anything_moves() -> None:
-    conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL})), 1, EmulatedDevice(link_gbps=None))
+    conductor, _ = small_conductor(Fixed(Decision(gpu={2: FULL})), 1, EmulatedDevice(link_gbps=None))
     with pytest.raises(ContractError, match="not there nor on its way"):
         conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1))
     assert conductor.counters.layer_steps == 0
@@ -351,7 +219,7 @@ class _SlowLink(EmulatedDevice):
 
 def test_a_second_request_joins_a_copy_in_flight() -> None:
     device = _SlowLink()
-    conductor, parts = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),))), 1, device)
+    conductor, parts = small_conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
     conductor.begin(1, Phase.DECODE)
     conductor.run_layer(0, x, index, weights)  # starts a guess for layer 1 and does not wait for it
@@ -361,7 +229,7 @@ def test_a_second_request_joins_a_copy_in_flight() -> None:
     threading.Timer(0.3, device.go.set_result, [None]).start()
     index = torch.tensor([[4]])
     out = conductor.run_layer(1, x, index, weights)
-    torch.testing.assert_close(out, _reference(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, reference_of(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
     assert conductor.counters.joined == 1
     assert conductor.counters.moved_bytes == FORMAT.expert_bytes(SHAPE)
     conductor.close()
@@ -370,7 +238,7 @@ def test_a_second_request_joins_a_copy_in_flight() -> None:
 def test_a_queued_guess_can_be_dropped() -> None:
     device = _SlowLink()
     policy = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)), Move((2, 4)))))
-    conductor, _ = _conductor(policy, 2, device)
+    conductor, _ = small_conductor(policy, 2, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
     conductor.run_layer(0, x, index, weights)
     device.begun.wait()
@@ -385,10 +253,10 @@ def test_a_queued_guess_can_be_dropped() -> None:
 def test_an_expert_that_a_later_move_joins_is_computed_once() -> None:
     """Its first move waits for the work that frees its slot, so that it has not run when the second one comes."""
     moves = (Move((0, 1)), Move((0, 2), evict=(0, 1)), Move((0, 2), keep=True))
-    conductor, parts = _conductor(Fixed(Decision(gpu={1: FULL, 2: FULL}, moves=moves)), 1, EmulatedDevice())
+    conductor, parts = small_conductor(Fixed(Decision(gpu={1: FULL, 2: FULL}, moves=moves)), 1, EmulatedDevice())
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1, 2]]), torch.ones(1, 2)
     out = conductor.run_layer(0, x, index, weights)
-    torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
     conductor.close()
 
 
@@ -410,13 +278,13 @@ class _BrokenLink(EmulatedDevice):
 
 def test_where_a_copy_fails_the_cpu_computes_and_the_slot_is_usable_again(caplog: pytest.LogCaptureFixture) -> None:
     device = _BrokenLink()
-    conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    conductor, parts = small_conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
     for device.broken in (True, False):
         conductor.begin(1, Phase.DECODE)
         assert conductor.slots.find((0, 2)) is None
         out = conductor.run_layer(0, x, index, weights)
-        torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
         assert conductor.slots.ready((0, 2)) is not device.broken
     says = "layer 0: the copy of expert (0, 2) failed: the link is down; the CPU computes [2] instead"
     assert [record.message for record in caplog.records] == [says]
@@ -426,7 +294,7 @@ def test_where_a_copy_fails_the_cpu_computes_and_the_slot_is_usable_again(caplog
 def test_a_failed_guess_does_not_poison_its_slot() -> None:
     device = _BrokenLink()
     policy = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),)))
-    conductor, parts = _conductor(policy, 1, device)
+    conductor, parts = small_conductor(policy, 1, device)
     x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
     conductor.run_layer(0, x, torch.tensor([[1]]), weights)
     joins, copies = Decision(gpu={4: FULL}), Decision(gpu={4: FULL}, moves=(Move((1, 4)),))
@@ -434,13 +302,13 @@ def test_a_failed_guess_does_not_poison_its_slot() -> None:
         if not device.broken:
             conductor.begin(1, Phase.DECODE)
         out = conductor.run_layer(1, x, torch.tensor([[4]]), weights)
-        torch.testing.assert_close(out, _reference(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, reference_of(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
     conductor.close()
 
 
 def test_a_step_whose_end_is_interrupted_as_well_is_settled_by_the_next_one() -> None:
     device, policy = EmulatedDevice(link_gbps=None), Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),)))
-    conductor, parts = _conductor(policy, 1, device)
+    conductor, parts = small_conductor(policy, 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
     with (
         mock.patch.object(policy, "observe"),
@@ -455,14 +323,14 @@ def test_a_step_whose_end_is_interrupted_as_well_is_settled_by_the_next_one() ->
     assert conductor.slots.find((0, 2)) is None
     assert conductor.view.failures == failures + 1
     out = conductor.run_layer(0, x, index, weights)
-    torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
     conductor.close()
 
 
 def test_cuda_launches_at_once_what_waits_for_nobody_else() -> None:
     """Behind a copy that is all on its way; behind one that is not, a thread of the device does it."""
     with pretended_cuda() as (device, _):
-        conductor, _ = _conductor(Fixed(Decision()), 2, device)
+        conductor, _ = small_conductor(Fixed(Decision()), 2, device)
         launchers: list[int] = []
         with mock.patch.object(device, "_launch", side_effect=lambda *_: launchers.append(threading.get_ident())):
             for pace in (None, 0.001):
@@ -490,13 +358,13 @@ def test_a_port_that_is_let_go_gives_its_memory_back_at_once() -> None:
 
 def test_where_the_device_has_no_memory_the_cpu_computes(caplog: pytest.LogCaptureFixture) -> None:
     device = EmulatedDevice(link_gbps=None)
-    conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    conductor, parts = small_conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
 
     def full(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no room for 3 GiB")
 
-    compute, by_port = device._run, _Ports(conductor).run_layer
+    compute, by_port = device._run, ByPort(conductor).run_layer
     for device._run, run_layer in (  # type: ignore[method-assign]
         (full, conductor.run_layer),
         (compute, conductor.run_layer),
@@ -504,7 +372,7 @@ def test_where_the_device_has_no_memory_the_cpu_computes(caplog: pytest.LogCaptu
         (compute, by_port),
     ):
         out = run_layer(0, x, index, weights)
-        torch.testing.assert_close(out, _reference(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
     assert "no room for 3 GiB; the CPU computes [2] instead" in caplog.text
     conductor.close()
 
@@ -512,7 +380,7 @@ def test_where_the_device_has_no_memory_the_cpu_computes(caplog: pytest.LogCaptu
 def test_a_held_expert_whose_work_fails_ends_the_step() -> None:
     """Nobody else has its weights."""
     device = EmulatedDevice(link_gbps=None)
-    conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    conductor, _ = small_conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
     conductor.run_layer(0, x, index, weights)
     conductor.store = ExpertStore([[64] * EXPERTS] * LAYERS, absent={(0, 2)})
@@ -529,7 +397,7 @@ def test_a_held_expert_whose_work_fails_ends_the_step() -> None:
 def test_an_urgent_copy_overtakes_guesses() -> None:
     device = _SlowLink()
     guesses = Fixed(Decision(cpu={1: FULL}, moves=tuple(Move((1, e), urgent=False) for e in (3, 4, 5))))
-    conductor, _ = _conductor(guesses, 4, device)
+    conductor, _ = small_conductor(guesses, 4, device)
     x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
     conductor.run_layer(0, x, torch.tensor([[1]]), weights)
     conductor.policy.decision = Decision(gpu={2: FULL}, moves=(Move((1, 2)),))  # type: ignore[attr-defined]
@@ -546,7 +414,7 @@ def test_an_urgent_copy_overtakes_guesses() -> None:
 
 def test_a_borrowed_guess_stays_until_its_layer_has_run() -> None:
     guess = Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), keep=False, urgent=False),)))
-    conductor, _ = _conductor(guess, 1, EmulatedDevice(link_gbps=None))
+    conductor, _ = small_conductor(guess, 1, EmulatedDevice(link_gbps=None))
     x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
     conductor.run_layer(0, x, torch.tensor([[1]]), weights)
     assert conductor.slots.find((1, 4)) is not None
@@ -560,7 +428,7 @@ def test_a_borrowed_guess_stays_until_its_layer_has_run() -> None:
 
 def test_a_copy_in_flight_is_later_than_now() -> None:
     device = _SlowLink()
-    conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)),))), 1, device)
+    conductor, _ = small_conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)),))), 1, device)
     conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1))
     before_s = conductor.view.now_s
     assert before_s < conductor.view.ready_s((1, 4), GPU0) < float("inf")
@@ -576,7 +444,7 @@ def test_moves_before_the_first_layer_are_checked() -> None:
             return self.moves
 
     policy = Eager(Decision(cpu={1: FULL}))
-    conductor, _ = _conductor(policy, 1, EmulatedDevice(link_gbps=None))
+    conductor, _ = small_conductor(policy, 1, EmulatedDevice(link_gbps=None))
     for moves, says in (
         ((Move((0, 1)), Move((0, 2))), "no more are empty"),
         ((Move((0, 1), neurons=range(64), keep=False),), "needs keep=False and a GPU share"),
@@ -590,7 +458,7 @@ def test_moves_before_the_first_layer_are_checked() -> None:
 
 def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
     device = _SlowLink()
-    conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)), Move((1, 5))))), 2, device)
+    conductor, _ = small_conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4)), Move((1, 5))))), 2, device)
     conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1))
     waiting = conductor.slots.find((1, 5)).filling  # type: ignore[union-attr]
     threading.Timer(0.2, device.go.set_result, [None]).start()
@@ -605,7 +473,7 @@ def test_closing_during_a_copy_ends_what_waits_for_it() -> None:
 def test_no_host_memory_stays_registered(closed: bool) -> None:
     """Neither after close nor after a conductor is let go, also when a step failed."""
     with pretended_cuda() as (device, runtime):
-        conductor, _ = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+        conductor, _ = small_conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
         assert sum(runtime.registered.values()) == conductor.store.n_bytes
         x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
         conductor.run_layer(0, x, torch.tensor([[2]]), weights)
@@ -623,7 +491,7 @@ def test_an_expert_of_which_a_part_came_is_not_taken_for_a_whole_one() -> None:
     split = {"gpu": {2: range(BLOCK)}, "cpu": {2: range(BLOCK, SHAPE.neurons)}}
     part = Move((0, 2), neurons=range(BLOCK), keep=False)
     with pretended_cuda() as (device, _), mock.patch("pretended_cuda.LATE_S", 0.2):
-        conductor, _ = _conductor(Fixed(Decision(**split, moves=(part,))), 2, device)
+        conductor, _ = small_conductor(Fixed(Decision(**split, moves=(part,))), 2, device)
         x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
         conductor.run_layer(0, x, torch.tensor([[2]]), weights)
         assert conductor.view.ready_s((0, 2), GPU0) == float("inf")
@@ -633,7 +501,7 @@ def test_an_expert_of_which_a_part_came_is_not_taken_for_a_whole_one() -> None:
 
 def test_an_interrupt_while_a_copy_is_queued_leaves_no_slot_with_half_an_expert() -> None:
     device = EmulatedDevice(link_gbps=None)
-    conductor, parts = _conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
+    conductor, parts = small_conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
     conductor.run_layer(0, x, torch.tensor([[2]]), weights)
     conductor.policy.decision = Decision(gpu={3: FULL}, moves=(Move((0, 3), evict=(0, 2)),))  # type: ignore[attr-defined]
@@ -645,7 +513,7 @@ def test_an_interrupt_while_a_copy_is_queued_leaves_no_slot_with_half_an_expert(
     assert conductor.slots.find((0, 2)) is None  # the copy has written over it
     conductor.policy.decision = Decision(gpu={2: FULL}, moves=(Move((0, 2)),))  # type: ignore[attr-defined]
     out = conductor.run_layer(0, x, torch.tensor([[2]]), weights)
-    torch.testing.assert_close(out, _reference(parts[0], x, torch.tensor([[2]]), weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, reference_of(parts[0], x, torch.tensor([[2]]), weights), rtol=1e-4, atol=1e-5)
     conductor.close()
 
 
@@ -677,7 +545,7 @@ def _parts(routed: Routed, expert: int) -> tuple[Tensor, Tensor]:
 
 
 def test_no_token_for_us_gives_zeros() -> None:
-    conductor, _ = _conductor(Fixed(Decision()), 0, HostDevice())
+    conductor, _ = small_conductor(Fixed(Decision()), 0, HostDevice())
     out = conductor.run_layer(0, torch.randn(2, SHAPE.hidden), torch.full((2, TOP_K), EXPERTS), torch.rand(2, TOP_K))
     assert torch.equal(out, torch.zeros(2, SHAPE.hidden))
 
@@ -694,14 +562,16 @@ def test_a_part_of_an_expert_is_not_kept_for_the_whole() -> None:
     """A move that only some neurons belong to cannot be joined by one of all."""
     part = Move((0, 2), neurons=range(BLOCK), keep=False)
     split = {"gpu": {2: range(BLOCK)}, "cpu": {2: range(BLOCK, SHAPE.neurons)}}
-    conductor, _ = _conductor(Fixed(Decision(**split, moves=(part, Move((0, 2))))), 2, EmulatedDevice(link_gbps=None))
+    conductor, _ = small_conductor(
+        Fixed(Decision(**split, moves=(part, Move((0, 2))))), 2, EmulatedDevice(link_gbps=None)
+    )
     with pytest.raises(ContractError, match="is moved again, but only some neurons of it are on their way"):
         conductor.run_layer(0, torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1))
     conductor.close()
 
 
 def test_threads_have_a_phase_each() -> None:
-    conductor, _ = _conductor(Fixed(Decision(cpu={1: FULL})), 0, EmulatedDevice(link_gbps=None))
+    conductor, _ = small_conductor(Fixed(Decision(cpu={1: FULL})), 0, EmulatedDevice(link_gbps=None))
     conductor.begin(1, Phase.DECODE)
     other = threading.Thread(target=conductor.begin, args=(40, Phase.PREFILL))
     other.start()

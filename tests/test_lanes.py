@@ -185,17 +185,17 @@ def test_a_copy_waits_for_work_that_reads_its_target() -> None:
     """Not sent before the work is launched; then behind it, but only while nothing else can go."""
     carrier, work, other = Carrier(), Work(), Work()
     lane = LinkLane(carrier)
-    waits = lane.submit(_bytes(1), _bytes(0), True, (0, 1), work)
+    waits = lane.submit(_bytes(1), _bytes(0), True, (0, 1), [work])
     _arrived(lane.submit(_bytes(2), _bytes(0), False, (0, 2)))
     assert not waits.done()
     work.launch()
     _arrived(waits)
-    assert carrier.behind == [None, work]
+    assert carrier.behind == [[], [work]]
     other.is_over = True
-    after = lane.submit(_bytes(3), _bytes(0), True, (0, 3), other)
+    after = lane.submit(_bytes(3), _bytes(0), True, (0, 3), [other])
     other.launch()
     _arrived(after)
-    assert carrier.behind[2] is None
+    assert carrier.behind[2] == []
     lane.close()
 
 
@@ -207,7 +207,7 @@ def test_a_copy_into_a_slot_in_flight_follows_and_hastens_the_one_before() -> No
     target = _bytes(0)
     guess = lane.submit(_bytes(2), target, False, (0, 2))
     third = lane.submit(_bytes(3), _bytes(0), False, (0, 3))
-    follows = lane.submit(_bytes(4), target, True, (0, 4), guess)
+    follows = lane.submit(_bytes(4), target, True, (0, 4), [guess])
     carrier.release()
     _arrived(first, guess, third, follows)
     assert [number for number, _ in carrier.sent] == [1, 1, 2, 4, 3]
@@ -221,7 +221,7 @@ def test_a_failed_copy_says_why_and_holds_up_nobody() -> None:
     lane = LinkLane(carrier)
     target = _bytes(0, 2)
     failed = lane.submit(_bytes(1, 2), target, True, (2, 5))
-    follows = lane.submit(_bytes(7, 2), target, True, (2, 6), failed)
+    follows = lane.submit(_bytes(7, 2), target, True, (2, 6), [failed])
     with pytest.raises(CopyError, match=r"the copy of expert \(2, 5\) failed: no link"):
         failed.wait()
     assert failed.cancel()
@@ -269,7 +269,7 @@ def test_a_broken_device_is_told_to_whoever_waits() -> None:
     work.over = lambda: 1 / 0  # type: ignore[method-assign,return-value,assignment]
     lane = LinkLane(Carrier())
     work.is_launched = True
-    copy = lane.submit(_bytes(1), _bytes(0), True, (0, 1), work)
+    copy = lane.submit(_bytes(1), _bytes(0), True, (0, 1), [work])
     with pytest.raises(CopyError, match="division by zero"):
         copy.wait()
     with pytest.raises(RuntimeError, match="the device is closed"):

@@ -586,7 +586,7 @@ def test_a_layer_whose_experts_need_no_cut_stays_in_the_graph(device: str, folde
     for fuse in (True, False):
         with _loaded(folders("olmoe", {}), device, fuse=fuse) as model:
             conductor = model.moestro
-            run_layer, held = conductor.run_layer, {1: lambda x, index, weights: x * weights.sum(-1, keepdim=True)}
+            run_layer, held = conductor.run_layer, {1: lambda x, index, weights, *_: x * weights.sum(-1, keepdim=True)}
             if fuse:
                 conductor.held_op = lambda layer, dtype, ops=held: ops.get(layer)
             conductor.run_layer = lambda layer, *given, run=run_layer, ops=held: (

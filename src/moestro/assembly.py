@@ -41,10 +41,9 @@ from .planning.replay import experts_room
 from .planning.trace import Trace
 from .planning.virtual import machine_clock
 from .routers import find_gate
+from .steps import PREFILL_TOKENS, size_of
 from .tape import forget_steps, record_steps
 from .this_machine import this_machine
-
-PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
 
@@ -130,6 +129,7 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
         module._moestro = ExpertLayer(index, layouts[name], conductor)
         module._is_hf_initialized = True  # there is nothing in it for Transformers to initialize
     model.register_forward_pre_hook(_begin_step, with_kwargs=True)
+    model.register_forward_hook(_end_step, always_call=True)
     model.moestro = conductor
     return conductor
 
@@ -310,14 +310,15 @@ def _spec_of(
 
 def _begin_step(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A hook that tells the conductor that a step begins, and whether it reads a prompt."""
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    count = 1 if tokens is None else int(tokens.shape[1])
+    rows, count = size_of(args, kwargs)
     cache = kwargs.get("past_key_values")
     reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
-    rows = 1 if tokens is None else int(tokens.shape[0])
     model.moestro.begin(rows * count, Phase.PREFILL if reads_prompt else Phase.DECODE)
+
+
+def _end_step(model: Any, args: Any, output: Any) -> None:
+    """A hook that tells it that the step is over."""
+    model.moestro.end()
 
 
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:

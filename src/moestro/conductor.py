@@ -3,7 +3,8 @@
 Asks the policy, checks its decision, starts copies, lets the device compute what is in slots while the
 CPU computes the rest, and adds the parts in float32. Nothing else in the package moves weights. Does not
 know families or checkpoints: `plug.py` builds it and calls `run_layer`. What is done in which order is
-`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one.
+`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one. When a step begins is in `steps.py`, how
+copies are carried out in `copies.py`.
 
 Legend: T tokens, K top-k, D model width, E experts.
 """
@@ -27,8 +28,10 @@ from .accounts import Counters, Recorder
 from .compute.cpu import CpuExperts, KernelShape
 from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .compute.experts import ExpertMath
+from .copies import Copies
 from .errors import CopyError, ModelError
 from .grouping import Routed, group_by_expert
+from .held import HeldLayers
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
@@ -41,8 +44,8 @@ from .planning.slots import Transfer
 from .planning.timeline import Timeline
 from .planning.view import TableView
 from .planning.virtual import VirtualMachine
-from .planning.virtual_link import VirtualCopy
 from .routers import Gate, guess_next
+from .steps import BEFORE_LAYERS, StepOfThread, likely_phase
 
 logger = logging.getLogger("moestro")
 
@@ -64,14 +67,13 @@ class Conductor:
     """
 
     spec: ModelSpec
-    math: Sequence[ExpertMath]
+    math: list[ExpertMath]
     policy: Policy
     device: Device
     store: ExpertStore
     slots: SlotPool
     cpu: CpuExperts = field(default_factory=CpuExperts)
     costs: Costs = field(default_factory=Costs)
-    counters: Counters = field(default_factory=Counters)
     gates: Sequence[Gate | None] = ()
     clock: Clock | None = None
     recorder: Recorder | None = None
@@ -79,59 +81,86 @@ class Conductor:
     timeline: Timeline | None = None  # of a run, see `note_on`
 
     def __post_init__(self) -> None:
-        self._of_thread = threading.local()
+        self._step = StepOfThread()
         self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
-        self.view = TableView(self.slots, self.time, self.store.experts)
-        self._to_warm = list(self.slots.warm)
-        self._expert_bytes = [math.format.expert_bytes(math.shape) for math in self.math]
-        self._last_ran: _Ran | None = None
-        self._held_ops: dict[tuple[int, torch.dtype], HeldLayer | None] = {}
-        self._failures = 0  # copies that have failed so far
-        self._is_unsettled = False  # something failed, and the rest has not come to an end
+        self._see_slots()
+        self._held = HeldLayers(self.device, self.math)
+        self._holds_all = len(self.slots.held) == sum(of.experts for of in self.spec.layers)
+        self._counters = Counters()
+        self._failures = 0  # of the slots, as far as the policy was told
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
         self._closing = weakref.finalize(self, self.device.close)
         self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
 
+    def _see_slots(self) -> None:
+        self.view = TableView(self.slots, self.time, self.store.experts)
+        self._copies = Copies(self.math, self.device, self.store, self.slots, self.time)
+
     @property
     def phase(self) -> Phase:
         """Of the step that this thread is in."""
-        return getattr(self._of_thread, "phase", Phase.PREFILL)
+        return self._step.phase
+
+    @property
+    def counters(self) -> Counters:
+        """What was done so far. Waits for the device where that counts for itself."""
+        with self._lock:
+            self._held.add_to(self._counters)
+            return self._counters
+
+    @property
+    def host_s(self) -> tuple[float, float]:
+        """Seconds so far in which the CPU computed experts, and in which the host waited for the device or the link."""
+        return self._counters.cpu_s, self._counters.waited_s + self.device.waited_s
 
     def __reduce__(self) -> NoReturn:
         raise ModelError("a model in Moestro's hands cannot be copied or pickled; load it again")
 
     def begin(self, tokens: int, phase: Phase) -> None:
-        """Before the first layer of a step of `tokens` tokens, over all its sequences."""
+        """Before the first layer of a step of `tokens` tokens, over all its sequences; it lasts until `end`."""
         with self._lock:
-            self._of_thread.phase = phase
-            if self._is_unsettled:
-                self._settle()
-            self._warm()
-            if self.recorder is not None:
-                self.recorder.begin(tokens, phase)
-            link = self.device.link
-            if link is not None and link.counters.failed != self._failures:
-                self._failures = link.counters.failed
-                self.slots.forget_unfinished()  # not before: until now the policy may have them down as coming
-            try:
-                moves = self.policy.begin(tokens, self.view, self.costs)
-                check_moves(moves, self.view, self.spec, "before the first layer")
-                for move in moves:
-                    self._start(move, None, reading=self._last_ran)
-            except BaseException:
-                self._settle()
-                raise
-            self._last_ran = None
+            self._step.begin(phase, announced=True)
+            self._begin(tokens)
 
-    def _warm(self) -> None:
-        """Before the first step: bring the experts that the policy wants in slots from the start."""
-        copies = []
-        for key in self._to_warm:
-            source = self.store[key]
-            copies.append(self.device.copy(source, self.slots[key][: source.numel()], False, key))
-        for copy in copies:
-            copy.wait()
-        self._to_warm = []
+    def begin_unless_announced(self, tokens: int) -> None:
+        """The same for a step that is recorded or replayed, of which the conductor does not see each layer."""
+        with self._lock:
+            self.device.follow()
+            self._enter(BEFORE_LAYERS, tokens)
+
+    def end(self) -> None:
+        """The step that was announced is over."""
+        self._step.end()
+
+    def _enter(self, layer: int, tokens: int) -> None:
+        """A layer comes: with it a step begins, unless it belongs to one that has begun."""
+        if self._step.begins_at(layer):
+            self._step.begin(likely_phase(tokens), announced=False)
+            self._begin(tokens)
+        elif self._copies.is_unsettled or self._failures != self.slots.failures:  # another thread's step failed
+            self._prepare(tokens)
+        self._step.layer = layer
+
+    def _begin(self, tokens: int) -> None:
+        if self.recorder is not None:
+            self.recorder.begin(tokens, self.phase)
+        self._prepare(tokens)
+
+    def _prepare(self, tokens: int) -> None:
+        """Bring slots and policy to the same state, and start what the policy wants before a step."""
+        try:
+            self._copies.finish_settling()
+            self._copies.warm()
+            self._copies.forget_failed()
+            self._failures = self.slots.failures
+            moves = self.policy.begin(tokens, self.view, self.costs)
+            check_moves(moves, self.view, self.spec, "before the first layer")
+            for move in moves:
+                self._copies.start(move)
+        except BaseException:
+            self._step.end()
+            self._copies.settle()
+            raise
 
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer, weighted and summed.
@@ -151,9 +180,8 @@ class Conductor:
     def only_choice(self, layer: int) -> tuple[KernelShape, list[Tensor]] | None:
         """What the kernels need of a layer about which there is nothing to decide; None of others.
 
-        Without slots the contract allows one decision: all of an expert's neurons on the CPU. Who computes such a
-        step elsewhere, in fewer calls, says so by `count_only_choice`; the policy is not asked. Not to be done
-        while a recorder listens.
+        Without slots the contract allows one decision: all of an expert's neurons on the CPU. A step that is computed
+        elsewhere, in fewer calls, is told by `count_only_choice`. Not to be done while a recorder listens.
         """
         experts = [(layer, expert) for expert in range(self.spec.layers[layer].experts)]
         shape = self.cpu.kernel_shape(self.math[layer])
@@ -164,43 +192,38 @@ class Conductor:
     def count_only_choice(self, layers: int, experts: int) -> None:
         """Account for layer steps of one token, computed elsewhere by so many experts in all."""
         with self._lock:
-            self.counters.layer_steps += layers
-            self.counters.tokens += experts
-            self.counters.misses += experts if self.phase is Phase.DECODE else 0
+            if not self._step.is_announced:  # whatever comes next begins anew, for which layers these were is not said
+                self._step.begin(likely_phase(1), announced=False)
+                self._step.end()
+            self._counters.layer_steps += layers
+            self._counters.tokens += experts
+            self._counters.misses += experts if self.phase is Phase.DECODE else 0
 
     def held_op(self, layer: int, dtype: torch.dtype) -> HeldLayer | None:
         """A layer as an operation that never waits for the host, if all its experts are held on the device.
 
-        There is nothing to decide about it, so the policy is not asked; who calls it tells `count_held`. None of
+        There is nothing to decide about it, so the policy is not asked; whoever calls it tells `count_held`. None of
         layers that must be decided about, and while a recorder or a timeline listens.
         """
         if self.recorder is not None or self.timeline is not None or self.clock is not None:
             return None
-        key = layer, dtype
-        if key not in self._held_ops:
-            keys = [(layer, expert) for expert in range(self.spec.layers[layer].experts)]
-            held = all(key in self.slots.held for key in keys)
-            guesses = self.policy.lookahead > 0 and len(self.slots.held) < sum(of.experts for of in self.spec.layers)
-            slots = [self.slots.find(key).index for key in keys] if held and not guesses else []  # type: ignore[union-attr]
-            self._held_ops[key] = (
-                self.device.held_layer(self.math[layer], self.slots.memory, slots, dtype) if slots else None
-            )
-        return self._held_ops[key]
+        if self.policy.lookahead > 0 and not self._holds_all:
+            return None  # its hidden states give guesses for a layer that is not held
+        return self._held.op(layer, dtype, self.slots, self.spec.layers[layer].experts)
 
-    def count_held(self, layers: int, chosen: int) -> None:
-        """Account for steps of held layers, in which so many experts were chosen in all, tokens times top-k.
-
-        All are hits. An expert that several tokens chose counts for each, since nobody waited to see which it was.
-        """
+    def count_held(self, layers: int, chosen: Tensor) -> None:
+        """Account for steps of held layers, which have counted what they chose in `chosen`; sets it to zero."""
         with self._lock:
-            self.counters.layer_steps += layers
-            self.counters.tokens += chosen
-            self.counters.hits += chosen if self.phase is Phase.DECODE else 0
+            self._counters.layer_steps += layers
+            self._held.chosen(self.phase).add_(chosen)
+            chosen.zero_()
 
     def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self._enter(layer, x.shape[0])
         if (op := self.held_op(layer, x.dtype)) is not None:
-            self.count_held(1, index.numel())
-            return op(x, index, weights)
+            self._counters.layer_steps += 1
+            return op(x, index, weights, self._held.chosen(self.phase))
+        self.device.follow()  # not before: a held layer may be captured, where no stream may wait for another
         if self.guesses_wanted and layer < len(self.gates) and (gate := self.gates[layer]) is not None:
             gate.learn(x, index)
         batch = self.device.read_router(index, weights, x, self.guess_next(layer, x, index.shape[1]))
@@ -211,6 +234,8 @@ class Conductor:
     def run_port(self, layer: int, port: LayerPort) -> None:
         """The same for a recorded step: what its graph brought to the port, into the sum and the output of the port."""
         with self._lock:
+            self._enter(layer, port.total.x.shape[0])
+            self.device.follow()
             self._run_step(layer, port.read(), port.total, port.host_output)
 
     def _run_step(
@@ -238,14 +263,13 @@ class Conductor:
                 shares = {expert: decision.gpu[expert] for expert in lost}
                 on_cpu = self._run_on_cpu(step, shares, batch.x, routed, host_output() if on_cpu is None else on_cpu)
             self.time.end_layer()
-            self._last_ran = ran[-1] if ran else self._last_ran
         except BaseException:
+            self._step.end()
             begun = [one for one in ran if not one.queued.cancel()]
-            self._settle()
+            self._copies.settle()
             for one in begun:  # what it waited for is there or gone now
                 with suppress(BaseException):  # a failure is being told already
                     one.queued.wait()
-            self._last_ran = begun[-1] if begun else self._last_ran
             raise
         finally:
             self.slots.release(layer)
@@ -263,32 +287,8 @@ class Conductor:
         gates = self.gates[layer + 1 : layer + 1 + self.guesses_wanted]
         return guess_next(gates, x, top_k) if gates else None
 
-    def _start(self, move: Move, after: _Ran | None, *, reading: _Ran | None = None) -> None:
-        """Start a copy, behind work that must be over first; one that is there or on its way is joined.
-
-        Args:
-            reading: work of an earlier step, which may still read the slot.
-        """
-        key, math = move.expert, self.math[move.expert[0]]
-        part = range(self._expert_bytes[key[0]])
-        if move.neurons is not None:
-            part = math.format.byte_range(math.shape, move.neurons)
-
-        def fill(index: int, before: Transfer | None) -> tuple[Transfer, float]:
-            source, target = self.store[key], self.slots.row(index)
-            if move.neurons is not None:
-                source = source[part.start : part.stop]
-            if source.numel() != target.numel():
-                target = target[part.start : part.stop]
-            work = after or (reading if before is None else None)
-            previous = before.real if isinstance(before, VirtualCopy) else before
-            behind = previous if work is None else work.queued
-            copy = self.device.copy(source, target, move.urgent, key, behind)
-            after_s = 0.0 if after is None else after.end_s
-            timed = self.time.copy(key, len(part), move.urgent, after_s, before, copy)
-            return timed, self.time.arrival_s(timed, move.urgent)
-
-        self.slots.load(key, move.evict, fill, len(part), move.keep, move.urgent, move.neurons is not None)
+    def _start(self, move: Move, after: _Ran | None) -> None:
+        self._copies.start(move, 0.0 if after is None else after.end_s)
 
     def _run_on_device(
         self,
@@ -303,6 +303,7 @@ class Conductor:
         keys = [(step.layer, expert) for expert in experts]
         work = [routed.work(key[1], self.slots[key], decision.gpu[key[1]]) for key in keys]
         queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
+        self.slots.note_work(keys, queued)
         end_s = 0.0
         if self.clock is not None:  # the wall needs no telling
             shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
@@ -321,7 +322,7 @@ class Conductor:
         start_s = time.perf_counter()
         self.cpu.run(self.math[step.layer], x, work, out)
         end_s = time.perf_counter()
-        self.counters.cpu_s += end_s - start_s
+        self._counters.cpu_s += end_s - start_s
         if self.timeline is not None and not isinstance(self.time, VirtualMachine):
             self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, end_s, "expert")
         if self.clock is not None:
@@ -344,19 +345,11 @@ class Conductor:
                 line = str(error).splitlines()[0]
                 logger.warning("layer %d: %s; the CPU computes %s instead", step.layer, line, experts)
                 lost += experts
-        self.counters.waited_s += time.perf_counter() - start_s
+        self._counters.waited_s += time.perf_counter() - start_s
         return lost
 
-    def _settle(self) -> None:
-        """After a failure or an interrupt: nothing is on its way any longer, and the slots are as at the start."""
-        self._is_unsettled = True  # until it is done, also if this is interrupted in turn
-        if self.device.link is not None:
-            self.device.link.settle()
-        self.slots.forget_all()
-        self._is_unsettled = False
-
     def _account(self, step: Step, found: Found, moved_bytes: int, cpu_s: float, wall_s: float) -> None:
-        counters = self.counters
+        counters = self._counters
         counters.layer_steps += 1
         counters.tokens += sum(step.tokens.values())
         counters.moved_bytes = self.slots.moved_bytes
@@ -371,20 +364,22 @@ class Conductor:
 
     def let_go_of_slots(self) -> None:
         """Nothing of this conductor holds the device's memory any longer; it is not used after."""
-        self._settle()
+        self._copies.settle()
+        self.device.follow()
+        self.device.finish()  # what it computes reads them
         self.slots = SlotPool(self.device.pool(0, self.spec.slot_bytes))
-        self.view = TableView(self.slots, self.time, self.store.experts)
-        self._held_ops.clear()
+        self._see_slots()
+        self._held.clear()
 
     def forget_math(self, layer: int) -> None:
         """Recognize anew what a layer's experts compute: their activation was changed."""
-        self.math = [replace(math) if index == layer else math for index, math in enumerate(self.math)]
-        self._held_ops.clear()
+        self.math[layer] = replace(self.math[layer])  # another object, of which nothing is known yet
+        self._held.clear()
 
     def hand_over(self, policy: Policy, slots: SlotPool, costs: Costs) -> Conductor:
         """A conductor of the same model with another policy and other slots; this one is not used after."""
         self._closing.detach()
-        return replace(self, policy=policy, slots=slots, costs=costs, counters=Counters())
+        return replace(self, policy=policy, slots=slots, costs=costs)
 
     @contextmanager
     def note_on(self, timeline: Timeline) -> Iterator[None]:

@@ -51,15 +51,16 @@ class Routed(NamedTuple):
 def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> Routed:
     """Sort a router's choice by expert.
 
-    Skipped are an index of `experts` or more, which is not ours (expert parallelism), and a weight of
-    exactly 0, by which some families say "no expert".
+    Skipped are an index outside [0, experts), which is not ours (expert parallelism), whatever its weight, and a
+    weight of exactly 0, by which some families say "no expert".
 
     Args:
         index: int [T, K] on the host. weights: float32 [T, K].
     """
     if index.shape[0] == 1 and (alone := _group_one_token(index, weights, experts)) is not None:
         return alone
-    flat = index.clamp(max=experts).where(weights != 0, experts).reshape(-1)  # [T*K]
+    index = index.long()  # a narrower one may have no room for `experts`
+    flat = index.where((index >= 0) & (index < experts) & (weights != 0), experts).reshape(-1)  # [T*K]
     order = torch.argsort(flat, stable=True)  # [T*K]
     counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
     masses = torch.bincount(flat, weights.reshape(-1), minlength=experts + 1).tolist()
@@ -78,8 +79,8 @@ def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> Routed | N
     (chosen,), (masses,) = index.tolist(), weights.tolist()
     rows, each = _one_token(len(chosen))
     choices = sorted(zip(chosen, range(len(chosen)), strict=True))
-    if choices[-1][0] >= experts or 0 in masses:
-        choices = [(expert, i) for expert, i in choices if expert < experts and masses[i] != 0]
+    if choices[0][0] < 0 or choices[-1][0] >= experts or 0 in masses:
+        choices = [(expert, i) for expert, i in choices if 0 <= expert < experts and masses[i] != 0]
     mass = {expert: masses[i] for expert, i in choices}
     if len(mass) < len(choices):
         return None

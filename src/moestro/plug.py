@@ -43,8 +43,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     refuse_gradients(hidden_states)
     refuse_gradients(top_k_weights)
     x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
-    index = top_k_index if top_k_index.dim() == 2 else top_k_index.reshape(x.shape[0], -1)
-    weights = top_k_weights.view(index.shape)
+    index = top_k_index[:, None] if top_k_index.dim() == 1 else top_k_index.flatten(0, -2)  # [T, K]
+    weights = top_k_weights.reshape(index.shape)
     recording = current_recording()
     if recording is None:
         combined = layer.conductor.run_layer(layer.index, x, index, weights)

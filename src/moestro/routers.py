@@ -79,7 +79,7 @@ class Gate:
         if self.agreement is not None or not self._fits:
             return
         experts, self._fits = self._router.weight.shape[0], x.shape[-1] == self._router.weight.shape[1]
-        if not self._fits:
+        if not self._fits or not ((index >= 0) & (index < experts)).any():
             return
         vectors = [name for name, vector in self._vectors().items() if vector.numel() == experts]
         plain = [_Rule(_softmax), *(_Rule(choose, name) for name in vectors for choose in (_softmax, _sigmoid))]
@@ -97,7 +97,7 @@ class Gate:
         self._rule, self.agreement = best, self._agreement(best, x, index)
 
     def _agreement(self, rule: _Rule, x: Tensor, index: Tensor) -> float:
-        ours = index < self._router.weight.shape[0]  # the others are somebody else's
+        ours = (index >= 0) & (index < self._router.weight.shape[0])  # the others belong to other ranks
         found = self._scores(x, rule).topk(index.shape[1], dim=-1).indices.to(index.device)  # [T, K]
         same = (index[:, :, None] == found[:, None, :]).any(-1) & ours  # [T, K]
         return float(same.sum() / ours.sum().clamp(min=1))

@@ -89,7 +89,7 @@ class _AtOnce(MemoryCarrier):
     def queues(self, source: Tensor) -> bool:
         return True
 
-    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Here:
         return Here()
 
 

@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -67,7 +67,7 @@ class Carrier(Protocol):
     def queues(self, source: Tensor) -> bool:
         """Whether to send this returns at once, so that whoever asks for a copy may begin it."""
 
-    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Piece:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Piece:
         """Begin to copy a piece, behind work that is launched."""
 
 
@@ -90,7 +90,7 @@ class LaneCopy:
         target: Tensor,
         urgent: bool,
         label: Expert,
-        after: Work | LaneCopy | None,
+        after: Sequence[SlotUser],
         order: int,
     ) -> None:
         self._lane, self.source, self.target, self.urgent, self.label = lane, source, target, urgent, label
@@ -99,7 +99,7 @@ class LaneCopy:
         self.error: Exception | None = None
         self.last: Piece | None = None
         self.sent_bytes = self.arrived_bytes = 0
-        self.ready_s = time.perf_counter() if after is None else None  # since when it could go
+        self.ready_s = None if after else time.perf_counter()  # since when it could go
 
     @property
     def is_sent(self) -> bool:
@@ -135,9 +135,14 @@ class LaneCopy:
 
     def hasten(self) -> None:
         with self._lane.changed:
-            self.urgent = True
-            if isinstance(self.after, LaneCopy):
-                self.after.urgent = True
+            self.make_urgent()
+
+    def make_urgent(self) -> None:
+        """It goes before what nothing waits for, and so do the copies before it; the condition is held."""
+        self.urgent = True
+        for one in self.after:
+            if isinstance(one, LaneCopy):
+                one.urgent = True
 
     def next_piece(self) -> tuple[Tensor, Tensor]:
         """Of source and target."""
@@ -151,16 +156,19 @@ class LaneCopy:
 
     def may_go(self) -> bool:
         """Whether what it waits for is out of its way, or launched so that the device can order the two."""
-        if self.after is None:
-            return True
-        return self.after.state >= _State.SENT if isinstance(self.after, LaneCopy) else self.after.launched()
+        return all(one.over() if isinstance(one, LaneCopy) else one.launched() for one in self.after)
+
+    def over(self) -> bool:
+        """Whether no copy that is sent from now on can be overtaken by it."""
+        return self.state >= _State.SENT
 
     @property
-    def behind(self) -> Work | None:
+    def behind(self) -> list[Work]:
         """Launched work that still reads the target."""
-        if self.after is None or isinstance(self.after, LaneCopy) or self.after.over():
-            return None
-        return self.after
+        return [one for one in self.after if not isinstance(one, LaneCopy) and not one.over()]
+
+
+SlotUser = Work | LaneCopy  # reads a slot, or writes it
 
 
 class _Flying(NamedTuple):
@@ -205,26 +213,27 @@ class LinkLane:
         self._thread.start()
 
     def submit(
-        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Work | LaneCopy | None = None
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Sequence[SlotUser] = ()
     ) -> LaneCopy:
         """Queue a copy of host bytes into device bytes, both uint8 and of one length.
 
         Args:
             label: whose bytes they are, for messages and the timeline.
-            after: work that reads the target, or a copy that writes it: this one begins behind it.
+            after: work that reads the target and copies that write it: this one begins behind them all.
         """
         with self.changed:
             if self._closed:
                 raise RuntimeError("the device is closed; load the model again")
             copy = LaneCopy(self, source, target, urgent, label, after, next(self._order))
-            if urgent and isinstance(after, LaneCopy):
-                after.urgent = True
+            if urgent:
+                copy.make_urgent()
             self._queue.append(copy)
             if not self._is_sending and self._queues(copy):
                 self._send_what_fits()
             self.changed.notify_all()
-        if after is not None and not isinstance(after, LaneCopy):
-            after.when_launched(self._wake)
+        for one in after:
+            if not isinstance(one, LaneCopy):
+                one.when_launched(self._wake)
         return copy
 
     def queued_bytes(self, *, urgent: bool = False) -> int:
@@ -240,7 +249,7 @@ class LinkLane:
         if copy.state < _State.FAILED:
             copy.state, copy.error = state, error
             self.counters.failed += state is _State.FAILED
-        copy.after = None  # which may hold tensors
+        copy.after = ()  # which may hold tensors
         self.changed.notify_all()
 
     def close(self) -> None:
@@ -276,7 +285,7 @@ class LinkLane:
         for copy in sorted(self._queue, key=lambda one: (not one.urgent, one.order)):
             if not copy.may_go():
                 continue
-            if copy.state is _State.BEGUN or copy.behind is None:
+            if copy.state is _State.BEGUN or not copy.behind:
                 copy.ready_s = copy.ready_s or time.perf_counter()
                 return copy
             held_up = held_up or copy
@@ -333,7 +342,7 @@ class LinkLane:
             self._free_s = max(self._free_s, now_s) + source.numel() / (self.gbps * 1e9)
             time.sleep(max(0.0, self._free_s - now_s))
         try:
-            piece = self.carrier.send(source, target, copy.behind if not copy.sent_bytes else None)
+            piece = self.carrier.send(source, target, copy.behind if not copy.sent_bytes else [])
         except Exception as error:
             with self.changed:
                 self.end(copy, _State.FAILED, error)

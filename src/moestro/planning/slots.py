@@ -69,7 +69,6 @@ class SlotTable:
         self.moved_bytes = 0  # queued so far, without what was dropped before it began
         self.failures = 0  # after which slots may be empty that nobody decided to empty
         self._borrowed: dict[int, set[Expert]] = {}  # by layer
-        self._evictable = _Evictable(self)
 
     def __len__(self) -> int:
         """How many slots there are, full or empty."""
@@ -89,7 +88,7 @@ class SlotTable:
 
     def evictable(self) -> Collection[Expert]:
         """Experts whose slot may be taken: ready and not held. Looks at the table, copies nothing."""
-        return self._evictable
+        return _Evictable(self)  # not kept: in a cycle a live table's memory would wait for the collector
 
     def empty(self) -> int:
         """How many slots are empty."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..compute.devices import LayerPort
 from ..compute.devices.graphs import CannotRecordError, Graph, Graphs
 from ..conductor import Conductor
+from ..held import new_counts
+from ..steps import size_of
 from .arguments import without_cache
 
 
@@ -88,8 +90,10 @@ class Tape:
     holders of its tensors the graphs are.
     """
 
+    chosen: Tensor  # where layers that are within a graph count what they choose
     parts: list[Graph | Cut] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)  # experts chosen in each layer that is within a graph
+    held: int = 0  # how many these layers are
+    tokens: int = 0  # over all sequences
     inputs: list[Tensor] = field(default_factory=list)
     output: Any = None
     references: list[int] = field(default_factory=list)
@@ -101,8 +105,8 @@ class Tape:
 
     def replay(self, conductor: Conductor, given: list[Tensor], figures: TapeFigures) -> None:
         """The step with other inputs, into `output`."""
-        device, counters = conductor.device, conductor.counters
-        cpu_s, waited_s = counters.cpu_s, counters.waited_s + device.waited_s
+        conductor.begin_unless_announced(self.tokens)
+        cpu_s, waited_s = conductor.host_s
         for buffer, tensor in zip(self.inputs, given, strict=True):
             buffer.copy_(tensor)
         for part in self.parts:
@@ -110,18 +114,24 @@ class Tape:
                 conductor.run_port(part.layer, part.port)
             else:
                 part.replay()
-        conductor.count_held(len(self.held), sum(self.held))
+        self.count_held(conductor)
+        now_cpu_s, now_waited_s = conductor.host_s
         figures.replays += 1
         figures.cuts += self.cuts
-        figures.cpu_s += counters.cpu_s - cpu_s
-        figures.waited_s += counters.waited_s + device.waited_s - waited_s
+        figures.cpu_s += now_cpu_s - cpu_s
+        figures.waited_s += now_waited_s - waited_s
+
+    def count_held(self, conductor: Conductor) -> None:
+        """Account for the layers within graphs, once these have run."""
+        if self.held:
+            conductor.count_held(self.held, self.chosen)
 
 
 class Recording:
     """A tape that is being made. The graphs so far have been replayed, so that the step goes on with real numbers."""
 
     def __init__(self, graphs: Graphs, conductor: Conductor) -> None:
-        self.tape, self.experts_failed = Tape(), False
+        self.tape, self.experts_failed = Tape(new_counts(conductor.device.torch_device)), False
         self.done: list[tuple[int, Tensor]] = []  # layers whose experts have run, and what these gave
         self._graphs, self._conductor = graphs, conductor
         self._ports: dict[Any, LayerPort] = {}
@@ -131,8 +141,8 @@ class Recording:
         if conductor is not self._conductor:
             raise CannotRecordError("it runs another model within")
         if (op := conductor.held_op(layer, x.dtype)) is not None:
-            self.tape.held.append(index.numel())
-            return op(x, index, weights)
+            self.tape.held += 1
+            return op(x, index, weights, self.tape.chosen)
         guesses = conductor.guess_next(layer, x, index.shape[1])
         port = self._port(x, index, guesses)
         port.leave(x, index, weights, guesses)
@@ -165,12 +175,15 @@ class Recording:
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Record a step. Raises what the step, its experts or the device raised."""
+        sequences, tokens = size_of(args, kwargs)
+        self.tape.tokens = sequences * tokens
+        self._conductor.begin_unless_announced(self.tape.tokens)
         self._graphs.begin()
         _OF_THREAD.recording = self
         try:
             self.tape.output = without_cache(forward(*args, **kwargs))
             self._close()
-            self._conductor.count_held(len(self.tape.held), sum(self.tape.held))
+            self.tape.count_held(self._conductor)
         except BaseException:
             self._graphs.drop()
             raise

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError
-from ...memory.lanes import LinkLane
+from ...memory.lanes import LaneCopy, LinkLane, SlotUser, Work
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
@@ -23,8 +23,9 @@ from ..experts import ExpertMath, ExpertWork
 if TYPE_CHECKING:
     from .port import LayerPort
 
-# x [T, D], index int [T, K], weights float [T, K] -> [T, D] in the dtype of x, all on the device
-HeldLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+# x [T, D], index int [T, K], weights float [T, K], counts -> [T, D] in the dtype of x, all on the device. Adds to
+# counts, int64 [2], how many choices there were of an expert with a weight, and how many experts were chosen.
+HeldLayer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class StepSum:
         self.is_begun = True
 
 
-class Queued(Protocol):
+class Queued(Work, Protocol):
     """Work queued on the device; a copy into what it reads can be queued behind it."""
 
     def wait(self) -> None:
@@ -166,13 +167,17 @@ class Device(Protocol):
         """Note on a timeline what the device and its link do from now on; None to stop, which fills it in."""
 
     def copy(
-        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
-    ) -> Copy:
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Sequence[SlotUser] = ()
+    ) -> LaneCopy:
         """Start copying an expert's bytes from host memory into device memory; both uint8 and of one length.
 
-        An urgent copy overtakes those that are not. With `after` it begins when that work is over, which reads the
-        target, or that copy, which writes it.
+        An urgent copy overtakes those that are not. None overtakes `after`: work that reads the target, and copies
+        that write it.
         """
+
+    def follow(self) -> None:
+        """Let the caller's stream wait for what was asked of the device on another one: two threads may share a model,
+        each on a stream of its own, while buffers, slots and recorded graphs are there once."""
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         """Bring the routing, the hidden states and the guesses to the host; waits for the device."""
@@ -208,6 +213,9 @@ class Device(Protocol):
         Returns:
             None where the device has no such operation for it; the layer then goes the way of all.
         """
+
+    def finish(self) -> None:
+        """Wait until all that was asked of it is done."""
 
     def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
         """Both parts added in float32, then in the dtype and on the device of the hidden states: [T, D]."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memory.lanes import MOST_IN_FLIGHT, LaneCopy, LinkLane, Work
+from ...memory.lanes import MOST_IN_FLIGHT, LaneCopy, LinkLane, SlotUser, Work
 from ...planning.costs import PIECE_BYTES
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
@@ -62,13 +62,14 @@ class StreamCarrier:
     def queues(self, source: Tensor) -> bool:
         return self._pinned.holds(source)
 
-    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> _Piece:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> _Piece:
         if not self._pinned.holds(source):
             source = self._staged(source)
         event = torch.cuda.Event(blocking=True)  # the lane's thread sleeps for it: the cores are for the experts
         with torch.cuda.stream(self._stream):
-            if isinstance(behind, _Launched):
-                behind.fence()
+            for work in behind:
+                assert isinstance(work, _Launched)
+                work.fence()
             target.copy_(source, non_blocking=True)
             event.record()
         return _Piece(event)
@@ -111,6 +112,7 @@ class CudaDevice:
         self._buffers = HostBuffers()
         self._spans: GpuSpans | None = None
         self._reached = torch.cuda.Event()  # by the device, when the host may read on
+        self._stream: Any = torch.cuda.current_stream()  # on which it was asked last
         self.waited_s = 0.0
         # By the id of a layer's math, which is held so that no other can take its id.
         self._kernels: dict[tuple[int, torch.dtype], tuple[ExpertMath, gpu.GpuKernel | None]] = {}
@@ -126,7 +128,9 @@ class CudaDevice:
         return int(torch.cuda.max_memory_allocated(self.torch_device))
 
     def pool(self, slots: int, slot_bytes: int) -> Tensor:
-        return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
+        memory = torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.torch_device)
+        self.finish()  # what had this memory before may still be read, and the link's stream waits for no other
+        return memory
 
     def pin(self, memory: Tensor) -> None:
         if (why := self._pinned.add(memory)) is not None:
@@ -141,10 +145,17 @@ class CudaDevice:
         self.link.timeline = timeline
 
     def copy(
-        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
-    ) -> Copy:
-        assert after is None or isinstance(after, _Launched | LaneCopy)
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Sequence[SlotUser] = ()
+    ) -> LaneCopy:
         return self.link.submit(source, target, urgent, label, after)
+
+    def follow(self) -> None:
+        stream = torch.cuda.current_stream()
+        if stream != self._stream:
+            event = torch.cuda.Event()
+            event.record(self._stream)
+            stream.wait_event(event)
+            self._stream = stream
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         read = self._buffers.read
@@ -243,12 +254,16 @@ class CudaDevice:
             return None
         table = gpu.table_of(kernel, slots, self.torch_device)
 
-        def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        def run(x: Tensor, index: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
             out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            gpu.run_grouped(kernel, pool, gpu.plan_on_device(kernel, index, weights, table), x, out, add=False)
+            plan = gpu.plan_on_device(kernel, index, weights, table, counts=counts)
+            gpu.run_grouped(kernel, pool, plan, x, out, add=False)
             return out.to(x.dtype)
 
         return run
+
+    def finish(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
     def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
         if on_cpu is not None:
@@ -259,6 +274,6 @@ class CudaDevice:
     def close(self) -> None:
         self.link.close()
         self._launcher.shutdown(wait=False, cancel_futures=True)  # it may be the launcher's thread that closes
-        torch.cuda.synchronize(self.torch_device)
+        self.finish()
         self._pinned.close()
         self._buffers.clear()

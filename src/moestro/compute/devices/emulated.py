@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ...memory.lanes import LaneCopy, LinkLane, Work
+from ...memory.lanes import LaneCopy, LinkLane, SlotUser, Work
 from ...planning.contract import Lane
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
@@ -46,7 +46,7 @@ class MemoryCarrier:
     def queues(self, source: Tensor) -> bool:
         return False
 
-    def send(self, source: Tensor, target: Tensor, behind: Work | None) -> Here:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Here:
         target.copy_(source)
         return Here()
 
@@ -89,9 +89,8 @@ class EmulatedDevice(HostDevice):
         self._timeline = self.link.timeline = timeline
 
     def copy(
-        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
-    ) -> Copy:
-        assert after is None or isinstance(after, WorkOfThread | LaneCopy)
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Sequence[SlotUser] = ()
+    ) -> LaneCopy:
         return self.link.submit(source, target, urgent, label, after)
 
     def run(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...memory.lanes import LinkLane
+from ...memory.lanes import LaneCopy, LinkLane, SlotUser
 from ...planning.slots import Expert
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
@@ -39,9 +39,12 @@ class HostDevice:
         pass
 
     def copy(
-        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Queued | Copy | None = None
-    ) -> Copy:
+        self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Sequence[SlotUser] = ()
+    ) -> LaneCopy:
         raise NotImplementedError("there is no device memory to copy to")
+
+    def follow(self) -> None:
+        pass
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         return HostBatch(index, weights.float(), x, guesses)
@@ -62,6 +65,9 @@ class HostDevice:
 
     def held_layer(self, math: ExpertMath, pool: Tensor, slots: Sequence[int], dtype: torch.dtype) -> HeldLayer | None:
         return None
+
+    def finish(self) -> None:
+        pass  # a step ends when its work is done
 
     def combine(self, on_cpu: Tensor | None, total: StepSum) -> Tensor:
         parts = [part for part in (on_cpu, total.out) if part is not None]

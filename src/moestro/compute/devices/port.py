@@ -39,7 +39,7 @@ class LayerPort:
         wait: Callable[[], None],
     ) -> None:
         n_chosen, n_guesses = index.numel(), 0 if guesses is None else guesses.numel()
-        n_bytes = 2 * _padded(4 * n_chosen) + 4 * n_guesses
+        n_bytes = _padded(8 * n_chosen) + _padded(4 * n_chosen) + 4 * n_guesses
         self.total = StepSum(torch.empty_like(x), pool, torch.zeros(x.shape, device=x.device), is_fixed=True)
         self._routing = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
         self._host_routing = host_bytes(n_bytes)
@@ -92,12 +92,13 @@ class LayerPort:
 def _parts(
     memory: Tensor, chosen: Sequence[int], masses: Sequence[int], guesses: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Experts as int32, weights as float32 and guesses as int32, one after another."""
-    size = 4 * torch.Size(chosen).numel()
-    index, weights, rest = memory.split([step := _padded(size), step, memory.numel() - 2 * step])
+    """Experts as int64, weights as float32 and guesses as int32, one after another."""
+    count = torch.Size(chosen).numel()
+    sizes = [_padded(8 * count), _padded(4 * count)]
+    index, weights, rest = memory.split([*sizes, memory.numel() - sum(sizes)])
     return (
-        index[:size].view(torch.int32).view(chosen),
-        weights[:size].view(torch.float32).view(masses),
+        index[: 8 * count].view(torch.int64).view(chosen),  # as wide as any router's: a cut index may be an expert's
+        weights[: 4 * count].view(torch.float32).view(masses),
         None if guesses is None else rest.view(torch.int32).view(guesses),
     )
 

@@ -206,9 +206,10 @@ def combine(
 @triton.jit
 def _choice(index, weights, table, i, pairs, experts):
     """Some of a router's choices: experts, `experts` for those that are skipped, and their weights."""
-    expert = tl.load(index + i, mask=i < pairs, other=-1).to(tl.int32)
+    expert = tl.load(index + i, mask=i < pairs, other=-1)
     weight = tl.load(weights + i, mask=i < pairs, other=0)
-    is_ours = (weight != 0) & (expert < experts) & (expert >= 0)
+    is_ours = (weight != 0) & (expert < experts) & (expert >= 0)  # before it is cut to 32 bits
+    expert = expert.to(tl.int32)
     is_ours &= tl.load(table + expert * ENTRY_INTS + 2, mask=is_ours, other=0) > 0
     return tl.where(is_ours, expert, experts), weight
 
@@ -222,6 +223,7 @@ def choose(
     pair_token,
     pair_weight,
     token_pairs,
+    counts,
     experts,
     pairs,
     K: tl.constexpr,
@@ -231,7 +233,8 @@ def choose(
     """The plan for index [T, K] and weights float32 [T, K] in one program, which compares each pair with each.
 
     table: [E, 3], see ENTRY_INTS; an expert of no blocks is skipped. A tile stands where its first pair does, so there
-    are as many as pairs, most of them empty. PAIRS: a power of two, no fewer than `pairs`.
+    are as many as pairs, most of them empty. counts: None, or int64 [2], to which are added the pairs that are not
+    skipped and their experts. PAIRS: a power of two, no fewer than `pairs`.
     """
     i = tl.arange(0, PAIRS)
     expert, weight = _choice(index, weights, table, i, pairs, experts)
@@ -252,6 +255,9 @@ def choose(
         place += tl.sum((of_token & (is_less | is_earlier)).to(tl.int32), 1)
     is_pair = i < pairs
     is_ours = expert < experts
+    if counts is not None:
+        tl.store(counts, tl.load(counts) + tl.sum(is_ours.to(tl.int64)))
+        tl.store(counts + 1, tl.load(counts + 1) + tl.sum((is_ours & (within == 0)).to(tl.int64)))
     rank = first + within
     tl.store(pair_token + rank, i // K, mask=is_pair)
     tl.store(pair_weight + rank, weight, mask=is_pair)

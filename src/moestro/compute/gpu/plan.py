@@ -1,8 +1,8 @@
 """Which tokens meet which expert in a slot, as the kernels read it: made on the host, or on the device.
 
 Both give the same results: pairs of a token and an expert, sorted by expert, in tiles of up to `rows` pairs, and each
-token's pairs in ascending order, in which they are added. A weight of exactly 0 and an index that is no expert's are
-skipped, as in the conductor's `group_by_expert`.
+token's pairs in ascending order, in which they are added. A weight of exactly 0 and an index that is no expert's,
+whatever its weight, are skipped, as in the conductor's `group_by_expert`.
 
 Legend: T tokens, K top-k, E experts, P pairs, N blocks of 64 neurons.
 """
@@ -99,23 +99,35 @@ def plan_of(
 
 
 def plan_on_device(
-    kernel: GpuKernel, index: Tensor, weights: Tensor, table: Tensor, *, limit_bytes: int = WORKSPACE_BYTES
+    kernel: GpuKernel,
+    index: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    *,
+    counts: Tensor | None = None,
+    limit_bytes: int = WORKSPACE_BYTES,
 ) -> Plan:
     """The plan for a router's choice, of those experts that are in slots; never waits for the device.
 
     Args:
-        index: int [T, K], chosen experts; E or more for none of ours. weights: float [T, K].
+        index: int [T, K], chosen experts; below 0, or E or more, for none of ours. weights: float [T, K].
         table: int32 [E, 3], each expert's slot, first block of neurons and number of blocks: 0 for one that is skipped.
+        counts: int64 [2], to which is added how many choices are not skipped, and how many experts these are of.
         limit_bytes: what the workspace may take.
     """
     step = tokens_at_once(kernel, index.shape[1], limit_bytes)
-    weights = weights.float()
+    index, weights = index.long(), weights.float()
+    if counts is not None and (index.shape[0] > step or index.numel() > PAIRS_AT_ONCE):  # not in one program
+        _count(index, weights, table, counts)
+        counts = None
     parts = []
     for first in range(0, index.shape[0], step):
         tokens = range(first, min(first + step, index.shape[0]))
         chosen, mass = index[first : tokens.stop].contiguous(), weights[first : tokens.stop].contiguous()
-        make = _by_one_program if chosen.numel() <= PAIRS_AT_ONCE else _by_torch
-        parts.append(make(kernel, tokens, chosen, mass, table))
+        if chosen.numel() <= PAIRS_AT_ONCE:
+            parts.append(_by_one_program(kernel, tokens, chosen, mass, table, counts))
+        else:
+            parts.append(_by_torch(kernel, tokens, chosen, mass, table))
     return Plan(tuple(parts), limit_bytes)
 
 
@@ -139,7 +151,9 @@ def most_tiles(pairs: int, experts: int, rows: int) -> int:
     return active + (pairs - active) // rows
 
 
-def _by_one_program(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor) -> PlanPart:
+def _by_one_program(
+    kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor, counts: Tensor | None
+) -> PlanPart:
     """For a decode step, where a dozen operations of torch would take longer than the experts."""
     pairs, experts, device = index.numel(), table.shape[0], index.device
     rows = tile_rows(kernel, pairs, min(pairs, experts))
@@ -156,6 +170,7 @@ def _by_one_program(kernel: GpuKernel, tokens: range, index: Tensor, weights: Te
         pair_token,
         pair_weight,
         token_pairs,
+        counts,
         experts,
         pairs,
         K=index.shape[1],
@@ -170,9 +185,7 @@ def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, 
     """The same by torch's operations, all of fixed shape."""
     pairs, experts, k, device = index.numel(), table.shape[0], index.shape[1], index.device
     rows = tile_rows(kernel, pairs, min(pairs, experts))
-    blocks = torch.cat([table[:, 2], table.new_zeros(1)])  # of each expert, and of none of ours
-    is_ours = (weights != 0) & (blocks[index.long().where(index >= 0, experts).clamp(max=experts)] > 0)
-    expert, order = torch.sort(index.where(is_ours, experts).flatten(), stable=True)  # [P]
+    expert, order = torch.sort(_ours(index, weights, table).flatten(), stable=True)  # [P]
     numbers = torch.arange(max(experts + 1, most_tiles(pairs, experts, rows), pairs), device=device)
     start = torch.searchsorted(expert, numbers[: experts + 1].to(expert.dtype))  # [E + 1]
     ends = ((start.diff() + rows - 1) // rows).cumsum(0)  # [E], tiles up to and with each expert
@@ -196,6 +209,22 @@ def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, 
         rows,
         kernel.blocks,
     )
+
+
+def _ours(index: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """The experts that were chosen, E for what is skipped: int64 [T, K]."""
+    experts = table.shape[0]
+    blocks = torch.cat([table[:, 2], table.new_zeros(1)])  # of each expert, and of none of ours
+    inside = index.where((index >= 0) & (index < experts) & (weights != 0), experts)
+    return inside.where(blocks[inside] > 0, experts)
+
+
+def _count(index: Tensor, weights: Tensor, table: Tensor, counts: Tensor) -> None:
+    """Add to `counts` as `plan_on_device` says."""
+    experts = table.shape[0]
+    expert = _ours(index, weights, table).flatten()
+    chosen = torch.zeros(experts + 1, dtype=torch.int64, device=index.device).scatter_(0, expert, 1)
+    counts += torch.stack([(expert < experts).sum(), chosen[:experts].sum()])
 
 
 def _starts(tokens: range, index: Tensor) -> Tensor:
