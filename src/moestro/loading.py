@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -225,8 +226,10 @@ def _check_prefix(model: str, source: str, auto: Any, config: Any, trust_remote_
         CheckpointError: it has.
     """
     with torch.device("meta"):
-        wanted = auto.from_config(config, trust_remote_code=trust_remote_code).state_dict()
-    prefixes = wrong_prefix(tensor_names(source), wanted)
+        empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+    of_model = empty.state_dict()
+    of_checkpoint = revert_weight_conversion(empty, of_model)  # under the names that the family publishes
+    prefixes = wrong_prefix(tensor_names(source), {**of_model, **of_checkpoint})
     if prefixes is not None:
         has, needs = (f"begin with {prefix!r}" if prefix else "have no prefix" for prefix in prefixes)
         raise CheckpointError(
