@@ -65,6 +65,13 @@ def test_the_class_goes_by_the_model_type(family: Family) -> None:
         assert _auto_class(config) is AutoModelForCausalLM
 
 
+@pytest.mark.parametrize("named", [5, "MixtralModel", [5], [None], [["MixtralModel"]], {"MixtralModel": 1}])
+def test_a_list_of_classes_that_is_none_does_no_harm(named: Any) -> None:
+    config = build_config(next(family for family in FAMILIES if family.name == "mixtral"))
+    config.architectures = named
+    assert _auto_class(config) is AutoModelForCausalLM
+
+
 @pytest.mark.parametrize("name", ["MixtralModel", "T5ForConditionalGeneration"])
 @torch.no_grad()
 def test_a_checkpoint_that_names_another_class_gives_transformers_own_text(name: str, tmp_path: Path) -> None:
@@ -222,6 +229,11 @@ def _hub_kernel(folder: Path) -> None:
     _edit(folder / "config.json", attn_implementation="somebody/attention")
 
 
+def _hub_kernel_of_a_part(folder: Path) -> None:
+    build_config(next(family for family in FAMILIES if family.name == "qwen3_vl_moe")).save_pretrained(folder)
+    _edit(folder / "config.json", attn_implementation={"vision_config": "somebody/attention"})
+
+
 def _adapter(folder: Path) -> None:
     _edit(folder / "adapter_config.json", base_model_name_or_path="org/base", peft_type="LORA")
 
@@ -245,6 +257,11 @@ BROUGHT: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "code in another repository": (_foreign_code, "needs code of its own"),
     "a tokenizer of its own": (_needed_tokenizer, "needs code of its own"),
     "a kernel from the hub": (_hub_kernel, "asks for an attention kernel from the hub (somebody/attention)"),
+    "a kernel from the hub for a part": (_hub_kernel_of_a_part, "kernel from the hub (somebody/attention)"),
+    "a server's attention": (
+        lambda f: _edit(f / "config.json", attn_implementation="paged|eager"),
+        "only a server runs",
+    ),
     "an adapter": (_adapter, "holds a PEFT adapter (adapter_config.json)"),
     "code in a pickle": (_payload, "cannot be loaded"),
     "a class for a known family": (_own_class, None),

@@ -70,12 +70,7 @@ def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any
         experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
         if isinstance(experts, int) and isinstance(top_k, int) and not 1 <= top_k <= max(experts, 1):
             raise ModelError(f"{model}: its config.json routes each token to {top_k} of {experts} experts")
-        attention = part._attn_implementation
-        if isinstance(attention, str) and is_kernel(attention) and not trust_remote_code:
-            raise ModelError(
-                f"{model}: its config.json asks for an attention kernel from the hub ({attention}), which is code; "
-                "read it, then give --trust-remote-code, or take attn_implementation out of config.json"
-            )
+    _refuse_attention(model, config, trust_remote_code)
     return config
 
 
@@ -90,6 +85,27 @@ def refuse_code(model: str, error: BaseException) -> None:
             f"{model} needs code of its own (auto_map in its config), which is not run unasked; read that code, then "
             "give --trust-remote-code, or trust_remote_code=True from Python"
         ) from error
+
+
+def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
+    """Refuse an attention that a config.json asks for and that is code from the hub, or that no plain generation has.
+
+    Raises:
+        ModelError: the config, or that of a part, asks for one.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if not isinstance(attention, str):
+            continue
+        if attention.startswith("paged|"):
+            raise ModelError(
+                f"{model}: its config.json asks for attn_implementation {attention}, which only a server runs; take it out"
+            )
+        if is_kernel(attention) and not trust_remote_code:
+            raise ModelError(
+                f"{model}: its config.json asks for an attention kernel from the hub ({attention}), which is code; "
+                "read it, then give --trust-remote-code, or take attn_implementation out of config.json"
+            )
 
 
 def check_files(folder: Path) -> None:
@@ -176,6 +192,8 @@ def _refuse_adapter(model: str, folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """What an error says first, with the next line where that only announces it; or the error's type."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -215,8 +215,8 @@ def _auto_class(config: Any) -> Any:
             found[auto] = {each.__name__ for each in classes}
     if not found:
         raise ModelError(f"Transformers has no class that generates text from a {config.model_type} checkpoint")
-    named = set(config.architectures or ())
-    return next((auto for auto, names in found.items() if names & named), next(iter(found)))
+    named = config.architectures if isinstance(config.architectures, list) else []
+    return next((auto for auto, names in found.items() if any(name in named for name in names)), next(iter(found)))
 
 
 def _check_prefix(model: str, source: str, auto: Any, config: Any, trust_remote_code: bool) -> None:
