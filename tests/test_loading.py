@@ -234,6 +234,10 @@ def _hub_kernel_of_a_part(folder: Path) -> None:
     _edit(folder / "config.json", attn_implementation={"vision_config": "somebody/attention"})
 
 
+def _paged_attention(folder: Path) -> None:
+    _edit(folder / "config.json", attn_implementation="paged|eager")
+
+
 def _adapter(folder: Path) -> None:
     _edit(folder / "adapter_config.json", base_model_name_or_path="org/base", peft_type="LORA")
 
@@ -258,10 +262,7 @@ BROUGHT: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "a tokenizer of its own": (_needed_tokenizer, "needs code of its own"),
     "a kernel from the hub": (_hub_kernel, "asks for an attention kernel from the hub (somebody/attention)"),
     "a kernel from the hub for a part": (_hub_kernel_of_a_part, "kernel from the hub (somebody/attention)"),
-    "a server's attention": (
-        lambda f: _edit(f / "config.json", attn_implementation="paged|eager"),
-        "only a server runs",
-    ),
+    "a server's attention": (_paged_attention, "only a server runs"),
     "an adapter": (_adapter, "holds a PEFT adapter (adapter_config.json)"),
     "code in a pickle": (_payload, "cannot be loaded"),
     "a class for a known family": (_own_class, None),

@@ -99,7 +99,7 @@ def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
             continue
         if attention.startswith("paged|"):
             raise ModelError(
-                f"{model}: its config.json asks for attn_implementation {attention}, which only a server runs; take it out"
+                f"{model}: its config.json asks for the attention {attention}, which only a server runs; take it out"
             )
         if is_kernel(attention) and not trust_remote_code:
             raise ModelError(
