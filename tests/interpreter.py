@@ -18,7 +18,7 @@ def ask_for_interpreter() -> None:
 
 
 def mend_interpreter() -> None:
-    """Numbers of tensors as numpy 2.4 wants them made (3.5, 3.6); bfloat16 not multiplied as integers; less work a call."""
+    """Numbers of tensors as numpy 2.4 wants them (3.5, 3.6); bfloat16 not multiplied as integers; less work a call."""
     from triton import language
     from triton.runtime import interpreter
 
