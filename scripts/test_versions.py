@@ -42,8 +42,7 @@ class Combination:
 
 def oldest() -> Combination:
     least_python = PROJECT["project"]["requires-python"].removeprefix(">=")
-    needs = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
-    floors = [re.match(r"([\w-]+)>=([\w.]+)", need) for need in needs]
+    floors = [re.match(r"([\w-]+)>=([\w.]+)", need) for need in PROJECT["project"]["dependencies"]]
     return Combination("oldest", (f"python{least_python}",), tuple(f"{f[1]}=={f[2]}" for f in floors if f))
 
 
@@ -88,7 +87,9 @@ def run_tests(combination: Combination, pytest_arguments: list[str], keep: bool)
             # A constraint in the environment takes the place of any in pip's configuration files.
             environment = os.environ | {"PIP_CONSTRAINT": str(pins)}
             where = folder / "tree" if (folder / "tree").exists() else ROOT
-            done = subprocess.run(step, cwd=where, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+            done = subprocess.run(
+                step, cwd=where, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+            )
             if done.returncode:
                 break
     minutes = (time.monotonic() - start_s) / 60
@@ -121,16 +122,18 @@ def main() -> int:
     parser.add_argument("--python", help="an interpreter: tests one combination of your own instead")
     parser.add_argument("--pin", nargs="+", default=[], metavar="NAME==VERSION", help="its versions")
     parser.add_argument("--keep", action="store_true", help="leave the environment for a look into it")
-    own, _, pytest_arguments = " ".join(sys.argv[1:]).partition(" -- ")
-    options = parser.parse_args(own.split())
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    options, pytest_arguments = parser.parse_args(given[:end]), given[end + 1 :]
     known = {"oldest": oldest(), "newest": newest()}
     if unknown := set(options.which) - known.keys():
         parser.error(f"no combination {', '.join(unknown)}; there are oldest and newest")
     chosen = [known[name] for name in options.which or known]
     if options.python:
         chosen = [Combination("own", (options.python,), tuple(options.pin))]
-    arguments = pytest_arguments.split() or ["-n", "2", "--dist", "worksteal"]
-    return 0 if all([run_tests(combination, arguments, options.keep) for combination in chosen]) else 1
+    arguments = pytest_arguments or ["-n", "2", "--dist", "worksteal"]
+    passed = [run_tests(combination, arguments, options.keep) for combination in chosen]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
