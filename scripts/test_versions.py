@@ -73,13 +73,14 @@ def run_tests(combination: Combination, pytest_arguments: list[str], keep: bool)
     pins = folder / "pins.txt"
     pins.write_text("\n".join(combination.pins) + "\n")
     of_venv = str(folder / "venv" / "bin" / "python")
-    install = [of_venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[dev]"]
     steps = (
         ["git", "clone", "--quiet", str(ROOT), str(folder / "tree")],
         [python, "-m", "venv", str(folder / "venv")],
-        install,
+        [of_venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[dev]"],
         [of_venv, "-m", "pytest", *pytest_arguments],
     )
+    # A constraint in the environment takes the place of any in pip's configuration files.
+    environment = os.environ | {"PIP_CONSTRAINT": str(pins)}
     start_s = time.monotonic()
     with log.open("w") as output:
         for step in steps:
@@ -102,12 +103,14 @@ def run_tests(combination: Combination, pytest_arguments: list[str], keep: bool)
 
 def describe(python: str) -> str:
     """The versions in an environment, as its own interpreter tells them."""
+    if not Path(python).exists():
+        return "no environment"
     code = (
         "import platform; from importlib.metadata import version, packages_distributions as p;"
         f"print('Python', platform.python_version(), *[f'{{n}} {{version(n)}}' for n in {SHOWN} if n in p()], sep=', ')"
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip().replace("Python, ", "Python ") or "no environment"
+    return done.stdout.strip().replace("Python, ", "Python ")
 
 
 def closing_line(log: Path) -> str:
