@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test install sanitize clean
+.PHONY: help demo test test-versions install sanitize clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -14,6 +14,9 @@ test: install  ## set up .venv, then lint, type-check and run the tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-versions:  ## run the tests on the oldest and the newest versions that pyproject.toml allows (an hour, 6 GB each)
+	$(PYTHON) scripts/test_versions.py $(COMBINATION)
 
 install: $(VENV)/.installed  ## set up .venv only
 

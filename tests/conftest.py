@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from interpreter import ask_for_interpreter
+from interpreter import ask_for_interpreter, mend_interpreter
 
 ask_for_interpreter()
+if find_spec("triton") and not torch.cuda.is_available():
+    mend_interpreter()
 import transformers  # noqa: E402
 
 

@@ -15,6 +15,7 @@ that family (its text part alone, or a layout that the first entry does not have
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -223,6 +225,13 @@ FAMILIES: tuple[Family, ...] = (
     Family("unlimited_ocr", auto=IMAGE_TEXT),
     Family("zaya", {"num_experts_per_tok": 1, "router_hidden_size": 32}),
 )
+
+# The table is of the Transformers that constraints.txt pins. An older one lacks some, which are left out there.
+CONSTRAINTS = (Path(__file__).parents[1] / "constraints.txt").read_text("utf-8")
+TABLE_OF = Version(re.findall(r"^transformers==(\S+)", CONSTRAINTS, re.MULTILINE)[0])
+INSTALLED = Version(transformers.__version__)
+if INSTALLED < TABLE_OF:
+    FAMILIES = tuple(family for family in FAMILIES if (family.model_type or family.name) in CONFIG_MAPPING)
 
 # Their forward goes through the interface like any other, but they have no greedy text to compare.
 FORWARD_ONLY: tuple[Family, ...] = (Family("openai_privacy_filter", auto="AutoModelForTokenClassification"),)

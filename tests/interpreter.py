@@ -1,4 +1,4 @@
-"""Triton's interpreter, by which GPU kernels run on CPU tensors, and what versions 3.6 and 3.7 need mended.
+"""Triton's interpreter, by which GPU kernels run on CPU tensors, and what versions 3.5 to 3.7 need mended.
 
 `conftest.py` asks for the interpreter before anything imports Triton, on machines without a CUDA GPU.
 """
@@ -18,16 +18,17 @@ def ask_for_interpreter() -> None:
 
 
 def mend_interpreter() -> None:
-    """Numbers of tensors as numpy 2.4 wants them made (3.6); bfloat16 not multiplied as integers; less work a call."""
+    """Numbers of tensors as numpy 2.4 wants them (3.5, 3.6); bfloat16 not multiplied as integers; less work a call."""
     from triton import language
     from triton.runtime import interpreter
 
     patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
     patched: set[str] = set()  # modules; Triton patches its language anew with every call of a function of a kernel
 
-    def patch_tensor_and_index(tensor, scope) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch_tensor_and_index(tensor, *scope) -> None:  # 3.5 has no scope, whose end takes patches back
+        patch_tensor(tensor, *scope)
+        set_attr = scope[0].set_attr if scope else setattr
+        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def widened(handle):
         if handle.dtype.scalar != language.bfloat16:

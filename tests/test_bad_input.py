@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,9 @@ def _empty_pickle(folder: Path) -> None:
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 
+# Which tensor is found first depends on the version of Transformers.
+MISSHAPEN = r"have shapes other than its config says|checkpoint and its config.json do not belong together"
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard cut short": (_cut_shard, "is damaged or cut short"),
     "shard empty": (_empty_shard, "is damaged or cut short"),
@@ -113,8 +117,8 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _remove_tensor(f, "model.layers.0.self_attn.k_proj.weight"),
         "has no model.layers.0.self_attn.k_proj.weight; it is incomplete",
     ),
-    "config says another size": (lambda f: _edit_config(f, hidden_size=48), "have shapes other than its config says"),
-    "config says more experts": (lambda f: _edit_config(f, num_local_experts=5), "gate.weight have shapes other"),
+    "config says another size": (lambda f: _edit_config(f, hidden_size=48), MISSHAPEN),
+    "config says more experts": (lambda f: _edit_config(f, num_local_experts=5), MISSHAPEN),
     "config says more layers": (lambda f: _edit_config(f, num_hidden_layers=3), "model.layers.2"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "config has no numbers": (lambda f: _edit_config(f, hidden_size="big"), "error"),
@@ -129,7 +133,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown family": (lambda f: _edit_config(f, model_type="nosuchmodel"), "nosuchmodel"),
     "quantized already": (
         lambda f: _edit_config(f, quantization_config={"quant_method": "fp8"}),
-        "is already quantized (fp8), which Moestro cannot read yet",
+        "is already quantized \\(fp8\\), which Moestro cannot read yet",
     ),
     "tokenizer absent": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
 }
@@ -141,7 +145,7 @@ def test_a_spoiled_checkpoint(
 ) -> None:
     spoil, says = SPOILED[how]
     spoil(demo_copy)
-    assert says in _fails(capsys, monkeypatch, "run", str(demo_copy), "Once", "--json")
+    assert re.search(says, _fails(capsys, monkeypatch, "run", str(demo_copy), "Once", "--json"))
 
 
 def test_an_unspoiled_checkpoint_of_several_shards_runs(

@@ -430,17 +430,31 @@ def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
 
 
+# With torch 2.11, Transformers' own attention computes differently while it is traced: it is given a mask then, and
+# the logits of a plain model differ by 1e-6. 8-bit layers round what they are given to 1/127 of its largest, which
+# makes 1e-4 of that. Its "eager" attention has a mask always, so there all is equal.
+COMPILED = [
+    (True, "eager", 8, "eager", 0.0),
+    (True, "aot_eager", None, "sdpa", 1e-5),
+    (True, "aot_eager", 8, "sdpa", 2e-3),
+    (False, "aot_eager", 8, "eager", 0.0),
+]
+
+
 @needs_kernels
-@pytest.mark.parametrize("on", [True, False])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("on", "backend", "bits", "attention", "tolerance"), COMPILED)
 @torch.no_grad()
-def test_a_compiled_model_computes_the_same(on: bool, backend: str, tmp_path: Path) -> None:
+def test_a_compiled_model_computes_the_same(
+    on: bool, backend: str, bits: int | None, attention: str, tolerance: float, tmp_path: Path
+) -> None:
     """torch.compile leaves our calls outside of its graphs, for a prompt and for decoded tokens."""
     save_model("olmoe", tmp_path, HEADS)
-    model, ids = load(str(tmp_path), bits=8, fuse=on, **ON_CPU), torch.randint(3, 100, (1, 8))
+    model, ids = load(str(tmp_path), bits=bits, fuse=on, **ON_CPU), torch.randint(3, 100, (1, 8))
+    model.set_attn_implementation(attention)
+    torch.compiler.reset()
     logits = []
     for run in (model, torch.compile(model, backend=backend)):
         cache = DynamicCache()
         steps = [run(part, past_key_values=cache, use_cache=True).logits for part in ids.split([6, 1, 1], 1)]
         logits.append(torch.cat(steps, 1))
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits[1], logits[0], rtol=tolerance, atol=tolerance)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from interpreter import mend_interpreter
 from moestro.compute import gpu
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
 from moestro.compute.gpu import (
@@ -32,8 +31,6 @@ from test_cpu_kernels import GATES
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and overflow, in the interpreter
-if not torch.cuda.is_available():
-    mend_interpreter()
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -23,6 +23,7 @@ from .compute.experts import ExpertMath
 from .compute.watch import Watch
 from .conductor import Conductor
 from .config import MoestroConfig
+from .context import model_context
 from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
@@ -230,10 +231,12 @@ def _planned_context(config: Any, asked: int | None) -> int:
     Raises:
         RequestError: more than the model can read.
     """
-    longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or (asked or DEFAULT_CONTEXT)
-    if asked is not None and asked > longest:
+    longest = model_context(config)
+    if asked is None:
+        return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if longest is not None and asked > longest:
         raise RequestError(f"--context {asked}, but the model's context is {longest}; ask for less")
-    return min(longest, DEFAULT_CONTEXT) if asked is None else asked
+    return asked
 
 
 def home(conductor: Conductor, layer: int, expert: int) -> Tensor:

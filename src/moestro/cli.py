@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from inspect import signature
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,9 +51,11 @@ from .options import (
     TopK,
     TopP,
     TraceTokens,
+    TrustRemoteCode,
 )
 from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
+from .terminal import read_line, read_prompt, say, stop_on_interrupt
 
 if TYPE_CHECKING:
     from .generation import TextOptions, TextResult
@@ -91,6 +89,7 @@ def run(
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
     ] = None,
     shape: Shape = None,
+    trust_remote_code: TrustRemoteCode = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
     top_p: TopP = 0.95,
@@ -133,7 +132,7 @@ def run(
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
-    options, text = _text_options(command), _read_prompt(prompt)
+    options, text = _text_options(command), read_prompt(prompt)
     loaded, tokenizer = _load(model, shape, command)
     if not as_json:
         print(text, end="", flush=True)
@@ -151,6 +150,7 @@ def chat(
     command: typer.Context,
     model: Model = None,
     shape: Shape = None,
+    trust_remote_code: TrustRemoteCode = False,
     system: Annotated[
         str | None, typer.Option(help="What the model is told first. [default: nothing]", show_default=False)
     ] = None,
@@ -186,21 +186,21 @@ def chat(
     loaded, tokenizer = _load(model, shape, command)
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
-        _say("this tokenizer has no chat template: the conversation is one text that the model continues")
-    _say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
-    while (text := _read_line()) is not None:
+        say("this tokenizer has no chat template: the conversation is one text that the model continues")
+    say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
+    while (text := read_line()) is not None:
         if text.strip() == "/new":
             session.reset()
         elif text.strip():
             try:
-                with _stop_on_interrupt() as stopped:
+                with stop_on_interrupt() as stopped:
                     result = session.ask(text, on_text=_print_piece, should_stop=stopped.is_set)
                 print()
                 _print_figures(result)
             except RequestError as error:
-                _say(f"{error}; /new starts over")
+                say(f"{error}; /new starts over")
             except KeyboardInterrupt:
-                _say("\nstopped; that message is forgotten")
+                say("\nstopped; that message is forgotten")
 
 
 @app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
@@ -209,6 +209,7 @@ def trace_command(
     text: TextFile,
     model: Model = None,
     shape: Shape = None,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[
         str | None,
         typer.Option(
@@ -316,46 +317,12 @@ def _load(model: str | None, shape: str | None, command: typer.Context) -> tuple
     options |= {"model": model, "shape": shape}
     if options["threads"] is None:
         options["threads"] = len(core_cpus())
-    tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
+    trusted = options["trust_remote_code"]
+    tokenizer = load_tokenizer(model, shape=shape, trust_remote_code=trusted) if model or shape else None
     loaded = load(**options)
     if (plan := loaded.moestro.gpu_plan) is not None:
-        _say(plan.in_words())
+        say(plan.in_words())
     return loaded, tokenizer
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
-        raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
-    return sys.stdin.read() if prompt in (None, "-") else str(prompt)
-
-
-def _read_line() -> str | None:
-    """One message from the user; None at the end of input. Ctrl-C clears the line."""
-    while True:
-        try:
-            return input("> ")
-        except KeyboardInterrupt:
-            _say("\nCtrl-D leaves")
-        except EOFError:
-            print()
-            return None
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Event]:
-    """Within it, the first Ctrl-C sets an event; the second raises, should a long prompt still be read."""
-    stopped = Event()
-
-    def interrupt(*_: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _print_piece(text: str) -> None:
@@ -373,7 +340,7 @@ def _print_figures(result: TextResult) -> None:
         experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
     tape = "" if result.tape is None else f"tape    {result.tape.describe()}\n"
     memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
-    _say(
+    say(
         f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
         f"first token after {result.ttft_s:.3f} s\n"
         f"decode  {decode}   {result.new_tokens} tokens{full}\n"
@@ -381,16 +348,12 @@ def _print_figures(result: TextResult) -> None:
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def main() -> None:
     """Entry point: a MoestroError is one line and status 2; Ctrl-C is status 130, by typer."""
     try:
         app()
     except MoestroError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(2)
 
 

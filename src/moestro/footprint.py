@@ -141,6 +141,7 @@ def _measured(
     own_cache = not model._supports_default_dynamic_cache()  # as `generate` asks
     prompt = max(1, context - 1)
     with (
+        _left_as_it_was(model),
         META,
         _stood_in(model, math, (prompt, 1), attention.device),
         attention,
@@ -163,6 +164,21 @@ def _measured(
         cache = step(1, cache)
         kv_bytes = cache_bytes(cache)
     return Footprint(context, kv_bytes, max(0, prefill_peak - kv_bytes), max(0, follower.peak_bytes - kv_bytes))
+
+
+@contextmanager
+def _left_as_it_was(model: Any) -> Iterator[None]:
+    """Restore afterwards what a forward notes in its modules: RoPE that depends on length keeps the longest yet seen
+    and its frequencies, which on meta have no values."""
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _choose(ids: Tensor, logits: Tensor) -> Tensor:

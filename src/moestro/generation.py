@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from .accounts import Counters
+from .context import model_context
 from .errors import CheckpointError, RequestError
 from .machine import peak_ram_bytes
 from .planning.clock import Clock
@@ -206,10 +207,10 @@ def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: in
     Raises:
         RequestError: the prompt alone fills the context, or all of it is more than GPU memory was planned for.
     """
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and prompt_tokens >= context:
+    context = model_context(model.config)
+    if context is not None and prompt_tokens >= context:
         raise RequestError(f"the prompt has {prompt_tokens} tokens, but the model's context is {context}; shorten it")
-    new_tokens = min(max_new_tokens, context - prompt_tokens) if context else max_new_tokens
+    new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - prompt_tokens)
     if (plan := model.moestro.gpu_plan) is not None:
         plan.check_tokens(prompt_tokens, new_tokens, num_beams)
     return new_tokens

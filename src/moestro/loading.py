@@ -9,7 +9,6 @@ placement nor policies.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -18,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from .checkpoint import check_files, first_line, read_config, refuse_code, resolve, tensor_names, wrong_prefix
 from .config import METHOD, MoestroConfig
 from .errors import CheckpointError, ModelError, MoestroError, RequestError
 from .planning.policies import DEFAULT_POLICY
@@ -34,7 +39,6 @@ from .random_model import build_random_model, shape_tokenizer
 
 logger = logging.getLogger("moestro")
 
-DEMO = "demo"
 _DTYPES = {
     "auto": "auto",
     **dict.fromkeys(("float32", "fp32"), torch.float32),
@@ -63,7 +67,9 @@ def load(
     dense_bits: int | None = None,
     head_bits: int | None = None,
     fuse: bool = True,
+    pack_dense: bool = True,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts in Moestro's hands.
 
@@ -73,12 +79,13 @@ def load(
         gpu_memory, ram: the most memory to use, like "12GiB"; None for what is free.
         policy: who decides which expert runs where; see `moestro.planning.policies`.
         device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
-        context, link, machine, clock, profile, fuse: see `MoestroConfig`.
+        context, link, machine, clock, profile, fuse, pack_dense: see `MoestroConfig`.
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
         threads: of our kernels and of torch, for the whole process; None for one on each core, and torch's as is.
         bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
         expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head with
             the embedding; None for `bits`. Below 16, dense layers and head need `device="cpu"`.
+        trust_remote_code: run code that the checkpoint brings. Without it none is run and nothing asks.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -102,31 +109,40 @@ def load(
         dense_bits=dense_bits,
         head_bits=head_bits,
         fuse=fuse,
+        pack_dense=pack_dense,
     )
-    return _load(model, shape, config, _parse_dtype(dtype), seed)
+    return _load(model, shape, config, _parse_dtype(dtype), seed, trust_remote_code)
 
 
-def load_tokenizer(model: str | None = None, *, shape: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str | None = None, *, shape: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model, or one that spells out ids for a random shape.
 
+    Args:
+        trust_remote_code: run code that the checkpoint brings for it. Without it none is run and nothing asks.
+
     Raises:
-        CheckpointError: the checkpoint has none.
+        CheckpointError: the checkpoint has none. ModelError: it needs code that is not trusted.
     """
     if shape is not None:
         return shape_tokenizer(shape)
     assert model is not None
-    source = _resolve(model)
-    _read_config(model, source)  # first, since a model that is not there has no tokenizer either
+    source = resolve(model)
+    read_config(model, source, trust_remote_code)  # first, since a model that is not there has no tokenizer either
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise all kinds
+        refuse_code(model, error)
         raise CheckpointError(
             f"{model} has no tokenizer that Transformers can read; put its tokenizer.json beside the weights "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
-def _load(model: str | None, shape: str | None, config: MoestroConfig, dtype: Any, seed: int) -> PreTrainedModel:
+def _load(
+    model: str | None, shape: str | None, config: MoestroConfig, dtype: Any, seed: int, trust_remote_code: bool
+) -> PreTrainedModel:
     if (model is None) == (shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
     if config.threads is not None:
@@ -134,7 +150,7 @@ def _load(model: str | None, shape: str | None, config: MoestroConfig, dtype: An
     if shape is not None:
         return build_random_model(shape, config, dtype=dtype, seed=seed)
     assert model is not None
-    return _load_checkpoint(model, config, dtype)
+    return _load_checkpoint(model, config, dtype, trust_remote_code)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> Any:
@@ -145,41 +161,33 @@ def _parse_dtype(dtype: str | torch.dtype) -> Any:
     return _DTYPES[dtype]
 
 
-def _resolve(model: str) -> str:
-    """The folder or hub id that a model's name stands for."""
-    if model == DEMO:
-        return str(Path(__file__).parent / "demo")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelError(f"{model} is a file; name the folder with its config.json")
-    looks_like_path = model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ModelError(f"no folder {model}; name a checkpoint's folder, a hub id like org/name, or demo")
-    return model
-
-
-def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any) -> PreTrainedModel:
-    source = _resolve(model)
-    config = _read_config(model, source)
+def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, trust_remote_code: bool) -> Any:
+    source = resolve(model)
+    config = read_config(model, source, trust_remote_code)
+    auto = _auto_class(config)
     if Path(source).is_dir():
-        _check_files(Path(source))
+        check_files(Path(source))
     with _loading_report() as report:
         try:
-            loaded, info = _model_class(config).from_pretrained(
+            loaded, info = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization_config,
                 experts_implementation=METHOD,
                 output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
+        except CheckpointError:
+            _check_prefix(model, source, auto, config, trust_remote_code)
+            raise
         except MoestroError:
             raise
         except Exception as error:  # whatever Transformers and its file formats make of a damaged checkpoint
+            refuse_code(model, error)
             raise CheckpointError(_explain(model, report, error)) from error
     if missing := sorted(info["missing_keys"]):
+        _check_prefix(model, source, auto, config, trust_remote_code)
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise CheckpointError(f"{model} has no {missing[0]}{more}; it is incomplete: download it again")
     if unused := sorted(info["unexpected_keys"]):
@@ -187,77 +195,49 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any)
     return loaded
 
 
-def _read_config(model: str, source: str) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except Exception as error:  # a config.json may hold anything
-        if not Path(source).is_dir():
-            raise ModelError(
-                f"no model {model}: no folder of that name here, and the hub gave none ({_first_line(error)})"
-            ) from error
-        if not (Path(source) / "config.json").exists():
-            raise ModelError(f"{model} has no config.json; name the folder of a Hugging Face checkpoint") from error
-        raise ModelError(f"{model}: Transformers cannot use its config.json: {_first_line(error)}") from error
-    text_config = config.get_text_config()
-    own = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
-    if own is not None and _method(own) == METHOD:  # how a model of ours was run; its weights are as they always were
-        del config.quantization_config
-    elif own is not None:
-        raise ModelError(
-            f"{model} is already quantized ({_method(own)}), which Moestro cannot read yet; use the unquantized "
-            "checkpoint"
-        )
-    for part in (config, text_config):
-        experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
-        if isinstance(experts, int) and isinstance(top_k, int) and not 1 <= top_k <= max(experts, 1):
-            raise ModelError(f"{model}: its config.json routes each token to {top_k} of {experts} experts")
-    return config
+def _auto_class(config: Any) -> Any:
+    """The auto class of Transformers that finds, by `model_type`, what generates text from such a config.
 
-
-def _method(quantization_config: Any) -> Any:
-    """By which a checkpoint says that it was quantized."""
-    if isinstance(quantization_config, dict):
-        return quantization_config.get("quant_method")
-    return getattr(quantization_config, "quant_method", quantization_config)
-
-
-def _model_class(config: Any) -> Any:
-    """The class that generates text from such a config: the one that the checkpoint names, if it is known."""
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    for candidate in (*named, *(mapping[type(config)] for mapping in mappings if type(config) in mapping)):
-        if candidate is not None and candidate.can_generate():
-            return candidate
-    raise ModelError(f"Transformers has no class that generates text from a {config.model_type} checkpoint")
-
-
-def _check_files(folder: Path) -> None:
-    """Open each weights file far enough to know that it is whole.
+    `architectures` decides only between the text model and the whole of a family that has both; a checkpoint's
+    own code is asked for by the name that its `auto_map` uses.
 
     Raises:
-        CheckpointError: naming the file that is absent or cut short.
+        ModelError: there is none.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    names = [single.name] if single.exists() else []
-    if not names and index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} is no index of weights ({_first_line(error)}); download it again"
-            ) from error
-    for name in names:
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{folder} lacks {name}, which its index names; download it again")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size
-            raise CheckpointError(
-                f"{path} is damaged or cut short ({size} bytes: {_first_line(error)}); download it again"
-            ) from error
+    autos = {
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    own_code = getattr(config, "auto_map", None) or {}
+    found = {}
+    for auto, mapping in autos.items():
+        classes = mapping.get(type(config), ())
+        classes = classes if isinstance(classes, (list, tuple)) else (classes,)
+        if any(each.can_generate() for each in classes) or auto.__name__ in own_code:
+            found[auto] = {each.__name__ for each in classes}
+    if not found:
+        raise ModelError(f"Transformers has no class that generates text from a {config.model_type} checkpoint")
+    named = config.architectures if isinstance(config.architectures, list) else []
+    return next((auto for auto, names in found.items() if any(name in named for name in names)), next(iter(found)))
+
+
+def _check_prefix(model: str, source: str, auto: Any, config: Any, trust_remote_code: bool) -> None:
+    """Say so where a checkpoint has what was missed, under names that all begin otherwise.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    with torch.device("meta"):
+        empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+    of_model = empty.state_dict()
+    of_checkpoint = revert_weight_conversion(empty, of_model)  # under the names that the family publishes
+    prefixes = wrong_prefix(tensor_names(source), {**of_model, **of_checkpoint})
+    if prefixes is not None:
+        has, needs = (f"begin with {prefix!r}" if prefix else "have no prefix" for prefix in prefixes)
+        raise CheckpointError(
+            f"{model}: the names of its tensors {has}, but those of its model {needs}; rename them, or save the "
+            "model's own state_dict again"
+        )
 
 
 @contextmanager
@@ -284,14 +264,9 @@ def _explain(model: str, report: list[str], error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(report))
     broken = re.findall(r"^(\S.*?)\s*\|\s*(CONVERSION|MISMATCH)", text, re.MULTILINE)
     if not broken:
-        return f"{model} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        return f"{model} cannot be loaded: {type(error).__name__}: {first_line(error)}"
     name, kind = broken[0]
     what = (
         "have shapes other than its config says" if kind == "MISMATCH" else "are not all there or do not fit together"
     )
     return f"{model}: the tensors for {name} {what}; download it again"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

@@ -113,6 +113,10 @@ Fuse = Annotated[
         "--fuse/--no-fuse", help="A decode step in few calls: fused on the CPU, recorded and replayed on a GPU."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the checkpoint brings; without it, none is run."),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
 Temperature = Annotated[
     float | None,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .context import model_context
 from .errors import RequestError
 from .generation import encode
 from .planning.contract import Outcome, Phase, Step
@@ -128,9 +129,9 @@ def read_pieces(
     Raises:
         RequestError: too few tokens, or a piece that is longer than the model's context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = model_context(model.config)
     piece = prompt_tokens + decode_tokens
-    if context and piece > context:
+    if context is not None and piece > context:
         raise RequestError(f"--prompt-tokens and --decode-tokens are {piece}, more than the context of {context}")
     if len(ids) <= prompt_tokens:
         raise RequestError(f"the text has {len(ids)} tokens, but a prompt takes {prompt_tokens}; give a longer one")

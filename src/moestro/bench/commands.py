@@ -24,6 +24,7 @@ from ..options import (
     Shape,
     Threads,
     TraceTokens,
+    TrustRemoteCode,
 )
 from ..planning.policies import POLICIES
 from ..planning.shapes import SHAPES
@@ -135,6 +136,7 @@ def bench_decode(
 def bench_policies(
     model: Model = None,
     shape: Shape = None,
+    trust_remote_code: TrustRemoteCode = False,
     text: TextSource = None,
     trace: Annotated[
         str | None,
@@ -163,7 +165,7 @@ def bench_policies(
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
     from .policies import Reading, compare_by_replay, compare_live
 
-    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed)
+    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed, trust_remote_code)
     names = tuple(policy or POLICIES)
     if not live:
         found = compare_by_replay(
@@ -284,6 +286,7 @@ def bench_host(
 def bench_recall(
     model: Model = None,
     shape: Shape = None,
+    trust_remote_code: TrustRemoteCode = False,
     text: TextSource = None,
     tokens: TraceTokens = 1024,
     prompt_tokens: PromptTokens = 64,
@@ -300,7 +303,7 @@ def bench_recall(
     if plot is not None:  # refused before the work
         plotting()
         writable(plot)
-    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed)
+    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed, trust_remote_code)
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))

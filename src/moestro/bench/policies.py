@@ -167,6 +167,7 @@ class Reading:
     prompt_tokens: int
     decode_tokens: int
     seed: int
+    trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
@@ -179,7 +180,8 @@ class Reading:
 
     def load(self, **options: Any) -> Any:
         """The model, with options of `moestro.load`."""
-        return load(self.model, shape=self.shape, seed=self.seed, **options)
+        trusted = self.trust_remote_code
+        return load(self.model, shape=self.shape, seed=self.seed, trust_remote_code=trusted, **options)
 
     def ids(self, loaded: Any) -> tuple[torch.Tensor, str | None]:
         """What to read, and its text where there is one."""
@@ -189,7 +191,8 @@ class Reading:
             random = torch.Generator().manual_seed(self.seed)
             return torch.randint(loaded.config.get_text_config().vocab_size, (size,), generator=random), None
         words = read_text(self.text)
-        return encode(load_tokenizer(self.model, shape=self.shape), words), words
+        tokenizer = load_tokenizer(self.model, shape=self.shape, trust_remote_code=self.trust_remote_code)
+        return encode(tokenizer, words), words
 
     def record(self, lookahead: int = LOOKAHEAD) -> Trace:
         """A trace of the model on the CPU."""

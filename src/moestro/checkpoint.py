@@ -1,0 +1,202 @@
+"""What stands in a checkpoint's folder or hub repository, before a model is built: its config, files and names.
+
+    source = resolve("org/name")
+    config = read_config("org/name", source)       # a Transformers config, or one line on what is wrong
+
+Code that a checkpoint brings is run only where it is trusted, and nothing here asks on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.integrations.hub_kernels import is_kernel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+from .config import METHOD
+from .errors import CheckpointError, ModelError
+
+DEMO = "demo"
+
+
+def resolve(model: str) -> str:
+    """The folder or hub id that a model's name stands for."""
+    if model == DEMO:
+        return str(Path(__file__).parent / "demo")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelError(f"{model} is a file; name the folder with its config.json")
+    looks_like_path = model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ModelError(f"no folder {model}; name a checkpoint's folder, a hub id like org/name, or demo")
+    return model
+
+
+def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's Transformers config.
+
+    Raises:
+        ModelError: it has none that Transformers can use, or it is of something that Moestro does not run.
+    """
+    _refuse_adapter(model, Path(source))
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config.json may hold anything
+        refuse_code(model, error)
+        if not Path(source).is_dir():
+            raise ModelError(
+                f"no model {model}: no folder of that name here, and the hub gave none ({first_line(error)})"
+            ) from error
+        if not (Path(source) / "config.json").exists():
+            raise ModelError(f"{model} has no config.json; name the folder of a Hugging Face checkpoint") from error
+        raise ModelError(f"{model}: Transformers cannot use its config.json: {first_line(error)}") from error
+    text_config = config.get_text_config()
+    own = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
+    if method == METHOD:  # how a model of ours was run; its weights are as they always were
+        del config.quantization_config
+    elif own is not None:
+        raise ModelError(
+            f"{model} is already quantized ({method}), which Moestro cannot read yet; use the unquantized checkpoint"
+        )
+    for part in (config, text_config):
+        experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
+        if isinstance(experts, int) and isinstance(top_k, int) and not 1 <= top_k <= max(experts, 1):
+            raise ModelError(f"{model}: its config.json routes each token to {top_k} of {experts} experts")
+    _refuse_attention(model, config, trust_remote_code)
+    return config
+
+
+def refuse_code(model: str, error: BaseException) -> None:
+    """Say in one line that a checkpoint brings code, where that is what Transformers' error is about.
+
+    Raises:
+        ModelError: it is.
+    """
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{model} needs code of its own (auto_map in its config), which is not run unasked; read that code, then "
+            "give --trust-remote-code, or trust_remote_code=True from Python"
+        ) from error
+
+
+def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
+    """Refuse an attention that a config.json asks for and that is code from the hub, or that no plain generation has.
+
+    Raises:
+        ModelError: the config, or that of a part, asks for one.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if not isinstance(attention, str):
+            continue
+        if attention.startswith("paged|"):
+            raise ModelError(
+                f"{model}: its config.json asks for the attention {attention}, which only a server runs; take it out"
+            )
+        if is_kernel(attention) and not trust_remote_code:
+            raise ModelError(
+                f"{model}: its config.json asks for an attention kernel from the hub ({attention}), which is code; "
+                "read it, then give --trust-remote-code, or take attn_implementation out of config.json"
+            )
+
+
+def check_files(folder: Path) -> None:
+    """Open each weights file far enough to know that it is whole.
+
+    Raises:
+        CheckpointError: naming the file that is absent or cut short.
+    """
+    for path in _weight_files(folder):
+        if not path.exists():
+            raise CheckpointError(f"{folder} lacks {path.name}, which its index names; download it again")
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise CheckpointError(
+                f"{path} is damaged or cut short ({size} bytes: {first_line(error)}); download it again"
+            ) from error
+
+
+def tensor_names(source: str) -> list[str]:
+    """The names of all tensors in the files of a folder, or of a hub id that was loaded before."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
+    return [name for path in _weight_files(folder) for name in load_state_dict(str(path), map_location="meta")]
+
+
+def wrong_prefix(found: Iterable[str], wanted: Iterable[str]) -> tuple[str, str] | None:
+    """The prefix that most tensors of a checkpoint have, and the one that they should have; None if it is right.
+
+    Args:
+        found, wanted: tensor names of the checkpoint and of the model. Names that a family's conversion changes
+            may be among them.
+    """
+    prefixes: dict[str, list[str]] = {}  # of each ending of a found name, what stands before it
+    for name in found:
+        for at in _starts(name):
+            prefixes.setdefault(name[at:], []).append(name[:at])
+    votes: Counter[tuple[str, str]] = Counter()
+    total = 0
+    for name in wanted:
+        total += 1
+        # Its longest ending that the checkpoint has too, of two parts at least: "weight" alone says nothing.
+        ending = next((at for at in _starts(name) if "." in name[at:] and name[at:] in prefixes), None)
+        if ending is not None:
+            votes.update((prefix, name[:ending]) for prefix in set(prefixes[name[ending:]]))
+    best = max(votes, key=lambda pair: (votes[pair], pair == ("", "")), default=("", ""))
+    return best if best != ("", "") and votes[best] * 3 > total else None
+
+
+def _starts(name: str) -> list[int]:
+    """Where the dotted parts of a name begin."""
+    return [0, *(match.end() for match in re.finditer(r"\.", name))]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that Transformers would read a folder's weights from; none where there are no weights."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).exists():
+            return [folder / single]
+        if index.exists():
+            try:
+                return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index} is no index of weights ({first_line(error)}); download it again"
+                ) from error
+    return []
+
+
+def _refuse_adapter(model: str, folder: Path) -> None:
+    """Refuse a PEFT adapter, which Transformers would load or pass over, depending on whether PEFT is installed."""
+    if (folder / "adapter_config.json").exists():
+        alone = not (folder / "config.json").exists()
+        raise ModelError(
+            f"{model} holds a PEFT adapter (adapter_config.json), which Moestro does not apply; "
+            + ("name its base model, or merge the two" if alone else "merge it, or take adapter_config.json away")
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, with the next line where that only announces it; or the error's type."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
