@@ -1,24 +1,22 @@
-// What Python sees. Tensors come as addresses, so that nothing here links against torch.
+// What Python sees. Each argument is checked (arrays.h, checks.h) before a kernel has its address; objects that hold
+// addresses cannot change and keep their tensors alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "layer.h"
+#include "arrays.h"
+#include "checks.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace moestro;
 
 namespace {
-
-using CacheTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
-using WorkTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
 
 // The level that MOESTRO_LEVEL names, or the best: read once.
 const std::string& process_level() {
@@ -36,111 +34,271 @@ const Level& level_of(const std::string& given) {
   return *level;
 }
 
-void run(Runner& runner, const std::string& level_name, const Shape& shape, uintptr_t x, Format x_type, int64_t tokens,
-         const std::vector<WorkTuple>& works, uintptr_t out) {
-  const Level& level = level_of(level_name);
+// A layer step's work, each an ExpertWork of compute/experts.py: packed, neurons, rows, weights, span, expert.
+std::vector<Work> works_of(const nb::object& works, const Shape& shape, int64_t tokens) {
   std::vector<Work> list;
-  list.reserve(works.size());
-  for (const auto& [packed, begin, end, rows, weights, n] : works) {
-    list.push_back({reinterpret_cast<const uint8_t*>(packed), begin, end, reinterpret_cast<const int64_t*>(rows),
-                    reinterpret_cast<const float*>(weights), n});
+  list.reserve(nb::len(works));
+  nb::object rows, weights;  // mostly those of the work before, read once
+  const int64_t *all_rows = nullptr, size = expert_bytes(shape);
+  const float* all_weights = nullptr;
+  int64_t count = 0;
+  for (const nb::handle item : works) {
+    const nb::tuple work = nb::cast<nb::tuple>(item);
+    require(nb::len(work) >= 5, "works: expected packed, neurons, rows, weights and span");
+    const nb::object neurons = work[1], span = work[4];
+    const int64_t begin = nb::cast<int64_t>(neurons.attr("start")), end = nb::cast<int64_t>(neurons.attr("stop"));
+    require(0 <= begin && begin <= end && end <= shape.neurons, "neurons: not a range of the expert's");
+    require(begin % kBlock == 0 && (end % kBlock == 0 || end == shape.neurons), "neurons: not whole blocks of 64");
+    if (!rows.is(work[2]) || !weights.is(work[3])) {
+      rows = work[2], weights = work[3];
+      const Array row_array(rows, "rows"), weight_array(weights, "weights");
+      count = row_array.count();
+      all_rows = row_array.integers(count);
+      all_weights = weight_array.floats(count);
+    }
+    const bool all = span.is_none();
+    const int64_t first = all ? 0 : nb::cast<int64_t>(span.attr("start"));
+    const int64_t stop = all ? count : nb::cast<int64_t>(span.attr("stop"));
+    require(0 <= first && first <= stop && stop <= count, "span: not a range of rows");
+    for (int64_t i = first; i < stop; ++i) {
+      if (all_rows[i] < 0 || all_rows[i] >= tokens) throw std::out_of_range("rows: no token " + std::to_string(all_rows[i]));
+    }
+    const uint8_t* packed = Array(work[0], "packed").bytes(size);
+    list.push_back({packed, begin, end, all_rows + first, all_weights + first, stop - first});
   }
-  nb::gil_scoped_release release;
-  runner.run(level, shape, {reinterpret_cast<const void*>(x), x_type, shape.hidden}, tokens, list.data(),
-             static_cast<int>(list.size()), reinterpret_cast<float*>(out));
+  return list;
 }
 
-void run_linear(Runner& runner, const std::string& level_name, Linear linear, uintptr_t x, Format x_type, int64_t tokens,
-                uintptr_t out) {
+void run(Runner& runner, const std::string& level_name, const Shape& shape, nb::handle x, const nb::object& works, nb::handle out) {
   const Level& level = level_of(level_name);
-  linear.out = reinterpret_cast<void*>(out);
-  linear.out_type = x_type;
+  const Array from(x, "x");
+  const Format type = from.number_type();
+  const int64_t tokens = from.rows_of(shape.hidden);
+  const void* data = from.numbers(type, from.count());
+  float* to = Array(out, "out").floats(from.count());
+  const std::vector<Work> list = works_of(works, shape, tokens);
   nb::gil_scoped_release release;
-  runner.run_linears(level, {reinterpret_cast<const void*>(x), x_type, linear.columns}, tokens, &linear, 1);
+  runner.run(level, shape, {data, type, shape.hidden}, tokens, list.data(), static_cast<int>(list.size()), to);
 }
 
-void rms_norm(Runner& runner, const std::string& level_name, uintptr_t x, Format x_type, int64_t rows, int64_t columns,
-              uintptr_t weight, float offset, float epsilon, uintptr_t out) {
+void run_linear(Runner& runner, const std::string& level_name, Linear linear, nb::handle x, nb::handle out) {
   const Level& level = level_of(level_name);
+  const Array from(x, "x");
+  const Format type = from.number_type();
+  const int64_t tokens = from.rows_of(linear.columns);
+  const void* data = from.numbers(type, from.count());
+  linear.out = Array(out, "out").numbers(type, tokens * linear.rows);
+  linear.out_type = type;
   nb::gil_scoped_release release;
-  runner.rms_norm(level, {reinterpret_cast<const void*>(x), x_type, columns}, rows, reinterpret_cast<const float*>(weight),
-                  offset, epsilon, reinterpret_cast<void*>(out));
+  runner.run_linears(level, {data, type, linear.columns}, tokens, &linear, 1);
 }
 
-Linear linear_of(uintptr_t packed, Format format, int64_t rows, int64_t columns, uintptr_t bias) {
-  return {reinterpret_cast<const uint8_t*>(packed), rows, columns, format, reinterpret_cast<const float*>(bias), nullptr,
-          Format::kFp32};
-}
-
-void project(const Attention& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t cosine,
-             uintptr_t sine, int64_t turned, uintptr_t q, uintptr_t k, uintptr_t v) {
+void look_up(Runner& runner, const std::string& level_name, Linear table, nb::handle ids, nb::handle out) {
   const Level& level = level_of(level_name);
+  const Array from(ids, "ids"), to(out, "out");
+  const int64_t *data = from.integers(from.count()), n = from.count();
+  table.out_type = to.number_type();
+  table.out = to.numbers(table.out_type, n * table.columns);
   nb::gil_scoped_release release;
-  self.project(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
-               reinterpret_cast<const void*>(sine), turned, reinterpret_cast<void*>(q), reinterpret_cast<void*>(k),
-               reinterpret_cast<void*>(v));
+  runner.look_up(level, table, data, n);
 }
 
-void attend(const Attention& self, Runner& runner, const std::string& level_name, uintptr_t query, uintptr_t keys,
-            uintptr_t values, int64_t length, int64_t apart, uintptr_t out) {
+void rms_norm(Runner& runner, const std::string& level_name, nb::handle x, nb::handle weight, float offset,
+              float epsilon, nb::handle out) {
   const Level& level = level_of(level_name);
+  const Array from(x, "x"), scale(weight, "weight");
+  const Format type = from.number_type();
+  const int64_t width = scale.count();
+  check_size(width, "weight");
+  const int64_t rows = from.rows_of(width);
+  const void* data = from.numbers(type, from.count());
+  const float* by = scale.floats(width);
+  void* to = Array(out, "out").numbers(type, from.count());
   nb::gil_scoped_release release;
-  self.attend(runner, level, reinterpret_cast<const void*>(query), reinterpret_cast<const void*>(keys),
-              reinterpret_cast<const void*>(values), length, apart, reinterpret_cast<void*>(out));
+  runner.rms_norm(level, {data, type, width}, rows, by, offset, epsilon, to);
 }
 
-CachePlace place_of(const CacheTuple& cache) {
-  const auto [keys, values, length, apart] = cache;
-  return {reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, apart};
+void make_linear(Linear* self, nb::handle packed, Format format, int64_t rows, int64_t columns, nb::handle bias) {
+  check_size(rows, "rows");
+  check_size(columns, "columns");
+  const uint8_t* bytes = Array(packed, "packed").bytes(matrix_bytes(format, rows, columns));
+  const float* added = bias.is_none() ? nullptr : Array(bias, "bias").floats(rows);
+  new (self) Linear{bytes, rows, columns, format, added, nullptr, Format::kFp32};
 }
 
-void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t cosine,
-                    uintptr_t sine, int64_t turned, const CacheTuple& cache, uintptr_t hidden, uintptr_t normed) {
+void make_norm(Norm* self, nb::handle weight, float offset, float epsilon) {
+  const Array array(weight, "weight");
+  check_size(array.count(), "weight");
+  new (self) Norm{array.floats(array.count()), offset, epsilon, array.count()};
+}
+
+void make_attention(Attention* self, const Linear& q, const Linear& k, const Linear& v, const Norm* q_norm,
+                    const Norm* k_norm, int64_t head, Format type, float scaling) {
+  Attention made;
+  made.q = q, made.k = k, made.v = v;
+  made.head = head, made.type = type, made.scaling = scaling;
+  if (q_norm) made.q_norm = q_norm->weight, made.q_norm_width = q_norm->width, made.q_offset = q_norm->offset, made.q_epsilon = q_norm->epsilon;
+  if (k_norm) made.k_norm = k_norm->weight, made.k_norm_width = k_norm->width, made.k_offset = k_norm->offset, made.k_epsilon = k_norm->epsilon;
+  check(made);
+  new (self) Attention(made);
+}
+
+// The rotary embedding of one token, [.., turned].
+struct Rotary {
+  const void *cosine, *sine;
+  int64_t turned;
+  Rotary(const Attention& attention, nb::handle cosine_of, nb::handle sine_of) {
+    const Array from(cosine_of, "cosine");
+    turned = from.count();
+    check_turned(attention, turned);
+    cosine = from.numbers(attention.type, turned);
+    sine = Array(sine_of, "sine").numbers(attention.type, turned);
+  }
+};
+
+// One layer's cache: keys and values [1, G, S, d], each head one piece, heads equally far apart in both.
+CachePlace place_of(const Attention& attention, nb::handle keys_of, nb::handle values_of) {
+  const Array keys(keys_of, "keys"), values(values_of, "values");
+  const int64_t heads = attention.k.rows / attention.head, head = attention.head;
+  for (const Array& part : {keys, values}) {
+    if (part.dims() != 4 || part.size(0) != 1 || part.size(1) != heads || part.size(2) < 1 || part.size(3) != head)
+      part.refuse("[1, " + std::to_string(heads) + ", S, " + std::to_string(head) + "], S at least 1");
+    if (part.stride(3) != 1 || (part.size(2) > 1 && part.stride(2) != head)) part.refuse("heads that are one piece each");
+    if (heads > 1 && part.stride(1) < part.size(2) * head) part.refuse("heads that do not overlap");
+  }
+  const int64_t length = keys.size(2), apart = heads > 1 ? keys.stride(1) : length * head;
+  if (values.size(2) != length) values.refuse("as many tokens as keys");
+  if (heads > 1 && values.stride(1) != apart) values.refuse("heads as far apart as keys");
+  return {keys.data_of(attention.type), values.data_of(attention.type), length, apart};
+}
+
+void project(const Attention& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle cosine,
+             nb::handle sine, nb::handle q, nb::handle k, nb::handle v) {
   const Level& level = level_of(level_name);
-  const CachePlace place = place_of(cache);
+  const void* from = Array(x, "x").numbers(self.type, self.q.columns);
+  const Rotary rotary(self, cosine, sine);
+  void* q_out = Array(q, "q").numbers(self.type, self.q.rows);
+  void* k_out = Array(k, "k").numbers(self.type, self.k.rows);
+  void* v_out = Array(v, "v").numbers(self.type, self.v.rows);
   nb::gil_scoped_release release;
-  self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
-           reinterpret_cast<const void*>(sine), turned, place, reinterpret_cast<void*>(hidden),
-           reinterpret_cast<void*>(normed));
+  self.project(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, q_out, k_out, v_out);
 }
 
-int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std::string& level_name, uintptr_t x,
-                           uintptr_t cosine, uintptr_t sine, int64_t turned, const std::vector<CacheTuple>& caches,
-                           uintptr_t hidden) {
+void attend(const Attention& self, Runner& runner, const std::string& level_name, nb::handle query, nb::handle keys,
+            nb::handle values, nb::handle out) {
   const Level& level = level_of(level_name);
-  if (self.layers.empty() || caches.size() != self.layers.size()) throw nb::value_error("one cache for each layer");
+  const void* from = Array(query, "query").numbers(self.type, self.q.rows);
+  const CachePlace cache = place_of(self, keys, values);
+  void* to = Array(out, "out").numbers(self.type, self.q.rows);
+  nb::gil_scoped_release release;
+  self.attend(runner, level, from, cache.keys, cache.values, cache.length, cache.apart, to);
+}
+
+void make_first_half(FirstHalf* self, const Attention& attention, const Linear& output, const Norm& before, const Norm& after) {
+  const FirstHalf made{attention, output, before, after};
+  check(made);
+  new (self) FirstHalf(made);
+}
+
+void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle cosine,
+                    nb::handle sine, nb::handle keys, nb::handle values, nb::handle hidden, nb::handle normed) {
+  const Level& level = level_of(level_name);
+  const Format type = self.attention.type;
+  const int64_t width = self.attention.q.columns;
+  const void* from = Array(x, "x").numbers(type, width);
+  const Rotary rotary(self.attention, cosine, sine);
+  const CachePlace cache = place_of(self.attention, keys, values);
+  void *hidden_out = Array(hidden, "hidden").numbers(type, width), *normed_out = Array(normed, "normed").numbers(type, width);
+  nb::gil_scoped_release release;
+  self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, cache, hidden_out, normed_out);
+}
+
+void make_router(Router* self, nb::handle weight, int64_t top_k, bool normalized, Format score_type) {
+  const Array array(weight, "weight");
+  if (array.dims() != 2) array.refuse("[E, D]");
+  const Router made{array.numbers(array.number_type(), array.count()), array.number_type(), array.size(0), array.size(1), top_k,
+                    normalized, score_type};
+  check(made);
+  new (self) Router(made);
+}
+
+void route(const Router& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle logits,
+           nb::handle scores, nb::handle chosen) {
+  const Level& level = level_of(level_name);
+  const void* from = Array(x, "x").numbers(self.type, self.hidden);
+  void* logits_out = Array(logits, "logits").numbers(self.type, self.experts);
+  void* scores_out = Array(scores, "scores").numbers(self.score_type, self.top_k);
+  int64_t* chosen_out = Array(chosen, "chosen").integers(self.top_k);
+  nb::gil_scoped_release release;
+  self.run(runner, level, from, logits_out, scores_out, chosen_out);
+}
+
+void make_decoder_layer(DecoderLayer* self, const FirstHalf& first, const Router& router, const Shape& shape, const nb::tuple& experts) {
+  DecoderLayer made{first, router, shape, {}};
+  for (const nb::handle packed : experts) made.experts.push_back(Array(packed, "experts").bytes(expert_bytes(shape)));
+  check(made);
+  new (self) DecoderLayer(made);
+}
+
+void make_decoder_layers(DecoderLayers* self, const std::vector<const DecoderLayer*>& layers) {
+  DecoderLayers made;
+  for (const DecoderLayer* layer : layers) made.layers.push_back(*layer);
+  check(made);
+  new (self) DecoderLayers(made);
+}
+
+int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std::string& level_name, nb::handle x,
+                           nb::handle cosine, nb::handle sine, const nb::object& caches, nb::handle hidden) {
+  const Level& level = level_of(level_name);
+  const Attention& first = self.layers[0].first.attention;
+  const void* from = Array(x, "x").numbers(first.type, first.q.columns);
+  const Rotary rotary(first, cosine, sine);
+  require(nb::len(caches) == self.layers.size(), "caches: not one for each layer");
   std::vector<CachePlace> places;
-  for (const CacheTuple& cache : caches) places.push_back(place_of(cache));
+  for (const nb::handle cache : caches) {
+    const Attention& attention = self.layers[places.size()].first.attention;
+    check_turned(attention, rotary.turned);
+    const nb::tuple pair = nb::cast<nb::tuple>(cache);
+    require(nb::len(pair) == 2, "caches: expected keys and values");
+    places.push_back(place_of(attention, pair[0], pair[1]));
+  }
+  void* to = Array(hidden, "hidden").numbers(first.type, first.q.columns);
   nb::gil_scoped_release release;
-  return self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cosine),
-                  reinterpret_cast<const void*>(sine), turned, places.data(), reinterpret_cast<void*>(hidden));
+  return self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, places.data(), to);
 }
 
-void look_up(Runner& runner, const std::string& level_name, Linear table, uintptr_t ids, int64_t n, uintptr_t out,
-             Format out_type) {
-  const Level& level = level_of(level_name);
-  table.out = reinterpret_cast<void*>(out);
-  table.out_type = out_type;
-  nb::gil_scoped_release release;
-  runner.look_up(level, table, reinterpret_cast<const int64_t*>(ids), n);
+void make_shape(Shape* self, int64_t hidden, int64_t neurons, bool has_gate, bool has_bias, Format format,
+                Activation activation, float alpha, float limit, float offset) {
+  const Shape made{hidden, neurons, has_gate, has_bias, format, activation, alpha, limit, offset};
+  check(made);
+  new (self) Shape(made);
 }
 
-void route(const Router& self, Runner& runner, const std::string& level_name, uintptr_t x, uintptr_t logits,
-           uintptr_t scores, uintptr_t chosen) {
-  const Level& level = level_of(level_name);
-  nb::gil_scoped_release release;
-  self.run(runner, level, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(logits), reinterpret_cast<void*>(scores),
-           reinterpret_cast<int64_t*>(chosen));
+void make_runner(Runner* self, int threads, const std::vector<int>& cpus) {
+  require(threads >= 1 && threads <= kMostThreads, "threads: not in [1, 1024]");
+  for (int cpu : cpus) require(cpu >= 0, "cpus: no number of a processor");
+  new (self) Runner(threads, cpus);
 }
 
-double read_seconds(Runner& runner, const std::string& level_name, uintptr_t memory, int64_t bytes, int64_t prefetch) {
-  const Level& level = level_of(level_name);
+void touch(Runner& runner, nb::handle memory) {
+  const Array array(memory, "memory");
+  uint8_t* data = array.bytes(array.count());
   nb::gil_scoped_release release;
-  return runner.read_seconds(level, reinterpret_cast<const float*>(memory), bytes / 4, prefetch);
+  runner.touch(data, array.count());
+}
+
+double read_seconds(Runner& runner, const std::string& level_name, nb::handle memory, int64_t prefetch) {
+  const Level& level = level_of(level_name);
+  const Array array(memory, "memory");
+  const float* data = array.floats(array.count());
+  require(prefetch >= -1 && prefetch <= 1 << 20, "prefetch: not in [-1, 2^20]");
+  nb::gil_scoped_release release;
+  return runner.read_seconds(level, data, array.count(), prefetch);
 }
 
 double fma_flops(Runner& runner, const std::string& level_name, int64_t rounds) {
   const Level& level = level_of(level_name);
+  require(rounds >= 1, "rounds: not at least 1");
   nb::gil_scoped_release release;
   return runner.fma_flops(level, rounds);
 }
@@ -171,86 +329,43 @@ NB_MODULE(_kernels, m) {
       .value("relu2", Activation::kRelu2)
       .value("clamped_swiglu", Activation::kClampedSwiglu);
   nb::class_<Shape>(m, "Shape")
-      .def(nb::init<>())
-      .def_rw("hidden", &Shape::hidden)
-      .def_rw("neurons", &Shape::neurons)
-      .def_rw("has_gate", &Shape::has_gate)
-      .def_rw("has_bias", &Shape::has_bias)
-      .def_rw("format", &Shape::format)
-      .def_rw("activation", &Shape::activation)
-      .def_rw("alpha", &Shape::alpha)
-      .def_rw("limit", &Shape::limit)
-      .def_rw("offset", &Shape::offset);
-  nb::class_<Linear>(m, "Linear");
-  m.def("linear", &linear_of, nb::arg("packed"), nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("bias"));
+      .def("__init__", &make_shape, nb::kw_only(), "hidden"_a, "neurons"_a, "has_gate"_a, "has_bias"_a, "format"_a, "activation"_a,
+           "alpha"_a, "limit"_a, "offset"_a);
+  // The numbers of keep_alive count from the object itself, which is 1.
+  nb::class_<Linear>(m, "Linear")
+      .def("__init__", &make_linear, "packed"_a, "format"_a, "rows"_a, "columns"_a, "bias"_a.none(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 6>());
+  nb::class_<Norm>(m, "Norm")
+      .def("__init__", &make_norm, "weight"_a, "offset"_a, "epsilon"_a, nb::keep_alive<1, 2>());
   nb::class_<Attention>(m, "Attention")
-      .def(nb::init<>())
-      .def_rw("q", &Attention::q)
-      .def_rw("k", &Attention::k)
-      .def_rw("v", &Attention::v)
-      .def_rw("head", &Attention::head)
-      .def_rw("type", &Attention::type)
-      .def_rw("scaling", &Attention::scaling)
-      .def("set_norms",
-           [](Attention& self, uintptr_t q, int64_t q_width, float q_offset, float q_epsilon, uintptr_t k, int64_t k_width,
-              float k_offset, float k_epsilon) {
-             self.q_norm = reinterpret_cast<const float*>(q);
-             self.k_norm = reinterpret_cast<const float*>(k);
-             self.q_norm_width = q_width;
-             self.k_norm_width = k_width;
-             self.q_offset = q_offset;
-             self.k_offset = k_offset;
-             self.q_epsilon = q_epsilon;
-             self.k_epsilon = k_epsilon;
-           })
-      .def("project", &project)
-      .def("attend", &attend);
-  nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, uintptr_t weight, float offset, float epsilon) {
-    new (self) Norm{reinterpret_cast<const float*>(weight), offset, epsilon};
-  });
+      .def("__init__", &make_attention, "q"_a, "k"_a, "v"_a, "q_norm"_a.none(), "k_norm"_a.none(), "head"_a, "type"_a, "scaling"_a,
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
+      .def("project", &project, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "q"_a, "k"_a, "v"_a)
+      .def("attend", &attend, "runner"_a, "level"_a, "query"_a, "keys"_a, "values"_a, "out"_a);
   nb::class_<FirstHalf>(m, "FirstHalf")
-      .def(nb::init<>())
-      .def_rw("attention", &FirstHalf::attention)
-      .def_rw("output", &FirstHalf::output)
-      .def_rw("before", &FirstHalf::before)
-      .def_rw("after", &FirstHalf::after)
-      .def("run", &run_first_half);
+      .def("__init__", &make_first_half, "attention"_a, "output"_a, "before"_a, "after"_a, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+      .def("run", &run_first_half, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "keys"_a, "values"_a, "hidden"_a, "normed"_a);
   nb::class_<Router>(m, "Router")
-      .def("__init__", [](Router* self, uintptr_t weight, Format type, int64_t experts, int64_t hidden, int64_t top_k,
-                          bool normalized, Format score_type) {
-        new (self) Router{reinterpret_cast<const void*>(weight), type, experts, hidden, top_k, normalized, score_type};
-      })
-      .def("run", &route);
+      .def("__init__", &make_router, "weight"_a, "top_k"_a, "normalized"_a, "score_type"_a, nb::keep_alive<1, 2>())
+      .def("run", &route, "runner"_a, "level"_a, "x"_a, "logits"_a, "scores"_a, "chosen"_a);
   nb::class_<DecoderLayer>(m, "DecoderLayer")
-      .def("__init__", [](DecoderLayer* self, const FirstHalf& first, const Router& router, const Shape& shape,
-                          const std::vector<uintptr_t>& experts) {
-        new (self) DecoderLayer{first, router, shape, {}};
-        for (uintptr_t packed : experts) self->experts.push_back(reinterpret_cast<const uint8_t*>(packed));
-      });
+      .def("__init__", &make_decoder_layer, "first"_a, "router"_a, "shape"_a, "experts"_a, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>());
   nb::class_<DecoderLayers>(m, "DecoderLayers")
-      .def("__init__", [](DecoderLayers* self, const std::vector<const DecoderLayer*>& layers) {
-        new (self) DecoderLayers;
-        for (const DecoderLayer* layer : layers) self->layers.push_back(*layer);
-      })
-      .def("run", &run_decoder_layers);
+      .def("__init__", &make_decoder_layers, "layers"_a, nb::keep_alive<1, 2>())
+      .def("run", &run_decoder_layers, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "caches"_a, "hidden"_a);
   nb::class_<Runner>(m, "Runner")
-      .def(nb::init<int, const std::vector<int>&>(), nb::arg("threads"), nb::arg("cpus"))
+      .def("__init__", &make_runner, "threads"_a, "cpus"_a)
       .def_prop_ro("threads", &Runner::threads)
       .def_prop_ro("busy_s", &Runner::busy_s)
-      .def("run", &run, nb::arg("level"), nb::arg("shape"), nb::arg("x"), nb::arg("x_type"), nb::arg("tokens"),
-           nb::arg("works"), nb::arg("out"))
-      .def("run_linear", &run_linear, nb::arg("level"), nb::arg("linear"), nb::arg("x"), nb::arg("x_type"),
-           nb::arg("tokens"), nb::arg("out"))
-      .def("look_up", &look_up, nb::arg("level"), nb::arg("table"), nb::arg("ids"), nb::arg("count"), nb::arg("out"),
-           nb::arg("out_type"))
-      .def("rms_norm", &rms_norm, nb::arg("level"), nb::arg("x"), nb::arg("x_type"), nb::arg("rows"), nb::arg("columns"),
-           nb::arg("weight"), nb::arg("offset"), nb::arg("epsilon"), nb::arg("out"))
-      .def("touch", [](Runner& self, uintptr_t memory, int64_t bytes) {
-        nb::gil_scoped_release release;
-        self.touch(reinterpret_cast<uint8_t*>(memory), bytes);
-      })
-      .def("read_seconds", &read_seconds, nb::arg("level"), nb::arg("memory"), nb::arg("bytes"), nb::arg("prefetch"))
-      .def("fma_flops", &fma_flops, nb::arg("level"), nb::arg("rounds"));
+      .def("run", &run, "level"_a, "shape"_a, "x"_a, "works"_a, "out"_a)
+      .def("run_linear", &run_linear, "level"_a, "linear"_a, "x"_a, "out"_a)
+      .def("look_up", &look_up, "level"_a, "table"_a, "ids"_a, "out"_a)
+      .def("rms_norm", &rms_norm, "level"_a, "x"_a, "weight"_a, "offset"_a, "epsilon"_a, "out"_a)
+      .def("touch", &touch, "memory"_a)
+      .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
+      .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

@@ -84,10 +84,17 @@ struct Part {
 
 }  // namespace
 
-struct Runner::Memory {
+// The threads and their memory. Threads do not follow a fork, and a lock that one of them held stays held, so what was
+// made before a fork is left as it lies.
+struct Runner::Crew {
+  Pool pool;
+  std::mutex one_call;  // the memory is shared
+  const int made_after = forks();
   Buffer partials;
   std::vector<Buffer> buffers;  // one a thread
   std::vector<Scratch> scratch;
+
+  Crew(int threads, const std::vector<int>& cpus) : pool(threads, cpus), buffers(threads), scratch(threads) {}
 
   // The threads' scratch memory, none of which knows any tokens yet.
   Scratch* of_threads(int64_t floats) {
@@ -99,8 +106,10 @@ struct Runner::Memory {
 // One call at a time, and timed.
 class Runner::Call {
  public:
-  explicit Call(Runner& runner) : runner_(runner), one_(runner.one_call_), begin_s_(now_s()) {}
+  explicit Call(Runner& runner) : crew(runner.crew()), runner_(runner), one_(crew.one_call), begin_s_(now_s()) {}
   ~Call() { runner_.busy_s_.store(runner_.busy_s_.load() + now_s() - begin_s_); }
+
+  Crew& crew;
 
  private:
   Runner& runner_;
@@ -108,16 +117,26 @@ class Runner::Call {
   double begin_s_;
 };
 
-Runner::Runner(int threads, const std::vector<int>& cpus) : pool_(threads, cpus), memory_(new Memory) {
-  memory_->buffers.resize(threads);
-  memory_->scratch.resize(threads, Scratch{nullptr});
+Runner::Runner(int threads, const std::vector<int>& cpus) : threads_(threads), cpus_(cpus), crew_(new Crew(threads, cpus)) {}
+
+Runner::~Runner() {
+  Crew* crew = crew_.load();
+  if (crew->made_after == forks()) delete crew;
 }
 
-Runner::~Runner() = default;
+Runner::Crew& Runner::crew() {
+  Crew* crew = crew_.load();
+  if (crew->made_after == forks()) return *crew;
+  Crew* fresh = new Crew(threads_, cpus_);
+  if (crew_.compare_exchange_strong(crew, fresh)) return *fresh;
+  delete fresh;  // another thread of the child was faster
+  return *crew;
+}
 
 void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t tokens, const Work* works, int count,
                  float* out) {
   const Call call(*this);
+  Crew& crew = call.crew;
   const int64_t D = shape.hidden, wide = round_up(D, kPanel);
 
   std::vector<Item> items;
@@ -125,7 +144,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   std::vector<int64_t> first_row, offset;
   int64_t floats = 0, widest = 0;
   const int64_t blocks = (shape.neurons + kBlock - 1) / kBlock;
-  const int64_t most = choose_tile(pool_.threads(), [&](int64_t tile) {
+  const int64_t most = choose_tile(threads_, [&](int64_t tile) {
     int64_t chunks = 0;
     for (int w = 0; w < count; ++w) {
       const int64_t own = (works[w].neuron_end - works[w].neuron_begin + kBlock - 1) / kBlock;
@@ -152,8 +171,8 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
       }
     }
   }
-  float* partials = memory_->partials.take(floats);
-  const size_t threads = pool_.threads();
+  float* partials = crew.partials.take(floats);
+  const size_t threads = static_cast<size_t>(threads_);
   for (size_t i = 0; i < items.size(); ++i) {
     items[i].partial = partials + offset[i];
     if (i + threads < items.size()) {
@@ -161,8 +180,8 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
       items[i].likely_next = next.packed + next.block_begin * block_bytes(shape);
     }
   }
-  Scratch* scratch = memory_->of_threads(scratch_floats(D, widest));
-  pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_item(shape, x, items[i], scratch[thread]); });
+  Scratch* scratch = crew.of_threads(scratch_floats(D, widest));
+  crew.pool.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_item(shape, x, items[i], scratch[thread]); });
 
   // Which parts each token takes, in the order of the items.
   std::vector<std::vector<Part>> parts(tokens);
@@ -172,9 +191,9 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
     }
   }
   // Few tokens: cut D, so that all threads have something to add.
-  const int64_t cut = tokens >= 4 * pool_.threads() ? D : std::max<int64_t>(256, D / (4 * pool_.threads()));
+  const int64_t cut = tokens >= 4 * threads_ ? D : std::max<int64_t>(256, D / (4 * threads_));
   const int64_t cuts = (D + cut - 1) / cut;
-  pool_.run(static_cast<int>(tokens * cuts), [&](int i, int) {
+  crew.pool.run(static_cast<int>(tokens * cuts), [&](int i, int) {
     const int64_t t = i / cuts, begin = i % cuts * cut, width = std::min(cut, D - begin);
     for (const Part& part : parts[t]) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
   });
@@ -182,11 +201,12 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
 
 void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, const Linear* linears, int count) {
   const Call call(*this);
+  Crew& crew = call.crew;
   std::vector<int64_t> rows(tokens);
   for (int64_t t = 0; t < tokens; ++t) rows[t] = t;
   std::vector<LinearItem> items;
   const int64_t height = tokens <= kThinTokens ? kThinItemPanels : kItemPanels;
-  const int64_t most = choose_tile(pool_.threads(), [&](int64_t tile) {
+  const int64_t most = choose_tile(threads_, [&](int64_t tile) {
     int64_t strips = 0;
     for (int i = 0; i < count; ++i) strips += (linears[i].rows + height * kPanel - 1) / (height * kPanel);
     return (tokens + tile - 1) / tile * strips;
@@ -201,8 +221,8 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
       }
     }
   }
-  Scratch* scratch = memory_->of_threads(scratch_floats(x.width, std::min(tile, tokens)));
-  pool_.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
+  Scratch* scratch = crew.of_threads(scratch_floats(x.width, std::min(tile, tokens)));
+  crew.pool.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
 }
 
 void Runner::look_up(const Level& level, const Linear& table, const int64_t* ids, int64_t n) {
@@ -220,8 +240,9 @@ void Runner::look_up(const Level& level, const Linear& table, const int64_t* ids
 
 void Runner::each(int count, int64_t floats, bool on_pool, const std::function<void(int, float*)>& do_one) {
   const Call call(*this);
-  Scratch* scratch = memory_->of_threads(floats);
-  if (on_pool) return pool_.run(count, [&](int i, int thread) { do_one(i, scratch[thread].memory); });
+  Crew& crew = call.crew;
+  Scratch* scratch = crew.of_threads(floats);
+  if (on_pool) return crew.pool.run(count, [&](int i, int thread) { do_one(i, scratch[thread].memory); });
   for (int i = 0; i < count; ++i) do_one(i, scratch[0].memory);
 }
 
@@ -232,9 +253,10 @@ void Runner::rms_norm(const Level& level, const Input& x, int64_t rows, const fl
 }
 
 void Runner::touch(uint8_t* memory, int64_t bytes) {
+  Crew& crew = this->crew();
   // Which thread will read what is not known beforehand, so pages are dealt out evenly, a huge page at a time.
   constexpr int64_t kHugePage = 2 << 20, kPage = 4096;
-  pool_.run(static_cast<int>((bytes + kHugePage - 1) / kHugePage), [&](int i, int) {
+  crew.pool.run(static_cast<int>((bytes + kHugePage - 1) / kHugePage), [&](int i, int) {
     const int64_t end = std::min(bytes, (i + 1) * kHugePage);
     for (int64_t at = i * kHugePage; at < end; at += kPage) memory[at] = 0;
   });
@@ -242,11 +264,12 @@ void Runner::touch(uint8_t* memory, int64_t bytes) {
 
 double Runner::read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch) {
   const Call call(*this);
+  Crew& crew = call.crew;
   constexpr int64_t kPiece = 4 << 20;  // 16 MiB: a thread reads long runs
   const int pieces = static_cast<int>((floats + kPiece - 1) / kPiece);
   std::atomic<int> finite{0};  // reads the sums, so that they are not taken out
   const double begin = now_s();
-  pool_.run(pieces, [&](int i, int) {
+  crew.pool.run(pieces, [&](int i, int) {
     const float total = level.sum(memory + i * kPiece, std::min(kPiece, floats - i * kPiece), prefetch);
     if (total == total) finite.fetch_add(1, std::memory_order_relaxed);
   });
@@ -255,9 +278,10 @@ double Runner::read_seconds(const Level& level, const float* memory, int64_t flo
 
 double Runner::fma_flops(const Level& level, int64_t rounds) {
   const Call call(*this);
-  std::vector<double> operations(pool_.threads());
+  Crew& crew = call.crew;
+  std::vector<double> operations(threads_);
   const double begin = now_s();
-  pool_.run(pool_.threads(), [&](int i, int) { operations[i] = level.fma(rounds); });
+  crew.pool.run(threads_, [&](int i, int) { operations[i] = level.fma(rounds); });
   const double seconds = now_s() - begin;
   double total = 0;
   for (double o : operations) total += o;

@@ -17,6 +17,7 @@ struct CachePlace {
 struct Norm {
   const float* weight = nullptr;
   float offset = 0, epsilon = 0;
+  int64_t width = 0;
 };
 
 // hidden = x + attention(norm(x)); normed = norm(hidden).

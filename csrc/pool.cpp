@@ -2,8 +2,10 @@
 
 #include <chrono>
 
-#if defined(__linux__)
+#if !defined(_WIN32)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
 #include <sched.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
@@ -33,7 +35,15 @@ void pin_to(int cpu) {
 #endif
 }
 
+std::atomic<int> fork_count{0};
+
+#if !defined(_WIN32)
+[[maybe_unused]] const int counts_forks = pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); });
+#endif
+
 }  // namespace
+
+int forks() { return fork_count.load(); }
 
 Pool::Pool(int threads, const std::vector<int>& cpus, int spin_us) : spin_us_(spin_us) {
   for (int i = 1; i < threads; ++i) {

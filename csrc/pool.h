@@ -14,6 +14,9 @@
 
 namespace moestro {
 
+// How many forks this process is away from the one that loaded these kernels. Of a pool, a child has no thread.
+int forks();
+
 class Pool {
  public:
   // `threads` in all, the caller included; `cpus` are the processors to pin to, one a thread (may be empty).

@@ -3,9 +3,6 @@
 
 #include <atomic>
 #include <functional>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <vector>
 
 #include "experts.h"
@@ -18,7 +15,7 @@ class Runner {
   Runner(int threads, const std::vector<int>& cpus);
   ~Runner();
 
-  int threads() const { return pool_.threads(); }
+  int threads() const { return threads_; }
   double busy_s() const { return busy_s_.load(); }  // spent in calls that compute, so far
 
   // Adds, for each work and each of its tokens, weight * FFN(x row) to out: x [tokens, D], out float32 [tokens, D].
@@ -48,11 +45,13 @@ class Runner {
   double fma_flops(const Level& level, int64_t rounds);
 
  private:
-  struct Memory;
+  struct Crew;
   class Call;
-  Pool pool_;
-  std::unique_ptr<Memory> memory_;
-  std::mutex one_call_;  // the memory is shared
+  Crew& crew();
+
+  const int threads_;
+  const std::vector<int> cpus_;
+  std::atomic<Crew*> crew_;  // of this process: a forked child makes one of its own
   std::atomic<double> busy_s_{0};
 };
 

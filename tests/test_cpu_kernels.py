@@ -227,9 +227,8 @@ def test_no_work_and_no_tokens() -> None:
     math = ExpertMath(ExpertShape(hidden=8, neurons=64), FORMATS["fp32"], GATES["silu"])
     out = torch.ones(3, 8)
     CpuExperts(2).run(math, torch.randn(3, 8), [], out)
-    nobody = ExpertWork(
-        torch.zeros(6144, dtype=torch.uint8), range(64), torch.empty(0, dtype=torch.int64), torch.empty(0)
-    )
+    packed = torch.zeros(math.format.expert_bytes(math.shape), dtype=torch.uint8)
+    nobody = ExpertWork(packed, range(64), torch.empty(0, dtype=torch.int64), torch.empty(0))
     CpuExperts(2).run(math, torch.randn(3, 8), [nobody], out)
     assert torch.equal(out, torch.ones(3, 8))
 

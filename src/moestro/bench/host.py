@@ -3,7 +3,7 @@
     moestro bench host --shape qwen3-30b-a3b --slots 0.25
 
 A device that does everything at once and nothing in earnest stands for the GPU, and nobody computes experts on the CPU:
-what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: addresses on
+what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: checks on
 the CPU, the table of a recorded step's hits. Steps are as recorded ones (tape/), routing is drawn: a few experts are
 much more popular than others, and three in four guesses come true.
 """

@@ -1,7 +1,15 @@
-"""The compiled kernels of csrc/, as Python sees them. Tensors go in as addresses."""
+"""The compiled kernels of csrc/, as Python sees them.
+
+Tensors must be on the CPU, contiguous where nothing else is said, and of the very size and dtype that is named; all
+are checked before their memory is touched. ValueError (IndexError for a row that is not there) names what does not fit.
+"""
 
 from collections.abc import Sequence
 from enum import Enum
+
+from torch import Tensor
+
+from .experts import ExpertWork
 
 class Format(Enum):
     fp32 = 0
@@ -18,74 +26,64 @@ class Activation(Enum):
     clamped_swiglu = 4
 
 class Shape:
-    hidden: int
-    neurons: int
-    has_gate: bool
-    has_bias: bool
-    format: Format
-    activation: Activation
-    alpha: float
-    limit: float
-    offset: float
-
-class Linear: ...
-
-def linear(packed: int, format: Format, rows: int, columns: int, bias: int) -> Linear: ...
-
-class Attention:
-    q: Linear
-    k: Linear
-    v: Linear
-    head: int
-    type: Format
-    scaling: float
-    def set_norms(
+    def __init__(
         self,
-        q: int,
-        q_width: int,
-        q_offset: float,
-        q_epsilon: float,
-        k: int,
-        k_width: int,
-        k_offset: float,
-        k_epsilon: float,
+        *,
+        hidden: int,
+        neurons: int,
+        has_gate: bool,
+        has_bias: bool,
+        format: Format,
+        activation: Activation,
+        alpha: float,
+        limit: float,
+        offset: float,
     ) -> None: ...
-    def project(
-        self, runner: Runner, level: str, x: int, cosine: int, sine: int, turned: int, q: int, k: int, v: int
-    ) -> None: ...
-    def attend(
-        self, runner: Runner, level: str, query: int, keys: int, values: int, length: int, apart: int, out: int
-    ) -> None: ...
+
+class Linear:
+    def __init__(self, packed: Tensor, format: Format, rows: int, columns: int, bias: Tensor | None) -> None: ...
 
 class Norm:
-    def __init__(self, weight: int, offset: float, epsilon: float) -> None: ...
+    def __init__(self, weight: Tensor, offset: float, epsilon: float) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        q: Linear,
+        k: Linear,
+        v: Linear,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        head: int,
+        type: Format,
+        scaling: float,
+    ) -> None: ...
+    def project(
+        self, runner: Runner, level: str, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> None: ...
+    def attend(self, runner: Runner, level: str, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None: ...
 
 class FirstHalf:
-    attention: Attention
-    output: Linear
-    before: Norm
-    after: Norm
+    def __init__(self, attention: Attention, output: Linear, before: Norm, after: Norm) -> None: ...
     def run(
         self,
         runner: Runner,
         level: str,
-        x: int,
-        cosine: int,
-        sine: int,
-        turned: int,
-        cache: tuple[int, int, int, int],
-        hidden: int,
-        normed: int,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        hidden: Tensor,
+        normed: Tensor,
     ) -> None: ...
 
 class Router:
-    def __init__(
-        self, weight: int, type: Format, experts: int, hidden: int, top_k: int, normalized: bool, score_type: Format
-    ) -> None: ...
-    def run(self, runner: Runner, level: str, x: int, logits: int, scores: int, chosen: int) -> None: ...
+    def __init__(self, weight: Tensor, top_k: int, normalized: bool, score_type: Format) -> None: ...
+    def run(self, runner: Runner, level: str, x: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor) -> None: ...
 
 class DecoderLayer:
-    def __init__(self, first: FirstHalf, router: Router, shape: Shape, experts: Sequence[int]) -> None: ...
+    def __init__(self, first: FirstHalf, router: Router, shape: Shape, experts: tuple[Tensor, ...]) -> None: ...
 
 class DecoderLayers:
     def __init__(self, layers: Sequence[DecoderLayer]) -> None: ...
@@ -93,12 +91,11 @@ class DecoderLayers:
         self,
         runner: Runner,
         level: str,
-        x: int,
-        cosine: int,
-        sine: int,
-        turned: int,
-        caches: Sequence[tuple[int, int, int, int]],
-        hidden: int,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        hidden: Tensor,
     ) -> int: ...
 
 class Runner:
@@ -107,40 +104,12 @@ class Runner:
     def threads(self) -> int: ...
     @property
     def busy_s(self) -> float: ...
-    def run(
-        self,
-        level: str,
-        shape: Shape,
-        x: int,
-        x_type: Format,
-        tokens: int,
-        works: Sequence[tuple[int, int, int, int, int, int]],
-        out: int,
-    ) -> None: ...
-    def run_linear(
-        self,
-        level: str,
-        linear: Linear,
-        x: int,
-        x_type: Format,
-        tokens: int,
-        out: int,
-    ) -> None: ...
-    def look_up(self, level: str, table: Linear, ids: int, count: int, out: int, out_type: Format) -> None: ...
-    def rms_norm(
-        self,
-        level: str,
-        x: int,
-        x_type: Format,
-        rows: int,
-        columns: int,
-        weight: int,
-        offset: float,
-        epsilon: float,
-        out: int,
-    ) -> None: ...
-    def touch(self, memory: int, bytes: int) -> None: ...
-    def read_seconds(self, level: str, memory: int, bytes: int, prefetch: int) -> float: ...
+    def run(self, level: str, shape: Shape, x: Tensor, works: Sequence[ExpertWork], out: Tensor) -> None: ...
+    def run_linear(self, level: str, linear: Linear, x: Tensor, out: Tensor) -> None: ...
+    def look_up(self, level: str, table: Linear, ids: Tensor, out: Tensor) -> None: ...
+    def rms_norm(self, level: str, x: Tensor, weight: Tensor, offset: float, epsilon: float, out: Tensor) -> None: ...
+    def touch(self, memory: Tensor) -> None: ...
+    def read_seconds(self, level: str, memory: Tensor, prefetch: int) -> float: ...
     def fma_flops(self, level: str, rounds: int) -> float: ...
 
 def best_level() -> str: ...

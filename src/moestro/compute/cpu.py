@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -83,24 +83,7 @@ class CpuExperts:
         if shape is None:
             run_experts(math, x, work, out)
             return
-        x = _readable(x)  # [T, D]
-        runner(self.threads).run(
-            self._level,
-            shape,
-            x.data_ptr(),
-            type_of(x),
-            x.shape[0],
-            [_item(w) for w in work],
-            out.data_ptr(),
-        )
-
-
-def _item(work: ExpertWork) -> tuple[int, int, int, int, int, int]:
-    """As the kernels take it: addresses, the range of neurons, how many tokens."""
-    packed, neurons, rows, weights, span, _ = work
-    first, stop = (0, rows.shape[0]) if span is None else (span.start, span.stop)
-    rows_at, weights_at = rows.data_ptr() + 8 * first, weights.data_ptr() + 4 * first
-    return packed.data_ptr(), neurons.start, neurons.stop, rows_at, weights_at, stop - first
+        runner(self.threads).run(self._level, shape, _readable(x), work, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +96,22 @@ class _Known:
 
 
 def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
-    shape = _kernels.Shape()
-    shape.hidden, shape.neurons = math.shape.hidden, math.shape.neurons
-    shape.has_gate, shape.has_bias = math.shape.has_gate, math.shape.has_bias
-    shape.format = KERNEL_FORMATS[math.format.name]
-    shape.activation = getattr(_kernels.Activation, kernel[0])
-    _, shape.alpha, shape.limit, shape.offset = kernel
-    return shape
+    name, alpha, limit, offset = kernel
+    return _kernels.Shape(
+        hidden=math.shape.hidden,
+        neurons=math.shape.neurons,
+        has_gate=math.shape.has_gate,
+        has_bias=math.shape.has_bias,
+        format=KERNEL_FORMATS[math.format.name],
+        activation=getattr(_kernels.Activation, name),
+        alpha=alpha,
+        limit=limit,
+        offset=offset,
+    )
 
 
-class Matrix(NamedTuple):
+@dataclass(frozen=True)
+class Matrix:
     """A linear layer, or a table of rows: packed bytes of [rows, columns] in `fmt`, and its float32 bias."""
 
     packed: Tensor
@@ -131,10 +120,13 @@ class Matrix(NamedTuple):
     columns: int
     bias: Tensor | None = None
 
-    def as_linear(self) -> _kernels.Linear:
-        """As the kernels take it."""
-        name = KERNEL_FORMATS[self.fmt.name]
-        return _kernels.linear(self.packed.data_ptr(), name, self.rows, self.columns, address(self.bias))
+    @functools.cached_property
+    def linear(self) -> _kernels.Linear:
+        """As the kernels take it; ValueError if bytes or bias are not of that size."""
+        return _kernels.Linear(self.packed, KERNEL_FORMATS[self.fmt.name], self.rows, self.columns, self.bias)
+
+    def __reduce__(self) -> tuple[type[Matrix], tuple[Any, ...]]:
+        return Matrix, (self.packed, self.fmt, self.rows, self.columns, self.bias)  # a copy makes its own `linear`
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """[rows, columns], rounded once."""
@@ -162,9 +154,7 @@ def run_linear(matrix: Matrix, x: Tensor, *, threads: int, level: str = "") -> T
         return torch.nn.functional.linear(x.float(), matrix.unpack(torch.float32), matrix.bias).to(x.dtype)
     x = _readable(x)
     out = x.new_empty((*x.shape[:-1], matrix.rows))
-    runner(threads).run_linear(
-        level, matrix.as_linear(), x.data_ptr(), type_of(x), x.numel() // matrix.columns, out.data_ptr()
-    )
+    runner(threads).run_linear(level, matrix.linear, x, out)
     return out
 
 
@@ -185,7 +175,7 @@ def look_up(table: Matrix, ids: Tensor, dtype: torch.dtype, *, threads: int, lev
         return torch.cat(parts).view(*ids.shape, table.columns)
     ids = ids.long().contiguous()
     out = torch.empty((*ids.shape, table.columns), dtype=dtype)
-    runner(threads).look_up(level, table.as_linear(), ids.data_ptr(), ids.numel(), out.data_ptr(), type_of(out))
+    runner(threads).look_up(level, table.linear, ids, out)
     return out
 
 
@@ -202,18 +192,7 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
     """
     assert _kernels is not None
     out = torch.empty_like(x)
-    columns = x.shape[-1]
-    runner(threads).rms_norm(
-        level,
-        x.data_ptr(),
-        type_of(x),
-        x.numel() // columns,
-        columns,
-        weight.data_ptr(),
-        offset,
-        epsilon,
-        out.data_ptr(),
-    )
+    runner(threads).rms_norm(level, x, weight, offset, epsilon, out)
     return out
 
 
@@ -224,7 +203,7 @@ def first_touch(memory: Tensor, threads: int) -> None:
         memory: uint8 of a fresh mapping, all zeros.
     """
     if _kernels is not None:
-        runner(threads).touch(memory.data_ptr(), memory.numel())
+        runner(threads).touch(memory)
 
 
 def levels() -> dict[str, bool]:
@@ -251,8 +230,7 @@ def best_level() -> str:
 
 def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:
     """How fast a summing loop reads a float32 tensor, in GB/s (1e9 bytes a second)."""
-    size_bytes = memory.numel() * 4
-    return size_bytes / runner(threads).read_seconds("", memory.data_ptr(), size_bytes, prefetch_floats) / 1e9
+    return memory.nbytes / runner(threads).read_seconds("", memory, prefetch_floats) / 1e9
 
 
 def fma_gflops(threads: int) -> float:
@@ -284,13 +262,11 @@ def _readable(x: Tensor) -> Tensor:
     return (x if x.dtype in FLOAT_FORMATS else x.float()).contiguous()
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor begins; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def type_of(x: Tensor) -> _kernels.Format:
-    return KERNEL_FORMATS[FLOAT_FORMATS[x.dtype]]
+def type_of(dtype: torch.dtype) -> _kernels.Format:
+    """What the kernels call float32, float16 or bfloat16; ValueError for others."""
+    if dtype not in FLOAT_FORMATS:
+        raise ValueError(f"the kernels do not compute in {dtype}")
+    return KERNEL_FORMATS[FLOAT_FORMATS[dtype]]
 
 
 def recognize(activation: Activation, has_gate: bool) -> Kernel | None:

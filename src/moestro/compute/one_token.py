@@ -3,6 +3,9 @@
 In plain torch these are some forty small operations a layer, which cost more than the kernels wait for memory. Their
 twin is Transformers' own code; `fuse/` puts these in its place where they compute the same.
 
+All sizes are checked by the kernels' bindings: a constructor raises ValueError for parts that do not fit each other, a
+method for a tensor that does not fit the parts. Their objects keep the tensors that they read alive.
+
 Legend: D model width, H query heads, G key heads, d their width, S tokens in the cache, E experts, K top-k.
 """
 
@@ -14,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory.formats import FLOAT_FORMATS
-from .cpu import KERNEL_FORMATS, KernelShape, Matrix, _kernels, runner
+from .cpu import KernelShape, Matrix, _kernels, runner, type_of
 
 
 class Norm(NamedTuple):
@@ -27,7 +29,7 @@ class Norm(NamedTuple):
 
     def as_norm(self) -> _kernels.Norm:
         """As the kernels take it."""
-        return _kernels.Norm(self.weight.data_ptr(), self.offset, self.epsilon)
+        return _kernels.Norm(*self)
 
 
 class OneTokenAttention:
@@ -50,29 +52,15 @@ class OneTokenAttention:
         threads: int,
         level: str = "",
     ) -> None:
-        self._kept = (projections, norms)  # the kernels see addresses only
         self.runner, self.level = runner(threads), level
-        self.kernel = _kernels.Attention()
-        self.kernel.q, self.kernel.k, self.kernel.v = (matrix.as_linear() for matrix in projections)
-        self.kernel.head, self.kernel.scaling = head, scaling
-        self.kernel.type = KERNEL_FORMATS[FLOAT_FORMATS[dtype]]
-        sizes = [(n.weight.data_ptr(), n.weight.numel(), n.offset, n.epsilon) if n else (0, 1, 0.0, 0.0) for n in norms]
-        self.kernel.set_norms(*sizes[0], *sizes[1])
+        q, k, v = (matrix.linear for matrix in projections)
+        q_norm, k_norm = (None if norm is None else norm.as_norm() for norm in norms)
+        self.kernel = _kernels.Attention(q, k, v, q_norm, k_norm, head, type_of(dtype), scaling)
 
     def project(self, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Fill q [H * d], k and v [G * d] from x [D]; cosine and sine are [d], all of one dtype."""
         cosine, sine, x = cosine.contiguous(), sine.contiguous(), x.contiguous()
-        self.kernel.project(
-            self.runner,
-            self.level,
-            x.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            cosine.numel(),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-        )
+        self.kernel.project(self.runner, self.level, x, cosine, sine, q, k, v)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """softmax(q K^T * scaling) V: query [H * d], keys and values [1, G, S, d] -> [H * d].
@@ -80,16 +68,7 @@ class OneTokenAttention:
         Each head of the cache is one piece; heads may be any distance apart.
         """
         out = torch.empty_like(query)
-        self.kernel.attend(
-            self.runner,
-            self.level,
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[-2],
-            keys.stride(1),
-            out.data_ptr(),
-        )
+        self.kernel.attend(self.runner, self.level, query, keys, values, out)
         return out
 
 
@@ -101,11 +80,8 @@ class OneTokenFirstHalf:
     """
 
     def __init__(self, attention: OneTokenAttention, output: Matrix, before: Norm, after: Norm) -> None:
-        self._kept = (attention, output, before, after)
         self.runner, self.level = attention.runner, attention.level
-        self.kernel = _kernels.FirstHalf()
-        self.kernel.attention, self.kernel.output = attention.kernel, output.as_linear()
-        self.kernel.before, self.kernel.after = before.as_norm(), after.as_norm()
+        self.kernel = _kernels.FirstHalf(attention.kernel, output.linear, before.as_norm(), after.as_norm())
 
     def run(self, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token x [.., D] -> hidden and its norm, of the shape and dtype of x.
@@ -116,17 +92,7 @@ class OneTokenFirstHalf:
         """
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
         hidden, normed = torch.empty_like(x), torch.empty_like(x)
-        self.kernel.run(
-            self.runner,
-            self.level,
-            x.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            cosine.numel(),
-            _place(keys, values),
-            hidden.data_ptr(),
-            normed.data_ptr(),
-        )
+        self.kernel.run(self.runner, self.level, x, cosine, sine, keys, values, hidden, normed)
         return hidden, normed
 
 
@@ -150,10 +116,7 @@ class OneTokenRouter:
         self._weight, self._top_k, self._score_dtype = weight.detach().contiguous(), top_k, score_dtype
         self.width, self.dtype = weight.shape[1], weight.dtype
         self._runner, self._level = runner(threads), level
-        names = [KERNEL_FORMATS[FLOAT_FORMATS[dtype]] for dtype in (weight.dtype, score_dtype)]
-        self.kernel = _kernels.Router(
-            self._weight.data_ptr(), names[0], weight.shape[0], weight.shape[1], top_k, normalized, names[1]
-        )
+        self.kernel = _kernels.Router(self._weight, top_k, normalized, type_of(score_dtype))
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [.., D] of one token, in the weight's dtype -> logits [1, E], scores [1, K], int64 index [1, K]."""
@@ -161,7 +124,7 @@ class OneTokenRouter:
         logits = torch.empty((1, self._weight.shape[0]), dtype=x.dtype)
         scores = torch.empty((1, self._top_k), dtype=self._score_dtype)
         index = torch.empty((1, self._top_k), dtype=torch.int64)
-        self.kernel.run(self._runner, self._level, x.data_ptr(), logits.data_ptr(), scores.data_ptr(), index.data_ptr())
+        self.kernel.run(self._runner, self._level, x, logits, scores, index)
         return logits, scores, index
 
 
@@ -175,16 +138,14 @@ class OneTokenLayer:
     def __init__(
         self, first: OneTokenFirstHalf, router: OneTokenRouter, shape: KernelShape, experts: Sequence[Tensor]
     ) -> None:
-        self._kept = (first, router, experts)
         self.runner, self.level = first.runner, first.level
-        self.kernel = _kernels.DecoderLayer(first.kernel, router.kernel, shape, [e.data_ptr() for e in experts])
+        self.kernel = _kernels.DecoderLayer(first.kernel, router.kernel, shape, tuple(experts))
 
 
 class OneTokenLayers:
     """Decoder layers that follow one another, of one width and dtype, in one call."""
 
     def __init__(self, layers: Sequence[OneTokenLayer]) -> None:
-        self._kept = layers
         self._runner, self._level = layers[0].runner, layers[0].level
         self._kernel = _kernels.DecoderLayers([layer.kernel for layer in layers])
 
@@ -198,19 +159,5 @@ class OneTokenLayers:
         """
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
         hidden = torch.empty_like(x)
-        experts = self._kernel.run(
-            self._runner,
-            self._level,
-            x.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            cosine.numel(),
-            [_place(keys, values) for keys, values in caches],
-            hidden.data_ptr(),
-        )
+        experts = self._kernel.run(self._runner, self._level, x, cosine, sine, caches, hidden)
         return hidden, experts
-
-
-def _place(keys: Tensor, values: Tensor) -> tuple[int, int, int, int]:
-    """One layer's cache, [1, G, S, d] each, as the kernels take it."""
-    return keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.stride(1)

@@ -34,7 +34,10 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
     """Give an attention layer a forward for single tokens, if it is one that we know; says whether it is."""
     if not _looks_known(module):
         return False
-    fused = FusedAttention(module, threads)
+    try:
+        fused = FusedAttention(module, threads)
+    except ValueError:  # its parts do not fit each other: queries with gates between them, for instance
+        return False
     if not fused.agrees():
         return False
     module.forward = fused
@@ -42,7 +45,7 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
 
 
 class FusedAttention:
-    """The forward of a recognized attention layer."""
+    """The forward of a recognized attention layer; ValueError if its parts do not fit each other."""
 
     def __init__(self, module: Any, threads: int) -> None:
         self._original = forward_of(module)
@@ -51,7 +54,7 @@ class FusedAttention:
         self.parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
-        self._columns, self._scaling = q.in_features, module.scaling
+        self.width, self._scaling = q.in_features, module.scaling
         self._sizes = (q.out_features, k.out_features, v.out_features)
         self.cache_kind = CacheKind(self.dtype, k.out_features // self.head, self.head)
         self.kernel = OneTokenAttention(
@@ -62,6 +65,8 @@ class FusedAttention:
             dtype=self.dtype,
             threads=threads,
         )
+        if self.output.in_features != q.out_features:
+            raise ValueError("the output projection does not take what the heads give")
 
     @outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +125,7 @@ class FusedAttention:
 
     def trial(self, scale: float, random: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor], list[DynamicCache]]:
         """A random token [1, 1, D] of that size, its rotary embedding, and two equal caches with some tokens."""
-        x = torch.randn(1, 1, self._columns, generator=random).mul_(scale).to(self.dtype)
+        x = torch.randn(1, 1, self.width, generator=random).mul_(scale).to(self.dtype)
         angles = torch.rand(1, 1, self.head // 2, generator=random).mul_(6).repeat(1, 1, 2)
         rotary = (angles.cos().to(self.dtype), angles.sin().to(self.dtype))
         past, caches = self.past(scale, random), [DynamicCache(), DynamicCache()]

@@ -37,7 +37,10 @@ def fuse_decoder_layer(module: nn.Module) -> bool:
         return False
     if not isinstance(getattr(children.get(_ATTENTION), "forward", None), FusedAttention):
         return False
-    fused = FusedLayer(module, rest.pop())
+    try:
+        fused = FusedLayer(module, rest.pop())
+    except ValueError:  # its parts do not fit each other
+        return False
     if not fused.agrees():
         return False
     module.forward = fused

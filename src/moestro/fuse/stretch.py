@@ -191,12 +191,16 @@ class _WholeLayer:
         watched = [(owner._modules, name, child) for owner in owners for name, child in owner._modules.items()]
         watched += [(vars(part), "forward", vars(part).get("forward")) for part in parts]
         kind = [getattr(part, mark, None) for part in (module, fused.skipped[0]) for mark in _MARKS]
-        return cls(OneTokenLayer(fused.kernel, router, *choice), fused.attention, conductor, parts, watched, kind)
+        try:
+            kernel = OneTokenLayer(fused.kernel, router, *choice)
+        except ValueError:  # its parts do not fit each other
+            return None
+        return cls(kernel, fused.attention, conductor, parts, watched, kind)
 
     def like(self, other: _WholeLayer) -> bool:
         """Whether what fits one of them fits the other."""
         a, b = self.attention, other.attention
-        return (a.dtype, a.head, self.kind) == (b.dtype, b.head, other.kind)
+        return (a.dtype, a.head, a.width, self.kind) == (b.dtype, b.head, b.width, other.kind)
 
 
 def _only_routes(block: Any, experts: Any, router: OneTokenRouter) -> bool:

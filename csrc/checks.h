@@ -1,0 +1,90 @@
+// Whether parts fit each other. A kernel trusts sizes; these are asked before it has any.
+//
+// Each throws std::invalid_argument, ValueError in Python, whose line names what does not fit.
+#pragma once
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "layer.h"
+
+namespace moestro {
+
+constexpr int64_t kMostSize = int64_t{1} << 28;  // of a dimension, so that no product of two and a few bytes overflows
+constexpr int64_t kMostThreads = 1024;
+
+inline void require(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(what);
+}
+
+inline void check_size(int64_t size, const char* name) {
+  if (size < 1 || size > kMostSize) throw std::invalid_argument(std::string(name) + ": no size is " + std::to_string(size));
+}
+
+inline void check_number_type(Format type) {
+  require(type == Format::kFp32 || type == Format::kFp16 || type == Format::kBf16, "type: expected fp32, fp16 or bf16");
+}
+
+inline void check(const Shape& shape) {
+  check_size(shape.hidden, "hidden");
+  check_size(shape.neurons, "neurons");
+  require(shape.has_gate || shape.activation != Activation::kClampedSwiglu, "activation: clamped_swiglu needs a gate");
+}
+
+// Bytes of a packed expert, up to a whole cache line.
+inline int64_t expert_bytes(const Shape& shape) {
+  const int64_t blocks = round_up(shape.neurons, kBlock) / kBlock;
+  return round_up(blocks * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), 64);
+}
+
+inline void check(const Attention& a) {
+  check_number_type(a.type);
+  check_size(a.head, "head");
+  require(a.head % kPanel == 0, "head: not a multiple of 16");
+  require(a.q.rows % a.head == 0, "q: not whole heads");
+  require(a.k.rows % a.head == 0, "k: not whole heads");
+  require(a.v.rows == a.k.rows, "v: other heads than k");
+  require(a.q.rows % a.k.rows == 0, "q: not a multiple of k's heads");
+  require(a.k.columns == a.q.columns && a.v.columns == a.q.columns, "q, k, v: of different widths");
+  require(a.q_norm == nullptr || a.q.rows % a.q_norm_width == 0, "q_norm: does not divide q");
+  require(a.k_norm == nullptr || a.k.rows % a.k_norm_width == 0, "k_norm: does not divide k");
+}
+
+// How many elements of each head are turned by cosines and sines.
+inline void check_turned(const Attention& a, int64_t turned) {
+  require(turned >= 2 && turned % 2 == 0 && turned <= a.head, "cosine: not an even number of up to the head's width");
+}
+
+inline void check(const FirstHalf& f) {
+  require(f.output.columns == f.attention.q.rows, "output: does not take what the heads give");
+  require(f.output.rows == f.attention.q.columns, "output: not as wide as the layer");
+  require(f.before.width == f.attention.q.columns, "before: not as wide as the layer");
+  require(f.after.width == f.attention.q.columns, "after: not as wide as the layer");
+}
+
+inline void check(const Router& r) {
+  check_number_type(r.type);
+  check_number_type(r.score_type);
+  check_size(r.experts, "experts");
+  check_size(r.hidden, "hidden");
+  require(r.top_k >= 1 && r.top_k <= r.experts, "top_k: not in [1, experts]");
+}
+
+inline void check(const DecoderLayer& layer) {
+  const int64_t width = layer.first.attention.q.columns;
+  require(layer.router.hidden == width, "router: not as wide as the layer");
+  require(layer.router.type == layer.first.attention.type, "router: of another type than the attention");
+  require(layer.shape.hidden == width, "shape: not as wide as the layer");
+  require(static_cast<int64_t>(layer.experts.size()) == layer.router.experts, "experts: not as many as the router's");
+}
+
+inline void check(const DecoderLayers& all) {
+  require(!all.layers.empty(), "layers: none");
+  for (const DecoderLayer& layer : all.layers) {
+    require(layer.shape.hidden == all.layers[0].shape.hidden, "layers: of different widths");
+    require(layer.first.attention.type == all.layers[0].first.attention.type, "layers: of different types");
+  }
+}
+
+}  // namespace moestro
