@@ -28,6 +28,7 @@ from .compute.cpu import CpuExperts, KernelShape
 from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .compute.experts import ExpertMath
 from .errors import CopyError
+from .forks import StepLock, only_here
 from .grouping import Routed, group_by_expert
 from .memory.formats import BLOCK
 from .memory.slots import SlotPool
@@ -89,8 +90,8 @@ class Conductor:
         self._failures = 0  # copies that have failed so far
         self._is_unsettled = False  # something failed, and the rest has not come to an end
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
-        self._closing = weakref.finalize(self, self.device.close)
-        self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
+        self._closing = weakref.finalize(self, only_here(self.device.close))
+        self._lock = StepLock(None if self.device.link is None else self.device.name)
 
     @property
     def phase(self) -> Phase:
