@@ -6,6 +6,7 @@ Tensors lie between guard bytes, which no call may change, and a refused call ch
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 import weakref
@@ -96,9 +97,21 @@ def row(name: str) -> Callable[[Callable[[Memory], Row]], Callable[[Memory], Row
     return keep
 
 
+@functools.cache
+def _packed_matrix(rows: int, columns: int, name: str) -> Tensor:
+    return MATRIX_FORMATS[name].pack(torch.randn(rows, columns) / 8, fast=True).flatten()
+
+
+@functools.cache
+def _packed_expert(width: int) -> Tensor:
+    shape, fmt = ExpertShape(width, NEURONS, has_bias=True), FORMATS["int4"]
+    packed = torch.zeros(fmt.expert_bytes(shape), dtype=torch.uint8)
+    fmt.pack(packed, shape, {part: torch.randn(size) / 8 for part, size in shape.parts.items()}, fast=True)
+    return packed
+
+
 def linear(m: Memory, rows: int, columns: int = D, name: str = "int4") -> Any:
-    fmt = MATRIX_FORMATS[name]
-    packed = m.hold(fmt.pack(torch.randn(rows, columns) / 8, fast=True).flatten())
+    packed = m.hold(_packed_matrix(rows, columns, name))
     return kernels.Linear(packed, KERNEL_FORMATS[name], rows, columns, m.hold(torch.randn(rows)))
 
 
@@ -137,10 +150,7 @@ def shape_values(**changes: Any) -> dict[str, Any]:
 
 
 def expert(m: Memory, width: int = D) -> Tensor:
-    shape, fmt = ExpertShape(width, NEURONS, has_bias=True), FORMATS["int4"]
-    packed = torch.zeros(fmt.expert_bytes(shape), dtype=torch.uint8)
-    fmt.pack(packed, shape, {part: torch.randn(size) / 8 for part, size in shape.parts.items()}, fast=True)
-    return m.hold(packed)
+    return m.hold(_packed_expert(width))
 
 
 def decoder_layer(m: Memory, *, width: int = D, dtype: torch.dtype = torch.bfloat16) -> Any:

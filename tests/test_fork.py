@@ -117,7 +117,7 @@ def test_a_pool_is_made_anew() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        errors = [in_child(lambda: [error(), error(), in_child(error)]) for _ in range(5)]
+        errors = [in_child(lambda: [error(), error(), in_child(error)]) for _ in range(3)]
     finally:
         stop.set()
         thread.join()
@@ -134,7 +134,7 @@ def test_a_child_generates(fuse: bool, folder: Path) -> None:
         wanted = tokens_of(model)
         assert in_child(lambda: tokens_of(model)) == wanted
         with busy(model):
-            for _ in range(3):
+            for _ in range(2):
                 assert in_child(lambda: tokens_of(model)) == wanted
         loaded = in_child(lambda: tokens_of(load(str(folder), device="cpu", threads=2, dtype="float32", fuse=fuse)))
         assert loaded == wanted
@@ -162,7 +162,7 @@ def test_a_device_with_threads_refuses(policy: str, folder: Path) -> None:
     """In one line, also while the parent's threads are in the middle of it; the child ends as any process does."""
     model = load(str(folder), device="emulated", policy=policy, gpu_memory="1GiB", dtype="float32")
     wanted = tokens_of(model)
-    for _ in range(3):
+    for _ in range(2):
         with busy(model):
             line = in_child(lambda: error_of(model))
         assert "spawn" in line
