@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-versions install sanitize clean
+.PHONY: help demo test test-versions install sanitize sanitize-python clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +32,19 @@ sanitize-%:
 	cmake -S csrc -B build/$* -DMOESTRO_DRIVER=ON -DMOESTRO_SANITIZE=$*
 	cmake --build build/$* -j$$(getconf _NPROCESSORS_ONLN)
 	build/$*/driver $(SEED)
+
+SANITIZED := build/sanitize-python
+# Preloaded, since Python itself is built without; libstdc++ too, or the sanitizer finds no __cxa_throw to watch.
+PRELOADED = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
+REACH_KERNELS := $(addprefix tests/test_,bindings cpu_kernels one_token dense experts fuse fuse_families families fork)
+
+sanitize-python: install  ## build the extension with ASan and UBSan and run the tests that reach it (some 15 min)
+	rm -rf $(SANITIZED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(SANITIZED) \
+		-C build-dir=build/sanitize-python-objects -C install.strip=false -C cmake.define.MOESTRO_SANITIZE=address,undefined .
+	grep -q __asan_init $(SANITIZED)/moestro/compute/_kernels*.so
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/pytest -n 2 --dist worksteal -o timeout=900 --kernels $(SANITIZED)/moestro/compute/_kernels*.so $(TESTS) $(REACH_KERNELS)
 
 clean:  ## remove .venv and what builds and tests leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

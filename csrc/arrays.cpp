@@ -85,6 +85,12 @@ void* Array::of(Element type, int64_t count) const {
   return data_;
 }
 
+const uint8_t* Array::packed(int64_t count) const {
+  const uint8_t* data = bytes(count);
+  if (reinterpret_cast<uintptr_t>(data) % kLineBytes != 0) refuse("an address on a cache line");
+  return data;
+}
+
 void* Array::data_of(Format type) const {
   if (type_ != static_cast<Element>(type)) refuse(kNames[static_cast<int>(type)]);
   return data_;

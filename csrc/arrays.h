@@ -30,6 +30,7 @@ class Array {
   float* floats(int64_t count) const { return static_cast<float*>(of(Element::kFp32, count)); }
   uint8_t* bytes(int64_t count) const { return static_cast<uint8_t*>(of(Element::kUint8, count)); }
   int64_t* integers(int64_t count) const { return static_cast<int64_t*>(of(Element::kInt64, count)); }
+  const uint8_t* packed(int64_t count) const;  // bytes that begin on a cache line, as packed weights do
   void* numbers(Format type, int64_t count) const { return of(static_cast<Element>(type), count); }
 
   // Its data, of this type, however it lies.

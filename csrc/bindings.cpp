@@ -34,6 +34,19 @@ const Level& level_of(const std::string& given) {
   return *level;
 }
 
+struct Range {
+  int64_t begin, end;
+  Range(nb::handle range, const char* name) {
+    if (!PyRange_Check(range.ptr()) || !nb::try_cast(range.attr("start"), begin) || !nb::try_cast(range.attr("stop"), end))
+      throw nb::type_error((std::string(name) + ": expected a range").c_str());
+  }
+};
+
+nb::tuple tuple_of(nb::handle value, size_t least, const char* wanted) {
+  if (!PyTuple_Check(value.ptr()) || nb::len(value) < least) throw nb::type_error(wanted);
+  return nb::borrow<nb::tuple>(value);
+}
+
 // A layer step's work, each an ExpertWork of compute/experts.py: packed, neurons, rows, weights, span, expert.
 std::vector<Work> works_of(const nb::object& works, const Shape& shape, int64_t tokens) {
   std::vector<Work> list;
@@ -43,10 +56,8 @@ std::vector<Work> works_of(const nb::object& works, const Shape& shape, int64_t 
   const float* all_weights = nullptr;
   int64_t count = 0;
   for (const nb::handle item : works) {
-    const nb::tuple work = nb::cast<nb::tuple>(item);
-    require(nb::len(work) >= 5, "works: expected packed, neurons, rows, weights and span");
-    const nb::object neurons = work[1], span = work[4];
-    const int64_t begin = nb::cast<int64_t>(neurons.attr("start")), end = nb::cast<int64_t>(neurons.attr("stop"));
+    const nb::tuple work = tuple_of(item, 5, "works: expected packed, neurons, rows, weights and span");
+    const auto [begin, end] = Range(work[1], "neurons");
     require(0 <= begin && begin <= end && end <= shape.neurons, "neurons: not a range of the expert's");
     require(begin % kBlock == 0 && (end % kBlock == 0 || end == shape.neurons), "neurons: not whole blocks of 64");
     if (!rows.is(work[2]) || !weights.is(work[3])) {
@@ -56,14 +67,16 @@ std::vector<Work> works_of(const nb::object& works, const Shape& shape, int64_t 
       all_rows = row_array.integers(count);
       all_weights = weight_array.floats(count);
     }
-    const bool all = span.is_none();
-    const int64_t first = all ? 0 : nb::cast<int64_t>(span.attr("start"));
-    const int64_t stop = all ? count : nb::cast<int64_t>(span.attr("stop"));
+    int64_t first = 0, stop = count;
+    if (const nb::object span = work[4]; !span.is_none()) {
+      const Range some(span, "span");
+      first = some.begin, stop = some.end;
+    }
     require(0 <= first && first <= stop && stop <= count, "span: not a range of rows");
     for (int64_t i = first; i < stop; ++i) {
       if (all_rows[i] < 0 || all_rows[i] >= tokens) throw std::out_of_range("rows: no token " + std::to_string(all_rows[i]));
     }
-    const uint8_t* packed = Array(work[0], "packed").bytes(size);
+    const uint8_t* packed = Array(work[0], "packed").packed(size);
     list.push_back({packed, begin, end, all_rows + first, all_weights + first, stop - first});
   }
   return list;
@@ -126,7 +139,7 @@ void rms_norm(Runner& runner, const std::string& level_name, nb::handle x, nb::h
 void make_linear(Linear* self, nb::handle packed, Format format, int64_t rows, int64_t columns, nb::handle bias) {
   check_size(rows, "rows");
   check_size(columns, "columns");
-  const uint8_t* bytes = Array(packed, "packed").bytes(matrix_bytes(format, rows, columns));
+  const uint8_t* bytes = Array(packed, "packed").packed(matrix_bytes(format, rows, columns));
   const float* added = bias.is_none() ? nullptr : Array(bias, "bias").floats(rows);
   new (self) Linear{bytes, rows, columns, format, added, nullptr, Format::kFp32};
 }
@@ -238,14 +251,17 @@ void route(const Router& self, Runner& runner, const std::string& level_name, nb
 
 void make_decoder_layer(DecoderLayer* self, const FirstHalf& first, const Router& router, const Shape& shape, const nb::tuple& experts) {
   DecoderLayer made{first, router, shape, {}};
-  for (const nb::handle packed : experts) made.experts.push_back(Array(packed, "experts").bytes(expert_bytes(shape)));
+  for (const nb::handle packed : experts) made.experts.push_back(Array(packed, "experts").packed(expert_bytes(shape)));
   check(made);
   new (self) DecoderLayer(made);
 }
 
 void make_decoder_layers(DecoderLayers* self, const std::vector<const DecoderLayer*>& layers) {
   DecoderLayers made;
-  for (const DecoderLayer* layer : layers) made.layers.push_back(*layer);
+  for (const DecoderLayer* layer : layers) {
+    require(layer != nullptr, "layers: None");
+    made.layers.push_back(*layer);
+  }
   check(made);
   new (self) DecoderLayers(made);
 }
@@ -261,8 +277,7 @@ int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std:
   for (const nb::handle cache : caches) {
     const Attention& attention = self.layers[places.size()].first.attention;
     check_turned(attention, rotary.turned);
-    const nb::tuple pair = nb::cast<nb::tuple>(cache);
-    require(nb::len(pair) == 2, "caches: expected keys and values");
+    const nb::tuple pair = tuple_of(cache, 2, "caches: expected keys and values");
     places.push_back(place_of(attention, pair[0], pair[1]));
   }
   void* to = Array(hidden, "hidden").numbers(first.type, first.q.columns);

@@ -35,7 +35,7 @@ inline void check(const Shape& shape) {
 // Bytes of a packed expert, up to a whole cache line.
 inline int64_t expert_bytes(const Shape& shape) {
   const int64_t blocks = round_up(shape.neurons, kBlock) / kBlock;
-  return round_up(blocks * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), 64);
+  return round_up(blocks * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), kLineBytes);
 }
 
 inline void check(const Attention& a) {

@@ -22,6 +22,7 @@ namespace moestro {
 constexpr int64_t kBlock = 64;  // neurons
 constexpr int64_t kPanel = 16;  // rows
 constexpr int64_t kGroup = 64;  // columns that share a scale
+constexpr int64_t kLineBytes = 64;  // of a cache line, on which packed weights begin
 
 enum class Format : int { kFp32 = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4 };
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from importlib.util import find_spec
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +20,30 @@ import transformers  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write the documents that tests generate")
+    parser.addoption("--kernels", help="another build of the kernels to test: with sanitizers, by make sanitize-python")
     parser.addoption("--seed", type=int, default=None, help="the random numbers of an earlier run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if config.getoption("--kernels") is not None:
+        _use_kernels(Path(config.getoption("--kernels")).resolve())
     if config.getoption("--seed") is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def _use_kernels(path: Path) -> None:
+    """Import this build of the kernels in place of the installed one."""
+    name = "moestro.compute._kernels"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from moestro.compute import cpu
+
+    assert cpu._kernels.__file__ == str(path)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

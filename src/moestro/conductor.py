@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, St
 from .compute.experts import ExpertMath
 from .copies import Copies
 from .errors import CopyError, ModelError
+from .forks import StepLock, only_here
 from .grouping import Routed, group_by_expert
 from .held import HeldLayers
 from .memory.formats import BLOCK
@@ -89,8 +89,8 @@ class Conductor:
         self._counters = Counters()
         self._failures = 0  # of the slots, as far as the policy was told
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
-        self._closing = weakref.finalize(self, self.device.close)
-        self._lock = threading.RLock()  # one layer step at a time, also when two threads generate
+        self._closing = weakref.finalize(self, only_here(self.device.close))
+        self._lock = StepLock(None if self.device.link is None else self.device.name)
 
     def _see_slots(self) -> None:
         self.view = TableView(self.slots, self.time, self.store.experts)

@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 from .checkpoint import check_files, first_line, read_config, refuse_code, resolve, tensor_names, wrong_prefix
 from .config import METHOD, MoestroConfig
 from .errors import CheckpointError, ModelError, MoestroError, RequestError
+from .forks import set_torch_threads
 from .planning.policies import DEFAULT_POLICY
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
@@ -146,7 +147,7 @@ def _load(
     if (model is None) == (shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
+        set_torch_threads(config.threads)
     if shape is not None:
         return build_random_model(shape, config, dtype=dtype, seed=seed)
     assert model is not None

@@ -1,8 +1,7 @@
 """A router's choice for one token in one call: swapped in where it computes the same.
 
 Known are softmax over all experts and then the best of them, with or without scores that sum to 1 (Mixtral, OLMoE,
-Qwen); which of them a router is, is found by trying it on numbers. Any other router's few tokens are at least spared
-oneDNN's 16-bit product, which costs 70 us before it starts.
+Qwen); which of them a router is, is found by trying it on numbers. Any other is left alone.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenRouter
@@ -19,7 +18,6 @@ from ..compute.watch import Watch
 from ..memory.formats import FLOAT_FORMATS
 from .original import forward_of, put_in_place
 
-_FEW_TOKENS = 4
 _TRIALS = 8
 
 
@@ -28,8 +26,6 @@ def fuse_router(router: Any, threads: int) -> bool:
     known = _recognize(router, threads)
     if known is not None:
         put_in_place(router, FusedRouter(router, known), *router.modules())
-    elif next(router.parameters()).dtype != torch.float32:
-        _spare_small_products(router)
     return known is not None
 
 
@@ -96,21 +92,3 @@ def _same(got: tuple[Tensor, Tensor, Tensor], wanted: Any) -> bool:
         and bool((ours.float() - theirs.float()).norm() <= step * theirs.float().norm())
         for ours, theirs in pairs
     )
-
-
-def _spare_small_products(router: nn.Module) -> None:
-    """Have a router's few tokens multiplied by torch itself."""
-    forward = forward_of(router)
-
-    def spared(*args: Any, **kwargs: Any) -> Any:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is None or x.numel() > _FEW_TOKENS * x.shape[-1]:
-            return forward(*args, **kwargs)
-        before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
-
-    router.forward = spared

@@ -1,0 +1,588 @@
+"""The kernels' bindings: each argument of each function, made wrong in turn, is refused before memory is touched.
+
+`ROWS` has a valid call for everything that the module offers; a new function or argument without one fails a test.
+Tensors lie between guard bytes, which no call may change, and a refused call changes nothing at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moestro.compute import cpu
+from moestro.compute.cpu import KERNEL_FORMATS, levels
+from moestro.compute.experts import ExpertWork
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
+
+pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+kernels: Any = cpu._kernels
+
+LEVELS = [name for name, usable in levels().items() if usable]
+GUARD, POISON = 256, 0xA5
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
+FLOATS = DTYPES[:3]
+TYPES = dict(zip(FLOATS, ("fp32", "fp16", "bf16"), strict=True))
+D, HEAD, HEADS, GROUPS, EXPERTS, TOP_K, TOKENS, LENGTH = 70, 16, 4, 2, 5, 2, 3, 9
+NEURONS = 100  # two blocks, of which the second is not full
+
+
+class Memory:
+    """Tensors between guard bytes."""
+
+    def __init__(self) -> None:
+        self._rooms: list[Tensor] = []
+
+    def hold(self, values: Tensor, shift: int = 0) -> Tensor:
+        """The same numbers, contiguous, in a place of their own, so many bytes behind a cache line's begin."""
+        size = values.numel() * values.element_size()
+        room = torch.full((size + 2 * GUARD + shift,), POISON, dtype=torch.uint8)
+        self._rooms.append(room)
+        inside = room[GUARD + shift : GUARD + shift + size].view(values.dtype).view(values.shape)
+        return inside.copy_(values)
+
+    def bytes(self) -> list[bytes]:
+        return [room.numpy().tobytes() for room in self._rooms]
+
+    def is_guarded(self) -> bool:
+        """Whether no guard byte was changed."""
+        return all(bool((part == POISON).all()) for room in self._rooms for part in (room[:GUARD], room[-GUARD:]))
+
+
+@dataclass
+class Row:
+    """A valid call, and what is wrong with each argument.
+
+    wrong: values to be refused, besides those that every tensor is tried with. free: arguments of which any value will
+    do. any_float: tensors of any number type; any_size: and those of any length.
+    """
+
+    call: Callable[..., Any]
+    given: dict[str, Any]
+    wrong: dict[str, list[Any]] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
+    any_float: frozenset[str] = frozenset()
+    any_size: frozenset[str] = frozenset()
+
+
+ROWS: dict[str, Callable[[Memory], Row]] = {}
+NO_ARGUMENTS = {"Runner.threads", "Runner.busy_s", "best_level", "levels"}
+
+
+def row(name: str) -> Callable[[Callable[[Memory], Row]], Callable[[Memory], Row]]:
+    def keep(make: Callable[[Memory], Row]) -> Callable[[Memory], Row]:
+        ROWS[name] = make
+        return make
+
+    return keep
+
+
+@functools.cache
+def _packed_matrix(rows: int, columns: int, name: str) -> Tensor:
+    return MATRIX_FORMATS[name].pack(torch.randn(rows, columns) / 8, fast=True).flatten()
+
+
+@functools.cache
+def _packed_expert(width: int) -> Tensor:
+    shape, fmt = ExpertShape(width, NEURONS, has_bias=True), FORMATS["int4"]
+    packed = torch.zeros(fmt.expert_bytes(shape), dtype=torch.uint8)
+    fmt.pack(packed, shape, {part: torch.randn(size) / 8 for part, size in shape.parts.items()}, fast=True)
+    return packed
+
+
+def linear(m: Memory, rows: int, columns: int = D, name: str = "int4") -> Any:
+    packed = m.hold(_packed_matrix(rows, columns, name))
+    return kernels.Linear(packed, KERNEL_FORMATS[name], rows, columns, m.hold(torch.randn(rows)))
+
+
+def norm(m: Memory, width: int = D) -> Any:
+    return kernels.Norm(m.hold(torch.rand(width) + 0.5), 0.0, 1e-6)
+
+
+def attention(m: Memory, *, width: int = D, head: int = HEAD, groups: int = GROUPS, dtype: str = "bf16") -> Any:
+    k, v = (linear(m, groups * head, width) for _ in range(2))
+    return kernels.Attention(
+        linear(m, HEADS * head, width), k, v, norm(m, head), None, head, KERNEL_FORMATS[dtype], 0.25
+    )
+
+
+def first_half(m: Memory, *, width: int = D, dtype: str = "bf16") -> Any:
+    parts = attention(m, width=width, dtype=dtype), linear(m, width, HEADS * HEAD), norm(m, width), norm(m, width)
+    return kernels.FirstHalf(*parts)
+
+
+def router(m: Memory, *, width: int = D, experts: int = EXPERTS, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return kernels.Router(m.hold(torch.randn(experts, width).to(dtype)), TOP_K, True, KERNEL_FORMATS["fp32"])
+
+
+def shape_values(**changes: Any) -> dict[str, Any]:
+    return {
+        "hidden": D,
+        "neurons": NEURONS,
+        "has_gate": True,
+        "has_bias": True,
+        "format": KERNEL_FORMATS["int4"],
+        "activation": kernels.Activation.silu,
+        "alpha": 0.0,
+        "limit": 0.0,
+        "offset": 0.0,
+    } | changes
+
+
+def expert(m: Memory, width: int = D) -> Tensor:
+    return m.hold(_packed_expert(width))
+
+
+def decoder_layer(m: Memory, *, width: int = D, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return kernels.DecoderLayer(
+        first_half(m, width=width, dtype=TYPES[dtype]),
+        router(m, width=width, dtype=dtype),
+        kernels.Shape(**shape_values(hidden=width)),
+        tuple(expert(m, width) for _ in range(EXPERTS)),
+    )
+
+
+def runner(threads: int = 2) -> Any:
+    return kernels.Runner(threads, [])
+
+
+def numbers(m: Memory, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return m.hold(torch.randn(size).to(dtype))
+
+
+def cache(m: Memory) -> Tensor:
+    return numbers(m, 1, GROUPS, LENGTH, HEAD)
+
+
+def wrong_caches(m: Memory) -> list[Tensor]:
+    """Of a layer's keys or values, whatever the other ones are."""
+    room = numbers(m, 2 * GROUPS * LENGTH * HEAD)
+    sizes = [(1, GROUPS + 1, LENGTH, HEAD), (1, GROUPS, LENGTH, HEAD + 16), (1, GROUPS, 0, HEAD)]
+    sizes += [(2, GROUPS, LENGTH, HEAD), (GROUPS, LENGTH, HEAD), (1, GROUPS, LENGTH - 1, HEAD)]
+    size = (1, GROUPS, LENGTH, HEAD)
+    strides = [(1, LENGTH * HEAD - 1, HEAD, 1), (1, 0, HEAD, 1), (1, LENGTH * HEAD, HEAD, 2), (1, 1, HEAD * GROUPS, 1)]
+    strides += [(1, HEAD, HEAD * GROUPS, 1), (1, LENGTH * HEAD + 16, HEAD, 1)]  # the last: apart from the other's
+    return [numbers(m, *size) for size in sizes] + [room.as_strided(size, stride) for stride in strides]
+
+
+@row("Shape")
+def _(m: Memory) -> Row:
+    sizes = [0, -1, 2**40]
+    clamped = kernels.Activation.clamped_swiglu
+    wrong = {"hidden": sizes, "neurons": sizes, "format": [None, 7, -1], "activation": [None, 5, -1]}
+    free = frozenset({"has_bias", "alpha", "limit", "offset", "has_gate"})
+    with pytest.raises(ValueError, match="needs a gate"):
+        kernels.Shape(**shape_values(has_gate=False, activation=clamped))
+    return Row(kernels.Shape, shape_values(), wrong, free)
+
+
+@row("Linear")
+def _(m: Memory) -> Row:
+    rows, fmt = 33, MATRIX_FORMATS["int4"]
+    packed = m.hold(fmt.pack(torch.randn(rows, D)).flatten())
+    bias = m.hold(torch.randn(rows))
+    values = {"packed": packed, "format": KERNEL_FORMATS["int4"], "rows": rows, "columns": D, "bias": bias}
+    sizes = [0, -1, 2**40, 2**62]
+    wrong: dict[str, list[Any]] = {
+        "rows": [*sizes, 32, 49],
+        "columns": [*sizes, 64, 129],
+        "packed": [m.hold(packed, 1)],
+    }
+    wrong["format"] = [fmt for name, fmt in KERNEL_FORMATS.items() if name != "int4"]
+    return Row(kernels.Linear, values, wrong)
+
+
+@row("Norm")
+def _(m: Memory) -> Row:
+    values = {"weight": m.hold(torch.rand(D)), "offset": 0.0, "epsilon": 1e-6}
+    free = frozenset({"offset", "epsilon"})
+    return Row(kernels.Norm, values, {"weight": [torch.rand(0)]}, free, any_size=frozenset({"weight"}))
+
+
+@row("Attention")
+def _(m: Memory) -> Row:
+    names = ("q", "k", "v", "q_norm", "k_norm", "head", "type", "scaling")
+    q, k, v = linear(m, HEADS * HEAD), linear(m, GROUPS * HEAD), linear(m, GROUPS * HEAD)
+    values = (q, k, v, norm(m, HEAD), norm(m, GROUPS * HEAD), HEAD, KERNEL_FORMATS["bf16"], 0.25)
+    other = [linear(m, GROUPS * HEAD, D + 1), linear(m, GROUPS * HEAD + 1), linear(m, 3 * HEAD), None]
+    wrong = {
+        "q": [linear(m, HEADS * HEAD, D - 1), linear(m, 3 * HEAD), linear(m, 70), None],
+        "k": other,
+        "v": other,
+        "q_norm": [norm(m, HEAD + 1), norm(m, 2 * HEADS * HEAD)],
+        "k_norm": [norm(m, HEAD + 1), norm(m, HEADS * HEAD)],
+        "head": [0, -16, 8, 12, 64, 2**40],
+        "type": [KERNEL_FORMATS["int8"], KERNEL_FORMATS["int4"], 7, None],
+    }
+    return Row(kernels.Attention, dict(zip(names, values, strict=True)), wrong, frozenset({"scaling"}))
+
+
+def _rotary(m: Memory) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    wrong = [numbers(m, 1, 1, size) for size in (0, 1, HEAD - 1, HEAD + 2, 2 * HEAD)]
+    return {"cosine": numbers(m, 1, 1, HEAD), "sine": numbers(m, 1, 1, HEAD)}, {"cosine": wrong, "sine": wrong}
+
+
+NO_RUNNER: dict[str, list[Any]] = {"runner": [None, 0], "level": ["no such level", None]}
+
+
+@row("Attention.project")
+def _(m: Memory) -> Row:
+    rotary, wrong = _rotary(m)
+    values = {"runner": runner(), "level": "", "x": numbers(m, D), **rotary}
+    values |= {name: numbers(m, heads * HEAD) for name, heads in (("q", HEADS), ("k", GROUPS), ("v", GROUPS))}
+    return Row(attention(m).project, values, NO_RUNNER | wrong)
+
+
+@row("Attention.attend")
+def _(m: Memory) -> Row:
+    values = {"runner": runner(), "level": "", "query": numbers(m, HEADS * HEAD), "keys": cache(m), "values": cache(m)}
+    wrong = NO_RUNNER | {"keys": wrong_caches(m), "values": wrong_caches(m)}
+    return Row(attention(m).attend, values | {"out": numbers(m, HEADS * HEAD)}, wrong)
+
+
+@row("FirstHalf")
+def _(m: Memory) -> Row:
+    values = {"attention": attention(m), "output": linear(m, D, HEADS * HEAD), "before": norm(m), "after": norm(m)}
+    norms = [norm(m, D + 1), norm(m, D - 1), None]
+    wrong = {
+        "attention": [attention(m, width=D + 1), attention(m, head=32), None],
+        "output": [
+            linear(m, D, HEADS * HEAD // 2),
+            linear(m, D + 1, HEADS * HEAD),
+            linear(m, D - 1, HEADS * HEAD),
+            None,
+        ],
+        "before": norms,
+        "after": norms,
+    }
+    return Row(kernels.FirstHalf, values, wrong)
+
+
+@row("FirstHalf.run")
+def _(m: Memory) -> Row:
+    rotary, wrong = _rotary(m)
+    values = {"runner": runner(), "level": "", "x": numbers(m, 1, 1, D), **rotary, "keys": cache(m), "values": cache(m)}
+    values |= {"hidden": numbers(m, 1, 1, D), "normed": numbers(m, 1, 1, D)}
+    return Row(first_half(m).run, values, NO_RUNNER | wrong | {"keys": wrong_caches(m), "values": wrong_caches(m)})
+
+
+@row("Router")
+def _(m: Memory) -> Row:
+    values = {
+        "weight": numbers(m, EXPERTS, D),
+        "top_k": TOP_K,
+        "normalized": True,
+        "score_type": KERNEL_FORMATS["fp32"],
+    }
+    wrong = {
+        "weight": [numbers(m, EXPERTS * D), numbers(m, 1, D), numbers(m, 0, D), numbers(m, EXPERTS, 0)],
+        "top_k": [0, -1, EXPERTS + 1, 2**40],
+        "score_type": [KERNEL_FORMATS["int8"], KERNEL_FORMATS["int4"], 7],
+    }
+    weight = frozenset({"weight"})
+    return Row(kernels.Router, values, wrong, frozenset({"normalized"}), weight, weight)
+
+
+@row("Router.run")
+def _(m: Memory) -> Row:
+    values = {"runner": runner(), "level": "", "x": numbers(m, 1, D), "logits": numbers(m, 1, EXPERTS)}
+    values |= {"scores": m.hold(torch.rand(1, TOP_K)), "chosen": m.hold(torch.zeros(1, TOP_K, dtype=torch.int64))}
+    return Row(router(m).run, values, NO_RUNNER)
+
+
+@row("DecoderLayer")
+def _(m: Memory) -> Row:
+    experts = tuple(expert(m) for _ in range(EXPERTS))
+    shape = kernels.Shape(**shape_values())
+    others = [shape_values(hidden=D + 1), shape_values(neurons=NEURONS + 64), shape_values(has_bias=False)]
+    others += [shape_values(has_gate=False), shape_values(format=KERNEL_FORMATS["int8"])]
+    routers = [router(m, width=D - 1), router(m, experts=EXPERTS + 1), router(m, experts=EXPERTS - 1)]
+    wrong = {
+        "first": [first_half(m, width=D + 1), first_half(m, dtype="fp32"), first_half(m, dtype="fp16"), None],
+        "router": [*routers, router(m, dtype=torch.float32), None],
+        "shape": [*(kernels.Shape(**values) for values in others), None],
+        "experts": [(*experts[:-1], wrong) for wrong in wrong_tensors(experts[-1], m)],
+    }
+    wrong["experts"] += [(*experts[:-1], m.hold(experts[0], 4)), experts[:-1], (*experts, experts[0]), (), None]
+    return Row(kernels.DecoderLayer, dict(zip(wrong, (first_half(m), router(m), shape, experts), strict=True)), wrong)
+
+
+@row("DecoderLayers")
+def _(m: Memory) -> Row:
+    layer = decoder_layer(m)
+    others = [decoder_layer(m, width=D + 1), decoder_layer(m, dtype=torch.float16), None]
+    return Row(kernels.DecoderLayers, {"layers": [layer, layer]}, {"layers": [[], None, *([layer, x] for x in others)]})
+
+
+@row("DecoderLayers.run")
+def _(m: Memory) -> Row:
+    rotary, wrong = _rotary(m)
+    caches = [(cache(m), cache(m)) for _ in range(2)]
+    bad = [*wrong_caches(m), *wrong_tensors(caches[1][0], m)]
+    wrong["caches"] = [caches[:1], [*caches, caches[0]], [], None, [caches[0], caches[1][:1]]]
+    wrong["caches"] += [[caches[0], (one, caches[1][1])] for one in bad] + [
+        [caches[0], (caches[1][0], one)] for one in bad
+    ]
+    values = {"runner": runner(), "level": "", "x": numbers(m, 1, 1, D), **rotary, "caches": caches}
+    layers = kernels.DecoderLayers([decoder_layer(m) for _ in range(2)])
+    return Row(layers.run, values | {"hidden": numbers(m, 1, 1, D)}, NO_RUNNER | wrong)
+
+
+@row("Runner")
+def _(m: Memory) -> Row:
+    wrong = {"threads": [0, -1, 2000, 2**31 - 1], "cpus": [[-1], [0, -5], None]}
+    return Row(kernels.Runner, {"threads": 2, "cpus": [0]}, wrong)
+
+
+def _works(m: Memory) -> tuple[list[ExpertWork], list[Any]]:
+    """One expert's work on some of the tokens, and all that can be wrong with it."""
+    rows, weights = m.hold(torch.tensor([2, 0, 1, 1])), m.hold(torch.rand(4))
+    good = ExpertWork(expert(m), range(NEURONS), rows, weights, range(1, 3), 0)
+    wrong: list[Any] = []
+    for name in ("packed", "rows", "weights"):
+        value = getattr(good, name)
+        wrong += [good._replace(**{name: one}) for one in wrong_tensors(value, m)]
+    wrong.append(good._replace(packed=m.hold(good.packed, 32)))
+    for bad in (-1, TOKENS, 2**40, -(2**63)):
+        wrong.append(good._replace(rows=m.hold(torch.tensor([0, 0, bad, 0]))))
+    for begin, end in [(0, 101), (0, 65), (-64, 64), (32, 100), (64, 0), (0, 128), (128, 128), (0, 2**62)]:
+        wrong.append(good._replace(neurons=range(begin, end)))
+    wrong += [good._replace(span=span) for span in (range(5), range(-1, 2), range(3, 1), range(4, 5), 3)]
+    wrong += [good[:4], (), None, good._replace(neurons=None)]
+    return [good], [[good, one] for one in wrong] + [None, 3]
+
+
+@row("Runner.run")
+def _(m: Memory) -> Row:
+    works, wrong = _works(m)
+    shape = kernels.Shape(**shape_values())
+    others = [kernels.Shape(**shape_values(hidden=D + 1)), kernels.Shape(**shape_values(neurons=NEURONS + 64)), None]
+    values = {
+        "level": "",
+        "shape": shape,
+        "x": numbers(m, TOKENS, D),
+        "works": works,
+        "out": m.hold(torch.zeros(TOKENS, D)),
+    }
+    wrongs = {"level": NO_RUNNER["level"], "shape": others, "works": wrong, "x": [numbers(m, D, TOKENS)]}
+    return Row(runner().run, values, wrongs, any_float=frozenset({"x"}))
+
+
+@row("Runner.run_linear")
+def _(m: Memory) -> Row:
+    values = {"level": "", "linear": linear(m, 33), "x": numbers(m, TOKENS, D), "out": numbers(m, TOKENS, 33)}
+    others = [linear(m, 33, D + 1), linear(m, 34), linear(m, 32), None]
+    return Row(runner().run_linear, values, {"level": NO_RUNNER["level"], "linear": others})
+
+
+@row("Runner.look_up")
+def _(m: Memory) -> Row:
+    ids = m.hold(torch.tensor([[0, 32, 7]]))
+    values = {"level": "", "table": linear(m, 33), "ids": ids, "out": numbers(m, 1, 3, D)}
+    wrong = [m.hold(torch.tensor([[0, bad, 7]])) for bad in (-1, 33, 2**40, -(2**63))]
+    others = [linear(m, 33, D + 1), linear(m, 32), None]
+    wrongs = {"level": NO_RUNNER["level"], "table": others, "ids": wrong}
+    return Row(runner().look_up, values, wrongs, any_float=frozenset({"out"}))
+
+
+@row("Runner.rms_norm")
+def _(m: Memory) -> Row:
+    values = {"level": "", "x": numbers(m, TOKENS, D), "weight": m.hold(torch.rand(D)), "offset": 0.0, "epsilon": 1e-6}
+    values["out"] = numbers(m, TOKENS, D)
+    wrong = {"level": NO_RUNNER["level"], "weight": [torch.rand(0)]}
+    return Row(runner().rms_norm, values, wrong, frozenset({"offset", "epsilon"}))
+
+
+@row("Runner.touch")
+def _(m: Memory) -> Row:
+    memory = m.hold(torch.zeros(10_000, dtype=torch.uint8))
+    return Row(runner().touch, {"memory": memory}, any_size=frozenset({"memory"}))
+
+
+@row("Runner.read_seconds")
+def _(m: Memory) -> Row:
+    values = {"level": "", "memory": m.hold(torch.rand(5_001)), "prefetch": 512}
+    wrong = {"level": NO_RUNNER["level"], "prefetch": [-2, 2**40, None]}
+    return Row(runner().read_seconds, values, wrong, any_size=frozenset({"memory"}))
+
+
+@row("Runner.fma_flops")
+def _(m: Memory) -> Row:
+    values = {"level": "", "rounds": 100}
+    return Row(runner().fma_flops, values, {"level": NO_RUNNER["level"], "rounds": [0, -1, None]})
+
+
+def wrong_tensors(
+    right: Tensor, m: Memory, *, any_float: bool = False, any_size: bool = False, optional: bool = False
+) -> list[Any]:
+    """What every function refuses in the place of a tensor."""
+    fits = FLOATS if any_float else [right.dtype]
+    wrong: list[Any] = [m.hold(torch.ones(right.shape).to(dtype)) for dtype in DTYPES if dtype not in fits]
+    if not any_size:
+        *lead, last = right.shape
+        wrong += [m.hold(right.flatten()[:-1]), m.hold(torch.cat([right.flatten(), right.flatten()[:1]]))]
+        wrong += [m.hold(torch.ones(*lead, size).to(right.dtype)) for size in (last - 1, last + 1)]
+    if right.numel() > 1:
+        wrong.append(m.hold(right.repeat_interleave(2, -1))[..., ::2])
+        wrong.append(m.hold(right.flatten()[:1]).expand(right.shape))
+    wrong += [torch.ones(right.shape, dtype=right.dtype, device="meta"), right.to_sparse(), 0, right.tolist(), "x"]
+    if right.element_size() > 1:
+        room = bytearray(right.numel() * right.element_size() + 1)
+        wrong.append(torch.frombuffer(room, dtype=right.dtype, offset=1).view(right.shape))
+    return wrong if optional else [*wrong, None]
+
+
+def mutations(row: Row, m: Memory) -> Iterator[tuple[str, Any]]:
+    for name, value in row.given.items():
+        for bad in row.wrong.get(name, []):
+            yield name, bad
+        if isinstance(value, Tensor):
+            kinds = {"any_float": name in row.any_float, "any_size": name in row.any_size, "optional": name == "bias"}
+            for bad in wrong_tensors(value, m, **kinds):
+                yield name, bad
+
+
+def offered() -> dict[str, Any]:
+    """Everything that the module has, by name: functions, classes, their methods and properties."""
+    found: dict[str, Any] = {}
+    for name in dir(kernels):
+        value = getattr(kernels, name)
+        if name.startswith("__") or hasattr(value, "__members__"):  # an enum checks its own values
+            continue
+        if not isinstance(value, type):
+            found[name] = value
+            continue
+        methods = [leaf for leaf in dir(value) if not leaf.startswith("__")]
+        found |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in methods} | {name: value.__init__}
+    return found
+
+
+def test_every_function_has_a_row() -> None:
+    assert set(offered()) == set(ROWS) | NO_ARGUMENTS
+    assert not set(ROWS) & NO_ARGUMENTS
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_argument_is_tried(name: str) -> None:
+    memory = Memory()
+    row = ROWS[name](memory)
+    signature = re.sub(r"\[[^\]]*\]", "", offered()[name].__nb_signature__[0][0])
+    arguments = set(re.findall(r"(\w+):", signature)) - {"self"}
+    assert arguments == set(row.given), "the valid call leaves out an argument, or names one that is not there"
+    assert arguments - {argument for argument, _ in mutations(row, memory)} == set(row.free)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_valid_call_stays_inside(name: str) -> None:
+    memory = Memory()
+    row = ROWS[name](memory)
+    row.call(**row.given)
+    assert memory.is_guarded()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_does_not_fit_is_refused_untouched(name: str) -> None:
+    memory = Memory()
+    row = ROWS[name](memory)
+    for argument, bad in list(mutations(row, memory)):
+        before = memory.bytes()
+        with suppress(ValueError, IndexError, TypeError):
+            row.call(**row.given | {argument: bad})
+            pytest.fail(f"{argument} = {bad!r} was taken")
+        assert memory.bytes() == before, (argument, bad)
+    row.call(**row.given)  # which was not spoiled either
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "." not in name])
+def test_objects_cannot_change(name: str) -> None:
+    row = ROWS[name](Memory())
+    made = row.call(**row.given)
+    for attribute in [*row.given, "anything", *(leaf for leaf in dir(made) if not leaf.startswith("__"))]:
+        with pytest.raises(AttributeError):
+            setattr(made, attribute, None)
+
+
+def test_objects_keep_what_they_read_alive() -> None:
+    memory, seen = Memory(), []
+    hold = memory.hold
+
+    def held(values: Tensor) -> Tensor:
+        inside = hold(values)
+        seen.append(weakref.ref(inside))
+        return inside
+
+    memory.hold = held  # type: ignore[method-assign]
+    layers = kernels.DecoderLayers([decoder_layer(memory) for _ in range(2)])
+    gc.collect()
+    assert seen
+    assert all(tensor() is not None for tensor in seen)
+    del layers
+    gc.collect()
+    assert all(tensor() is None for tensor in seen)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
+    """Sizes that fill no panel, group or vector; results are others' business."""
+    m, run = Memory(), runner(data.draw(st.integers(1, 3)))
+    width, rows, tokens = (data.draw(st.integers(1, most)) for most in (150, 70, 40))
+    name, dtype = data.draw(st.sampled_from(sorted(KERNEL_FORMATS))), data.draw(st.sampled_from(FLOATS))
+    matrix = linear(m, rows, width, name)
+    x, out = numbers(m, tokens, width, dtype=dtype), numbers(m, tokens, rows, dtype=dtype)
+    run.run_linear(level, matrix, x, out)
+    run.look_up(level, matrix, m.hold(torch.randint(0, rows, (tokens,))), numbers(m, tokens, width, dtype=dtype))
+    run.rms_norm(level, x, m.hold(torch.rand(width)), 1.0, 1e-6, numbers(m, tokens, width, dtype=dtype))
+    shape = ExpertShape(width, data.draw(st.integers(1, 150)), data.draw(st.booleans()), data.draw(st.booleans()))
+    packed = m.hold(torch.zeros(FORMATS[name].expert_bytes(shape), dtype=torch.uint8))
+    part = range(shape.neurons if data.draw(st.booleans()) else min(64, shape.neurons))
+    index = m.hold(torch.randint(0, tokens, (data.draw(st.integers(0, 40)),)))
+    values = {"hidden": width, "neurons": shape.neurons, "has_gate": shape.has_gate, "has_bias": shape.has_bias}
+    kernel = kernels.Shape(**shape_values(**values, format=KERNEL_FORMATS[name]))
+    work = ExpertWork(packed, part, index, m.hold(torch.rand(len(index))))
+    run.run(level, kernel, x, [work], m.hold(torch.zeros(tokens, width)))
+    experts = data.draw(st.integers(1, 70))
+    weight, top_k = numbers(m, experts, width, dtype=dtype), data.draw(st.integers(1, experts))
+    chosen = m.hold(torch.zeros(top_k, dtype=torch.int64))
+    route = kernels.Router(weight, top_k, False, KERNEL_FORMATS["fp32"])
+    route.run(run, level, x[:1], numbers(m, experts, dtype=dtype), m.hold(torch.zeros(top_k)), chosen)
+    assert bool(((chosen >= 0) & (chosen < experts)).all())
+    assert memory_of_attention(m, run, level, data, width, dtype)
+    assert m.is_guarded()
+
+
+def memory_of_attention(m: Memory, run: Any, level: str, data: st.DataObject, width: int, dtype: torch.dtype) -> bool:
+    """Run a layer's first half of odd sizes; whether only the last token of the cache was written."""
+    head, groups, shared = 16 * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    length, more = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 3))
+    heads, turned = groups * shared, 2 * data.draw(st.integers(1, head // 2))
+    q, k, v = (linear(m, size * head, width) for size in (heads, groups, groups))
+    parts = kernels.Attention(q, k, v, norm(m, head), norm(m, groups * head), head, KERNEL_FORMATS[TYPES[dtype]], 0.1)
+    first = kernels.FirstHalf(parts, linear(m, width, heads * head), norm(m, width), norm(m, width))
+    room = numbers(m, 2, 1, groups, length + more, head, dtype=dtype)
+    before, cosine, sine = room.clone(), *(numbers(m, turned, dtype=dtype) for _ in range(2))
+    x, hidden, normed = (numbers(m, 1, 1, width, dtype=dtype) for _ in range(3))
+    first.run(run, level, x, cosine, sine, room[0, :, :, :length], room[1, :, :, :length], hidden, normed)
+    room[:, :, :, length - 1] = before[:, :, :, length - 1] = 0
+    return torch.equal(room, before)
