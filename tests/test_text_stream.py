@@ -58,7 +58,7 @@ def test_pieces_add_up_to_the_whole_text(kind: str, data: st.DataObject) -> None
     prompt, answer = (data.draw(token_ids(tokenizer, longest)) for longest in (12, 24))
     pieces = cut(answer, data.draw(st.lists(st.integers(0, 24), max_size=24)))
     stream = TextStream(tokenizer, prompt)
-    got = [*(stream.put(ids) for ids in pieces), stream.end()]
+    got = [*(stream.put(ids) for ids in pieces), stream.flush()]
     assert "".join(got) == whole_text(tokenizer, prompt, answer)
 
 
@@ -72,5 +72,5 @@ def test_long_texts_are_decoded_through_a_window(kind: str, request: pytest.Fixt
         for token in ids[100:]:
             pieces.append(stream.put([token]))
             longest = max(longest, len(stream._ids))
-        assert "".join([*pieces, stream.end()]) == whole_text(tokenizer, ids[:100], ids[100:])
+        assert "".join([*pieces, stream.flush()]) == whole_text(tokenizer, ids[:100], ids[100:])
         assert longest < 200 or not bounded

@@ -6,7 +6,7 @@ answer changes how the prompt ends: a character that the prompt began and the an
 and so does what a decoder that cleans up spaces rewrote.
 
     stream = TextStream(tokenizer, prompt_ids)
-    pieces = [stream.put([token]) for token in answer_ids] + [stream.end()]     # "".join(pieces) is the text
+    pieces = [stream.put([token]) for token in answer_ids] + [stream.flush()]     # "".join(pieces) is the text
 
 A piece is passed on once no token to come can change it. Decoding the whole sequence for each token would cost more
 and more, so a window of the last tokens is decoded; it begins where that makes no difference to the text at its end.
@@ -53,12 +53,8 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Return all text so far, as if nothing followed. What follows can only add to it."""
+        """Return the rest of the text, as if nothing followed."""
         return self._pass_on(len(self._text))
-
-    def end(self) -> str:
-        """Return the rest."""
-        return self.flush()
 
     def _pass_on(self, characters: int) -> str:
         """The text up to so many characters of the window, without what was passed on."""
@@ -111,14 +107,14 @@ class TextStream:
         return decode(self._tokenizer, ids)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of tokens, special ones skipped.
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of tokens.
 
     Raises:
         CheckpointError: the tokenizer cannot decode them.
     """
     try:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
     except Exception as error:  # a tokenizer may be anybody's Python
         raise CheckpointError(
             f"the tokenizer cannot decode the model's tokens ({type(error).__name__}: {error}); "
