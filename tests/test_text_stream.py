@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.text.stream import TextStream
+from moestro.text.stream import TextStream, shared_length
 from toy_tokenizers import KINDS
 
 
@@ -25,13 +25,13 @@ def whole_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> 
     """The definition: decode all, and cut off what the decoded prompt begins with."""
     before = tokenizer.decode(list(prompt), skip_special_tokens=True)
     everything = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
-    return everything[len(commonprefix([before, everything])) :]
+    return everything[shared_length(before, everything) :]
 
 
 def cut(ids: Sequence[int], at: Sequence[int]) -> list[Sequence[int]]:
     """Cut ids into pieces, as assisted decoding hands them over."""
     edges = [0, *sorted({edge % (len(ids) + 1) for edge in at}), len(ids)]
-    return [ids[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    return [ids[begin:end] for begin, end in pairwise(edges)]
 
 
 @st.composite

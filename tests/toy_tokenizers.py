@@ -8,7 +8,27 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-WORDS = ["once", "upon", "a", "time", ".", ",", "!", "'", "n't", "s", "'s", "th", "ing", "\n", "\n\n", "1", "é", "日本", "🙂"]
+WORDS = [
+    "once",
+    "upon",
+    "a",
+    "time",
+    ".",
+    ",",
+    "!",
+    "'",
+    "n't",
+    "s",
+    "'s",
+    "th",
+    "ing",
+    "\n",
+    "\n\n",
+    "1",
+    "é",
+    "日本",
+    "🙂",
+]
 SPACES = ["▁", "▁▁", "▁▁▁▁"]
 SPECIALS = ["<s>", "</s>", "<|mid|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from inspect import signature
@@ -93,13 +93,13 @@ def run(
     shape: Shape = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
-    top_p: TopP = 0.95,
-    top_k: TopK = 50,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     stop: Stop = None,
-    num_beams: NumBeams = 1,
+    num_beams: NumBeams = None,
     gpu_memory: GpuMemory = None,
     ram: Ram = None,
     context: Context = None,
@@ -138,7 +138,8 @@ def run(
     if not as_json:
         print(text, end="", flush=True)
     with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
-        result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
+        on_text = None if as_json else _print_piece
+        result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -156,10 +157,10 @@ def chat(
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = None,
-    top_p: TopP = 0.95,
-    top_k: TopK = 50,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     stop: Stop = None,
     gpu_memory: GpuMemory = None,
@@ -181,9 +182,10 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from .chat import ChatSession
+    from .text.templates import check_template
 
     options = _text_options(command)
-    loaded, tokenizer = _load(model, shape, command)
+    loaded, tokenizer = _load(model, shape, command, lambda tokenizer: check_template(tokenizer, system))
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
         _say("this tokenizer has no chat template: the conversation is one text that the model continues")
@@ -194,10 +196,14 @@ def chat(
         elif text.strip():
             try:
                 with _stop_on_interrupt() as stopped:
-                    result = session.ask(text, on_text=_print_piece, should_stop=stopped.is_set)
+                    result = session.ask(
+                        text, on_text=_print_piece, on_reasoning=_say_dimmed, should_stop=stopped.is_set
+                    )
                 print()
                 _print_figures(result)
             except RequestError as error:
+                if not sys.stdin.isatty():
+                    raise
                 _say(f"{error}; /new starts over")
             except KeyboardInterrupt:
                 _say("\nstopped; that message is forgotten")
@@ -307,8 +313,13 @@ def _text_options(command: typer.Context) -> TextOptions:
     return TextOptions(**{name: value for name, value in given.items() if value is not None})
 
 
-def _load(model: str | None, shape: str | None, command: typer.Context) -> tuple[Any, Any]:
-    """The model and its tokenizer; what `load` takes is named among the command's options as it is there."""
+def _load(
+    model: str | None, shape: str | None, command: typer.Context, check: Callable[[Any], None] = lambda tokenizer: None
+) -> tuple[Any, Any]:
+    """The model and its tokenizer, which is checked first.
+
+    What `load` takes is named among the command's options as it is there.
+    """
     from .compute.cpu import core_cpus
     from .loading import load, load_tokenizer
 
@@ -317,6 +328,8 @@ def _load(model: str | None, shape: str | None, command: typer.Context) -> tuple
     if options["threads"] is None:
         options["threads"] = len(core_cpus())
     tokenizer = load_tokenizer(model, shape=shape) if model or shape else None
+    if tokenizer is not None:
+        check(tokenizer)
     loaded = load(**options)
     if (plan := loaded.moestro.gpu_plan) is not None:
         _say(plan.in_words())
@@ -360,6 +373,11 @@ def _stop_on_interrupt() -> Iterator[Event]:
 
 def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _say_dimmed(text: str) -> None:
+    """What a model thinks aloud, on standard error so that standard output is the answers alone."""
+    print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
 
 
 def _print_figures(result: TextResult) -> None:

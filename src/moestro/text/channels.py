@@ -6,7 +6,7 @@ Finds the marks by which a tokenizer's family does so: the tokenizer's own respo
 
     channels = find_channels(tokenizer)                         # None for most tokenizers
     splitter = Splitter(channels, channels.opening(prompt_ids))
-    splitter.feed("<think>Hm.</think>Hello!")                   # [(Channel.REASONING, "Hm."), (Channel.ANSWER, "Hello!")]
+    splitter.feed("<think>Hm.</think>Hello!")                   # "Hm." in Channel.REASONING, "Hello!" in Channel.ANSWER
 """
 
 from __future__ import annotations

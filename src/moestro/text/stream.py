@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +25,9 @@ from ..errors import CheckpointError
 
 _WINDOW = 64  # tokens, before a shorter window is tried
 _CONTEXT = 24  # characters at least, of a window in front of the text that is not passed on yet
-_SEAM = 8  # characters at the beginning of a window that may differ from the whole text: a decoder strips or cleans them
+_SEAM = (
+    8  # characters at the beginning of a window that may differ from the whole text: a decoder strips or cleans them
+)
 _CLEANED = 8  # characters, the last ones, that `clean_up_tokenization_spaces` can still change
 _CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -61,7 +62,7 @@ class TextStream:
         final = self._text[:characters]
         if self._done.startswith(final):  # nothing new, or a prompt whose end may still change
             return ""
-        shared = len(self._done) if final.startswith(self._done) else len(commonprefix([self._done, final]))
+        shared = len(self._done) if final.startswith(self._done) else shared_length(self._done, final)
         self._done = final
         return final[shared:]
 
@@ -105,6 +106,12 @@ class TextStream:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode(self._tokenizer, ids)
+
+
+def shared_length(a: str, b: str) -> int:
+    """How many characters two texts share from their beginning."""
+    shorter = min(len(a), len(b))
+    return next((at for at in range(shorter) if a[at] != b[at]), shorter)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
