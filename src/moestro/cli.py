@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,11 +53,11 @@ from .options import (
     TopP,
     TraceTokens,
 )
-from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
+from .terminal import print_figures, print_piece, read_line, read_prompt, say, say_dimmed, stop_on_interrupt
 
 if TYPE_CHECKING:
-    from .generation import TextOptions, TextResult
+    from .generation import TextOptions
 
 app = typer.Typer(
     name="moestro",
@@ -133,18 +130,18 @@ def run(
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
-    options, text = _text_options(command), _read_prompt(prompt)
+    options, text = _text_options(command), read_prompt(prompt)
     loaded, tokenizer = _load(model, shape, command)
     if not as_json:
         print(text, end="", flush=True)
     with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
-        on_text = None if as_json else _print_piece
+        on_text = None if as_json else print_piece
         result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
         print()
-        _print_figures(result)
+        print_figures(result)
 
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
@@ -188,25 +185,23 @@ def chat(
     loaded, tokenizer = _load(model, shape, command, lambda tokenizer: check_template(tokenizer, system))
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
-        _say("this tokenizer has no chat template: the conversation is one text that the model continues")
-    _say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
-    while (text := _read_line()) is not None:
+        say("this tokenizer has no chat template: the conversation is one text that the model continues")
+    say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
+    while (text := read_line()) is not None:
         if text.strip() == "/new":
             session.reset()
         elif text.strip():
             try:
-                with _stop_on_interrupt() as stopped:
-                    result = session.ask(
-                        text, on_text=_print_piece, on_reasoning=_say_dimmed, should_stop=stopped.is_set
-                    )
+                with stop_on_interrupt() as stopped:
+                    result = session.ask(text, on_text=print_piece, on_reasoning=say_dimmed, should_stop=stopped.is_set)
                 print()
-                _print_figures(result)
+                print_figures(result)
             except RequestError as error:
                 if not sys.stdin.isatty():
                     raise
-                _say(f"{error}; /new starts over")
+                say(f"{error}; /new starts over")
             except KeyboardInterrupt:
-                _say("\nstopped; that message is forgotten")
+                say("\nstopped; that message is forgotten")
 
 
 @app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
@@ -332,75 +327,8 @@ def _load(
         check(tokenizer)
     loaded = load(**options)
     if (plan := loaded.moestro.gpu_plan) is not None:
-        _say(plan.in_words())
+        say(plan.in_words())
     return loaded, tokenizer
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
-        raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
-    return sys.stdin.read() if prompt in (None, "-") else str(prompt)
-
-
-def _read_line() -> str | None:
-    """One message from the user; None at the end of input. Ctrl-C clears the line."""
-    while True:
-        try:
-            return input("> ")
-        except KeyboardInterrupt:
-            _say("\nCtrl-D leaves")
-        except EOFError:
-            print()
-            return None
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Event]:
-    """Within it, the first Ctrl-C sets an event; the second raises, should a long prompt still be read."""
-    stopped = Event()
-
-    def interrupt(*_: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _say_dimmed(text: str) -> None:
-    """What a model thinks aloud, on standard error so that standard output is the answers alone."""
-    print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
-
-
-def _print_figures(result: TextResult) -> None:
-    """The closing figures, on standard error so that standard output is the text alone."""
-    new_prompt_tokens = result.prompt_tokens - result.reused_tokens
-    kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
-    decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
-    full = " (the context is full)" if result.context_full else ""
-    experts = ""
-    if result.hit_rate is not None:
-        experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
-    tape = "" if result.tape is None else f"tape    {result.tape.describe()}\n"
-    memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
-    _say(
-        f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
-        f"first token after {result.ttft_s:.3f} s\n"
-        f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{tape}peak memory   {memory}"
-    )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def main() -> None:
@@ -408,7 +336,7 @@ def main() -> None:
     try:
         app()
     except MoestroError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(2)
 
 
