@@ -139,10 +139,10 @@ def generate_text(
         output = model.generate(
             ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-            past_key_values=cache,
             stopping_criteria=[StopText(tokenizer, choices.stop, len(ids)), clock],
             streamer=stream if choices.num_beams == 1 else None,
             pad_token_id=_pad_token(model, tokenizer),
+            **({} if cache is None else {"past_key_values": cache}),
             **(choices.arguments | {"max_new_tokens": max_new_tokens}),
         )
     sequence = output.sequences[0].cpu()

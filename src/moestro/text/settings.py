@@ -78,7 +78,8 @@ def _refused(note: str, *harmless: Any) -> Setting:
 _ID = "the id of a token that the model has"
 _TOKEN = Setting(FOLLOWED, _ID, lambda value, rows: _is_int(value) and 0 <= value < rows)
 _TOKENS = Setting(FOLLOWED, "ids of tokens that the model has", _are_ids)
-_END = Setting(  # an id that no token has ends nothing, in Transformers too
+_MARK = Setting(FOLLOWED, "a token's id", lambda value, rows: _is_int(value))
+_MARKS = Setting(  # an id that no token has ends nothing, in Transformers too
     FOLLOWED,
     "a token's id, or several",
     lambda value, rows: _is_int(value) or (isinstance(value, (list, tuple)) and all(map(_is_int, value))),
@@ -93,8 +94,8 @@ _OPTION = "an option of the request wins, then this, then Moestro's default"
 
 SETTINGS: dict[str, Setting] = {
     # How long
-    "max_length": _any(OURS, "has no effect: the number of new tokens is always said"),
-    "max_new_tokens": _any(OURS, "has no effect: the request always says it"),
+    "max_length": _whole(OURS, 0, "has no effect: the number of new tokens is always said"),
+    "max_new_tokens": _whole(OURS, 1, "has no effect: the request always says it"),
     "min_length": _whole(FOLLOWED, 0),
     "min_new_tokens": _whole(FOLLOWED, 0),
     "early_stopping": _any(FOLLOWED),
@@ -160,17 +161,17 @@ SETTINGS: dict[str, Setting] = {
     "guidance_scale": _number(FOLLOWED, float("-inf")),
     "watermarking_config": _any(FOLLOWED),
     # What comes back
-    "num_return_sequences": _any(OURS, "one answer is made"),
+    "num_return_sequences": _whole(OURS, 1, "one answer is made"),
     "output_attentions": _any(OURS, "off: nothing reads it"),
     "output_hidden_states": _any(OURS, "off: nothing reads it"),
     "output_scores": _any(OURS, "off: nothing reads it"),
     "output_logits": _any(OURS, "off: nothing reads it"),
     "return_dict_in_generate": _any(OURS, "always on"),
     # Tokens
-    "pad_token_id": _any(OURS, "has no effect on one sequence"),
-    "bos_token_id": _any(FOLLOWED),
-    "eos_token_id": _END,
-    "decoder_start_token_id": _any(FOLLOWED, "has no effect on a decoder"),
+    "pad_token_id": _MARK,
+    "bos_token_id": _MARK,
+    "eos_token_id": _MARKS,
+    "decoder_start_token_id": _MARKS,
     # Assisted decoding
     "is_assistant": _refused("the model is not a draft model here; set it to false", False),
     "num_assistant_tokens": _any(FOLLOWED, _ALONE),
