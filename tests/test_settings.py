@@ -24,7 +24,7 @@ from moestro.text.settings import FOLLOWED, OURS, REFUSED, SETTINGS
 DEMO = Path(moestro.__file__).parent / "demo"
 PROMPT = "the king said to the king and the king said to the"
 TOKENS = 8
-SAMPLED = {"do_sample": True, "temperature": 0.8}
+SAMPLED = {"do_sample": True, "temperature": 1.5}
 BEAMS = {"num_beams": 3}
 
 # Key -> values of it, each with the other settings that it needs to do something.
@@ -64,9 +64,9 @@ EXAMPLES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "forced_eos_token_id": [(2, {}), ([2, 5], {})],
     "remove_invalid_values": [(True, {})],
     "exponential_decay_length_penalty": [([3, 1.5], {})],
-    "suppress_tokens": [([262, 264], {}), ([262, 264], BEAMS)],
-    "begin_suppress_tokens": [([262, 264, 14], {})],
-    "sequence_bias": [([[[262], -5.0], [[264], 3.0]], {})],
+    "suppress_tokens": [([28, 393], {}), ([28, 393], BEAMS)],
+    "begin_suppress_tokens": [([28, 14], {})],
+    "sequence_bias": [([[[28], -5.0], [[264], 3.0]], {})],
     "token_healing": [(False, {}), (True, {})],
     "guidance_scale": [(1.5, {}), (1.5, SAMPLED), (1.5, {"use_cache": False})],
     "watermarking_config": [({"greenlist_ratio": 0.4, "bias": 4.0}, {})],
@@ -176,11 +176,13 @@ def test_a_setting_is_followed_or_refused(key: str, value: Any, others: dict[str
 
 def test_most_settings_change_the_tokens() -> None:
     """Else the test above would not notice that one is not followed."""
-    plain = generated(settings_of(), {})
-    for key, value, others in CASES:
-        if key in CHANGING and SETTINGS[key].holds(value, 4096):
-            before = generated(settings_of(**others), others) if others else plain
-            assert generated(settings_of(**others | {key: value}), others) != before, (key, value)
+    idle = [
+        (key, value)
+        for key, value, others in CASES
+        if key in CHANGING and SETTINGS[key].holds(value, 4096)
+        if generated(settings_of(**others | {key: value})) == generated(settings_of(**others))
+    ]
+    assert not idle
 
 
 CHANGING = {
@@ -191,7 +193,7 @@ CHANGING = {
 }
 
 
-def generated(settings: GenerationConfig, others: dict[str, Any]) -> list[int]:
+def generated(settings: GenerationConfig) -> list[int]:
     model = ours("cpu")
     model.generation_config = settings
     prompt = tokenizer()(PROMPT, return_tensors="pt").input_ids[0]
@@ -261,8 +263,10 @@ def test_a_request_wins_over_the_checkpoint() -> None:
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"}]
-    + [{"prompt_lookup_num_tokens": 3}, BEAMS, {"guidance_scale": 1.5}, {"prefill_chunk_size": 4}],
+    [
+        *({}, {"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"}),
+        *({"prompt_lookup_num_tokens": 3}, BEAMS, {"guidance_scale": 1.5}, {"prefill_chunk_size": 4}),
+    ],
     ids=str,
 )
 def test_a_chat_answers_as_one_that_reads_everything_again(changed: dict[str, Any], device: str) -> None:
