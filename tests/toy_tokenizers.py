@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 WORDS = [
@@ -153,3 +153,22 @@ KINDS = {
     "rewriting": rewriting,
     "slow": slow,
 }
+
+
+def chatting(marks: Sequence[str], how: str) -> Any:
+    """A tokenizer that spells out all text, with marks.
+
+    how: "special" or "added" tokens; or "spelled", like all text, where only the chat template names them.
+    """
+    import string
+
+    vocab = {word: index for index, word in enumerate([*(() if how == "spelled" else marks), *string.printable])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    if how != "spelled":
+        tokenizer.add_tokens([AddedToken(mark, special=how == "special", normalized=False) for mark in marks])
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    if how == "spelled":
+        fast.chat_template = "{{ '" + "".join(marks) + "' }}"
+    return fast

@@ -44,8 +44,8 @@ _HARMONY = {
             "repeats": True,
         },
         "content": {
-            "open_pattern": r"<\|start\|>assistant(?:<\|channel\|>)?(?:final)?(?:<\|message\|>)?"
-            r"|<\|channel\|>final(?:\s*<\|constrain\|>[^<]*)?(?:<\|message\|>)?",
+            "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>final\s*(?:<\|constrain\|>[^<]*)?)?<\|message\|>"
+            r"|<\|start\|>assistant(?:final)?(?!<)|(?:<\|start\|>assistant)?<\|channel\|>final(?![\s<])",  # cut short
             "close_pattern": r"<\|end\|>|<\|call\|>|<\|return\|>",
             "repeats": True,
         },
