@@ -16,7 +16,8 @@ from .channels import REASONING_FIELDS
 
 Message = dict[str, Any]
 
-_PROBE = "What is the tallest mountain?"  # a message that no template has in it
+_ASKED, _PROBE = "How deep is the sea?", "What is the tallest mountain?"  # which no template has in it
+_LISTED = "'type': 'text'"  # parts that are written as a Python list
 _READS_REASONING = re.compile(rf"\b({'|'.join(REASONING_FIELDS)})\b")
 
 
@@ -37,7 +38,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
     for shape in (_in_one, _in_parts):
         try:
             text = _apply(tokenizer, messages, shape)
-            if _has_said(tokenizer, messages, len(messages) - 1, text, shape):
+            if _LISTED not in text and _has_said(tokenizer, messages, len(messages) - 1, text, shape):
                 return text
             reasons.append("it leaves out what the user says")
         except Exception as error:  # a template is a program: it may raise anything
@@ -55,8 +56,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> No
     """
     if not has_template(tokenizer):
         return
-    said: list[Message] = [{"role": "user", "content": _PROBE}]
-    said += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": _PROBE}]
+    said: list[Message] = [{"role": "user", "content": _ASKED}]
+    said += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": _ASKED}]
     for turns in (said[:1], said):
         render(tokenizer, turns)
         if system:
