@@ -217,6 +217,15 @@ def test_a_tokenizers_own_response_template_is_followed(template: dict[str, Any]
             assert stream.reasoning == right.get("reasoning_content")
 
 
+def test_a_tool_call_stays_in_the_answer_as_it_is_written() -> None:
+    tokenizer = chatting(["<think>", "</think>", "<tool_call>", "</tool_call>"], "added")
+    tokenizer.response_template = serving_templates()[0]
+    ids = tokenizer("<think>Hm</think>Now: <tool_call>{no JSON</tool_call>").input_ids
+    for pieces in ([[token] for token in ids], [ids]):
+        stream = answer_of(tokenizer, [8], pieces, channels=find_channels(tokenizer))
+        assert (stream.text, stream.reasoning) == ("Now:\n{no JSON", "Hm")
+
+
 @pytest.mark.parametrize("template", [3, {}, {"fields": {"content": {"open": 3}}}, {"start_anchor": "x", "fields": []}])
 def test_a_response_template_that_is_none_is_one_line(template: Any) -> None:
     tokenizer = chatting(["<think>"], "added")

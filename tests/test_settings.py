@@ -43,7 +43,7 @@ EXAMPLES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "cache_implementation": [(kind, {}) for kind in ("dynamic", "static", "hybrid", "offloaded_static", "paged")]
     + [(kind, BEAMS) for kind in ("dynamic", "static")]
     + [("static", SAMPLED), ("sliding_window", {})],
-    "cache_config": [({"nbits": 4}, {})],
+    "cache_config": [({"nbits": 4}, {}), ({"backend": "hqq", "nbits": 4}, {"cache_implementation": "quantized"})],
     "max_cache_len": [(64, {"cache_implementation": "static"})],
     "temperature": [(0.6, {"do_sample": True})],
     "top_k": [(3, SAMPLED), (0, SAMPLED)],
@@ -236,6 +236,27 @@ def test_a_file_that_cannot_be_followed_is_one_line(text: str, tmp_path: Path) -
     with pytest.raises(MoestroError) as found:
         _load_and_ask(tmp_path)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("keeps_file", [True, False])
+def test_settings_in_config_json_do_what_they_do_in_transformers(keeps_file: bool, tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
+    if not keeps_file:
+        (tmp_path / "generation_config.json").unlink()
+    config = tmp_path / "config.json"
+    old = {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "suppress_tokens": [28],
+        "num_beams": 2,
+        "use_cache": True,
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | old))
+    right = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = tokenizer()(PROMPT, return_tensors="pt").input_ids
+    model = load(str(tmp_path), device="cpu", dtype="float32", threads=1)
+    result = generate_text(model, tokenizer(), ids[0], TextOptions(max_new_tokens=TOKENS, temperature=0))
+    assert result.sequence.tolist() == right.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
 
 
 def _load_and_ask(folder: Path) -> None:

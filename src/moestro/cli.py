@@ -54,7 +54,7 @@ from .options import (
     TraceTokens,
 )
 from .planning.policies import DEFAULT_POLICY
-from .terminal import print_figures, print_piece, read_line, read_prompt, say, say_dimmed, stop_on_interrupt
+from .terminal import AnswerPrinter, print_figures, print_piece, read_line, read_prompt, say, stop_on_interrupt
 
 if TYPE_CHECKING:
     from .generation import TextOptions
@@ -192,8 +192,11 @@ def chat(
             session.reset()
         elif text.strip():
             try:
+                printer = AnswerPrinter()
                 with stop_on_interrupt() as stopped:
-                    result = session.ask(text, on_text=print_piece, on_reasoning=say_dimmed, should_stop=stopped.is_set)
+                    result = session.ask(
+                        text, on_text=printer.on_text, on_reasoning=printer.on_reasoning, should_stop=stopped.is_set
+                    )
                 print()
                 print_figures(result)
             except RequestError as error:

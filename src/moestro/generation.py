@@ -120,6 +120,7 @@ def generate_text(
     check_ids(tokenizer, ids, rows)
     choices = choose(options, model.generation_config, rows)
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
+    cache = cache if choices.keeps_cache else None
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
     if choices.keeps_cache:
         cache = cache_for(model, cache, len(ids) + max_new_tokens, choices.num_beams)

@@ -57,9 +57,23 @@ def print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def say_dimmed(text: str) -> None:
-    """What a model thinks aloud, on standard error so that standard output is the answers alone."""
-    print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+class AnswerPrinter:
+    """Prints an answer as it comes; what the model thinks aloud goes to standard error, dimmed on a terminal."""
+
+    def __init__(self) -> None:
+        self._is_thinking = False
+
+    def on_reasoning(self, text: str) -> None:
+        """Print a piece of what is thought."""
+        self._is_thinking = True
+        print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+
+    def on_text(self, text: str) -> None:
+        """Print a piece of the answer, apart from what was thought before."""
+        if self._is_thinking:
+            self._is_thinking = False
+            say("\n")
+        print_piece(text)
 
 
 def print_figures(result: TextResult) -> None:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -94,7 +94,7 @@ def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
     own = getattr(tokenizer, "response_template", None)
     if own is not None:
         try:
-            template = load_response_template(own)
+            template = _as_text(load_response_template(own))
         except Exception as error:  # it may hold anything
             raise CheckpointError(
                 f"the tokenizer's response_template is not usable ({error}); mend or remove it in tokenizer_config.json"
@@ -114,6 +114,13 @@ def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
     return Channels(template, _special_tokens(tokenizer, "".join(map("".join, marks))), tokenizer, marks)
 
 
+def _as_text(template: Any) -> Any:
+    """A response template that only tells regions apart: what is in one, such as a tool call, stays text."""
+    plain = {"content": "text", "content_args": {}, "repeats": True, "join": None, "optional": True, "transform": None}
+    fields = {name: replace(field, transform_each=False, **plain) for name, field in template.fields.items()}
+    return replace(template, fields=fields, defaults={})
+
+
 class Splitter:
     """Splits an answer's text into channels as it comes.
 
@@ -130,17 +137,17 @@ class Splitter:
         self._is_marked = False  # whether a mark has opened a region
         self._said = {Channel.REASONING: False, Channel.ANSWER: False}
         self.has_reasoned = False
-        self._parser = _checked(lambda: ResponseParser(channels.template, prefix=opening))
+        self._parser = ResponseParser(channels.template, prefix=opening)
         is_open = self._enter_by(self._parser.initial_events)
         self.has_reasoned = is_open and self._channel is Channel.REASONING
 
     def feed(self, text: str) -> list[tuple[Channel, str]]:
         """The pieces that became certain with this text."""
-        return list(self._split(_checked(lambda: self._parser.feed(text))))
+        return list(self._split(self._parser.feed(text)))
 
     def end(self) -> list[tuple[Channel, str]]:
         """The rest."""
-        pieces = list(self._split(_checked(lambda: self._parser.finalize()[1])))
+        pieces = list(self._split(self._parser.finalize()[1]))
         if self._space and not self._is_marked:
             pieces.append((self._channel, self._space))
         return pieces
@@ -183,15 +190,6 @@ class Splitter:
             body, self._joint = self._joint + body, ""
         self._said[self._channel] = True
         return body
-
-
-def _checked(parse: Callable[[], Any]) -> Any:
-    try:
-        return parse()
-    except Exception as error:  # such as a tool call that is no JSON, where the template wants that
-        raise CheckpointError(
-            f"the tokenizer's response_template does not fit this answer ({error}); mend it or remove it"
-        ) from error
 
 
 def _has_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
