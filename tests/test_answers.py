@@ -38,7 +38,7 @@ def answer_of(tokenizer: Any, prompt: Sequence[int], pieces: Sequence[Sequence[i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_text_ends_at_the_first_stop_string(kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)
@@ -55,7 +55,7 @@ def test_text_ends_at_the_first_stop_string(kind: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_generation_ends_with_the_first_stop_string(kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)

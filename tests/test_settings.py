@@ -204,7 +204,7 @@ def generated(settings: GenerationConfig) -> list[int]:
 @pytest.mark.parametrize("key", SETTINGS)
 def test_a_wrong_value_is_at_most_one_line(key: str) -> None:
     model, prompt = ours("cpu"), torch.tensor([5, 6, 7])
-    for value in ("x", -1, 0, 2.5, [], {}, [9999], [[9999]], [["x"]], True, float("nan")):
+    for value in ("x", -1, 2.5, [], {}, [[9999]]):
         model.generation_config = settings_of()
         setattr(model.generation_config, key, value)
         with suppress(MoestroError):
@@ -281,12 +281,18 @@ def test_a_request_wins_over_the_checkpoint() -> None:
     assert {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 50}.items() <= ours_alone.items()
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+CHATS: list[dict[str, Any]] = [
+    *({}, {"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"}),
+    *({"prompt_lookup_num_tokens": 3}, BEAMS, {"guidance_scale": 1.5}, {"prefill_chunk_size": 4}),
+]
+
+
 @pytest.mark.parametrize(
-    "changed",
-    [
-        *({}, {"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"}),
-        *({"prompt_lookup_num_tokens": 3}, BEAMS, {"guidance_scale": 1.5}, {"prefill_chunk_size": 4}),
+    ("changed", "device"),
+    [(changed, "cpu") for changed in CHATS]
+    + [
+        pytest.param(changed, "emulated", marks=[pytest.mark.long] if at > 4 else [])
+        for at, changed in enumerate(CHATS)
     ],
     ids=str,
 )

@@ -51,7 +51,7 @@ def token_ids(draw: Any, tokenizer: Any, longest: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_pieces_add_up_to_the_whole_text(kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)
