@@ -106,6 +106,11 @@ THINKING = [
     ("<seed:think>", "</seed:think>", "added"),
     ("<|START_THINKING|>", "<|END_THINKING|>", "special"),
     ("<thought>", "</thought>", "spelled"),
+    ("<|think|>", "<|/think|>", "added"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>", "special"),
+    ("<|think_start|>", "<|think_end|>", "spelled"),
+    ("◁think▷", "◁/think▷", "added"),
+    ("<|channel>thought\n", "<channel|>", "added"),
 ]
 
 
@@ -224,6 +229,16 @@ def test_a_tool_call_stays_in_the_answer_as_it_is_written() -> None:
     for pieces in ([[token] for token in ids], [ids]):
         stream = answer_of(tokenizer, [8], pieces, channels=find_channels(tokenizer))
         assert (stream.text, stream.reasoning) == ("Now:\n{no JSON", "Hm")
+
+
+def test_an_answer_that_no_region_claims_is_not_lost() -> None:
+    tokenizer = chatting(["<|channel|>", "<|message|>"], "special")
+    final = {"open": "<|channel|>final<|message|>"}
+    tokenizer.response_template = {"start_anchor": "<|start|>", "fields": {"content": final, "role": {"open": "@"}}}
+    for answer, text in (("Hello, you", "Hello, you"), ("Well.<|channel|>final<|message|>Hi!", "Hi!"), ("", "")):
+        ids = tokenizer(answer).input_ids
+        stream = answer_of(tokenizer, [8], [[token] for token in ids], channels=find_channels(tokenizer))
+        assert (stream.text, stream.reasoning) == (text, None)
 
 
 @pytest.mark.parametrize("template", [3, {}, {"fields": {"content": {"open": 3}}}, {"start_anchor": "x", "fields": []}])

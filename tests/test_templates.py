@@ -50,7 +50,7 @@ def of_transformers(messages: Sequence[dict[str, Any]]) -> list[str]:
             found.append(demo_tokenizer().apply_chat_template(shaped, add_generation_prompt=True, tokenize=False))
         except Exception:  # a template may raise anything
             continue
-    return found
+    return [text for text in found if not re.search(r"""['"]type['"]:\s*['"]text""", text)]  # parts written as a list
 
 
 def compare(template: Any) -> bool:
@@ -66,7 +66,6 @@ def compare(template: Any) -> bool:
         else:
             rendered, line = True, ""
             assert text in of_transformers(messages)
-            assert "'type'" not in text
             assert said in text
         assert "\n" not in line
         assert not line or not any(said in text for text in of_transformers(messages))

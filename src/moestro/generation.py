@@ -174,7 +174,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     try:
         # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
         ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    except Exception as error:  # a tokenizer may be anybody's Python
+    except Exception as error:  # a tokenizer may be any Python code
         raise RequestError(
             f"the tokenizer cannot encode the prompt ({type(error).__name__}: {first_line(error)}); "
             "change the prompt, or use the tokenizer that belongs to the model"

@@ -22,17 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .stream import decode
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of it in response and chat templates
 
-_THINK = re.compile(r"([<\[◁])(/?)((?:\w+[:_])?(?:think|thinking|thought|reasoning))([>\]▷])", re.IGNORECASE)
-_OTHER_PAIRS = (
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|channel>thought\n", "<channel|>"),
-)
+_WORD = r"(?:think|thinking|thought|reasoning)"
+# <think> and </think>, [THINK], <seed:think>, <|thought|>; the groups are what is around the slash.
+_SLASHED = re.compile(rf"([<\[◁]\|?)/?((?:(?!begin|start|end)\w+[:_])?{_WORD}\|?[>\]▷])", re.IGNORECASE)
+# <|START_THINKING|> and <|END_THINKING|>, <|begin_of_thought|>, <|think_start|>; the groups leave out the verb.
+_SPOKEN = re.compile(rf"(<\|?)(?:begin|start|end)(_(?:of_)?{_WORD}\|?>)", re.IGNORECASE)
+_SPOKEN_LAST = re.compile(rf"(<\|?{_WORD}_)(?:begin|start|end)(\|?>)", re.IGNORECASE)
+_GEMMA = ("<|channel>thought\n", "<channel|>")
 _NEVER = r"(?!)"
 _HARMONY = {
     "start_anchor_pattern": _NEVER,
@@ -97,7 +98,8 @@ def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
             template = _as_text(load_response_template(own))
         except Exception as error:  # it may hold anything
             raise CheckpointError(
-                f"the tokenizer's response_template is not usable ({error}); mend or remove it in tokenizer_config.json"
+                f"the tokenizer's response_template is not usable ({first_line(error)}); "
+                "mend it or remove it in tokenizer_config.json"
             ) from error
         return Channels(template, _special_tokens(tokenizer, json.dumps(own, ensure_ascii=False)), tokenizer)
     if all(_has_token(tokenizer, mark) for mark in ("<|channel|>", "<|message|>")):
@@ -136,6 +138,8 @@ class Splitter:
         self._joint = ""  # between two regions of one channel
         self._is_marked = False  # whether a mark has opened a region
         self._said = {Channel.REASONING: False, Channel.ANSWER: False}
+        self._unclaimed = ""  # by any region, of which a template may have none for the beginning of an answer
+        self._is_claimed = False
         self.has_reasoned = False
         self._parser = ResponseParser(channels.template, prefix=opening)
         is_open = self._enter_by(self._parser.initial_events)
@@ -143,14 +147,24 @@ class Splitter:
 
     def feed(self, text: str) -> list[tuple[Channel, str]]:
         """The pieces that became certain with this text."""
-        return list(self._split(self._parser.feed(text)))
+        pieces = list(self._split(self._parser.feed(text)))
+        self._unclaimed = "" if self._is_claimed else self._unclaimed + text
+        return pieces
 
     def end(self) -> list[tuple[Channel, str]]:
         """The rest."""
         pieces = list(self._split(self._parser.finalize()[1]))
+        if not self._is_claimed:  # else all that was said would be lost
+            return [(Channel.ANSWER, self._without_marks(self._unclaimed))] if self._unclaimed else []
         if self._space and not self._is_marked:
             pieces.append((self._channel, self._space))
         return pieces
+
+    def _without_marks(self, text: str) -> str:
+        """Leave out special tokens that stand where they mark nothing."""
+        for token in self._tokens:
+            text = text.replace(token, "")
+        return text
 
     def _enter_by(self, events: Sequence[dict[str, Any]]) -> bool:
         """Enter the region that a prompt leaves open; returns whether there is one."""
@@ -163,17 +177,16 @@ class Splitter:
         for event in events:
             if event["type"] == "region_open":
                 self._enter(event["field"])
-            elif event["type"] == "region_chunk":
-                text = event["text"]
-                for token in self._tokens:  # a mark in a place where it marks nothing
-                    text = text.replace(token, "")
-                if piece := self._spaced(text):
+            elif event["type"] == "region_chunk" and event["field"] != "role":
+                piece = self._spaced(self._without_marks(event["text"]))
+                if piece:
                     yield self._channel, piece
 
     def _enter(self, field: str) -> None:
         self._channel = Channel.REASONING if field in REASONING_FIELDS else Channel.ANSWER
         self.has_reasoned |= self._channel is Channel.REASONING
         self._is_marked |= field != self._implicit
+        self._is_claimed = True
         self._space, self._joint = "", "\n" if self._said[self._channel] else ""
 
     def _spaced(self, text: str) -> str:
@@ -210,8 +223,14 @@ def _think_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], .
     template = tokenizer.chat_template
     texts = list(template.values()) if isinstance(template, dict) else [template]
     seen = "\n".join([*(text for text in texts if isinstance(text, str)), *tokenizer.get_added_vocab()])
-    pairs = {(f"{a}{word}{b}", f"{a}/{word}{b}"): None for a, _, word, b in _THINK.findall(seen)}
-    pairs |= dict.fromkeys(pair for pair in _OTHER_PAIRS if any(mark.strip() in seen for mark in pair))
+    pairs = {(f"{a}{b}", f"{a}/{b}"): None for a, b in _SLASHED.findall(seen)}
+    for pattern in (_SPOKEN, _SPOKEN_LAST):
+        for a, b in pattern.findall(seen):
+            begins = ("BEGIN", "START") if b.isupper() or a.isupper() else ("begin", "start")
+            end = "END" if begins[0].isupper() else "end"
+            pairs |= {(f"{a}{begin}{b}", f"{a}{end}{b}"): None for begin in begins if f"{a}{begin}{b}" in seen}
+    if any(mark.strip() in seen for mark in _GEMMA):
+        pairs[_GEMMA] = None
     if _has_token(tokenizer, "<think>"):
         pairs[("<think>", "</think>")] = None
     return tuple(pairs)

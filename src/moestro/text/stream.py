@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 _WINDOW = 64  # tokens, before a shorter window is tried
 _CONTEXT = 24  # characters at least, of a window in front of the text that is not passed on yet
@@ -122,9 +122,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
     """
     try:
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-    except Exception as error:  # a tokenizer may be anybody's Python
+    except Exception as error:  # a tokenizer may be any Python code
         raise CheckpointError(
-            f"the tokenizer cannot decode the model's tokens ({type(error).__name__}: {error}); "
+            f"the tokenizer cannot decode the model's tokens ({type(error).__name__}: {first_line(error)}); "
             "use the tokenizer that belongs to the model"
         ) from error
 

@@ -17,7 +17,7 @@ from .channels import REASONING_FIELDS
 Message = dict[str, Any]
 
 _ASKED, _PROBE = "How deep is the sea?", "What is the tallest mountain?"  # which no template has in it
-_LISTED = "'type': 'text'"  # parts that are written as a Python list
+_LISTED = re.compile(r"""['"]type['"]:\s*['"]text['"]""")  # parts that are written as a list is in Python or JSON
 _READS_REASONING = re.compile(rf"\b({'|'.join(REASONING_FIELDS)})\b")
 
 
@@ -38,7 +38,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
     for shape in (_in_one, _in_parts):
         try:
             text = _apply(tokenizer, messages, shape)
-            if _LISTED not in text and _has_said(tokenizer, messages, len(messages) - 1, text, shape):
+            if not _LISTED.search(text) and _has_said(tokenizer, messages, len(messages) - 1, text, shape):
                 return text
             reasons.append("it leaves out what the user says")
         except Exception as error:  # a template is a program: it may raise anything
