@@ -86,7 +86,7 @@ EXAMPLES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "assistant_confidence_threshold": [(0.2, {})],
     "assistant_lookbehind": [(4, {})],
     "target_lookbehind": [(4, {})],
-    "prompt_lookup_num_tokens": [(3, {}), (8, {}), (3, {"use_cache": True}), (2, {"stop_strings": "the"})],
+    "prompt_lookup_num_tokens": [(3, {}), (8, {}), (3, SAMPLED), (2, {"stop_strings": "the"})],
     "max_matching_ngram_size": [(3, {"prompt_lookup_num_tokens": 3})],
     "assistant_early_exit": [(2, {})],
     "assistant_ensemble_weight": [(0.5, {})],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 WORDS = [
     "once",
@@ -138,6 +138,11 @@ def slow() -> Any:
     return _Slow()
 
 
+def byt5() -> Any:
+    """Python's, of single bytes, which leaves out bytes that are no character."""
+    return ByT5Tokenizer()
+
+
 KINDS = {
     "llama": llama,
     "byte_level": byte_level,
@@ -152,6 +157,7 @@ KINDS = {
     "bpe": bpe,
     "rewriting": rewriting,
     "slow": slow,
+    "byt5": byt5,
 }
 
 

@@ -276,12 +276,13 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
     except MoestroError:
         raise
     except Exception as error:
-        if "probability tensor" in str(error):
+        unusual = unusual_settings(model.generation_config)
+        if "probability tensor" in str(error) and not unusual:
             raise CheckpointError(
                 "the model's output is not a number: its weights are damaged, or too large for float16; "
                 "try --dtype float32"
             ) from error
-        if unusual := unusual_settings(model.generation_config):
+        if unusual:
             raise ModelError(
                 f"Transformers cannot follow the checkpoint's generation settings, {', '.join(unusual)} "
                 f"({type(error).__name__}: {first_line(error)}); mend generation_config.json"
@@ -292,7 +293,10 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
 def _continued(output: Any, tokens: int) -> Any:
     """The KV cache after a generation, if it holds all tokens of the text but the last and nothing else; else None."""
     cache = getattr(output, "past_key_values", None)
-    return cache if cache is not None and cache.get_seq_length() == tokens - 1 else None
+    try:
+        return cache if cache is not None and int(cache.get_seq_length()) == tokens - 1 else None
+    except (AttributeError, ValueError):  # one without attention layers does not know how long it is
+        return None
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
