@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import moestro
+from families import FAMILIES, build_model
 from moestro import load, load_tokenizer
 from moestro.chat import ChatSession
 from moestro.errors import ModelError, MoestroError
@@ -309,3 +310,25 @@ def test_a_chat_answers_as_one_that_reads_everything_again(changed: dict[str, An
         assert got.sequence.tolist() == right.sequence.tolist()
         assert got.reused_tokens < got.prompt_tokens
         assert (got.reused_tokens > 0) == (turn > 0 and keeps)
+
+
+@pytest.mark.parametrize("changed", [{"prompt_lookup_num_tokens": 3}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
+def test_sliding_windows_and_recurrent_states_follow_settings(
+    name: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their caches cannot go back, or only some can: as in Transformers, or the line where that raises."""
+    right = build_model(next(family for family in FAMILIES if family.name == name))
+    right.save_pretrained(tmp_path)
+    model = load(str(tmp_path), device="emulated", dtype="float32", threads=1)
+    for each in (right, model):
+        each.generation_config = GenerationConfig(**changed)
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 9, 5, 6]])
+    options = TextOptions(max_new_tokens=TOKENS, temperature=0)
+    try:
+        expected = right.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0]
+    except ValueError:  # assisted decoding with a recurrent state
+        with pytest.raises(ModelError, match="prompt_lookup_num_tokens 3"):
+            generate_text(model, tokenizer(), ids[0], options)
+        return
+    assert generate_text(model, tokenizer(), ids[0], options).sequence.tolist() == expected.tolist()

@@ -120,10 +120,11 @@ def generate_text(
     check_ids(tokenizer, ids, rows)
     choices = choose(options, model.generation_config, rows)
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
-    cache = cache if choices.keeps_cache else None
+    tokens = len(ids) + max_new_tokens
+    cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
+    if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
+        cache = None  # a full window of ours cannot go back; Transformers' own can
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
-    if choices.keeps_cache:
-        cache = cache_for(model, cache, len(ids) + max_new_tokens, choices.num_beams)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
     before, tape_before = replace(conductor.counters), figures_of(model)

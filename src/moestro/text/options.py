@@ -56,12 +56,14 @@ class Choices:
     """A request's options over a checkpoint's settings: what generation does.
 
     keeps_cache: whether the KV cache is one of ours, a plain one that holds what it was given and no more.
+    goes_back: whether tokens are taken back that were tried, as assisted decoding does.
     can_continue: whether a later generation may go on with that cache.
     """
 
     num_beams: int
     stop: Sequence[str]
     keeps_cache: bool
+    goes_back: bool
     can_continue: bool
     arguments: dict[str, Any]  # of Transformers' `generate`
 
@@ -80,6 +82,7 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
     num_beams = options.num_beams or own.num_beams or 1
     stop = options.stop or own.stop_strings or ()
     keeps_cache = own.use_cache is not False and own.cache_implementation in (None, "dynamic", "hybrid")
+    goes_back = own.prompt_lookup_num_tokens is not None
     arguments: dict[str, Any] = {
         "max_length": None,  # the number of new tokens is always said
         "num_beams": num_beams,
@@ -98,7 +101,8 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         num_beams=num_beams,
         stop=[stop] if isinstance(stop, str) else list(stop),
         keeps_cache=keeps_cache,
-        can_continue=keeps_cache and num_beams == 1 and own.prompt_lookup_num_tokens is None,
+        goes_back=goes_back,
+        can_continue=keeps_cache and num_beams == 1 and not goes_back,
         arguments=arguments,
     )
 
