@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
 from moestro import load, load_tokenizer
 from moestro.chat import ChatSession
 from moestro.errors import RequestError
-from moestro.generation import TextOptions
+from moestro.generation import TextOptions, generate_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -121,3 +128,73 @@ def test_recurrent_models_read_the_history_again() -> None:
         a = model(changed[None, start:], past_key_values=cache, use_cache=True).logits[0, -1]
         b = model(changed[None]).logits[0, -1]
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class Scripted:
+    """A small gpt-oss model that follows each token by the next one of a script, and its tokenizer."""
+
+    def __init__(self, folder: Path, marks: list[str], script: list[str], template: str) -> None:
+        words = [*marks, *dict.fromkeys(word for word in script if word not in marks), "user", "hi", " "]
+        backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=" "))
+        backend.add_special_tokens(marks)
+        backend.pre_tokenizer, backend.decoder = Split(Regex(r"[\s\S]"), "isolated"), Fuse()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=script[-1])
+        self.tokenizer.chat_template = template
+        config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        end = words.index(script[-1])
+        ends = {"eos_token_id": end, "pad_token_id": end, "layer_types": ["full_attention"]}
+        model = GptOssForCausalLM(GptOssConfig(**config, **heads, **ends, vocab_size=len(words)))
+        with torch.no_grad():  # the layer adds nothing, and the head looks for what comes next
+            layer = model.model.layers[0]
+            for part in (layer.self_attn.o_proj, layer.mlp.experts):
+                for name, weight in part.named_parameters():
+                    if name in ("weight", "bias", "down_proj", "down_proj_bias"):
+                        weight.zero_()
+            table = model.model.embed_tokens.weight.copy_(torch.randn(len(words), 64))
+            model.lm_head.weight.zero_()
+            for before, after in pairwise(script):
+                model.lm_head.weight[words.index(after)] += table[words.index(before)]
+        model.save_pretrained(folder)
+        self.model = load(str(folder), device="cpu", threads=1)
+
+
+HARMONY = "{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endfor %}"
+THINK = (
+    "{% for m in messages %}{{ m.content }}{% if m.reasoning_content %}"
+    "({{ m.reasoning_content }}){% endif %}<go>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("marks", "script", "template", "is_kept", "thinks_for"),
+    [
+        (
+            ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"],
+            ["<|end|>", "<|channel|>", "analysis", "<|message|>", "Hm.", "<|start|>", "assistant", "final", "Yes!"],
+            HARMONY,
+            False,
+            4,
+        ),
+        (["<think>", "</think>", "<go>"], ["<go>", "<think>", "Hm.", "</think>", "Yes!"], THINK, True, 2),
+    ],
+)
+def test_what_is_thought_aloud_is_told_apart(
+    marks: list[str], script: list[str], template: str, is_kept: bool, thinks_for: int, tmp_path: Path
+) -> None:
+    end = "<|return|>" if "<|return|>" in marks else "<stop>"
+    toy = Scripted(tmp_path, list(dict.fromkeys([*marks, end])), [*script, end], template)
+    chat = ChatSession(toy.model, toy.tokenizer, TextOptions(max_new_tokens=20, temperature=0))
+    for _ in range(2):
+        said: list[str] = []
+        thought: list[str] = []
+        result = chat.ask("hi", on_text=said.append, on_reasoning=thought.append)
+        assert "".join(said) == result.text == result.to_json()["text"] == "Yes!"
+        assert "".join(thought) == result.reasoning == result.to_json()["reasoning"] == "Hm."
+        assert ("Hm." in str(chat.messages)) == is_kept  # where the template reads it, and may drop it
+    short = ChatSession(toy.model, toy.tokenizer, TextOptions(max_new_tokens=thinks_for, temperature=0))
+    result = short.ask("hi")
+    assert (result.text, result.reasoning) == ("", "Hm.")
+    ids = toy.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt").input_ids[0]
+    whole = generate_text(toy.model, toy.tokenizer, ids, TextOptions(temperature=0), splits_channels=False)
+    assert (whole.text, whole.reasoning) == ("".join(word for word in script if word not in marks), None)

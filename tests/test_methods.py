@@ -42,8 +42,9 @@ def test_every_public_method_has_one_row() -> None:
     rows = [*REFUSED, *OURS, *SAME]
     assert len(rows) == len(set(rows))
     found = _public(PreTrainedModel) | _public(nn.Module) | _public(transformers.MixtralForCausalLM)
-    assert not found - set(rows), "a method without a row: try it on a loaded model and say what it does"
-    assert not set(rows) - found
+    without = sorted(found - set(rows))
+    assert not without, f"{without} have no row: try them on a loaded model and say what they do"
+    assert not set(rows) - found - {"smart_apply"}  # which modules get when Transformers first initializes one
 
 
 @pytest.fixture(params=WAYS)

@@ -10,13 +10,15 @@ conversation is a plain text that the model continues.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generation import OnText, TextOptions, TextResult, encode, generate_text
+from .generation import OnText, TextOptions, TextResult, embedding_rows, encode, generate_text
+from .text.options import choose
+from .text.templates import Message, answer_message, check_template, has_template, render
 
 # Families that give wrong logits in Transformers 5.23 itself when several tokens are appended to a filled cache
 # (mistral_large4 from 20 tokens on): their history is read again each turn. The family tests try them all.
@@ -24,7 +26,12 @@ REREAD = frozenset({"jamba", "mistral_large4", "unlimited_ocr"})
 
 
 class ChatSession:
-    """The turns so far and the KV cache that has read them."""
+    """The turns so far and the KV cache that has read them.
+
+    Raises:
+        RequestError: the chat template cannot write such a conversation.
+        ModelError: the checkpoint's generation settings cannot be followed.
+    """
 
     def __init__(
         self,
@@ -34,22 +41,29 @@ class ChatSession:
         system: str | None = None,
     ) -> None:
         self._model, self._tokenizer, self._options, self._system = model, tokenizer, options, system
-        self.has_template = bool(tokenizer.chat_template)
+        self.has_template = has_template(tokenizer)
+        check_template(tokenizer, system)
+        choose(options, model.generation_config, embedding_rows(model))
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation; the system prompt stays."""
-        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
         self._cache: Any = None
         self._cached_ids: Tensor | None = None  # the tokens that the cache has read
 
     def ask(
-        self, text: str, *, on_text: OnText | None = None, should_stop: Callable[[], bool] = lambda: False
+        self,
+        text: str,
+        *,
+        on_text: OnText | None = None,
+        on_reasoning: OnText | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> TextResult:
         """Answer one message. A turn that fails or is refused leaves the conversation as it was.
 
         Raises:
-            RequestError: the conversation no longer fits the model's context.
+            RequestError: the conversation no longer fits the model's context, or the chat template refuses the message.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._render(messages)
@@ -60,22 +74,22 @@ class ChatSession:
             ids,
             self._options,
             on_text=on_text,
+            on_reasoning=on_reasoning,
             should_stop=should_stop,
             cache=cache,
         )
-        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        self.messages = [*messages, answer_message(self._tokenizer, result.text, result.reasoning)]
         self._cache = result.cache
         self._cached_ids = None if result.cache is None else result.sequence[: result.cache.get_seq_length()]
         return result
 
-    def _render(self, messages: list[dict[str, str]]) -> Tensor:
+    def _render(self, messages: Sequence[Message]) -> Tensor:
         if not self.has_template:
             # Answers continue what was said before them; each message begins a line of its own.
             joints = ["" if i == 0 or m["role"] == "assistant" else "\n" for i, m in enumerate(messages)]
             text = "".join(joint + message["content"] for joint, message in zip(joints, messages, strict=True))
             return encode(self._tokenizer, text)
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return encode(self._tokenizer, text, add_special_tokens=False)
+        return encode(self._tokenizer, render(self._tokenizer, messages), add_special_tokens=False)
 
     def _usable_cache(self, ids: Tensor) -> Any:
         """The cache, cut to the tokens that it shares with `ids`; None where it cannot be used."""

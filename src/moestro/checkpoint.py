@@ -22,7 +22,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from .config import METHOD
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, first_line
 
 DEMO = "demo"
 
@@ -192,11 +192,3 @@ def _refuse_adapter(model: str, folder: Path) -> None:
             f"{model} holds a PEFT adapter (adapter_config.json), which Moestro does not apply; "
             + ("name its base model, or merge the two" if alone else "merge it, or take adapter_config.json away")
         )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, with the next line where that only announces it; or the error's type."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

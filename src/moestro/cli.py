@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ from .options import (
     MinP,
     Model,
     NumBeams,
+    PackDense,
     PolicyName,
     Profile,
     PromptTokens,
@@ -53,12 +55,11 @@ from .options import (
     TraceTokens,
     TrustRemoteCode,
 )
-from .planning.budget import format_bytes
 from .planning.policies import DEFAULT_POLICY
-from .terminal import read_line, read_prompt, say, stop_on_interrupt
+from .terminal import AnswerPrinter, print_figures, print_piece, read_line, read_prompt, say, stop_on_interrupt
 
 if TYPE_CHECKING:
-    from .generation import TextOptions, TextResult
+    from .generation import TextOptions
 
 app = typer.Typer(
     name="moestro",
@@ -92,13 +93,13 @@ def run(
     trust_remote_code: TrustRemoteCode = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
-    top_p: TopP = 0.95,
-    top_k: TopK = 50,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     stop: Stop = None,
-    num_beams: NumBeams = 1,
+    num_beams: NumBeams = None,
     gpu_memory: GpuMemory = None,
     ram: Ram = None,
     context: Context = None,
@@ -115,6 +116,7 @@ def run(
     dense_bits: DenseBits = None,
     head_bits: HeadBits = None,
     fuse: Fuse = True,
+    pack_dense: PackDense = True,
     trace: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Record what the routers choose. [default: no]", show_default=False),
@@ -137,12 +139,13 @@ def run(
     if not as_json:
         print(text, end="", flush=True)
     with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
-        result = generate_text(loaded, tokenizer, text, options, on_text=None if as_json else _print_piece)
+        on_text = None if as_json else print_piece
+        result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
         print()
-        _print_figures(result)
+        print_figures(result)
 
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
@@ -156,10 +159,10 @@ def chat(
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = None,
-    top_p: TopP = 0.95,
-    top_k: TopK = 50,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     stop: Stop = None,
     gpu_memory: GpuMemory = None,
@@ -178,12 +181,14 @@ def chat(
     dense_bits: DenseBits = None,
     head_bits: HeadBits = None,
     fuse: Fuse = True,
+    pack_dense: PackDense = True,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from .chat import ChatSession
+    from .text.templates import check_template
 
     options = _text_options(command)
-    loaded, tokenizer = _load(model, shape, command)
+    loaded, tokenizer = _load(model, shape, command, lambda tokenizer: check_template(tokenizer, system))
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
         say("this tokenizer has no chat template: the conversation is one text that the model continues")
@@ -193,11 +198,16 @@ def chat(
             session.reset()
         elif text.strip():
             try:
+                printer = AnswerPrinter()
                 with stop_on_interrupt() as stopped:
-                    result = session.ask(text, on_text=_print_piece, should_stop=stopped.is_set)
+                    result = session.ask(
+                        text, on_text=printer.on_text, on_reasoning=printer.on_reasoning, should_stop=stopped.is_set
+                    )
                 print()
-                _print_figures(result)
+                print_figures(result)
             except RequestError as error:
+                if not sys.stdin.isatty():
+                    raise
                 say(f"{error}; /new starts over")
             except KeyboardInterrupt:
                 say("\nstopped; that message is forgotten")
@@ -308,8 +318,13 @@ def _text_options(command: typer.Context) -> TextOptions:
     return TextOptions(**{name: value for name, value in given.items() if value is not None})
 
 
-def _load(model: str | None, shape: str | None, command: typer.Context) -> tuple[Any, Any]:
-    """The model and its tokenizer; what `load` takes is named among the command's options as it is there."""
+def _load(
+    model: str | None, shape: str | None, command: typer.Context, check: Callable[[Any], None] = lambda tokenizer: None
+) -> tuple[Any, Any]:
+    """The model and its tokenizer, which is checked first.
+
+    What `load` takes is named among the command's options as it is there.
+    """
     from .compute.cpu import core_cpus
     from .loading import load, load_tokenizer
 
@@ -319,33 +334,12 @@ def _load(model: str | None, shape: str | None, command: typer.Context) -> tuple
         options["threads"] = len(core_cpus())
     trusted = options["trust_remote_code"]
     tokenizer = load_tokenizer(model, shape=shape, trust_remote_code=trusted) if model or shape else None
+    if tokenizer is not None:
+        check(tokenizer)
     loaded = load(**options)
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
     return loaded, tokenizer
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _print_figures(result: TextResult) -> None:
-    """The closing figures, on standard error so that standard output is the text alone."""
-    new_prompt_tokens = result.prompt_tokens - result.reused_tokens
-    kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
-    decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
-    full = " (the context is full)" if result.context_full else ""
-    experts = ""
-    if result.hit_rate is not None:
-        experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
-    tape = "" if result.tape is None else f"tape    {result.tape.describe()}\n"
-    memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
-    say(
-        f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
-        f"first token after {result.ttft_s:.3f} s\n"
-        f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{tape}peak memory   {memory}"
-    )
 
 
 def main() -> None:

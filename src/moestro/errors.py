@@ -42,6 +42,12 @@ class ContractError(MoestroError):
     """A policy returned a decision that cannot be carried out."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, for one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def refuse_gradients(x: Any) -> None:
     """Refuse a tensor through which somebody means to learn: nothing of ours gives gradients.
 

@@ -14,86 +14,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from .accounts import Counters
 from .context import model_context
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from .machine import peak_ram_bytes
 from .planning.clock import Clock
 from .tape import TapeFigures, cache_for, figures_of
+from .text.answer import AnswerStream, OnText, StopText
+from .text.channels import find_channels
+from .text.options import TextOptions, choose
+from .text.settings import unusual_settings
 
-SAMPLING_TEMPERATURE = 0.7
-
-OnText = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """How to choose tokens and when to end. Named as Transformers names them.
-
-    temperature: 0 is greedy; None is 0.7, or a plain beam search where there are beams.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    top_p: float = 0.95
-    top_k: int = 50
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: Sequence[str] = ()
-    num_beams: int = 1
-
-    def __post_init__(self) -> None:
-        temperature = SAMPLING_TEMPERATURE if self.temperature is None else self.temperature
-        checks = (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", self.temperature, temperature == 0 or temperature >= 0.01, "0, or at least 0.01"),
-            ("--seed", self.seed, 0 <= self.seed < 2**63, "0 or more, below 2**63"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("--repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-            ("--num-beams", self.num_beams, self.num_beams >= 1, "at least 1"),
-        )
-        for option, value, holds, needed in checks:
-            if not holds:
-                raise RequestError(f"{option} {value}: needs {needed}")
-
-    def for_generate(self) -> dict[str, Any]:
-        """The keyword arguments of Transformers' `generate`."""
-        temperature = self.temperature
-        if temperature is None:
-            temperature = 0.0 if self.num_beams > 1 else SAMPLING_TEMPERATURE
-        chosen: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": temperature > 0,
-        }
-        # Greedy search warns about sampling options, so they are unset there, the checkpoint's too.
-        sampling = {
-            "temperature": temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p or None,
-        }
-        return chosen | (sampling if temperature > 0 else dict.fromkeys(sampling))
+__all__ = [
+    "OnText",
+    "TextOptions",
+    "TextResult",
+    "check_context",
+    "check_ids",
+    "embedding_rows",
+    "encode",
+    "generate_text",
+    "peak_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class TextResult:
     """What was generated and how fast.
 
-    reused_tokens: tokens of the prompt that the KV cache had from before; they are not in prefill_tok_s.
-    decode_tok_s: None when only one token was made. context_full: it ended because the model's context
+    text: the answer. reasoning: what the model thought aloud before it, between marks of its family; None where there
+    was nothing of the kind. reused_tokens: tokens of the prompt that the KV cache had from before; they are not in
+    prefill_tok_s. decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
     bytes_moved: of experts, over the link. tape: of steps that were recorded; None where
     none can be. Times are the conductor's clock's, which may be a virtual one.
     """
 
     text: str
+    reasoning: str | None
     prompt_tokens: int
     reused_tokens: int
     new_tokens: int
@@ -106,12 +66,13 @@ class TextResult:
     bytes_moved: int
     tape: TapeFigures | None
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
-    cache: Any = field(repr=False, default=None)
+    cache: Any = field(repr=False, default=None)  # only one that a later generation may go on with
 
     def to_json(self) -> dict[str, Any]:
         """The figures as `--json` prints them."""
         names = (
             "text",
+            "reasoning",
             "prefill_tok_s",
             "decode_tok_s",
             "ttft_s",
@@ -132,49 +93,69 @@ def generate_text(
     options: TextOptions,
     *,
     on_text: OnText | None = None,
+    on_reasoning: OnText | None = None,
+    splits_channels: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
     cache: Any = None,
 ) -> TextResult:
     """Generate from a prompt, streaming where there is one sequence to stream.
 
+    The text is what the tokenizer makes of prompt and answer together, without the prompt, up to the first stop string:
+    see `moestro.text.stream`. What `on_text` gets adds up to `text`.
+
     Args:
         prompt: text, or token ids int64 [tokens].
         on_text: called with each new piece of text.
+        on_reasoning: called with each new piece of what the model thinks aloud.
+        splits_channels: tell the two apart, where the tokenizer's family has marks for it; False: all is text.
         should_stop: asked after each step; True ends the answer there.
         cache: a KV cache that holds the first tokens of the prompt.
 
     Raises:
-        RequestError: an empty prompt, or one too long for the model or for what its GPU memory was planned for.
+        RequestError: an empty prompt, one too long for the model or for what its GPU memory was planned for, or one
+            with tokens that the model does not have.
+        ModelError: the checkpoint's generation settings cannot be followed.
     """
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
-    max_new_tokens = check_context(model, len(ids), options.max_new_tokens, options.num_beams)
+    rows = embedding_rows(model)
+    check_ids(tokenizer, ids, rows)
+    choices = choose(options, model.generation_config, rows)
+    max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
+    tokens = len(ids) + max_new_tokens
+    cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
+    if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
+        cache = None  # a full window of ours cannot go back; Transformers' own can
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
-    cache = cache_for(model, cache, len(ids) + max_new_tokens, options.num_beams)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
     before, tape_before = replace(conductor.counters), figures_of(model)
-    stream = _Stream(tokenizer, on_text or (lambda text: None), options.stop)
+    stream = AnswerStream(
+        tokenizer,
+        ids.tolist(),
+        stop=choices.stop,
+        on_text=on_text,
+        on_reasoning=on_reasoning,
+        channels=find_channels(tokenizer) if splits_channels else None,
+    )
     start_s = conductor.time.now_s
-    with _seeded(options.seed), _explained():
+    with _seeded(options.seed), _explained(model):
         output = model.generate(
             ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-            past_key_values=cache,
-            stopping_criteria=[clock],
-            streamer=stream if options.num_beams == 1 else None,
-            stop_strings=list(options.stop) or None,
-            tokenizer=tokenizer,
+            stopping_criteria=[StopText(tokenizer, choices.stop, len(ids)), clock],
+            streamer=stream if choices.num_beams == 1 else None,
             pad_token_id=_pad_token(model, tokenizer),
-            num_return_sequences=1,
-            return_dict_in_generate=True,
-            **(options.for_generate() | {"max_new_tokens": max_new_tokens}),
+            **({} if cache is None else {"past_key_values": cache}),
+            **(choices.arguments | {"max_new_tokens": max_new_tokens}),
         )
     sequence = output.sequences[0].cpu()
-    if options.num_beams > 1:
-        stream.on_finalized_text(tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True), True)
+    if choices.num_beams > 1:
+        stream.add(sequence[len(ids) :].tolist())
+        stream.end()
     new_tokens = len(sequence) - len(ids)
     return TextResult(
         text=stream.text,
+        reasoning=stream.reasoning,
         prompt_tokens=len(ids),
         reused_tokens=reused_tokens,
         new_tokens=new_tokens,
@@ -182,7 +163,7 @@ def generate_text(
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
         **_costs(model, before, tape_before),
         sequence=sequence,
-        cache=getattr(output, "past_key_values", None),
+        cache=_continued(output, len(sequence)) if choices.can_continue else None,
     )
 
 
@@ -192,13 +173,46 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     Raises:
         RequestError: there is nothing to start from.
     """
-    # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    try:
+        # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
+        ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    except Exception as error:  # a tokenizer may be any Python code
+        raise RequestError(
+            f"the tokenizer cannot encode the prompt ({type(error).__name__}: {first_line(error)}); "
+            "change the prompt, or use the tokenizer that belongs to the model"
+        ) from error
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise RequestError("the prompt is empty, and this model's tokenizer has no token to begin a text with")
     return torch.tensor(ids, dtype=torch.long)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """For how many tokens the model has an embedding."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    return int(model.config.get_text_config().vocab_size if rows is None else rows)
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor, rows: int) -> None:
+    """Refuse a prompt that no embedding has rows for, before a kernel reads beside it.
+
+    Raises:
+        RequestError: naming the first such token.
+    """
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not len(ids):
+        shape = "x".join(map(str, ids.shape)) or "a single"
+        raise RequestError(f"the prompt is {shape} {ids.dtype}; it needs ids of one or more tokens, int64 [tokens]")
+    strange = ids[(ids < 0) | (ids >= rows)]
+    if len(strange):
+        found = int(strange[0])
+        token = tokenizer.convert_ids_to_tokens(found) if 0 <= found < len(tokenizer) else None
+        name = "a token" if token is None else f"the token {token!r}"
+        raise RequestError(
+            f"the prompt has {name} of id {found}, but the model has {rows} tokens, from 0 to {rows - 1}; "
+            "leave it out, or use the tokenizer that belongs to the model"
+        )
 
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int, num_beams: int = 1) -> int:
@@ -257,16 +271,34 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """One line for the one thing that damaged weights make of sampling."""
+def _explained(model: PreTrainedModel) -> Iterator[None]:
+    """One line for what damaged weights make of sampling, and for settings that Transformers itself refuses."""
     try:
         yield
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise CheckpointError(
-            "the model's output is not a number: its weights are damaged, or too large for float16; try --dtype float32"
-        ) from error
+    except MoestroError:
+        raise
+    except Exception as error:
+        unusual = unusual_settings(model.generation_config)
+        if "probability tensor" in str(error) and not unusual:
+            raise CheckpointError(
+                "the model's output is not a number: its weights are damaged, or too large for float16; "
+                "try --dtype float32"
+            ) from error
+        if unusual:
+            raise ModelError(
+                f"Transformers cannot follow the checkpoint's generation settings, {', '.join(unusual)} "
+                f"({type(error).__name__}: {first_line(error)}); mend generation_config.json"
+            ) from error
+        raise
+
+
+def _continued(output: Any, tokens: int) -> Any:
+    """The KV cache after a generation, if it holds all tokens of the text but the last and nothing else; else None."""
+    cache = getattr(output, "past_key_values", None)
+    try:
+        return cache if cache is not None and int(cache.get_seq_length()) == tokens - 1 else None
+    except (AttributeError, ValueError):  # one without attention layers does not know how long it is
+        return None
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -287,30 +319,3 @@ class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers is not
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.times_s.append(self._clock.now_s)
         return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)
-
-
-class _Stream(TextStreamer):  # type: ignore[misc]  # transformers is not typed
-    """Passes text on as it becomes final, up to the first stop string and without it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText, stop: Sequence[str]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text = ""
-        self._on_text = on_text
-        self._stop = [word for word in stop if word]
-        self._held = ""  # may be the beginning of a stop string
-        self._stopped = False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._stopped:
-            return
-        pending = self._held + text
-        found = [at for word in self._stop if (at := pending.find(word)) >= 0]
-        if found:
-            self._stopped, cut = True, min(found)
-        else:
-            longest = 0 if stream_end else max((len(word) - 1 for word in self._stop), default=0)
-            cut = max(0, len(pending) - longest)
-        ready, self._held = pending[:cut], pending[cut:]
-        self.text += ready
-        if ready:
-            self._on_text(ready)

@@ -30,9 +30,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from .checkpoint import check_files, first_line, read_config, refuse_code, resolve, tensor_names, wrong_prefix
+from .checkpoint import check_files, read_config, refuse_code, resolve, tensor_names, wrong_prefix
 from .config import METHOD, MoestroConfig
-from .errors import CheckpointError, ModelError, MoestroError, RequestError
+from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from .forks import set_torch_threads
 from .planning.policies import DEFAULT_POLICY
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function

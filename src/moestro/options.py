@@ -117,24 +117,62 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that the checkpoint brings; without it, none is run."),
 ]
+PackDense = Annotated[
+    bool,
+    typer.Option(
+        "--pack-dense/--no-pack-dense",
+        help="On the CPU, pack dense layers for our kernels; unpacked they stay in torch, which can edit them.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")]
 Temperature = Annotated[
     float | None,
     typer.Option(
-        help="0 always takes the likeliest token. [default: 0.7; plain beam search with several beams]",
+        help="0 always takes the likeliest token. [default: the checkpoint's, or 0.7; with beams, a plain beam search]",
         show_default=False,
     ),
 ]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this much probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")]
-MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Sample from the likeliest tokens that hold this much probability. [default: the checkpoint's, or 0.95]",
+        show_default=False,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Sample from this many likeliest tokens; 0 for all. [default: the checkpoint's, or 50]",
+        show_default=False,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Leave out tokens less likely than this part of the likeliest. [default: the checkpoint's, or 0]",
+        show_default=False,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1 makes tokens that were there less likely. [default: the checkpoint's, or 1]", show_default=False
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of sampling and of random shapes; the same seed gives the same text.")]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End at this text; may be given several times. [default: none]", show_default=False),
+    typer.Option(
+        help="End at this text; may be given several times. [default: the checkpoint's, or none]", show_default=False
+    ),
 ]
-NumBeams = Annotated[int, typer.Option(help="Beams of a beam search; the text then comes at the end.")]
+NumBeams = Annotated[
+    int | None,
+    typer.Option(
+        help="Beams of a beam search; the text then comes at the end. [default: the checkpoint's, or 1]",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
 TextFile = Annotated[str, typer.Option("--text", metavar="FILE", help="The text to read.", show_default=False)]
 TraceTokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode in all.")]

@@ -1,4 +1,4 @@
-"""What the commands read from a terminal or a pipe, and what they say beside their output. Imports no torch."""
+"""What the command line reads from and writes to a terminal or a pipe. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
+from typing import TYPE_CHECKING
 
 from .errors import RequestError
+from .planning.budget import format_bytes
+
+if TYPE_CHECKING:
+    from .generation import TextResult
 
 
 def read_prompt(prompt: str | None) -> str:
-    """A prompt as it was given, or all of standard input where it is - or left out.
-
-    Raises:
-        RequestError: there is none, and a person sits at standard input.
-    """
+    """The prompt of a command, or standard input for it."""
     if prompt is None and sys.stdin.isatty():
         raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
     return sys.stdin.read() if prompt in (None, "-") else str(prompt)
@@ -51,6 +52,49 @@ def stop_on_interrupt() -> Iterator[Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def print_piece(text: str) -> None:
+    """A piece of the text, as soon as it is there."""
+    print(text, end="", flush=True)
+
+
+class AnswerPrinter:
+    """Prints an answer as it comes; what the model thinks aloud goes to standard error, dimmed on a terminal."""
+
+    def __init__(self) -> None:
+        self._is_thinking = False
+
+    def on_reasoning(self, text: str) -> None:
+        """Print a piece of what is thought."""
+        self._is_thinking = True
+        print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+
+    def on_text(self, text: str) -> None:
+        """Print a piece of the answer, apart from what was thought before."""
+        if self._is_thinking:
+            self._is_thinking = False
+            say("\n")
+        print_piece(text)
+
+
+def print_figures(result: TextResult) -> None:
+    """The closing figures, on standard error so that standard output is the text alone."""
+    new_prompt_tokens = result.prompt_tokens - result.reused_tokens
+    kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
+    decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
+    full = " (the context is full)" if result.context_full else ""
+    experts = ""
+    if result.hit_rate is not None:
+        experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
+    tape = "" if result.tape is None else f"tape    {result.tape.describe()}\n"
+    memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
+    say(
+        f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
+        f"first token after {result.ttft_s:.3f} s\n"
+        f"decode  {decode}   {result.new_tokens} tokens{full}\n"
+        f"{experts}{tape}peak memory   {memory}"
+    )
+
+
 def say(text: str) -> None:
-    """Print beside the output, on standard error."""
+    """A line on standard error."""
     print(text, file=sys.stderr)

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from .context import model_context
 from .errors import RequestError
-from .generation import encode
+from .generation import check_ids, embedding_rows, encode
 from .planning.contract import Outcome, Phase, Step
 from .planning.trace import Pass, Trace
 from .tape import cache_for
@@ -83,7 +83,9 @@ def recording(model: Any, lookahead: int = LOOKAHEAD) -> Iterator[Recorder]:
 
 def trace_text(model: Any, tokenizer: Any, name: str, text: str, **pieces: int) -> Trace:
     """As `trace_ids`, of a text."""
-    return trace_ids(model, name, encode(tokenizer, text), text, **pieces)
+    ids = encode(tokenizer, text)
+    check_ids(tokenizer, ids, embedding_rows(model))
+    return trace_ids(model, name, ids, text, **pieces)
 
 
 def trace_ids(

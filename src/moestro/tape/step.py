@@ -68,6 +68,7 @@ class StepTape:
         if isinstance(cache, StaticCache) and not torch.compiler.is_compiling() and self._lock.acquire(blocking=False):
             start_s, replays = perf_counter(), self.figures.replays
             try:
+                self._conductor.device.follow()  # the stream of a step before, which may write to the cache's tensors
                 output = self._step(cache, args, kwargs)
                 if self.figures.replays > replays:
                     self.figures.replay_s += perf_counter() - start_s

@@ -1,0 +1,1 @@
+"""Text in, text out: decoding token by token, generation settings, chat templates, and channels of an answer."""

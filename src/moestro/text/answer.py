@@ -1,0 +1,167 @@
+"""One answer while it is made: its text, cut at the first stop string, each piece in its channel.
+
+answer = AnswerStream(tokenizer, prompt_ids, stop=["END"], on_text=print)
+model.generate(..., streamer=answer)
+answer.text, answer.reasoning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from .channels import Channel, Channels, Splitter
+from .stream import TextStream, decode, shared_length
+
+OnText = Callable[[str], None]
+
+
+class AnswerStream(BaseStreamer):  # type: ignore[misc]  # transformers is not typed
+    """Takes an answer's tokens and passes its text on as it becomes final.
+
+    text: the pieces that went to `on_text`, together. reasoning: the same of `on_reasoning`; None where the model
+    did not think aloud, or `channels` is None: then all is text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        on_text: OnText | None = None,
+        on_reasoning: OnText | None = None,
+        channels: Channels | None = None,
+    ) -> None:
+        self._stream = TextStream(tokenizer, prompt)
+        self._cutter = StopCutter(stop)
+        self._splitter = None if channels is None else Splitter(channels, channels.opening(prompt))
+        self._marks = {} if channels is None else channels.tokens
+        self._said: dict[Channel, list[str]] = {channel: [] for channel in Channel}
+        self._listeners = {Channel.ANSWER: on_text, Channel.REASONING: on_reasoning}
+        self._is_prompt = True
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self._said[Channel.ANSWER])
+
+    @property
+    def reasoning(self) -> str | None:
+        """What was thought aloud so far."""
+        has_reasoned = self._splitter is not None and self._splitter.has_reasoned
+        return "".join(self._said[Channel.REASONING]) if has_reasoned else None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._cutter.is_stopped
+
+    def put(self, value: Tensor) -> None:
+        """Take the tokens that Transformers made in a step; the first ones are the prompt again."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.add(value.flatten().tolist())
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Take tokens of the answer."""
+        begin = 0
+        for at, token in enumerate(ids):
+            if token in self._marks:  # what was before it is not changed by what comes behind it
+                self._pass_on(self._cutter.feed(self._stream.put(ids[begin : at + 1]) + self._stream.flush()))
+                self._pass_on(self._cutter.flush())
+                if not self.is_stopped:
+                    self._pass_on(self._marks[token])
+                begin = at + 1
+        if ids[begin:]:
+            self._pass_on(self._cutter.feed(self._stream.put(ids[begin:])))
+
+    def end(self) -> None:
+        """Pass the rest on."""
+        self._pass_on(self._cutter.feed(self._stream.flush()) + self._cutter.flush())
+        if self._splitter is not None:
+            self._say(self._splitter.end())
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self._say([(Channel.ANSWER, text)] if self._splitter is None else self._splitter.feed(text))
+
+    def _say(self, pieces: Sequence[tuple[Channel, str]]) -> None:
+        for channel, piece in pieces:
+            self._said[channel].append(piece)
+            listener: Any = self._listeners[channel]
+            if listener is not None:
+                listener(piece)
+
+
+class StopCutter:
+    """Passes text on up to the first stop string and without it, however the text comes in pieces."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.is_stopped = False
+        self._words = [word for word in stop if word]
+        self._held = ""  # may be the beginning of a stop string
+
+    def feed(self, text: str) -> str:
+        """The text that is certain not to belong to a stop string."""
+        if self.is_stopped:
+            return ""
+        pending = self._held + text
+        found, open_at = self._find(pending), self._opened(pending)
+        if found is not None and found <= open_at:
+            self.is_stopped, self._held = True, ""
+            return pending[:found]
+        self._held = pending[open_at:]
+        return pending[:open_at]
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        found = self._find(held)
+        self.is_stopped |= found is not None
+        return held[:found]
+
+    def _find(self, text: str) -> int | None:
+        return min((at for word in self._words if (at := text.find(word)) >= 0), default=None)
+
+    def _opened(self, text: str) -> int:
+        """Where the longest end of a text begins that may be the beginning of a stop string."""
+        longest = max(map(len, self._words), default=1) - 1
+        for at in range(max(0, len(text) - longest), len(text)):
+            if any(word.startswith(text[at:]) for word in self._words):
+                return at
+        return len(text)
+
+
+class StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
+    """Ends a generation at a stop string, as the tokenizer writes it.
+
+    Transformers' own criterion reckons with each token of the vocabulary alone: it takes seconds to prepare, fails
+    where the tokenizer cannot write "abcdef", and does not know what a decoder makes of two tokens together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_tokens: int) -> None:
+        self._tokenizer, self._words = tokenizer, [word for word in stop if word]
+        self._seen = prompt_tokens
+        # A character takes 4 tokens at most, and a few may say nothing.
+        self._reach = 4 * max(map(len, self._words), default=0) + 16
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row has come to a stop string with its newest tokens."""
+        new, self._seen = input_ids.shape[1] - self._seen, input_ids.shape[1]
+        rows = input_ids[:, -self._reach - new :].tolist() if self._words and new > 0 else [[]] * len(input_ids)
+        return torch.tensor([self._ends(row, new) for row in rows], dtype=torch.bool, device=input_ids.device)
+
+    def _ends(self, ids: Sequence[int], new: int) -> bool:
+        for skips in (True, False):  # a stop string may be a special token, or go on behind one
+            text, before = (decode(self._tokenizer, part, skip_special_tokens=skips) for part in (ids, ids[:-new]))
+            begin = shared_length(text, before)
+            if any(text.find(word, max(0, begin - len(word) + 1)) >= 0 for word in self._words):
+                return True
+        return False

@@ -1,0 +1,236 @@
+"""What a model thinks aloud, told apart from its answer.
+
+Finds the marks by which a tokenizer's family does so: the tokenizer's own response template, Harmony's channels
+(gpt-oss), or a pair like <think> and </think> that the vocabulary or the chat template has. Transformers'
+`ResponseParser` does the parsing.
+
+    channels = find_channels(tokenizer)                         # None for most tokenizers
+    splitter = Splitter(channels, channels.opening(prompt_ids))
+    splitter.feed("<think>Hm.</think>Hello!")                   # "Hm." in Channel.REASONING, "Hello!" in Channel.ANSWER
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing import ResponseParser
+from transformers.utils.chat_parsing.response_templates import load_response_template
+
+from ..errors import CheckpointError, first_line
+from .stream import decode
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of it in response and chat templates
+
+_WORD = r"(?:think|thinking|thought|reasoning)"
+# <think> and </think>, [THINK], <seed:think>, <|thought|>; the groups are what is around the slash.
+_SLASHED = re.compile(rf"([<\[◁]\|?)/?((?:(?!begin|start|end)\w+[:_])?{_WORD}\|?[>\]▷])", re.IGNORECASE)
+# <|START_THINKING|> and <|END_THINKING|>, <|begin_of_thought|>, <|think_start|>; the groups leave out the verb.
+_SPOKEN = re.compile(rf"(<\|?)(?:begin|start|end)(_(?:of_)?{_WORD}\|?>)", re.IGNORECASE)
+_SPOKEN_LAST = re.compile(rf"(<\|?{_WORD}_)(?:begin|start|end)(\|?>)", re.IGNORECASE)
+_GEMMA = ("<|channel>thought\n", "<channel|>")
+_NEVER = r"(?!)"
+_HARMONY = {
+    "start_anchor_pattern": _NEVER,
+    "fields": {
+        "reasoning_content": {
+            "open_pattern": r"(?:<\|start\|>assistant[^<]*)?<\|channel\|>\s*(?:analysis|commentary)[^<]*"
+            r"(?:<\|constrain\|>[^<]*)?<\|message\|>",
+            "close_pattern": r"<\|end\|>|<\|call\|>|<\|return\|>|(?=<\|start\|>)",
+            "repeats": True,
+        },
+        "content": {
+            "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>final\s*(?:<\|constrain\|>[^<]*)?)?<\|message\|>"
+            r"|<\|start\|>assistant(?:final)?(?!<)|(?:<\|start\|>assistant)?<\|channel\|>final(?![\s<])",  # cut short
+            "close_pattern": r"<\|end\|>|<\|call\|>|<\|return\|>",
+            "repeats": True,
+        },
+        "unmarked": {},
+    },
+}
+
+
+class Channel(Enum):
+    """Where a piece of text belongs."""
+
+    REASONING = "reasoning"
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How a tokenizer's family marks them.
+
+    tokens: special tokens that are such marks, or parts of them: id -> what it says.
+    """
+
+    template: Any  # Transformers' ResponseTemplate
+    tokens: dict[int, str]
+    tokenizer: PreTrainedTokenizerBase
+    marks: tuple[tuple[str, str], ...] = ()  # pairs, where the template was made of them
+    is_harmony: bool = False
+
+    def opening(self, prompt: Sequence[int]) -> str:
+        """What of a prompt belongs to the answer already, such as a <think> that the chat template ends with."""
+        text = decode(self.tokenizer, prompt, skip_special_tokens=False)
+        if self.is_harmony:
+            last = text[text.rfind("<|start|>") :] if "<|start|>" in text else ""
+            return last if last.startswith("<|start|>assistant") and "<|end|>" not in last else ""
+        if self.marks:
+            return next((mark for mark, _ in self.marks if text.rstrip().endswith(mark.rstrip())), "")
+        return text
+
+
+def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
+    """The channels of a tokenizer's family; None where it has none.
+
+    Raises:
+        CheckpointError: the tokenizer's own response template is none that Transformers can read.
+    """
+    own = getattr(tokenizer, "response_template", None)
+    if own is not None:
+        try:
+            template = _as_text(load_response_template(own))
+        except Exception as error:  # it may hold anything
+            raise CheckpointError(
+                f"the tokenizer's response_template is not usable ({first_line(error)}); "
+                "mend it or remove it in tokenizer_config.json"
+            ) from error
+        return Channels(template, _special_tokens(tokenizer, json.dumps(own, ensure_ascii=False)), tokenizer)
+    if all(_has_token(tokenizer, mark) for mark in ("<|channel|>", "<|message|>")):
+        tokens = _special_tokens(tokenizer, json.dumps(_HARMONY))
+        return Channels(load_response_template(_HARMONY), tokens, tokenizer, is_harmony=True)
+    marks = _think_marks(tokenizer)
+    if not marks:
+        return None
+    fields = {
+        "reasoning_content": {"open": [mark for mark, _ in marks], "close": [mark for _, mark in marks]},
+        "content": {},
+    }
+    template = load_response_template({"start_anchor_pattern": _NEVER, "fields": fields})
+    return Channels(template, _special_tokens(tokenizer, "".join(map("".join, marks))), tokenizer, marks)
+
+
+def _as_text(template: Any) -> Any:
+    """A response template that only tells regions apart: what is in one, such as a tool call, stays text."""
+    plain = {"content": "text", "content_args": {}, "repeats": True, "join": None, "optional": True, "transform": None}
+    fields = {name: replace(field, transform_each=False, **plain) for name, field in template.fields.items()}
+    return replace(template, fields=fields, defaults={})
+
+
+class Splitter:
+    """Splits an answer's text into channels as it comes.
+
+    The white space around what is thought, and between that and the answer, is dropped; an answer without any mark
+    comes out as it went in.
+    """
+
+    def __init__(self, channels: Channels, opening: str) -> None:
+        self._tokens = sorted(channels.tokens.values(), key=len, reverse=True)
+        self._implicit = channels.template.implicit
+        self._channel = Channel.ANSWER
+        self._space = ""  # white space that is passed on once text follows in the same region
+        self._joint = ""  # between two regions of one channel
+        self._is_marked = False  # whether a mark has opened a region
+        self._said = {Channel.REASONING: False, Channel.ANSWER: False}
+        self._unclaimed = ""  # by any region, of which a template may have none for the beginning of an answer
+        self._is_claimed = False
+        self.has_reasoned = False
+        self._parser = ResponseParser(channels.template, prefix=opening)
+        is_open = self._enter_by(self._parser.initial_events)
+        self.has_reasoned = is_open and self._channel is Channel.REASONING
+
+    def feed(self, text: str) -> list[tuple[Channel, str]]:
+        """The pieces that became certain with this text."""
+        pieces = list(self._split(self._parser.feed(text)))
+        self._unclaimed = "" if self._is_claimed else self._unclaimed + text
+        return pieces
+
+    def end(self) -> list[tuple[Channel, str]]:
+        """The rest."""
+        pieces = list(self._split(self._parser.finalize()[1]))
+        if not self._is_claimed:  # else all that was said would be lost
+            return [(Channel.ANSWER, self._without_marks(self._unclaimed))] if self._unclaimed else []
+        if self._space and not self._is_marked:
+            pieces.append((self._channel, self._space))
+        return pieces
+
+    def _without_marks(self, text: str) -> str:
+        """Leave out special tokens that stand where they mark nothing."""
+        for token in self._tokens:
+            text = text.replace(token, "")
+        return text
+
+    def _enter_by(self, events: Sequence[dict[str, Any]]) -> bool:
+        """Enter the region that a prompt leaves open; returns whether there is one."""
+        for event in events:
+            if event["type"] == "region_open":
+                self._enter(event["field"])
+        return bool(events) and events[-1]["type"] != "region_close"
+
+    def _split(self, events: Iterable[dict[str, Any]]) -> Iterator[tuple[Channel, str]]:
+        for event in events:
+            if event["type"] == "region_open":
+                self._enter(event["field"])
+            elif event["type"] == "region_chunk" and event["field"] != "role":
+                piece = self._spaced(self._without_marks(event["text"]))
+                if piece:
+                    yield self._channel, piece
+
+    def _enter(self, field: str) -> None:
+        self._channel = Channel.REASONING if field in REASONING_FIELDS else Channel.ANSWER
+        self.has_reasoned |= self._channel is Channel.REASONING
+        self._is_marked |= field != self._implicit
+        self._is_claimed = True
+        self._space, self._joint = "", "\n" if self._said[self._channel] else ""
+
+    def _spaced(self, text: str) -> str:
+        """The text with white space only between what is said: what ends it may be the end of its region."""
+        text = self._space + text
+        body = text.rstrip()
+        if not body:
+            self._space = text
+            return ""
+        self._space = text[len(body) :]
+        if self._is_marked:
+            if not self._said[self._channel] or self._joint:
+                body = body.lstrip()
+            body, self._joint = self._joint + body, ""
+        self._said[self._channel] = True
+        return body
+
+
+def _has_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    index = tokenizer.convert_tokens_to_ids(token)
+    return isinstance(index, int) and tokenizer.convert_ids_to_tokens(index) == token
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, patterns: str) -> dict[int, str]:
+    """The special tokens that a template's patterns name: id -> token."""
+    plain = patterns.replace("\\", "")
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    special |= {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {index: token for index, token in special.items() if token in plain}
+
+
+def _think_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
+    """Pairs like <think> and </think>, of which the vocabulary or the chat template has one."""
+    template = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    seen = "\n".join([*(text for text in texts if isinstance(text, str)), *tokenizer.get_added_vocab()])
+    pairs = {(f"{a}{b}", f"{a}/{b}"): None for a, b in _SLASHED.findall(seen)}
+    for pattern in (_SPOKEN, _SPOKEN_LAST):
+        for a, b in pattern.findall(seen):
+            begins = ("BEGIN", "START") if b.isupper() or a.isupper() else ("begin", "start")
+            end = "END" if begins[0].isupper() else "end"
+            pairs |= {(f"{a}{begin}{b}", f"{a}{end}{b}"): None for begin in begins if f"{a}{begin}{b}" in seen}
+    if any(mark.strip() in seen for mark in _GEMMA):
+        pairs[_GEMMA] = None
+    if _has_token(tokenizer, "<think>"):
+        pairs[("<think>", "</think>")] = None
+    return tuple(pairs)
