@@ -68,8 +68,8 @@ SAME = _names(
     register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
     register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ resize_position_embeddings
     retrieve_modules_from_names set_adapter set_attn_implementation set_decoder set_encoder set_extra_state
-    set_input_embeddings set_output_embeddings set_submodule set_use_kernels should_save_on_this_rank smart_apply tie_weights
-    train warn_if_padding_and_no_attention_mask zero_grad
+    set_input_embeddings set_output_embeddings set_submodule set_use_kernels should_save_on_this_rank smart_apply
+    tie_weights train warn_if_padding_and_no_attention_mask zero_grad
     """
 )
 
