@@ -78,15 +78,17 @@ def draw_config(draw: Any, known: set[str], all_experts: bool) -> dict[str, Any]
 
 
 def check(name: str, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(("float32", "float32", "bfloat16")))
+    # Phi's router takes two experts whatever it is told, and in 16 bits a tie between two may fall either way.
+    dtype = data.draw(st.sampled_from(("float32", "float32", "float32" if name == "phimoe" else "bfloat16")))
     family = next(f for f in FAMILIES if f.name == name)
     known = set(inspect.signature(CONFIG_MAPPING[family.model_type or family.name].__init__).parameters)
-    # In 16 bits, a tie between two routes may fall either way: there every token goes to every expert.
+    # Of the others, every token goes to every expert then.
     config = {**family.config, **data.draw(st.composite(lambda draw: draw_config(draw, known, dtype == "bfloat16"))())}
     if "q_lora_rank" in known or "kv_lora_rank" in known:  # heads of two parts, each with a width of its own
         config["num_key_value_heads"] = config["num_attention_heads"]
         config.pop("head_dim", None)
-    ids = torch.randint(3, VOCABULARY - 3, (1, data.draw(st.integers(2, 12)) + 4))
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    ids = torch.randint(3, VOCABULARY - 3, (1, data.draw(st.integers(2, 12)) + 4), generator=random)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         try:
             build_model(replace(family, config=config)).save_pretrained(folder)
