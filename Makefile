@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-versions install sanitize sanitize-python clean
+.PHONY: help demo test test-long test-versions install sanitize sanitize-python clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -14,6 +14,9 @@ test: install  ## set up .venv, then lint, type-check and run the tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-long: install  ## run the tests that take minutes each
+	$(BIN)/pytest -n 2 --dist worksteal -m long -o timeout=3600
 
 test-versions:  ## run the tests on the oldest and the newest versions that pyproject.toml allows (an hour, 6 GB each)
 	$(PYTHON) scripts/test_versions.py $(COMBINATION)
@@ -44,7 +47,7 @@ sanitize-python: install  ## build the extension with ASan and UBSan and run the
 		-C build-dir=build/sanitize-python-objects -C install.strip=false -C cmake.define.MOESTRO_SANITIZE=address,undefined .
 	grep -q __asan_init $(SANITIZED)/moestro/compute/_kernels*.so
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/pytest -n 2 --dist worksteal -o timeout=900 --kernels $(SANITIZED)/moestro/compute/_kernels*.so $(TESTS) $(REACH_KERNELS)
+		$(BIN)/pytest -n 2 --dist worksteal -o timeout=900 --kernels $(SANITIZED)/moestro/compute/_kernels*.so $(REACH_KERNELS)
 
 clean:  ## remove .venv and what builds and tests leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels:
 FUSABLE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoeshared", "solar_open", "hunyuan_v1_moe", "phimoe")
 OTHERS = ("qwen3_next", "glm4_moe", "ernie4_5_moe", "gpt_oss", "minimax_m2", "deepseek_v3", "dots1", "flex_olmo")
 MORE = ("granitemoe", "deepseek_v2", "exaone_moe", "qwen3_5_moe_text")
-TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # what sharp scores make of roundings; a wrong part shows as more
 FUSED: Counter[str] = Counter()
 TRIED: Counter[str] = Counter()
 
@@ -78,30 +78,35 @@ def draw_config(draw: Any, known: set[str], all_experts: bool) -> dict[str, Any]
 
 
 def check(name: str, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(("float32", "float32", "bfloat16")))
+    # Phi's router takes two experts whatever it is told, and in 16 bits a tie between two may fall either way.
+    dtype = data.draw(st.sampled_from(("float32", "float32", "float32" if name == "phimoe" else "bfloat16")))
     family = next(f for f in FAMILIES if f.name == name)
     known = set(inspect.signature(CONFIG_MAPPING[family.model_type or family.name].__init__).parameters)
-    # In 16 bits, a tie between two routes may fall either way: there every token goes to every expert.
+    # Of the others, every token goes to every expert then.
     config = {**family.config, **data.draw(st.composite(lambda draw: draw_config(draw, known, dtype == "bfloat16"))())}
     if "q_lora_rank" in known or "kv_lora_rank" in known:  # heads of two parts, each with a width of its own
         config["num_key_value_heads"] = config["num_attention_heads"]
         config.pop("head_dim", None)
-    ids = torch.randint(3, VOCABULARY - 3, (1, data.draw(st.integers(2, 12)) + 4))
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    ids = torch.randint(3, VOCABULARY - 3, (1, data.draw(st.integers(2, 12)) + 4), generator=random)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         try:
             build_model(replace(family, config=config)).save_pretrained(folder)
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
             theirs.set_experts_implementation("eager")  # the grouped one takes no odd widths in 16 bits
             wanted = steps(theirs, ids)
+            exact = steps(theirs.float(), ids)  # the same in float32, but for layers that compute in their own type
         except Exception as error:  # what Transformers itself cannot run: a rotary embedding that its family has not
             event(f"{name}: not in Transformers: {type(error).__name__}")
             return
         ours = load(folder, device="cpu", threads=2, dtype=dtype)
         FUSED[name] += any(type(m.forward).__name__ == "FusedAttention" for m in ours.modules())
         TRIED[name] += 1
-        for exact, got in zip(wanted, steps(ours, ids), strict=True):
+        for got, theirs_got, right in zip(steps(ours, ids), wanted, exact, strict=True):
+            # What is rounded to 16 bits may be off by more than Transformers is, but not by much more.
+            most = TOLERANCE[dtype] * float(right.norm()) + 2 * float((theirs_got - right).norm())
             assert got.isfinite().all()
-            assert float((got - exact).norm()) <= TOLERANCE[dtype] * float(exact.norm()), (name, dtype, config)
+            assert float((got - right).norm()) <= most, (name, dtype, config)
 
 
 def steps(model: Any, ids: Tensor) -> list[Tensor]:
