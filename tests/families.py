@@ -149,6 +149,8 @@ class Family:
     idle: int = 0  # experts modules that token ids alone never reach
 
 
+YARN: Values = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
+
 FAMILIES: tuple[Family, ...] = (
     Family("afmoe", SLIDING),
     # Its default image token is an ordinary token of a vocabulary this small.
@@ -179,7 +181,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("glm4v_moe", {**MROPE, "head_dim": 16}, IMAGE_TEXT),
     Family("glm5_next", {**MLA, **LINEAR, "qk_rope_head_dim": 0}, IMAGE_TEXT),
     Family("glm_moe_dsa", MLA),
-    Family("gpt_oss"),
+    # As its checkpoints: YaRN, whose factor is in the length already.
+    Family("gpt_oss", {"rope_parameters": {**YARN, "rope_theta": 150000.0}}),
     Family("granitemoe"),
     Family("granitemoe_swa"),
     Family("granitemoehybrid", {**LINEAR, "mamba_n_heads": 8}),

@@ -216,7 +216,7 @@ def _(m: Memory) -> Row:
 def _(m: Memory) -> Row:
     values = {"weight": m.hold(torch.rand(D)), "offset": 0.0, "epsilon": 1e-6}
     free = frozenset({"offset", "epsilon"})
-    return Row(kernels.Norm, values, {"weight": [torch.rand(0)]}, free, any_size=frozenset({"weight"}))
+    return Row(kernels.Norm, values, {"weight": [torch.rand(0)]}, free, frozenset({"weight"}), frozenset({"weight"}))
 
 
 @row("Attention")
@@ -410,7 +410,7 @@ def _(m: Memory) -> Row:
     values = {"level": "", "x": numbers(m, TOKENS, D), "weight": m.hold(torch.rand(D)), "offset": 0.0, "epsilon": 1e-6}
     values["out"] = numbers(m, TOKENS, D)
     wrong = {"level": NO_RUNNER["level"], "weight": [torch.rand(0)]}
-    return Row(runner().rms_norm, values, wrong, frozenset({"offset", "epsilon"}))
+    return Row(runner().rms_norm, values, wrong, frozenset({"offset", "epsilon"}), any_float=frozenset({"weight"}))
 
 
 @row("Runner.touch")
