@@ -108,7 +108,8 @@ class Watch:
                 now = find().__dict__
                 if len(now) != size and _count(now) != size:
                     return False
-                if getter(now) != values or list(map(id, now["_modules"].values())) != inside:
+                children = now["_modules"]
+                if getter(now) != values or ((children or inside) and list(map(id, children.values())) != inside):
                     return False
             return (
                 list(map(dict.get, self._homes, self._names)) == self._values
@@ -133,8 +134,8 @@ class Watch:
 
     def _add_module(self, module: nn.Module) -> None:
         entries = vars(module)
-        ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "training"}
-        names = ["training", *_TENSORS, *(name for name in entries if name not in ignored)]
+        ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "_is_hf_initialized", "training"}
+        names = ["training", "_modules", *(name for name in entries if name not in ignored)]
         values = [_Held(entries[name]) if name in _HOLDERS else entries[name] for name in names]
         for name in _METHODS:
             if (method := getattr(type(module), name, None)) is not None:
