@@ -275,11 +275,13 @@ int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std:
   require(nb::len(caches) == self.layers.size(), "caches: not one for each layer");
   std::vector<CachePlace> places;
   for (const nb::handle cache : caches) {
+    require(places.size() < self.layers.size(), "caches: more than layers");
     const Attention& attention = self.layers[places.size()].first.attention;
     check_turned(attention, rotary.turned);
     const nb::tuple pair = tuple_of(cache, 2, "caches: expected keys and values");
     places.push_back(place_of(attention, pair[0], pair[1]));
   }
+  require(places.size() == self.layers.size(), "caches: fewer than layers");
   void* to = Array(hidden, "hidden").numbers(first.type, first.q.columns);
   nb::gil_scoped_release release;
   return self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, places.data(), to);

@@ -258,14 +258,16 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
     threads, graphs = model.moestro.cpu.threads, graphs_of(device)
     if formats is not None:
         pack_dense(model, formats, threads, fast=fast)
+    modules = expert_modules(model).values()
+    for module in modules:
+        keep_in_store(module, module._moestro.layout)
+    give_methods(model)
     if config.fuse and graphs is not None:
         record_steps(model, graphs)
     elif config.fuse:
         fuse(model, threads)
-    for module in expert_modules(model).values():
-        keep_in_store(module, module._moestro.layout)
+    for module in modules:
         module._moestro.note(module)
-    give_methods(model)
 
 
 def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:

@@ -34,6 +34,9 @@ class DenseFormats:
     head: MatrixFormat
 
 
+_KEEP = "load the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
+
+
 class Packed(nn.Module):
     """What packed layers share: a weight that is packed when it is assigned.
 
@@ -64,6 +67,27 @@ class Packed(nn.Module):
             self._assign_weight(value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias"):
+            raise ModelError(f"a packed {name} cannot be taken away; {_KEEP}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Refused for what parametrizations and pruning make of a weight, which would not be computed with."""
+        raise ModelError(f"a packed layer takes no parameter {name}; {_KEEP}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy is torch's own layer, with the weight unpacked."""
+        copied = self._in_torch()
+        copied.weight = nn.Parameter(self.matrix.unpack(self.weight_dtype), requires_grad=False)
+        made: nn.Module = copied.train(self.training)
+        memo[id(self)] = made
+        return made
+
+    def _in_torch(self) -> Any:
+        """Torch's own layer of this size, without weights."""
+        raise NotImplementedError
 
     def _assign_weight(self, value: Any) -> None:
         """Pack another weight. A layer that shares our bytes keeps the old one, as it would in torch."""
@@ -134,6 +158,12 @@ class PackedLinear(Packed, nn.Linear):  # type: ignore[override]  # whose weight
         refuse_gradients(x)
         return run_linear(self.matrix, x, threads=self.threads)
 
+    def _in_torch(self) -> nn.Linear:
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        if self.matrix.bias is not None:
+            layer.bias = nn.Parameter(self.matrix.bias.to(self.weight_dtype, copy=True), requires_grad=False)
+        return layer
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.fmt.name}"
 
@@ -152,6 +182,9 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # likewi
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., D]."""
         return look_up(self.matrix, ids, self.weight_dtype, threads=self.threads)
+
+    def _in_torch(self) -> nn.Embedding:
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.matrix.fmt.name}"
@@ -172,8 +205,7 @@ def _checked(value: Any, shape: tuple[int, ...]) -> Tensor:
     if not fits or tuple(value.shape) != shape:
         what = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ModelError(
-            f"a packed layer was given {what} for floats of {list(shape)}; give it a tensor of that shape, or load "
-            "the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
+            f"a packed layer was given {what} for floats of {list(shape)}; give it a tensor of that shape, or {_KEEP}"
         )
     found: Tensor = value.detach().to("cpu", copy=isinstance(value, PackedWeight))
     return found

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compute.watch import GLOBAL_HOOKS
 from .errors import ModelError
 from .memory.formats import ExpertShape
 
@@ -114,10 +115,6 @@ class FamilyLayout:
         return {"gate" + suffix: gate, "up" + suffix: up}
 
 
-class _StoredError(ModelError, AttributeError):
-    """A module's expert weights are not there; also an AttributeError, so that hasattr says so."""
-
-
 class _InStore(nn.Module):
     """What an experts module becomes whose weights are in the store: it says so where it is asked for them."""
 
@@ -125,17 +122,17 @@ class _InStore(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in type(self)._stored:
-            raise _StoredError(f"{name} is not in the model: {_WHERE}")
+            raise ModelError(f"{name} is not in the model: {_WHERE}")
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self)._stored:
-            raise _StoredError(f"{name} cannot be changed: {_WHERE}")
+            raise ModelError(f"{name} cannot be changed: {_WHERE}")
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if found := [name for name in type(self)._stored if f"{prefix}{name}" in state_dict]:
-            raise _StoredError(f"{prefix}{min(found)} cannot be loaded into the model: {_WHERE}")
+            raise ModelError(f"{prefix}{min(found)} cannot be loaded into the model: {_WHERE}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -172,9 +169,11 @@ class FamilyActivation:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether a module inside has forward hooks, so that it must be called."""
+        """Whether a module inside has forward hooks, or all modules have, so that it must be called."""
         module = self._find()
-        return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
+        return any(GLOBAL_HOOKS) or any(
+            m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module
+        )
 
 
 def post_norm_of(module: Any) -> Callable[[Tensor], Tensor] | None:

@@ -19,6 +19,13 @@ _locks: WeakSet[StepLock] = WeakSet()
 _is_child = False
 
 
+class _Taken(threading.local):
+    """The locks that a thread has taken, the latest last."""
+
+    def __init__(self) -> None:
+        self.locks: list[threading.RLock] = []
+
+
 class StepLock:
     """Lets one thread at a time take a model's layer steps. In a forked child it is free, or refuses all steps.
 
@@ -28,6 +35,7 @@ class StepLock:
 
     def __init__(self, threads_of: str | None) -> None:
         self._threads_of, self._lock, self._is_lost = threads_of, threading.RLock(), False
+        self._of_thread = _Taken()
         _locks.add(self)
 
     def __enter__(self) -> None:
@@ -36,10 +44,12 @@ class StepLock:
                 f"this process was forked from the one that loaded the model, and the threads of device "
                 f"{self._threads_of} stayed there; start processes by multiprocessing's 'spawn' and load it in them"
             )
-        self._lock.acquire()
+        lock = self._lock
+        lock.acquire()
+        self._of_thread.locks.append(lock)
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._of_thread.locks.pop().release()  # the one that was taken, also where a fork came in between
 
     def go_on_in_child(self) -> None:
         """Forget the parent's threads, of which one may have held the lock."""

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import METHOD
 from .dense import Packed, PackedEmbedding
@@ -75,9 +76,11 @@ SAME = _names(
 
 
 def give_methods(model: Any) -> None:
-    """Have a loaded model answer its public methods as the table says."""
-    family: Any = type(model)
-    model.__class__ = _conducted(family)
+    """Have a loaded model, and the models inside that have experts, answer their public methods as the table says."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and expert_modules(module):
+            family: Any = type(module)
+            module.__class__ = _conducted(family)
 
 
 @functools.cache
@@ -184,12 +187,12 @@ class _Conducted(nn.Module):
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of all weights as they are: in torch, packed, in the store in RAM, and in slots on the device."""
-        model: Any = self
         used: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
         for layers in self._packed():
             used += layers[0].matrix.packed.numel()
             used += sum(4 * layer.matrix.rows for layer in layers if layer.matrix.bias is not None)
-        return used + int(model.moestro.store.n_bytes) + int(model.moestro.slots.memory.numel())
+        conductor = next(iter(expert_modules(self).values()))._moestro.conductor
+        return used + int(conductor.store.n_bytes) + int(conductor.slots.memory.numel())
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers', where the embedding is torch's."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedConfig
 
 # What torch itself keeps in a module: hooks, which `fuse/original.py` asks for, and dicts that are compared one by one.
@@ -29,6 +30,7 @@ _TENSORS = ("_parameters", "_buffers")
 _TRANSFORMERS_NOTES = ("_output_capturing_hooks_installed",)
 
 
+GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks)  # of all modules
 _METHODS = ("forward", "_apply_gate")  # by which modules compute, the second of experts
 _HOLDERS = ("forward", "_moestro")  # attributes through which a module holds a fast path, which holds the watch
 
@@ -47,6 +49,17 @@ class _Held:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _Noted(NamedTuple):
+    """A module, its class, what gets its attributes, these, how many there are, and the addresses of those inside."""
+
+    find: ReferenceType[Any]
+    kind: type
+    getter: itemgetter[Any]
+    values: tuple[Any, ...]
+    size: int
+    inside: list[int]
+
+
 class Watch:
     """Notes of modules, each by itself, and of configs with all that these hold.
 
@@ -58,8 +71,7 @@ class Watch:
     """
 
     def __init__(self, *owners: Any, hooks: bool = False) -> None:
-        # A module, what gets its attributes, these, how many entries it has in all, and the addresses of those inside.
-        self._owners: list[tuple[ReferenceType[Any], itemgetter[Any], tuple[Any, ...], int, list[int]]] = []
+        self._owners: list[_Noted] = []
         self._homes: list[dict[Any, Any]] = []  # these three side by side, an item for each entry of a dict
         self._names: list[Any] = []
         self._values: list[Any] = []
@@ -75,6 +87,7 @@ class Watch:
             self.add(owner)
         self._places = list(map(Tensor.data_ptr, self._tensors))
         self._counts = list(map(Tensor.numel, self._tensors))
+        self._strides = list(map(Tensor.stride, self._tensors))
         self._hooked = list(map(bool, self._hooks))
 
     def add(self, owner: Any) -> None:
@@ -104,8 +117,11 @@ class Watch:
             for (kind, name), method in self._methods.items():
                 if getattr(kind, name) is not method:
                     return False
-            for find, getter, values, size, inside in self._owners:
-                now = find().__dict__
+            for find, kind, getter, values, size, inside in self._owners:
+                owner = find()
+                now = owner.__dict__
+                if type(owner) is not kind:
+                    return False
                 if len(now) != size and _count(now) != size:
                     return False
                 children = now["_modules"]
@@ -116,6 +132,7 @@ class Watch:
                 and list(map(len, self._dicts)) == self._sizes
                 and list(map(Tensor.data_ptr, self._tensors)) == self._places
                 and list(map(Tensor.numel, self._tensors)) == self._counts
+                and list(map(Tensor.stride, self._tensors)) == self._strides
                 and list(map(bool, self._hooks)) == self._hooked
                 and all(now == before for now, before in self._lists)
             )
@@ -124,7 +141,7 @@ class Watch:
 
     def notes(self) -> Iterator[tuple[Any, str]]:
         """What was noted: an owner (a module, a dict, a list or a tensor) and a name in it."""
-        for find, getter, *_ in self._owners:
+        for find, _, getter, *_ in self._owners:
             owner: Any = find()
             yield from ((owner, name) for name in getter.__reduce__()[1])
             yield from ((owner, name) for name in owner._modules)
@@ -135,15 +152,16 @@ class Watch:
     def _add_module(self, module: nn.Module) -> None:
         entries = vars(module)
         ignored = {*_TORCH_KEEPS, *_TRANSFORMERS_NOTES, "_is_hf_initialized", "training"}
-        names = ["training", "_modules", *(name for name in entries if name not in ignored)]
+        names = ["training", "_parameters", *(name for name in entries if name not in ignored)]
         values = [_Held(entries[name]) if name in _HOLDERS else entries[name] for name in names]
         for name in _METHODS:
             if (method := getattr(type(module), name, None)) is not None:
                 self._methods[type(module), name] = method
         if self._notes_hooks:
-            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks, *GLOBAL_HOOKS]
         inside = list(map(id, module._modules.values()))
-        self._owners.append((ref(module), itemgetter(*names), tuple(values), _count(entries), inside))
+        getter = itemgetter(*names)
+        self._owners.append(_Noted(ref(module), type(module), getter, tuple(values), _count(entries), inside))
         for name in _TENSORS:
             self._add_dict(entries[name])
         for name, value in entries.items():

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenAttention
-from ..compute.watch import Watch
 from ..dense import PackedLinear
 from .cache import CacheKind, append, is_plain
 from .norm import norm_of
-from .original import forward_of, has_hooks, put_in_place
+from .original import Fused, has_hooks, put_in_place
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -56,16 +56,18 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
     return True
 
 
-class FusedAttention:
+class FusedAttention(Fused):
     """The forward of a recognized attention layer; ValueError if its parts do not fit each other."""
 
     def __init__(self, module: Any, threads: int) -> None:
-        self._original = forward_of(module)
+        super().__init__(module)
         self.layer, self.output = module.layer_idx, module.o_proj
         fused_norms = [norm_of(getattr(module, name, None)) for name in _NORMS]
         q_norm, k_norm = (None if fused is None else fused.norm for fused in fused_norms)
         self.parts = [module.get_submodule(name) for name in (*_PROJECTIONS, *_NORMS) if hasattr(module, name)]
-        self.watch: Watch | None = None
+        # By this name the module finds what computes its scores; another may be registered under it.
+        self._implementation = module.config._attn_implementation
+        self._function = ALL_ATTENTION_FUNCTIONS.get(self._implementation)
         self._tried: Mapping[str, Any] = {}  # what else it may be given, see `agrees`
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
@@ -106,6 +108,7 @@ class FusedAttention:
             and not x.requires_grad
             and given.get("attention_mask") is None
             and self._turns(given.get("position_embeddings"))
+            and ALL_ATTENTION_FUNCTIONS.get(self._implementation) is self._function
             and is_plain(given.get("past_key_values"), self.layer)
             and all(name in _ARGUMENTS or self._was_tried(name, value) for name, value in given.items())
         )

@@ -24,32 +24,29 @@ class CacheKind(NamedTuple):
 
 
 class _Storage:
-    """Room for a layer's keys and values, and the views of it that the cache was given last.
+    """Room for a layer's keys and values.
 
     written: tokens that have ever been there. Only behind them may more be written: a caller may hold views of all of
     them, also where the cache was cropped since, or a copy of it went on. Copies of a cache share this object.
     """
 
-    __slots__ = ("key_room", "keys", "value_room", "values", "written")
+    __slots__ = ("key_room", "value_room", "written")
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.key_room, self.value_room = _with_room(keys), _with_room(values)
-        self.keys, self.values, self.written = keys, values, keys.shape[2]
+        self.written = keys.shape[2]
 
     def is_free_behind(self, keys: Tensor, values: Tensor) -> bool:
         """Whether a cache that holds these may write its next token into this room."""
         if not keys.shape[2] == values.shape[2] == self.written < self.key_room.shape[2]:
             return False
-        if keys is self.keys and values is self.values:
-            return True
         pairs = ((keys, self.key_room), (values, self.value_room))
         return all(part.data_ptr() == room.data_ptr() and _alike(part, room) for part, room in pairs)
 
     def take_one(self) -> tuple[Tensor, Tensor]:
         """Make keys and values one token longer; what is there is for the caller to write."""
         self.written += 1
-        self.keys, self.values = (room.narrow(2, 0, self.written) for room in (self.key_room, self.value_room))
-        return self.keys, self.values
+        return self.key_room.narrow(2, 0, self.written), self.value_room.narrow(2, 0, self.written)
 
 
 def is_plain(cache: Any, index: int) -> bool:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenFirstHalf
-from ..compute.watch import Watch
 from .attention import FusedAttention, near
 from .cache import can_grow, grow, shrink
 from .norm import norm_of
-from .original import forward_of, has_hooks, put_in_place
+from .original import Fused, has_hooks, put_in_place
 
 if TYPE_CHECKING:
     from .stretch import Stretch
@@ -48,16 +46,16 @@ def fuse_decoder_layer(module: nn.Module) -> bool:
     return True
 
 
-class FusedLayer:
+class FusedLayer(Fused):
     """The forward of a recognized decoder layer."""
 
     def __init__(self, module: Any, rest: str) -> None:
-        self._original, self._module, self._rest = forward_of(module), ref(module), rest
+        super().__init__(module)
+        self._rest = rest
         self.attention: FusedAttention = getattr(module, _ATTENTION).forward
         self.skipped = [getattr(module, name) for name in (_ATTENTION, _BEFORE, _AFTER)]
         before, after = (getattr(module, name).forward.norm for name in (_BEFORE, _AFTER))
         self.kernel = OneTokenFirstHalf(self.attention.kernel, self.attention.output.matrix, before, after)
-        self.watch: Watch | None = None
         self._stretch: Stretch | None = None
         self._place = 0  # in the stretch
 
@@ -68,7 +66,7 @@ class FusedLayer:
     @property
     def block(self) -> nn.Module:
         """What stands behind the first half."""
-        block: nn.Module = getattr(self._module(), self._rest)
+        block: nn.Module = getattr(self._find(), self._rest)
         return block
 
     @outside_of_graphs
@@ -105,7 +103,7 @@ class FusedLayer:
 
     def agrees(self) -> bool:
         """Whether it computes what the layer did, with something plain in the place of its experts."""
-        module: Any = self._module()
+        module: Any = self._find()
         block = self.block
         setattr(module, self._rest, _Halved())
         try:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..config import METHOD
-from .original import forward_of
+from .original import Fused
 
 
-class DirectExperts:
+class DirectExperts(Fused):
     """The forward of an experts module, as long as its class has the one that it had."""
 
     def __init__(self, experts: Any) -> None:
-        self._original, self._find = forward_of(experts), ref(experts)
+        super().__init__(experts)
         self._class_forward = type(experts).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

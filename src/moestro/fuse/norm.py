@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from ..compute.cpu import rms_norm
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import Norm
-from ..compute.watch import Watch
 from ..memory.formats import FLOAT_FORMATS
-from .original import forward_of, put_in_place
+from .original import Fused, put_in_place
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
 _OFFSETS = (0.0, 1.0)  # norm(x) * w, and norm(x) * (1 + w)
 
 
-class FusedNorm:
+class FusedNorm(Fused):
     """The forward of a recognized norm: norm(x) * weight, or norm(x) * (1 + weight), in one pass over x."""
 
     def __init__(self, module: nn.Module, norm: Norm, threads: int) -> None:
-        self._original, self.norm, self._threads = forward_of(module), norm, threads
-        self.watch: Watch | None = None
+        super().__init__(module)
+        self.norm, self._threads = norm, threads
 
     @outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

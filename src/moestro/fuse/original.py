@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakMethod, ref
 
 from torch import nn
@@ -35,18 +35,29 @@ def forward_of(module: Any) -> Callable[..., Any]:
     return call
 
 
-class Fused(Protocol):
-    """A forward that computes with what it copied from modules."""
+class Fused:
+    """A forward that computes with what it copied from modules. It holds no module that holds it.
 
-    watch: Watch | None  # of all that it copied from; None until it is in its place
+    watch: of all that it copied from; None until it is in its place.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own forward."""
+    Args:
+        module: whose forward it takes the place of.
+    """
+
+    watch: Watch | None = None
+
+    def __init__(self, module: Any) -> None:
+        self._original, self._find = forward_of(module), ref(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module computes by its class's forward: what we copied belongs to the original."""
+        copied = memo[id(self._find())]  # put there before its attributes are copied
+        return MethodType(type(copied).forward, copied)
 
 
 def put_in_place(module: nn.Module, fused: Fused, *owners: Any) -> None:
     """Give a module a forward that computes with what it copied from these owners, and note all of that."""
-    module.forward = fused
+    module.forward = fused  # type: ignore[assignment]
     fused.watch = Watch(*owners)  # now, since the module's forward is among its attributes
 
 

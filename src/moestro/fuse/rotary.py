@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.eager import outside_of_graphs
-from ..compute.watch import Watch
-from .original import forward_of, put_in_place
+from .original import Fused, put_in_place
 
 _POSITIONS = 128  # of a table
 _FIXED = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies are the same at every position
@@ -51,12 +50,12 @@ class _Table(NamedTuple):
     sine: Tensor
 
 
-class _RotaryTable:
+class _RotaryTable(Fused):
     """The forward of a recognized rotary embedding."""
 
     def __init__(self, module: Any) -> None:
-        self._original, self._buffers = forward_of(module), module._buffers
-        self.watch: Watch | None = None
+        super().__init__(module)
+        self._buffers = module._buffers
         self._of_thread = threading.local()  # each thread that generates is at a position of its own
 
     @outside_of_graphs
@@ -81,6 +80,8 @@ class _RotaryTable:
     def _fits(self, x: Any, position_ids: Any) -> bool:
         """Whether it is one position of one sequence on the CPU, and the module is what it was."""
         if not (isinstance(x, Tensor) and isinstance(position_ids, Tensor) and position_ids.shape == (1, 1)):
+            return False
+        if position_ids.dtype not in (torch.int64, torch.int32):  # positions may lie between two tokens
             return False
         on_cpu = x.device.type == position_ids.device.type == "cpu"
         return on_cpu and self.watch is not None and self.watch.holds()

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..compute.eager import outside_of_graphs
 from ..compute.one_token import OneTokenRouter
-from ..compute.watch import Watch
 from ..memory.formats import FLOAT_FORMATS
-from .original import forward_of, put_in_place
+from .original import Fused, put_in_place
 
 _TRIALS = 8
 
@@ -29,12 +28,12 @@ def fuse_router(router: Any, threads: int) -> bool:
     return known is not None
 
 
-class FusedRouter:
+class FusedRouter(Fused):
     """The forward of a recognized router."""
 
     def __init__(self, router: Any, kernel: OneTokenRouter) -> None:
-        self._original, self.kernel = forward_of(router), kernel
-        self.watch: Watch | None = None
+        super().__init__(router)
+        self.kernel = kernel
 
     @outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ from ..errors import ModelError
 from .attention import FusedAttention
 from .cache import can_grow, grow, shrink
 from .decoder_layer import SCALES, FusedLayer
-from .original import forward_of, has_hooks, is_collecting, put_in_place
+from .original import Fused, has_hooks, is_collecting, put_in_place
 from .router import FusedRouter
 
 _MARKS = ("sliding_window", "is_sliding", "attention_type", "layer_type")  # by which families tell layers apart
@@ -47,24 +47,23 @@ def fuse_stretches(model: nn.Module) -> None:
                 _join(decoder, layers)
 
 
-class _Loop:
+class _Loop(Fused):
     """A decoder's own forward, in which alone its stretches run: a layer that is called by itself gives its own result.
 
     Held by the decoder, so it holds neither that nor its layers.
     """
 
     def __init__(self, decoder: Any) -> None:
-        self._forward = forward_of(decoder)
-        self.watch: Watch | None = None
+        super().__init__(decoder)
         self._of_thread = threading.local()
         self.__signature__ = signature(decoder.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self.watch is None or not self.watch.holds():
-            return self._forward(*args, **kwargs)
+            return self._original(*args, **kwargs)
         self._of_thread.runs = True
         try:
-            return self._forward(*args, **kwargs)
+            return self._original(*args, **kwargs)
         finally:
             self._of_thread.runs = False
 

@@ -63,10 +63,41 @@ class PackedWeight(Tensor):
         _refuse("data")
 
     def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
-        """As an array, which cannot be written to either."""
-        array: np.ndarray[Any, Any] = _plain(self).numpy(force=force)
+        """As an array of its own, which cannot be written to."""
+        array: np.ndarray[Any, Any] = _plain(self).clone().numpy(force=force)
         array.flags.writeable = False
         return array
+
+    def tolist(self) -> Any:
+        """As lists of numbers."""
+        return _plain(self).tolist()
+
+    def apply_(self, *_: Any) -> NoReturn:
+        """Refused."""
+        _refuse("apply_")
+
+    def map_(self, *_: Any) -> NoReturn:
+        """Refused."""
+        _refuse("map_")
+
+    def share_memory_(self) -> NoReturn:
+        """Refused."""
+        _refuse("share_memory_")
+
+    def untyped_storage(self) -> NoReturn:
+        """Refused: what has the memory can write to it."""
+        _refuse("what is done with its storage")
+
+    def storage(self) -> NoReturn:
+        """Refused, likewise."""
+        _refuse("what is done with its storage")
+
+    def data_ptr(self) -> NoReturn:
+        """Refused, likewise."""
+        _refuse("what is done at its address")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("what is done with its memory")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({self._unpacked!r})"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compute.devices.graphs import CannotRecordError, Graphs
 from ..compute.watch import Watch
@@ -212,9 +213,11 @@ class StepTape:
             and all(isinstance(each, Tensor) and each.dim() == 4 for each in masks)
         ):
             raise CannotRecordError("a sliding window counts in Python, and no masks and positions are given")
+        model: Any = self._model()
         heard = self._conductor.recorder is not None or self._conductor.timeline is not None  # which want each layer
         guesses = self._conductor.guesses_wanted
-        return windows, torch.is_inference_mode_enabled(), heard, guesses, tuple(rest)
+        attention = ALL_ATTENTION_FUNCTIONS.get(getattr(model.config, "_attn_implementation", None))
+        return windows, torch.is_inference_mode_enabled(), heard, guesses, attention, tuple(rest)
 
     def _is_disturbed(self) -> bool:
         """Whether somebody listens to a module inside, or the model is being trained."""
