@@ -116,6 +116,18 @@ class _Conducted(nn.Module):
         """Another model of the family, in whose hands it will be."""
         return cls._family.from_pretrained(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config" and isinstance(value, dict):  # how the PEFT library says that it has put in adapters
+            self._refuse_adapters_of_experts(value)
+        super().__setattr__(name, value)
+
+    def _refuse_adapters_of_experts(self, adapters: dict[str, Any]) -> None:
+        stored = {name for module in expert_modules(self).values() for name in module._moestro.layout.parameters}
+        for name, adapter in adapters.items():
+            targets = getattr(adapter, "target_parameters", None) or ()
+            if found := [target for target in targets if target.rpartition(".")[2] in stored]:
+                _refuse(f"the adapter {name!r} of {found[0]}", "its experts' weights are packed in the store")
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing, where it is there already and of that dtype."""
         model: Any = self
