@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -284,3 +285,21 @@ def test_tensors_that_the_config_has_no_place_for_are_said(
 def test_a_damaged_file_that_is_not_read_does_no_harm(demo_copy: Path) -> None:
     (demo_copy / "extra.safetensors").write_bytes(b"x")
     assert moestro.load(str(demo_copy), threads=1, device="cpu").moestro.store.n_bytes
+
+
+NO_TEXT = {
+    "a pipe": (["run", "demo", "-"], b"caf\xe9 x"),
+    "an argument": (["run", "demo", "\udcff abc"], b""),
+    "a message": (["chat", "demo"], b"hi \xff\n"),
+}
+
+
+@pytest.mark.parametrize("way", NO_TEXT)
+def test_input_that_is_no_text(way: str) -> None:
+    arguments, given = NO_TEXT[way]
+    command = [sys.executable, "-m", "moestro.cli", *arguments, "-n", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=given, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].split(b"error: ")[-1].startswith(b"the tokenizer cannot encode")

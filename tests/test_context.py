@@ -113,3 +113,8 @@ def test_text_up_to_the_edge_is_transformers_own(kind: str, tmp_path: Path) -> N
         check_context(model, context, 1)
     with pytest.raises(MoestroError, match=f"--context {context + 1}, but the model's context is {context}"):
         load(str(tmp_path), context=context + 1, **how)
+
+
+def test_a_factor_that_its_kind_does_not_know_stretches_nothing() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}
+    assert model_context(_mixtral(rope_parameters=rope, max_position_embeddings=LENGTH)) == LENGTH

@@ -138,6 +138,28 @@ def slow() -> Any:
     return _Slow()
 
 
+class _Joining(_Slow):
+    """As CTRL's and BERTweet's: a mark at a token's end joins it to the next one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._words = list(dict.fromkeys(["<unk>", *SPECIALS, *WORDS, *(f"{word}@@" for word in WORDS)]))
+        PreTrainedTokenizer.__init__(self, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens).replace("@@ ", "").strip()
+
+
+def joining() -> Any:
+    """Python's, which joins words across tokens."""
+    return _Joining()
+
+
+def strips_ends() -> Any:
+    """A decoder that strips the end of the joined text, and panics where there is too little of it."""
+    parts = [decoders.Fuse(), decoders.Strip(" ", 0, 3)]
+    return _fast([*WORDS, " ", "  "], decoders.Sequence(parts), unigram=False)
+
+
 def byt5() -> Any:
     """Python's, of single bytes, which leaves out bytes that are no character."""
     return ByT5Tokenizer()
@@ -157,6 +179,7 @@ KINDS = {
     "bpe": bpe,
     "rewriting": rewriting,
     "slow": slow,
+    "joining": joining,
     "byt5": byt5,
 }
 

@@ -56,7 +56,16 @@ from .options import (
     TrustRemoteCode,
 )
 from .planning.policies import DEFAULT_POLICY
-from .terminal import AnswerPrinter, print_figures, print_piece, read_line, read_prompt, say, stop_on_interrupt
+from .terminal import (
+    AnswerPrinter,
+    print_figures,
+    print_piece,
+    read_line,
+    read_prompt,
+    say,
+    stop_on_interrupt,
+    use_any_bytes,
+)
 
 if TYPE_CHECKING:
     from .generation import TextOptions
@@ -130,12 +139,13 @@ def run(
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
     from .bench.traces import recorded, timed, writable
-    from .generation import generate_text
+    from .generation import encode, generate_text
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
     options, text = _text_options(command), read_prompt(prompt)
     loaded, tokenizer = _load(model, shape, command)
+    encode(tokenizer, text)  # before it is printed: it may be no text that a tokenizer takes
     if not as_json:
         print(text, end="", flush=True)
     with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
@@ -344,6 +354,7 @@ def _load(
 
 def main() -> None:
     """Entry point: a MoestroError is one line and status 2; Ctrl-C is status 130, by typer."""
+    use_any_bytes()
     try:
         app()
     except MoestroError as error:

@@ -28,7 +28,7 @@ def model_context(config: Any) -> int | None:
     lengths = [named]
     for rope in _ropes(text):
         factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or named
-        if factor:
+        if factor and rope.get("rope_type", rope.get("type")) != "default":  # which knows no factor
             lengths.append(int(original * factor))
     return max(lengths)
 

@@ -42,6 +42,11 @@ class ContractError(MoestroError):
     """A policy returned a decision that cannot be carried out."""
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether code that was called failed, a panic of a Rust library too; not an interrupt or an exit."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error of another library says, for one of ours."""
     lines = str(error).strip().splitlines()

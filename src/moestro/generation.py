@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from .accounts import Counters
 from .context import model_context
-from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
+from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
 from .machine import peak_ram_bytes
 from .planning.clock import Clock
 from .tape import TapeFigures, cache_for, figures_of
@@ -176,7 +176,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     try:
         # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
         ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    except Exception as error:  # a tokenizer may be any Python code
+    except BaseException as error:  # a tokenizer may be any Python code, or panic
+        if not is_fault(error):
+            raise
         raise RequestError(
             f"the tokenizer cannot encode the prompt ({type(error).__name__}: {first_line(error)}); "
             "change the prompt, or use the tokenizer that belongs to the model"

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,13 @@ from .planning.budget import format_bytes
 
 if TYPE_CHECKING:
     from .generation import TextResult
+
+
+def use_any_bytes() -> None:
+    """Have input that is no text come to the tokenizer, which refuses it, and output that cannot be written be "?"."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if isinstance(stream, TextIOWrapper):  # not where a test or a notebook has put another
+            stream.reconfigure(errors=errors)
 
 
 def read_prompt(prompt: str | None) -> str:

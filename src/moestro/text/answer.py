@@ -155,7 +155,9 @@ class StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not t
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether each row has come to a stop string with its newest tokens."""
         new, self._seen = input_ids.shape[1] - self._seen, input_ids.shape[1]
-        rows = input_ids[:, -self._reach - new :].tolist() if self._words and new > 0 else [[]] * len(input_ids)
+        if not self._words or new <= 0:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        rows = input_ids[:, -self._reach - new :].tolist()
         return torch.tensor([self._ends(row, new) for row in rows], dtype=torch.bool, device=input_ids.device)
 
     def _ends(self, ids: Sequence[int], new: int) -> bool:

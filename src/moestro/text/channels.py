@@ -233,4 +233,6 @@ def _think_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], .
         pairs[_GEMMA] = None
     if _has_token(tokenizer, "<think>"):
         pairs[("<think>", "</think>")] = None
-    return tuple(pairs)
+    # A mark that the vocabulary has without its counterpart opens or switches something else.
+    vocabulary = tokenizer.get_added_vocab()
+    return tuple(pair for pair in pairs if pair[0].strip() not in vocabulary or pair[1].strip() in seen)

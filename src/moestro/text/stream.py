@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_python import PythonBackend
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, is_fault
 
 _WINDOW = 64  # tokens, before a shorter window is tried
 _CONTEXT = 24  # characters at least, of a window in front of the text that is not passed on yet
@@ -48,6 +49,8 @@ class TextStream:
     def put(self, ids: Sequence[int]) -> str:
         """Append tokens; returns the text that became final."""
         self._ids.extend(ids)
+        if self._changeable is None:
+            return ""
         self._text = self._decode(self._ids)
         piece = self._pass_on(self._final_characters())
         self._shorten()
@@ -55,6 +58,8 @@ class TextStream:
 
     def flush(self) -> str:
         """Return the rest of the text, as if nothing followed."""
+        if self._changeable is None:
+            self._text = self._decode(self._ids)
         return self._pass_on(len(self._text))
 
     def _pass_on(self, characters: int) -> str:
@@ -68,9 +73,9 @@ class TextStream:
 
     def _final_characters(self) -> int:
         """How many characters of the window no token to come can change."""
-        if self._changeable is None or self._ends_in_bytes():
+        if self._ends_in_bytes():
             return 0
-        text = self._text[: len(self._text) - self._changeable] if self._changeable else self._text
+        text = self._text[: len(self._text) - (self._changeable or 0)]
         return len(text.rstrip(_REPLACEMENT))
 
     def _ends_in_bytes(self) -> bool:
@@ -81,9 +86,16 @@ class TextStream:
         for token in reversed(self._ids):
             if _BYTE.fullmatch(self._token(token)):
                 return True
-            if self._decode([token]):
+            if self._leaves_a_trace(token):
                 return False
         return False
+
+    def _leaves_a_trace(self, token: int) -> bool:
+        """Whether a token alone is text; one that cannot be decoded alone is taken for none."""
+        try:
+            return bool(self._decode([token]))
+        except CheckpointError:
+            return False
 
     def _shorten(self) -> None:
         """Try a shorter window where this one has grown: it must say the same behind its first characters."""
@@ -120,9 +132,13 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
     Raises:
         CheckpointError: the tokenizer cannot decode them.
     """
+    if not len(ids):  # at which some decoders panic
+        return ""
     try:
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-    except Exception as error:  # a tokenizer may be any Python code
+    except BaseException as error:  # a tokenizer may be any Python code, or panic
+        if not is_fault(error):
+            raise
         raise CheckpointError(
             f"the tokenizer cannot decode the model's tokens ({type(error).__name__}: {first_line(error)}); "
             "use the tokenizer that belongs to the model"
@@ -139,8 +155,9 @@ def _changeable_characters(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if type(getattr(backend, "model", None)).__name__ == "BPE":  # which Transformers leaves as it is, unless told twice
         cleans = cleans and getattr(tokenizer, _CLEAN_BPE, False)
     characters = _CLEANED if cleans else 0
-    if backend is None:
-        return characters
+    if backend is None:  # in Python: only the plain join of tokens is known to leave alone what it has written
+        joins = getattr(type(tokenizer), "convert_tokens_to_string", None)
+        return characters if joins is PythonBackend.convert_tokens_to_string else None
     fused = False
     for part in _parts(json.loads(backend.to_str()).get("decoder")):
         if part["type"] == "Replace" and fused:  # before that, it sees one token at a time
