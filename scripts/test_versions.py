@@ -85,8 +85,6 @@ def run_tests(combination: Combination, pytest_arguments: list[str], keep: bool)
     with log.open("w") as output:
         for step in steps:
             print("+", *step, file=output, flush=True)
-            # A constraint in the environment takes the place of any in pip's configuration files.
-            environment = os.environ | {"PIP_CONSTRAINT": str(pins)}
             where = folder / "tree" if (folder / "tree").exists() else ROOT
             done = subprocess.run(
                 step, cwd=where, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
