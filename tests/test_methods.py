@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from families import save_model
+from families import INSTALLED, save_model
 from moestro import MoestroConfig, load
 from moestro.errors import ModelError, MoestroError
 from moestro.methods import OURS, REFUSED, SAME
@@ -44,6 +45,8 @@ def test_every_public_method_has_one_row() -> None:
     found = _public(PreTrainedModel) | _public(nn.Module) | _public(transformers.MixtralForCausalLM)
     without = sorted(found - set(rows))
     assert not without, f"{without} have no row: try them on a loaded model and say what they do"
+    if Version("5.23") > INSTALLED:
+        return  # which has fewer
     assert not set(rows) - found - {"smart_apply"}  # which modules get when Transformers first initializes one
 
 

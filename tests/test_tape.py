@@ -19,12 +19,13 @@ from weakref import ref
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from families import FAMILIES as EVERY_FAMILY
-from families import VOCABULARY, Family, save_model
+from families import INSTALLED, VOCABULARY, Family, save_model
 from moestro import load, load_tokenizer
 from moestro.assembly import conduct_by
 from moestro.chat import ChatSession
@@ -156,6 +157,7 @@ def test_every_family_is_recorded_or_says_why_not(
             torch.testing.assert_close(recorded[1], eager[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(Version("5.23") > INSTALLED, reason="an older Transformers has fewer families")
 def test_the_readme_counts_them() -> None:
     assert (len(EVERY_FAMILY), len(EVERY_FAMILY) - len(NOT_RECORDED)) == (72, 39)
 
