@@ -26,17 +26,22 @@ inline void with_reader(Format type, Do do_with) {
   else do_with(ReadBf16());
 }
 
+// Each in 16 sums at every level, since one sum of thousands of products loses bits.
 template <int R, class Reader>
 inline void dot_some(Reader read, const float* x, const uint8_t* rows, int64_t K, float* out) {
-  V acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = V::zero();
+  V acc[R][VP];
+  for (auto& of_row : acc)
+    for (V& a : of_row) a = V::zero();
   int64_t k = 0;
-  for (; k + W <= K; k += W) {
-    const V xv = V::load(x + k);
-    for (int r = 0; r < R; ++r) acc[r] = fma(xv, read.load(rows + r * K * read.kBytes, k), acc[r]);
+  for (; k + kPanel <= K; k += kPanel) {
+    for (int v = 0; v < VP; ++v) {
+      const V xv = V::load(x + k + v * W);
+      for (int r = 0; r < R; ++r) acc[r][v] = fma(xv, read.load(rows + r * K * read.kBytes, k + v * W), acc[r][v]);
+    }
   }
   for (int r = 0; r < R; ++r) {
-    out[r] = sum(acc[r]);
+    for (int v = 1; v < VP; ++v) acc[r][0] = acc[r][0] + acc[r][v];
+    out[r] = sum(acc[r][0]);
     for (int64_t i = k; i < K; ++i) out[r] += x[i] * read.one(rows + r * K * read.kBytes, i);
   }
 }
