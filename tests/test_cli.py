@@ -22,7 +22,7 @@ import moestro
 from moestro import cli
 from moestro.planning.budget import parse_bytes
 from moestro.planning.policies import POLICIES
-from moestro.planning.trace import Trace
+from moestro.simulate.trace import Trace
 
 DEMO = str(Path(moestro.__file__).parent / "demo")
 PROMPT = "Once upon a time"

@@ -29,15 +29,7 @@ from moestro.memory.formats import BLOCK
 from moestro.memory.lanes import LaneCopy, LinkLane
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
-from moestro.planning.contract import (
-    GPU0,
-    Costs,
-    Decision,
-    Lane,
-    Move,
-    Phase,
-    View,
-)
+from moestro.planning.contract import GPU0, Costs, Decision, Lane, Move, Phase, View
 from moestro.planning.timeline import Timeline
 from pretended_cuda import pretended_cuda
 from small_conductor import (

@@ -15,8 +15,8 @@ from moestro.errors import RequestError
 from moestro.planning.contract import Costs, Decision, Expert, ModelSpec, Move, Placement, Step, View
 from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, BasePolicy, make_policy
-from moestro.planning.replay import replay
-from moestro.planning.trace import Trace
+from moestro.simulate.replay import replay
+from moestro.simulate.trace import Trace
 from moestro.tracing import recording, trace_ids
 from tiny_runs import EXPERTS, logits_of, reference
 

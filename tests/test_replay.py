@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from moestro.errors import BudgetError, RequestError
 from moestro.memory.formats import BLOCK as FORMAT_BLOCK
-from moestro.planning.belady import belady_hits
 from moestro.planning.clock import Share
 from moestro.planning.contract import Costs, Lane, LayerSpec, ModelSpec, Phase, Step
 from moestro.planning.costs import BLOCK, PIECE_BYTES
 from moestro.planning.machines import Machine, costs_of, machine_named, machine_names
 from moestro.planning.policies import POLICIES, make_policy
-from moestro.planning.replay import replay
 from moestro.planning.timeline import Timeline
-from moestro.planning.trace import Pass, Trace
-from moestro.planning.virtual import VirtualMachine
+from moestro.simulate.belady import belady_hits
+from moestro.simulate.replay import replay
+from moestro.simulate.trace import Pass, Trace
+from moestro.simulate.virtual import VirtualMachine
 
 GB = 10**9
 MIXTRAL = LayerSpec(experts=8, neurons=14336, expert_bytes=2 * 3 * 14336 * 4096, hidden=4096)

@@ -17,10 +17,10 @@ from moestro.errors import RequestError
 from moestro.memory.formats import FORMATS, ExpertShape
 from moestro.planning.contract import LayerSpec, ModelSpec, Phase, Step
 from moestro.planning.shapes import SHAPES, spec_of_shape
-from moestro.planning.tile import BITS_PER_WEIGHT, as_shape, at_bits
-from moestro.planning.trace import Pass, Trace
-from moestro.planning.trace_summary import lru_hit_rate, popularity, recall, reuse, summarize
 from moestro.random_model import shape_config
+from moestro.simulate.reshape import BITS_PER_WEIGHT, as_shape, at_bits
+from moestro.simulate.trace import Pass, Trace
+from moestro.simulate.trace_summary import lru_hit_rate, popularity, recall, reuse, summarize
 from moestro.tracing import recording, trace_ids, trace_text
 
 SPEC = ModelSpec((LayerSpec(8, 64, 1000, hidden=16),) * 3, dense_bytes=100, dense_weights=50)

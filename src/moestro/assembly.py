@@ -38,10 +38,10 @@ from .planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, 
 from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
 from .planning.machines import THIS, Machine, machine_named
 from .planning.policies import make_policy
-from .planning.replay import experts_room
-from .planning.trace import Trace
-from .planning.virtual import machine_clock
 from .routers import find_gate
+from .simulate.replay import experts_room
+from .simulate.trace import Trace
+from .simulate.virtual import machine_clock
 from .steps import PREFILL_TOKENS, size_of
 from .tape import forget_steps, record_steps
 from .this_machine import this_machine

@@ -254,7 +254,7 @@ def trace_command(
 ) -> None:
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
     from .bench.traces import print_summary, read_text, writable
-    from .planning.trace_summary import summarize
+    from .simulate.trace_summary import summarize
     from .tracing import trace_text
 
     words, target = read_text(text), None if output is None else writable(output)

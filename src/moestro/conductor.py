@@ -43,8 +43,8 @@ from .planning.dispatch import Found, classify, dispatch
 from .planning.slots import Transfer
 from .planning.timeline import Timeline
 from .planning.view import TableView
-from .planning.virtual import VirtualMachine
 from .routers import Gate, guess_next
+from .simulate.virtual import VirtualMachine
 from .steps import BEFORE_LAYERS, StepOfThread, likely_phase
 
 logger = logging.getLogger("moestro")

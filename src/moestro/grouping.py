@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .compute.experts import ExpertWork
 from .planning.contract import Phase, Step
-from .planning.trace import SCORE
+from .simulate.trace import SCORE
 
 
 class Routed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Records what a loaded model's routers choose, and what the next gates guess, as a trace (planning/trace.py).
+"""Records what a loaded model's routers choose, and what the next gates guess, as a trace (simulate/trace.py).
 
     with recording(model) as recorder:
         model.generate(...)
@@ -23,7 +23,7 @@ from .context import model_context
 from .errors import RequestError
 from .generation import check_ids, embedding_rows, encode
 from .planning.contract import Outcome, Phase, Step
-from .planning.trace import Pass, Trace
+from .simulate.trace import Pass, Trace
 from .tape import cache_for
 
 LOOKAHEAD = 3

@@ -35,8 +35,8 @@ from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, ModelSpec, Phase
 from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
-from ..planning.tile import at_bits
-from ..planning.trace import SCORE, guesses_kept
+from ..simulate.reshape import at_bits
+from ..simulate.trace import SCORE, guesses_kept
 from .machine_card import git_commit, machine_card
 from .traces import find_machine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..planning.contract import Costs, ModelSpec, Outcome, Phase, Step
 from ..planning.policies.base import hybrid_limit_s
-from ..planning.virtual import dense_layer_s
+from ..simulate.virtual import dense_layer_s
 
 
 class HybridLimit:

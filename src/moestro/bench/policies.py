@@ -25,10 +25,10 @@ from ..loading import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
 from ..planning.contract import Lane, Phase
 from ..planning.policies import make_policy
-from ..planning.replay import replay
-from ..planning.tile import resized
 from ..planning.timeline import Timeline
-from ..planning.trace import Trace
+from ..simulate.replay import replay
+from ..simulate.reshape import resized
+from ..simulate.trace import Trace
 from ..tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
 from .traces import find_machine, plotting, read_text, writable

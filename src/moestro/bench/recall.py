@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..planning.trace import Trace
-from ..planning.trace_summary import lru_hit_rate, recall
+from ..simulate.trace import Trace
+from ..simulate.trace_summary import lru_hit_rate, recall
 from .traces import plotting
 
 FARTHEST = 10  # layers ahead, as in the paper

@@ -14,10 +14,10 @@ from ..errors import RequestError
 from ..planning.budget import format_bytes, parse_bytes
 from ..planning.machines import THIS, Machine, machine_named
 from ..planning.policies import make_policy
-from ..planning.replay import PhaseFigures, Replay, replay
-from ..planning.tile import resized
 from ..planning.timeline import Timeline
-from ..planning.trace import Trace
+from ..simulate.replay import PhaseFigures, Replay, replay
+from ..simulate.reshape import resized
+from ..simulate.trace import Trace
 
 
 def plotting() -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from .contract import Expert, Lane
-from .timeline import Timeline
+from ..planning.contract import Expert, Lane
+from ..planning.timeline import Timeline
 
 
 class PageCache:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..errors import RequestError
-from .contract import LayerSpec, ModelSpec, Step
-from .shapes import spec_of_shape, top_k_of_shape
+from ..planning.contract import LayerSpec, ModelSpec, Step
+from ..planning.shapes import spec_of_shape, top_k_of_shape
 from .trace import Pass, Trace
 
 # 64 weights share 16 bits of scale in int8, and 16 of scale and 16 of zero in int4; see memory/formats.

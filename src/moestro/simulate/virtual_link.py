@@ -10,10 +10,10 @@ from bisect import insort
 from math import ceil
 from typing import Protocol
 
-from .contract import Expert, Lane
-from .costs import Costs
-from .slots import Transfer
-from .timeline import Timeline
+from ..planning.contract import Expert, Lane
+from ..planning.costs import Costs
+from ..planning.slots import Transfer
+from ..planning.timeline import Timeline
 
 
 class HasLink(Protocol):

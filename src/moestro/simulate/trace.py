@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .contract import LayerSpec, ModelSpec, Phase, Step
+from ..planning.contract import LayerSpec, ModelSpec, Phase, Step
 
 FORMAT, VERSION = "moestro-trace", 1
 SCORE = 65535  # of certainty

@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import BudgetError
-from .budget import format_bytes
-from .clock import Share
-from .contract import Expert, Lane, ModelSpec, Placement
-from .costs import PIECE_BYTES, Costs
-from .machines import Machine
+from ..planning.budget import format_bytes
+from ..planning.clock import Share
+from ..planning.contract import Expert, Lane, ModelSpec, Placement
+from ..planning.costs import PIECE_BYTES, Costs
+from ..planning.machines import Machine
+from ..planning.slots import Transfer
+from ..planning.timeline import Timeline
 from .page_cache import PageCache
-from .slots import Transfer
-from .timeline import Timeline
 from .virtual_link import VirtualCopy, VirtualLink
 
 RAM_SHARE = 0.9  # of a machine's RAM, for experts: the rest is the system's

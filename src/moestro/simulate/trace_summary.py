@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from .contract import Phase
+from ..planning.contract import Phase
 from .trace import Trace
 
 REUSE_TOKENS = (1, 2, 4, 8, 16, 32)

@@ -14,19 +14,19 @@ from functools import partial
 from typing import Any
 
 from ..errors import BudgetError
+from ..planning.budget import format_bytes
+from ..planning.check import check, check_moves
+from ..planning.clock import Share
+from ..planning.contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
+from ..planning.costs import BLOCK, Costs
+from ..planning.dispatch import Found, classify, dispatch
+from ..planning.machines import Machine
+from ..planning.policies.base import hybrid_limit_s
+from ..planning.slots import SlotTable, Transfer
+from ..planning.timeline import Timeline
+from ..planning.view import TableView
 from .belady import belady_hits
-from .budget import format_bytes
-from .check import check, check_moves
-from .clock import Share
-from .contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from .costs import BLOCK, Costs
-from .dispatch import Found, classify, dispatch
-from .machines import Machine
-from .policies.base import hybrid_limit_s
-from .slots import SlotTable, Transfer
-from .timeline import Timeline
 from .trace import Trace
-from .view import TableView
 from .virtual import machine_clock
 
 

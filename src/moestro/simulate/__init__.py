@@ -1,0 +1,1 @@
+"""The virtual clock: machines that are modelled, traces of routing, and policies replayed over them."""
