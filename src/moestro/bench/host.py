@@ -23,18 +23,19 @@ from rich.table import Table
 from torch import Tensor
 
 from ..compute.cpu import CpuExperts
-from ..compute.devices.base import Copy, Queued, StepSum, WorkOfThread
+from ..compute.devices.base import Queued, StepSum, WorkOfThread
 from ..compute.devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..compute.experts import ExpertMath, ExpertWork
 from ..conductor import Conductor
 from ..errors import RequestError
 from ..memory.formats import FORMATS, ExpertShape
-from ..memory.lanes import LinkLane, Work
-from ..memory.slots import SlotPool
+from ..memory.lanes import LinkLane
+from ..memory.slots import SlotPool, SlotUser
 from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, ModelSpec, Phase
 from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
+from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
 from ..simulate.trace import SCORE, guesses_kept
 from .machine_card import git_commit, machine_card
@@ -89,7 +90,7 @@ class _AtOnce(MemoryCarrier):
     def queues(self, source: Tensor) -> bool:
         return True
 
-    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Here:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[SlotUser]) -> Here:
         return Here()
 
 
@@ -107,7 +108,7 @@ class _Idle(EmulatedDevice):
         self._done = WorkOfThread(done)
 
     def run(
-        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None = None
     ) -> Queued:
         if after is not None:
             after.wait()

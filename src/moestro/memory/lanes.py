@@ -30,6 +30,7 @@ from ..planning.contract import Lane
 from ..planning.costs import PIECE_BYTES
 from ..planning.slots import Expert
 from ..planning.timeline import Timeline
+from .slots import SlotUser
 
 IN_FLIGHT_BYTES = 2 * PIECE_BYTES
 MOST_IN_FLIGHT = 8  # pieces, where experts are small
@@ -48,26 +49,13 @@ class Piece(Protocol):
         """Let the device's next work wait for it, and for all that was sent before."""
 
 
-class Work(Protocol):
-    """Work on the device that a copy must not overtake, since it reads the copy's target."""
-
-    def launched(self) -> bool:
-        """Whether the device knows of it."""
-
-    def over(self) -> bool:
-        """Whether it is done."""
-
-    def when_launched(self, call: Callable[[], None]) -> None:
-        """Call back then, or at once."""
-
-
 class Carrier(Protocol):
     """What moves bytes. Its pieces arrive in the order in which they are sent."""
 
     def queues(self, source: Tensor) -> bool:
         """Whether to send this returns at once, so that whoever asks for a copy may begin it."""
 
-    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Piece:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[SlotUser]) -> Piece:
         """Begin to copy a piece, behind work that is launched."""
 
 
@@ -81,7 +69,7 @@ class _State(IntEnum):
 
 
 class LaneCopy:
-    """A copy on the lane; `slots.Transfer` for the table, `Copy` for the device."""
+    """A copy on the lane; what the slot table knows as a `SlotCopy`."""
 
     def __init__(
         self,
@@ -156,19 +144,21 @@ class LaneCopy:
 
     def may_go(self) -> bool:
         """Whether what it waits for is out of its way, or launched so that the device can order the two."""
-        return all(one.over() if isinstance(one, LaneCopy) else one.launched() for one in self.after)
+        return all(one.launched() for one in self.after)
 
-    def over(self) -> bool:
-        """Whether no copy that is sent from now on can be overtaken by it."""
+    def launched(self) -> bool:
+        """Whether all of it is on its way: what is sent from now on arrives after it."""
         return self.state >= _State.SENT
 
+    over = launched
+
+    def when_launched(self, call: Callable[[], None]) -> None:
+        """Does nothing: the lane that sends it looks at its queue again by itself."""
+
     @property
-    def behind(self) -> list[Work]:
+    def behind(self) -> list[SlotUser]:
         """Launched work that still reads the target."""
-        return [one for one in self.after if not isinstance(one, LaneCopy) and not one.over()]
-
-
-SlotUser = Work | LaneCopy  # reads a slot, or writes it
+        return [one for one in self.after if not one.over()]
 
 
 class _Flying(NamedTuple):
@@ -232,8 +222,7 @@ class LinkLane:
                 self._send_what_fits()
             self.changed.notify_all()
         for one in after:
-            if not isinstance(one, LaneCopy):
-                one.when_launched(self._wake)
+            one.when_launched(self._wake)
         return copy
 
     def queued_bytes(self, *, urgent: bool = False) -> int:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from torch import Tensor
 
 from ..errors import CopyError
-from ..planning.slots import Expert, SlotTable
-from .lanes import LaneCopy, SlotUser, Work
+from ..planning.slots import Expert, SlotTable, Transfer
+
+
+class SlotUser(Protocol):
+    """Work that reads a slot, or a copy that writes it, which the next copy into that slot must not overtake."""
+
+    def launched(self) -> bool:
+        """Whether the device knows of it, so that what it is given from now on comes after it."""
+
+    def over(self) -> bool:
+        """Whether it has read or written the slot."""
+
+    def when_launched(self, call: Callable[[], None]) -> None:
+        """Call back when it is launched, or at once if it is already."""
+
+
+class SlotCopy(SlotUser, Transfer, Protocol):
+    """A copy into a slot."""
 
 
 class SlotPool(SlotTable):
@@ -25,8 +42,8 @@ class SlotPool(SlotTable):
         super().__init__(memory.shape[0], held, warm)
         self.memory = memory
         self._rows = memory.unbind(0)  # made once: a step asks for eight of them a layer
-        self._copies: list[list[LaneCopy]] = [[] for _ in self._rows]  # into each slot
-        self._work: list[Work | None] = [None for _ in self._rows]  # that read each slot last
+        self._copies: list[list[SlotCopy]] = [[] for _ in self._rows]  # into each slot
+        self._work: list[SlotUser | None] = [None for _ in self._rows]  # that read each slot last
         for expert in self.warm:
             self._where[expert].filling = _NotBegun(expert)
 
@@ -46,17 +63,17 @@ class SlotPool(SlotTable):
         """Bytes of device memory that the pool takes."""
         return self.memory.numel()
 
-    def fill_warm(self, expert: Expert, copy: LaneCopy) -> None:
+    def fill_warm(self, expert: Expert, copy: SlotCopy) -> None:
         """The copy of a warm expert has begun."""
         slot = self._where[expert]
         slot.filling = copy
         self.note_copy(slot.index, copy)
 
-    def note_copy(self, index: int, copy: LaneCopy) -> None:
+    def note_copy(self, index: int, copy: SlotCopy) -> None:
         """A copy writes a slot."""
         self._copies[index] = [*(one for one in self._copies[index] if not one.over()), copy]
 
-    def note_work(self, experts: Iterable[Expert], work: Work) -> None:
+    def note_work(self, experts: Iterable[Expert], work: SlotUser) -> None:
         """Queued work reads the slots of experts. What read them before is over first, see `Device.follow`."""
         for expert in experts:
             self._work[self._where[expert].index] = work

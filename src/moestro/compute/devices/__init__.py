@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import RequestError
-from .base import Copy, Device, HeldLayer, HostBatch, Queued, StepSum
+from .base import Device, HeldLayer, HostBatch, Queued, StepSum
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
 from .host import HostDevice
@@ -38,4 +38,4 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     return HostDevice()
 
 
-__all__ = ["DEVICE_NAMES", "Copy", "Device", "HeldLayer", "HostBatch", "LayerPort", "Queued", "StepSum", "make_device"]
+__all__ = ["DEVICE_NAMES", "Device", "HeldLayer", "HostBatch", "LayerPort", "Queued", "StepSum", "make_device"]

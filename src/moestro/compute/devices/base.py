@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError
-from ...memory.lanes import LaneCopy, LinkLane, SlotUser, Work
-from ...planning.slots import Expert
+from ...memory.lanes import LaneCopy, LinkLane
+from ...memory.slots import SlotUser
+from ...planning.slots import Expert, Transfer
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
 
@@ -40,25 +41,6 @@ class HostBatch:
     weights: Tensor
     x: Tensor
     guesses: Tensor | None = None
-
-
-class Copy(Protocol):
-    """A copy of bytes in flight."""
-
-    def done(self) -> bool:
-        """Whether the bytes have arrived."""
-
-    def wait(self) -> None:
-        """Let the device's next work wait for the bytes; raises CopyError if they cannot come."""
-
-    def cancel(self) -> bool:
-        """Drop the copy if it has not begun; False when it has. One that failed is gone as well."""
-
-    def hasten(self) -> None:
-        """A step waits for it now: it goes before what nobody waits for."""
-
-    def left_bytes(self) -> int:
-        """How much of it has not crossed yet."""
 
 
 @dataclass(slots=True)
@@ -103,7 +85,7 @@ class StepSum:
         self.is_begun = True
 
 
-class Queued(Work, Protocol):
+class Queued(SlotUser, Protocol):
     """Work queued on the device; a copy into what it reads can be queued behind it."""
 
     def wait(self) -> None:
@@ -120,7 +102,7 @@ class Queued(Work, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkOfThread:
-    """Work that a thread of the device does or launches, whose future says when; `Queued`, and `Work` for the lane."""
+    """Work that a thread of the device does or launches, whose future says when; a `Queued`."""
 
     future: Future[Any]
 
@@ -196,7 +178,7 @@ class Device(Protocol):
         """Zeros for the CPU's part of a step: float32, as x, in host memory, until the next `read_router`."""
 
     def run(
-        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None = None
     ) -> Queued:
         """Queue expert work on the device's slots, behind `after` where it needs a copy's bytes; it adds to `total`.
 

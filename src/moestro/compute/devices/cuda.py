@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memory.lanes import MOST_IN_FLIGHT, LaneCopy, LinkLane, SlotUser, Work
+from ...memory.lanes import MOST_IN_FLIGHT, LaneCopy, LinkLane
+from ...memory.slots import SlotUser
 from ...planning.costs import PIECE_BYTES
-from ...planning.slots import Expert
+from ...planning.slots import Expert, Transfer
 from ...planning.timeline import Timeline
 from .. import gpu
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
+from .base import HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_slots import RecordedSum
 from .cuda_timeline import GpuSpans
@@ -62,7 +63,7 @@ class StreamCarrier:
     def queues(self, source: Tensor) -> bool:
         return self._pinned.holds(source)
 
-    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> _Piece:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[SlotUser]) -> _Piece:
         if not self._pinned.holds(source):
             source = self._staged(source)
         event = torch.cuda.Event(blocking=True)  # the lane's thread sleeps for it: the cores are for the experts
@@ -194,7 +195,7 @@ class CudaDevice:
         return self._buffers.take("output", x.shape, torch.float32).zero_()
 
     def run(
-        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None = None
     ) -> Queued:
         is_idle = self._launched is None or self._launched.done()
         if after is not None and not (isinstance(after, LaneCopy) and after.is_sent and is_idle):
@@ -211,7 +212,7 @@ class CudaDevice:
         return _Launched(future)
 
     def _launch_behind(
-        self, stream: Any, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy
+        self, stream: Any, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer
     ) -> torch.cuda.Event:
         with torch.no_grad(), torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
             after.wait()

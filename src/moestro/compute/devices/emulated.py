@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ...memory.lanes import LaneCopy, LinkLane, SlotUser, Work
+from ...memory.lanes import LaneCopy, LinkLane
+from ...memory.slots import SlotUser
 from ...planning.contract import Lane
-from ...planning.slots import Expert
+from ...planning.slots import Expert, Transfer
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork, run_experts
-from .base import Copy, Queued, StepSum, WorkOfThread
+from .base import Queued, StepSum, WorkOfThread
 from .host import HostDevice
 
 DEFAULT_MEMORY_BYTES = 8 * 2**30
@@ -46,7 +47,7 @@ class MemoryCarrier:
     def queues(self, source: Tensor) -> bool:
         return False
 
-    def send(self, source: Tensor, target: Tensor, behind: Sequence[Work]) -> Here:
+    def send(self, source: Tensor, target: Tensor, behind: Sequence[SlotUser]) -> Here:
         target.copy_(source)
         return Here()
 
@@ -94,7 +95,7 @@ class EmulatedDevice(HostDevice):
         return self.link.submit(source, target, urgent, label, after)
 
     def run(
-        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None = None
     ) -> Queued:
         return WorkOfThread(self._compute.submit(self._run, math, total, work, label, after))
 
@@ -103,7 +104,7 @@ class EmulatedDevice(HostDevice):
         self._compute.shutdown(wait=False, cancel_futures=True)  # it may be its own thread that closes
 
     def _run(
-        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None
     ) -> None:
         if after is not None:
             after.wait()

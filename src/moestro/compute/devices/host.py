@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...memory.lanes import LaneCopy, LinkLane, SlotUser
-from ...planning.slots import Expert
+from ...memory.lanes import LaneCopy, LinkLane
+from ...memory.slots import SlotUser
+from ...planning.slots import Expert, Transfer
 from ...planning.timeline import Timeline
 from ..experts import ExpertMath, ExpertWork
-from .base import Copy, HeldLayer, HostBatch, Queued, StepSum
+from .base import HeldLayer, HostBatch, Queued, StepSum
 from .port import LayerPort
 
 
@@ -59,7 +60,7 @@ class HostDevice:
         return torch.zeros(x.shape, dtype=torch.float32)
 
     def run(
-        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Copy | None = None
+        self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None = None
     ) -> Queued:
         raise NotImplementedError("there is no device to run on")
 
