@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from moestro.compute.devices.cuda import CudaDevice
+from moestro.devices.cuda import CudaDevice
 
 Clock = dict[Hashable, int]  # of each stream, and of the host, how many operations are over
 HOST = "host"

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from moestro.compute.devices.cuda import CudaDevice
+from moestro.devices.cuda import CudaDevice
 
 LATE_S = 0.002
 

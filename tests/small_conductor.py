@@ -9,10 +9,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from moestro.compute.devices import LayerPort
-from moestro.compute.devices.host import HostDevice
 from moestro.compute.experts import ExpertMath
 from moestro.conductor import Conductor
+from moestro.devices import LayerPort
+from moestro.devices.host import HostDevice
 from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
@@ -140,7 +140,7 @@ def small_conductor(policy: object, slots: int, device: HostDevice) -> tuple[Con
     spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size),) * LAYERS, 0)
     memory = device.pool(slots, size).fill_(0xFF)
     math = [ExpertMath(SHAPE, FORMAT, _gate)] * LAYERS
-    with mock.patch("moestro.compute.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
+    with mock.patch("moestro.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
         device.pin(store.memory)
     return Conductor(spec, math, policy, device, store, SlotPool(memory)), parts  # type: ignore[arg-type]
 

@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moestro.compute.devices import make_device
-from moestro.compute.devices.emulated import EmulatedDevice, MemoryCarrier
-from moestro.compute.devices.host import HostDevice
+from moestro.devices import make_device
+from moestro.devices.emulated import EmulatedDevice, MemoryCarrier
+from moestro.devices.host import HostDevice
+from moestro.devices.link import LaneCopy, LinkLane
 from moestro.errors import ContractError, CopyError
 from moestro.grouping import Routed, group_by_expert
 from moestro.memory.formats import BLOCK
-from moestro.memory.lanes import LaneCopy, LinkLane
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
 from moestro.planning.contract import GPU0, Costs, Decision, Lane, Move, Phase, View
@@ -107,8 +107,8 @@ def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
 
     with (
         pretended_cuda() as (device, _),
-        mock.patch("moestro.compute.devices.cuda_slots.recorded", recorded),
-        mock.patch("moestro.compute.devices.cuda.CudaGraphs"),
+        mock.patch("moestro.devices.cuda_slots.recorded", recorded),
+        mock.patch("moestro.devices.cuda.CudaGraphs"),
     ):
         _check_drawn(device, seed, 3, 3, by_port)
         assert all(kernel is not None for _, kernel in device._kernels.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moestro.compute.devices.cuda_memory import PinnedMemory
+from moestro.devices.cuda_memory import PinnedMemory
 
 
 class Runtime:
@@ -26,7 +26,7 @@ class Runtime:
 
 
 def test_memory_is_registered_in_runs_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.compute.devices.cuda_memory._RUN_BYTES", 1000)
+    monkeypatch.setattr("moestro.devices.cuda_memory._RUN_BYTES", 1000)
     memory, other = torch.zeros(2500, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
     runtime = Runtime(allowed=10)
     pinned = PinnedMemory(runtime)
@@ -43,7 +43,7 @@ def test_memory_is_registered_in_runs_and_given_back(monkeypatch: pytest.MonkeyP
 
 
 def test_memory_that_cannot_be_registered_is_said_and_not_taken_for_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.compute.devices.cuda_memory._RUN_BYTES", 1000)
+    monkeypatch.setattr("moestro.devices.cuda_memory._RUN_BYTES", 1000)
     memory = torch.zeros(2500, dtype=torch.uint8)
     runtime = Runtime(allowed=1)
     pinned = PinnedMemory(runtime)

@@ -19,8 +19,8 @@ from moestro import cli, footprint, load
 from moestro.compute.experts import ExpertMath
 from moestro.errors import BudgetError, RequestError
 from moestro.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
-from moestro.follow import StorageFollower
 from moestro.footprint import Footprint, cache_bytes, measure
+from moestro.memory.allocations import StorageFollower
 from moestro.memory.formats import FORMATS
 from moestro.planning.budget import GpuPlan, Margin, parse_bytes, share_out
 from moestro.random_model import shape_config

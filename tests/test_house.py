@@ -50,7 +50,7 @@ def test_memory_knows_no_mathematics(path: Path) -> None:
 @pytest.mark.parametrize("path", _wing("compute"), ids=lambda p: p.name)
 def test_compute_knows_formats_only_by_their_front_door(path: Path) -> None:
     names = [name for name in _imports(path) if name.startswith("moestro.memory")]
-    assert not [name for name in names if not name.startswith(("moestro.memory.formats", "moestro.memory.lanes"))]
+    assert not [name for name in names if not name.startswith(("moestro.memory.formats", "moestro.devices.link"))]
     assert not [name for name in names if name.split(".")[3:4] in (["base"], ["floats"])]
 
 

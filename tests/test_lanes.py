@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moestro.devices.link import IN_FLIGHT_BYTES, MOST_IN_FLIGHT, LinkLane
 from moestro.errors import CopyError
-from moestro.memory.lanes import IN_FLIGHT_BYTES, MOST_IN_FLIGHT, LinkLane
 from moestro.planning.contract import Lane
 from moestro.planning.costs import PIECE_BYTES
 from moestro.planning.timeline import Timeline

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moestro import load, this_machine
-from moestro.compute.devices.emulated import EmulatedDevice
+from moestro.devices.emulated import EmulatedDevice
 from moestro.errors import RequestError
 from moestro.planning.contract import Costs, Decision, Expert, ModelSpec, Move, Placement, Step, View
 from moestro.planning.machines import machine_named

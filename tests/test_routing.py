@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from families import save_model
 from moestro import load
 from moestro.compute.cpu import CpuExperts
-from moestro.compute.devices import make_device
-from moestro.compute.devices.emulated import EmulatedDevice
-from moestro.compute.devices.host import HostDevice
 from moestro.conductor import Conductor
+from moestro.devices import make_device
+from moestro.devices.emulated import EmulatedDevice
+from moestro.devices.host import HostDevice
 from moestro.grouping import group_by_expert
 from moestro.memory.slots import SlotPool
 from moestro.planning.contract import Phase
@@ -107,11 +107,9 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
             conductor.slots = SlotPool(conductor.slots.memory, everything)
             for expert in everything:
                 conductor.slots[expert].copy_(conductor.store[expert])
-        graphs = mock.patch("moestro.compute.devices.cuda.CudaGraphs")
+        graphs = mock.patch("moestro.devices.cuda.CudaGraphs")
         sorts = mock.patch("moestro.compute.gpu.plan.PAIRS_AT_ONCE", 0) if "sorted" in path else nullcontext()
-        recorded = mock.patch(
-            "moestro.compute.devices.cuda_slots.recorded", lambda _, work: mock.Mock(replay=lambda: work())
-        )
+        recorded = mock.patch("moestro.devices.cuda_slots.recorded", lambda _, work: mock.Mock(replay=lambda: work()))
         with graphs, sorts, recorded if pretended[0] is not None else nullcontext():
             yield conductor, parts
             conductor.close()

@@ -290,7 +290,7 @@ def test_experts_that_did_not_arrive_are_not_taken_for_there(
         else:
             settle = link.settle if how == "interrupted" else mock.Mock(side_effect=KeyboardInterrupt)
             with (
-                mock.patch("moestro.memory.lanes.LaneCopy.wait", side_effect=KeyboardInterrupt),
+                mock.patch("moestro.devices.link.LaneCopy.wait", side_effect=KeyboardInterrupt),
                 mock.patch.object(link, "settle", settle),
                 pytest.raises(KeyboardInterrupt),
             ):

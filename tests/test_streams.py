@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moestro.compute import gpu
-from moestro.compute.devices import LayerPort
-from moestro.compute.devices.cuda import CudaDevice
 from moestro.conductor import Conductor
+from moestro.devices import LayerPort
+from moestro.devices.cuda import CudaDevice
 from moestro.errors import CopyError
 from moestro.planning.contract import Costs, Decision, Move, Phase, View
 from ordered_cuda import HOST, Order, Stream, ordered_cuda
@@ -194,9 +194,7 @@ def test_the_guards_are_needed(guard: str) -> None:
     def nothing(*_: Any) -> Any:
         return []
 
-    where = (
-        "moestro.memory.slots.SlotPool.users" if guard == "users" else "moestro.compute.devices.cuda.CudaDevice.follow"
-    )
+    where = "moestro.memory.slots.SlotPool.users" if guard == "users" else "moestro.devices.cuda.CudaDevice.follow"
     found: set[str] = set()
     for seed in range(12):
         with mock.patch(where, nothing), _shared(seed, 3) as (conductor, parts, order):
@@ -215,7 +213,7 @@ def test_a_copy_into_a_slot_waits_for_one_before_that_was_followed_by_a_dropped_
     """Of the three, the first has begun and comes in pieces, and the second never came."""
     moves = (Move((0, 2), urgent=False),)
     policy = Fixed(Decision(cpu={1: FULL}, moves=moves))
-    with _shared(1, 1, policy) as (conductor, parts, _), mock.patch("moestro.memory.lanes.PIECE_BYTES", 4096):
+    with _shared(1, 1, policy) as (conductor, parts, _), mock.patch("moestro.devices.link.PIECE_BYTES", 4096):
         link, go, begun = conductor.device.link, threading.Event(), threading.Event()
         link.gbps = 1e3  # so that the lane's own thread sends
         send, sent = link.carrier.send, []

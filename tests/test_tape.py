@@ -29,7 +29,7 @@ from families import INSTALLED, VOCABULARY, Family, save_model
 from moestro import load, load_tokenizer
 from moestro.assembly import conduct_by
 from moestro.chat import ChatSession
-from moestro.compute.devices.graphs import CannotRecordError, CudaGraphs, PretendedGraphs
+from moestro.devices.graphs import CannotRecordError, CudaGraphs, PretendedGraphs
 from moestro.generation import TextOptions, generate_text
 from moestro.planning.contract import Step
 from moestro.planning.policies import make_policy
@@ -685,7 +685,7 @@ class _FakeCuda:
 
 def test_cuda_graphs_are_recorded_beside_the_stream_and_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _FakeCuda()
-    monkeypatch.setattr("moestro.compute.devices.graphs.CUDA", fake)
+    monkeypatch.setattr("moestro.devices.graphs.CUDA", fake)
     ended: list[Any] = []
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: ended.append(given), raising=False)
     graphs = CudaGraphs(torch.device("cuda", 0))

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from .compute.cpu import CpuExperts, first_touch
-from .compute.devices import Device
-from .compute.devices.graphs import graphs_of
 from .compute.experts import ExpertMath
 from .compute.watch import Watch
 from .conductor import Conductor
 from .config import MoestroConfig
 from .context import model_context
 from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
+from .devices import Device
+from .devices.graphs import graphs_of
 from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
 from .footprint import measure

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from .accounts import Counters, Recorder
 from .compute.cpu import CpuExperts, KernelShape
-from .compute.devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .compute.experts import ExpertMath
 from .copies import Copies
+from .devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from .errors import CopyError, ModelError
 from .forks import StepLock, only_here
 from .grouping import Routed, group_by_expert

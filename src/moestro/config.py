@@ -12,7 +12,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compute.devices import DEVICE_NAMES
+from .devices import DEVICE_NAMES
 from .errors import RequestError
 from .planning.budget import LEAST_CONTEXT, Budget, parse_gbps
 from .planning.machines import machine_names

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from .compute.devices import Device
 from .compute.experts import ExpertMath
+from .devices import Device
 from .errors import CopyError
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .accounts import Counters
-from .compute.devices import Device, HeldLayer
 from .compute.experts import ExpertMath
+from .devices import Device, HeldLayer
 from .memory.slots import SlotPool
 from .planning.contract import Phase
 

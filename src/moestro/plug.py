@@ -18,9 +18,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from .assembly import ExpertLayer, attach, home, pack_rest
-from .compute.devices import Device, make_device
 from .compute.eager import outside_of_graphs
 from .config import METHOD, MoestroConfig
+from .devices import Device, make_device
 from .errors import CheckpointError, ModelError, refuse_gradients
 from .families import expert_modules
 from .tape import current_recording

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from .assembly import attach, home, pack_rest
-from .compute.devices import make_device
 from .compute.experts import ExpertMath
 from .conductor import Conductor
 from .config import METHOD, MoestroConfig
+from .devices import make_device
 from .families import expert_modules
 from .memory.formats import BLOCK
 from .planning.shapes import shape_named

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from .compute.cpu import core_cpus, fma_gflops, levels, read_gbps
-from .compute.devices import Device
-from .compute.devices.emulated import EmulatedDevice
+from .devices import Device
+from .devices.emulated import EmulatedDevice
 from .machine import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
 from .memory.store import map_memory
 from .planning.machines import THIS, Machine, costs_of

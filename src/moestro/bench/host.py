@@ -23,13 +23,13 @@ from rich.table import Table
 from torch import Tensor
 
 from ..compute.cpu import CpuExperts
-from ..compute.devices.base import Queued, StepSum, WorkOfThread
-from ..compute.devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..compute.experts import ExpertMath, ExpertWork
 from ..conductor import Conductor
+from ..devices.base import Queued, StepSum, WorkOfThread
+from ..devices.emulated import EmulatedDevice, Here, MemoryCarrier
+from ..devices.link import LinkLane
 from ..errors import RequestError
 from ..memory.formats import FORMATS, ExpertShape
-from ..memory.lanes import LinkLane
 from ..memory.slots import SlotPool, SlotUser
 from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, ModelSpec, Phase

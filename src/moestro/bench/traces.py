@@ -46,7 +46,7 @@ def find_machine(name: str) -> Machine:
     """A machine by name; `this` is measured."""
     if name != THIS:
         return machine_named(name)
-    from ..compute.devices import make_device
+    from ..devices import make_device
     from ..this_machine import this_machine
 
     return this_machine(make_device("auto"))

@@ -7,7 +7,7 @@ outputs.
 
 Decides which steps are recorded: 1 to 8 tokens over all sequences, with a static cache, the second time that such a
 step comes. All else runs as before, and what turns out not to be recordable does so after one line of the log. Does not
-know how a device records; `compute/devices/graphs.py` does.
+know how a device records; `devices/graphs.py` does.
 
     record_steps(model, graphs)      # model.generate(..., cache_implementation="static") then replays
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compute.devices.graphs import Graphs
+from ..devices.graphs import Graphs
 from .cache import StepCache
 from .recording import Recording, TapeFigures, current_recording
 from .step import StepTape

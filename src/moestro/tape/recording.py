@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..compute.devices import LayerPort
-from ..compute.devices.graphs import CannotRecordError, Graph, Graphs
 from ..conductor import Conductor
+from ..devices import LayerPort
+from ..devices.graphs import CannotRecordError, Graph, Graphs
 from ..held import new_counts
 from ..steps import size_of
 from .arguments import without_cache

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...memory.formats import BLOCK
-from .. import gpu
-from ..experts import ExpertWork
+from ..compute import gpu
+from ..compute.experts import ExpertWork
+from ..memory.formats import BLOCK
 from .base import StepSum
 from .cuda_memory import pinned_bytes
 from .graphs import Graph, Graphs, recorded

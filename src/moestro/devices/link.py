@@ -26,11 +26,11 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ..errors import CopyError
+from ..memory.slots import SlotUser
 from ..planning.contract import Lane
 from ..planning.costs import PIECE_BYTES
 from ..planning.slots import Expert
 from ..planning.timeline import Timeline
-from .slots import SlotUser
 
 IN_FLIGHT_BYTES = 2 * PIECE_BYTES
 MOST_IN_FLIGHT = 8  # pieces, where experts are small

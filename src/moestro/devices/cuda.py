@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memory.lanes import MOST_IN_FLIGHT, LaneCopy, LinkLane
-from ...memory.slots import SlotUser
-from ...planning.costs import PIECE_BYTES
-from ...planning.slots import Expert, Transfer
-from ...planning.timeline import Timeline
-from .. import gpu
-from ..experts import ExpertMath, ExpertWork, run_experts
+from ..compute import gpu
+from ..compute.experts import ExpertMath, ExpertWork, run_experts
+from ..memory.slots import SlotUser
+from ..planning.costs import PIECE_BYTES
+from ..planning.slots import Expert, Transfer
+from ..planning.timeline import Timeline
 from .base import HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_slots import RecordedSum
 from .cuda_timeline import GpuSpans
 from .graphs import CudaGraphs
+from .link import MOST_IN_FLIGHT, LaneCopy, LinkLane
 from .port import LayerPort
 
 logger = logging.getLogger("moestro")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...memory.lanes import LaneCopy, LinkLane
-from ...memory.slots import SlotUser
-from ...planning.slots import Expert, Transfer
-from ...planning.timeline import Timeline
-from ..experts import ExpertMath, ExpertWork
+from ..compute.experts import ExpertMath, ExpertWork
+from ..memory.slots import SlotUser
+from ..planning.slots import Expert, Transfer
+from ..planning.timeline import Timeline
 from .base import HeldLayer, HostBatch, Queued, StepSum
+from .link import LaneCopy, LinkLane
 from .port import LayerPort
 
 

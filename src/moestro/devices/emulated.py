@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ...memory.lanes import LaneCopy, LinkLane
-from ...memory.slots import SlotUser
-from ...planning.contract import Lane
-from ...planning.slots import Expert, Transfer
-from ...planning.timeline import Timeline
-from ..experts import ExpertMath, ExpertWork, run_experts
+from ..compute.experts import ExpertMath, ExpertWork, run_experts
+from ..memory.slots import SlotUser
+from ..planning.contract import Lane
+from ..planning.slots import Expert, Transfer
+from ..planning.timeline import Timeline
 from .base import Queued, StepSum, WorkOfThread
 from .host import HostDevice
+from .link import LaneCopy, LinkLane
 
 DEFAULT_MEMORY_BYTES = 8 * 2**30
 DEFAULT_LINK_GBPS = 12.0  # PCIe 3.0 x16

@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from ...planning.contract import Lane
-from ...planning.slots import Expert
-from ...planning.timeline import Timeline
+from ..planning.contract import Lane
+from ..planning.slots import Expert
+from ..planning.timeline import Timeline
 
 
 class GpuSpans:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import BudgetError
-from ...memory.lanes import LaneCopy, LinkLane
-from ...memory.slots import SlotUser
-from ...planning.slots import Expert, Transfer
-from ...planning.timeline import Timeline
-from ..experts import ExpertMath, ExpertWork
+from ..compute.experts import ExpertMath, ExpertWork
+from ..errors import BudgetError
+from ..memory.slots import SlotUser
+from ..planning.slots import Expert, Transfer
+from ..planning.timeline import Timeline
+from .link import LaneCopy, LinkLane
 
 if TYPE_CHECKING:
     from .port import LayerPort
