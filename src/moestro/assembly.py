@@ -29,7 +29,8 @@ from .errors import BudgetError, ModelError, RequestError
 from .families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
 from .footprint import measure
 from .fuse import fuse
-from .machine import available_ram_bytes
+from .machine.measure import this_machine
+from .machine.probe import available_ram_bytes
 from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from .memory.slots import SlotPool
 from .memory.store import ExpertStore
@@ -44,7 +45,6 @@ from .simulate.trace import Trace
 from .simulate.virtual import machine_clock
 from .steps import PREFILL_TOKENS, size_of
 from .tape import forget_steps, record_steps
-from .this_machine import this_machine
 
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
 

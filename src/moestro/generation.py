@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from .accounts import Counters
 from .context import model_context
 from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
-from .machine import peak_ram_bytes
+from .machine.probe import peak_ram_bytes
 from .planning.clock import Clock
 from .tape import TapeFigures, cache_for, figures_of
 from .text.answer import AnswerStream, OnText, StopText

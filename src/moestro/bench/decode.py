@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ..compute.cpu import best_level, core_cpus, levels, read_gbps
 from ..errors import RequestError
-from ..machine import available_ram_bytes, cpu_model
+from ..machine.probe import available_ram_bytes, cpu_model
 from ..planning.budget import format_bytes
 from ..planning.shapes import shape_named
 from . import llama_cpp

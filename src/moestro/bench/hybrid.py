@@ -30,12 +30,12 @@ from ..conductor import Conductor
 from ..config import MoestroConfig
 from ..errors import RequestError
 from ..generation import TextOptions, TextResult, generate_text
+from ..machine.measure import this_machine
 from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
 from ..plug import MoestroQuantizer  # noqa: F401  # registers the experts function
 from ..random_model import build_random_model, set_routing, shape_tokenizer
-from ..this_machine import this_machine
 from ..tracing import recording
 from .limit import HybridLimit
 from .machine_card import git_commit

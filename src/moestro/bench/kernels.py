@@ -28,7 +28,7 @@ from torch import Tensor
 from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, levels, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
 from ..errors import RequestError
-from ..machine import available_ram_bytes, cpu_model, last_level_cache_bytes
+from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, ExpertShape
 from ..planning.budget import format_bytes
 from .machine_card import git_commit

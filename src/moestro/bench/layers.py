@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..compute.cpu import core_cpus, levels
 from ..errors import RequestError
-from ..machine import available_ram_bytes, last_level_cache_bytes
+from ..machine.probe import available_ram_bytes, last_level_cache_bytes
 from ..memory.formats import FORMATS
 from ..planning.budget import format_bytes
 from . import kt_kernel

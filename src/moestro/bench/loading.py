@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from ..errors import RequestError
-from ..machine import cpu_model
+from ..machine.probe import cpu_model
 from ..planning.budget import format_bytes
 from .machine_card import git_commit
 

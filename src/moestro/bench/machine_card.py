@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..compute.cpu import core_cpus
-from ..machine import available_ram_bytes, cpu_model, total_ram_bytes
+from ..machine.probe import available_ram_bytes, cpu_model, total_ram_bytes
 from .process import finish
 from .rates import GIB
 

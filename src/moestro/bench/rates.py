@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..compute.cpu import core_cpus
-from ..machine import available_ram_bytes
+from ..machine.probe import available_ram_bytes
 from ..planning.costs import PIECE_BYTES
 from .rates_cuda import Link, gpu_memory_gbps, registered
 

@@ -47,7 +47,7 @@ def find_machine(name: str) -> Machine:
     if name != THIS:
         return machine_named(name)
     from ..devices import make_device
-    from ..this_machine import this_machine
+    from ..machine.measure import this_machine
 
     return this_machine(make_device("auto"))
 

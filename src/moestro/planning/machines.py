@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import RequestError
 from .costs import Costs
 
-THIS = "this"  # measured, by this_machine.py
+THIS = "this"  # measured, by machine/measure.py
 _LEAST_BESIDE = 0.1  # of what the CPU reads alone, however fast the link is
 
 

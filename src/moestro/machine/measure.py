@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import torch
 
-from .compute.cpu import core_cpus, fma_gflops, levels, read_gbps
-from .devices import Device
-from .devices.emulated import EmulatedDevice
-from .machine import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
-from .memory.store import map_memory
-from .planning.machines import THIS, Machine, costs_of
+from ..compute.cpu import core_cpus, fma_gflops, levels, read_gbps
+from ..devices import Device
+from ..devices.emulated import EmulatedDevice
+from ..memory.store import map_memory
+from ..planning.machines import THIS, Machine, costs_of
+from .probe import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
 
 _READ_BYTES = 256 * 2**20  # or more, where the CPU's caches would hold much of it
 _LINK_BYTES = 256 * 2**20
