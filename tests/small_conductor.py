@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moestro.compute.experts import ExpertMath
-from moestro.conductor import Conductor
 from moestro.devices import LayerPort
 from moestro.devices.host import HostDevice
+from moestro.engine.conductor import Conductor
 from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore

@@ -24,8 +24,8 @@ from moestro.devices import make_device
 from moestro.devices.emulated import EmulatedDevice, MemoryCarrier
 from moestro.devices.host import HostDevice
 from moestro.devices.link import LaneCopy, LinkLane
+from moestro.engine.routing import Routed, group_by_expert
 from moestro.errors import ContractError, CopyError
-from moestro.grouping import Routed, group_by_expert
 from moestro.memory.formats import BLOCK
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore

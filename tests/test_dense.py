@@ -14,8 +14,8 @@ from moestro import MoestroConfig, load
 from moestro.assembly import home
 from moestro.compute.cpu import levels
 from moestro.dense import PackedEmbedding, PackedLinear
+from moestro.engine.families import expert_modules
 from moestro.errors import RequestError
-from moestro.families import expert_modules
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}

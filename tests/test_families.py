@@ -1,4 +1,4 @@
-"""Every family against Transformers alone: one runner, one line a family in `families.py`.
+"""Every family against Transformers alone: one runner, one line a family in `engine/families.py`.
 
 What the runs showed is the table of docs/models.md; the last test compares it with the file, and
 `pytest tests/test_families.py --update-docs` writes it.
@@ -32,7 +32,7 @@ from moestro import MoestroConfig, load
 from moestro.assembly import home
 from moestro.chat import REREAD
 from moestro.compute.cpu import CpuExperts
-from moestro.families import expert_modules
+from moestro.engine.families import expert_modules
 from moestro.memory.formats import ExpertFormat, UnpackedExpert
 from moestro.tracing import recording
 

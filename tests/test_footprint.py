@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from families import FAMILIES, build_config, build_model, random_ids, save_model
 from moestro import cli, footprint, load
 from moestro.compute.experts import ExpertMath
+from moestro.engine.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.errors import BudgetError, RequestError
-from moestro.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.footprint import Footprint, cache_bytes, measure
 from moestro.memory.allocations import StorageFollower
 from moestro.memory.formats import FORMATS

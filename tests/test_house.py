@@ -38,7 +38,7 @@ def _wing(name: str) -> list[Path]:
 
 @pytest.mark.parametrize("path", _wing("planning"), ids=lambda p: p.name)
 def test_planning_is_pure(path: Path) -> None:
-    forbidden = ("torch", "transformers", "numpy", "moestro.memory", "moestro.compute", "moestro.conductor")
+    forbidden = ("torch", "transformers", "numpy", "moestro.memory", "moestro.compute", "moestro.engine.conductor")
     assert not [name for name in _imports(path) if name.startswith(forbidden)]
 
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import moestro
 from moestro import MoestroConfig, load
 from moestro.dense import PackedEmbedding, PackedLinear
+from moestro.engine.families import expert_modules
 from moestro.errors import ModelError
-from moestro.families import expert_modules
 from moestro.planning.policies import POLICIES
 
 DEMO = str(Path(moestro.__file__).parent / "demo")

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from families import save_model
 from moestro import load
 from moestro.compute.cpu import CpuExperts
-from moestro.conductor import Conductor
 from moestro.devices import make_device
 from moestro.devices.emulated import EmulatedDevice
 from moestro.devices.host import HostDevice
-from moestro.grouping import group_by_expert
+from moestro.engine.conductor import Conductor
+from moestro.engine.gates import Gate
+from moestro.engine.routing import group_by_expert
 from moestro.memory.slots import SlotPool
 from moestro.planning.contract import Phase
-from moestro.routers import Gate
 from pretended_cuda import pretended_cuda
 from small_conductor import EXPERTS, LAYERS, SHAPE, ByPort, Drawn, reference_of, small_conductor
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from families import random_ids, save_model
 from moestro import load
 from moestro.assembly import conduct_by
+from moestro.engine.steps import PREFILL_TOKENS, StepOfThread
 from moestro.planning.contract import GPU0, Phase
 from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, make_policy
-from moestro.steps import PREFILL_TOKENS, StepOfThread
 from moestro.tracing import trace_ids
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moestro.compute import gpu
-from moestro.conductor import Conductor
 from moestro.devices import LayerPort
 from moestro.devices.cuda import CudaDevice
+from moestro.engine.conductor import Conductor
 from moestro.errors import CopyError
 from moestro.planning.contract import Costs, Decision, Move, Phase, View
 from ordered_cuda import HOST, Order, Stream, ordered_cuda

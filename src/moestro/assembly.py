@@ -18,15 +18,17 @@ from torch import Tensor
 
 from .compute.cpu import CpuExperts, first_touch
 from .compute.experts import ExpertMath
-from .compute.watch import Watch
-from .conductor import Conductor
 from .config import MoestroConfig
 from .context import model_context
 from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from .devices import Device
 from .devices.graphs import graphs_of
+from .engine.conductor import Conductor
+from .engine.families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
+from .engine.gates import find_gate
+from .engine.steps import PREFILL_TOKENS, size_of
+from .engine.watch import Watch
 from .errors import BudgetError, ModelError, RequestError
-from .families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
 from .footprint import measure
 from .fuse import fuse
 from .machine.measure import this_machine
@@ -39,11 +41,9 @@ from .planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, 
 from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
 from .planning.machines import THIS, Machine, machine_named
 from .planning.policies import make_policy
-from .routers import find_gate
 from .simulate.replay import experts_room
 from .simulate.trace import Trace
 from .simulate.virtual import machine_clock
-from .steps import PREFILL_TOKENS, size_of
 from .tape import forget_steps, record_steps
 
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter

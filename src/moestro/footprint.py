@@ -42,7 +42,7 @@ from transformers import (
 
 from .compute import gpu
 from .compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
-from .families import expert_modules
+from .engine.families import expert_modules
 from .memory.allocations import META, StorageFollower, TooLong
 
 logger = logging.getLogger("moestro")

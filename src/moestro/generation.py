@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from .accounts import Counters
 from .context import model_context
+from .engine.counters import Counters
 from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
 from .machine.probe import peak_ram_bytes
 from .planning.clock import Clock

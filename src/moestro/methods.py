@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from .config import METHOD
 from .dense import Packed, PackedEmbedding
+from .engine.families import expert_modules
 from .errors import ModelError
-from .families import expert_modules
 
 _WRITES = "its weights are packed for this machine; copy the original checkpoint"
 _CONVERTS = "its weights are packed in one format and one place; load it again with dtype=, bits= or device="

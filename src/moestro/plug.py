@@ -21,8 +21,8 @@ from .assembly import ExpertLayer, attach, home, pack_rest
 from .compute.eager import outside_of_graphs
 from .config import METHOD, MoestroConfig
 from .devices import Device, make_device
+from .engine.families import expert_modules
 from .errors import CheckpointError, ModelError, refuse_gradients
-from .families import expert_modules
 from .tape import current_recording
 
 

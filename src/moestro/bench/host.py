@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts
 from ..compute.experts import ExpertMath, ExpertWork
-from ..conductor import Conductor
 from ..devices.base import Queued, StepSum, WorkOfThread
 from ..devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..devices.link import LinkLane
+from ..engine.conductor import Conductor
 from ..errors import RequestError
 from ..memory.formats import FORMATS, ExpertShape
 from ..memory.slots import SlotPool, SlotUser

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from ..assembly import conduct_by
 from ..compute.cpu import levels, read_gbps
-from ..conductor import Conductor
 from ..config import MoestroConfig
+from ..engine.conductor import Conductor
 from ..errors import RequestError
 from ..generation import TextOptions, TextResult, generate_text
 from ..machine.measure import this_machine

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from ..compute.cpu import CpuExperts, best_level
 from ..compute.experts import ExpertMath, ExpertWork
-from ..grouping import group_by_expert
+from ..engine.routing import group_by_expert
 from ..memory.formats import FORMATS, ExpertShape
 from ..memory.store import ExpertStore, map_memory
 from .kernels import hidden_dtype, plausible_weights, swiglu

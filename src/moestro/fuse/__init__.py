@@ -3,7 +3,7 @@
 At one token a layer's small operations cost more host time than its kernels wait for memory. Norms and routers become
 one call each, single-token attention two, all that stands before a layer's experts one, and layers that follow one
 another, where nothing is left to decide about their experts, one together; rotary tables are kept. What is not
-recognized stays as it is, and what was changed since it was recognized (compute/watch.py) goes the original way. Tokens
+recognized stays as it is, and what was changed since it was recognized (engine/watch.py) goes the original way. Tokens
 are the same either way.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..compute.cpu import levels
-from ..families import expert_modules
-from ..routers import find_router
+from ..engine.families import expert_modules
+from ..engine.gates import find_router
 from .attention import fuse_attention
 from .decoder_layer import fuse_decoder_layer
 from .experts import DirectExperts

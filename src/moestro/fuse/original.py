@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.utils import output_capturing
 
-from ..compute.watch import Watch
+from ..engine.watch import Watch
 
 
 def forward_of(module: Any) -> Callable[..., Any]:

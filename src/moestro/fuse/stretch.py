@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from ..compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
-from ..compute.watch import Watch
-from ..conductor import Conductor
+from ..engine.conductor import Conductor
+from ..engine.watch import Watch
 from ..errors import ModelError
 from .attention import FusedAttention
 from .cache import can_grow, grow, shrink

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 import torch
 
-from .errors import ModelError
+from ..errors import ModelError
 
 _locks: WeakSet[StepLock] = WeakSet()
 _is_child = False

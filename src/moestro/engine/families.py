@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compute.watch import GLOBAL_HOOKS
-from .errors import ModelError
-from .memory.formats import ExpertShape
+from ..errors import ModelError
+from ..memory.formats import ExpertShape
+from .watch import GLOBAL_HOOKS
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compute.experts import ExpertWork
-from .planning.contract import Phase, Step
-from .simulate.trace import SCORE
+from ..compute.experts import ExpertWork
+from ..planning.contract import Phase, Step
+from ..simulate.trace import SCORE
 
 
 class Routed(NamedTuple):

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from .compute.experts import ExpertMath
-from .devices import Device
-from .errors import CopyError
-from .memory.slots import SlotPool
-from .memory.store import ExpertStore
-from .planning.clock import Clock
-from .planning.contract import Move
-from .planning.slots import Transfer
+from ..compute.experts import ExpertMath
+from ..devices import Device
+from ..errors import CopyError
+from ..memory.slots import SlotPool
+from ..memory.store import ExpertStore
+from ..planning.clock import Clock
+from ..planning.contract import Move
+from ..planning.slots import Transfer
 
 
 class Copies:

@@ -3,8 +3,8 @@
 Asks the policy, checks its decision, starts copies, lets the device compute what is in slots while the
 CPU computes the rest, and adds the parts in float32. Nothing else in the package moves weights. Does not
 know families or checkpoints: `plug.py` builds it and calls `run_layer`. What is done in which order is
-`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one. When a step begins is in `steps.py`, how
-copies are carried out in `copies.py`.
+`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one. When a step begins is in `engine/steps.py`, how
+copies are carried out in `engine/copies.py`.
 
 Legend: T tokens, K top-k, D model width, E experts.
 """
@@ -23,28 +23,28 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .accounts import Counters, Recorder
-from .compute.cpu import CpuExperts, KernelShape
-from .compute.experts import ExpertMath
+from ..compute.cpu import CpuExperts, KernelShape
+from ..compute.experts import ExpertMath
+from ..devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
+from ..errors import CopyError, ModelError
+from ..memory.formats import BLOCK
+from ..memory.slots import SlotPool
+from ..memory.store import ExpertStore
+from ..planning.budget import GpuPlan
+from ..planning.check import check, check_moves
+from ..planning.clock import Clock, Share, WallClock
+from ..planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
+from ..planning.dispatch import Found, classify, dispatch
+from ..planning.slots import Transfer
+from ..planning.timeline import Timeline
+from ..planning.view import TableView
+from ..simulate.virtual import VirtualMachine
 from .copies import Copies
-from .devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
-from .errors import CopyError, ModelError
+from .counters import Counters, Recorder
 from .forks import StepLock, only_here
-from .grouping import Routed, group_by_expert
+from .gates import Gate, guess_next
 from .held import HeldLayers
-from .memory.formats import BLOCK
-from .memory.slots import SlotPool
-from .memory.store import ExpertStore
-from .planning.budget import GpuPlan
-from .planning.check import check, check_moves
-from .planning.clock import Clock, Share, WallClock
-from .planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from .planning.dispatch import Found, classify, dispatch
-from .planning.slots import Transfer
-from .planning.timeline import Timeline
-from .planning.view import TableView
-from .routers import Gate, guess_next
-from .simulate.virtual import VirtualMachine
+from .routing import Routed, group_by_expert
 from .steps import BEFORE_LAYERS, StepOfThread, likely_phase
 
 logger = logging.getLogger("moestro")

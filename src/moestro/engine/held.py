@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .accounts import Counters
-from .compute.experts import ExpertMath
-from .devices import Device, HeldLayer
-from .memory.slots import SlotPool
-from .planning.contract import Phase
+from ..compute.experts import ExpertMath
+from ..devices import Device, HeldLayer
+from ..memory.slots import SlotPool
+from ..planning.contract import Phase
+from .counters import Counters
 
 
 class HeldLayers:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from .planning.contract import Phase
+from ..planning.contract import Phase
 
 PREFILL_TOKENS = 16  # a step that adds more tokens than this to a sequence reads a prompt
 BEFORE_LAYERS = -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from .planning.contract import Outcome, Phase, Step
+from ..planning.contract import Outcome, Phase, Step
 
 
 @dataclass(slots=True)
