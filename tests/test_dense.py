@@ -13,7 +13,7 @@ from families import EXPERTS, save_model
 from moestro import MoestroConfig, load
 from moestro.assembly import home
 from moestro.compute.cpu import levels
-from moestro.dense import PackedEmbedding, PackedLinear
+from moestro.decode.cpu.dense import PackedEmbedding, PackedLinear
 from moestro.engine.families import expert_modules
 from moestro.errors import RequestError
 

@@ -16,14 +16,14 @@ from transformers import DynamicCache
 from families import EXPERTS, save_model
 from moestro import load
 from moestro.compute.cpu import levels, rms_norm
+from moestro.decode.cpu import fuse
+from moestro.decode.cpu.attention import fuse_attention
+from moestro.decode.cpu.cache import CacheKind, append
+from moestro.decode.cpu.decoder_layer import fuse_decoder_layer
+from moestro.decode.cpu.norm import norm_of
+from moestro.decode.cpu.rotary import fuse_rotary
+from moestro.decode.cpu.router import fuse_router
 from moestro.errors import ModelError
-from moestro.fuse import fuse
-from moestro.fuse.attention import fuse_attention
-from moestro.fuse.cache import CacheKind, append
-from moestro.fuse.decoder_layer import fuse_decoder_layer
-from moestro.fuse.norm import norm_of
-from moestro.fuse.rotary import fuse_rotary
-from moestro.fuse.router import fuse_router
 
 # Four query heads on two key heads of 16.
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

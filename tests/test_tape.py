@@ -29,13 +29,13 @@ from families import INSTALLED, VOCABULARY, Family, save_model
 from moestro import load, load_tokenizer
 from moestro.assembly import conduct_by
 from moestro.chat import ChatSession
+from moestro.decode.capture import StepCache, StepTape, cache_for
+from moestro.decode.capture.recording import Cut
 from moestro.devices.graphs import CannotRecordError, CudaGraphs, PretendedGraphs
 from moestro.generation import TextOptions, generate_text
 from moestro.planning.contract import Step
 from moestro.planning.policies import make_policy
 from moestro.planning.timeline import Timeline
-from moestro.tape import StepCache, StepTape, cache_for
-from moestro.tape.recording import Cut
 from moestro.tracing import recording
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]

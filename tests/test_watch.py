@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from families import EXPERTS, save_model
 from moestro import load
 from moestro.compute.cpu import levels
+from moestro.decode.cpu import attention, decoder_layer, fuse, norm, rotary, router, stretch
 from moestro.errors import MoestroError
-from moestro.fuse import attention, decoder_layer, fuse, norm, rotary, router, stretch
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
 # Every token to every expert: where two are nearly equal, a rounding would decide which one a token goes to.

@@ -20,7 +20,9 @@ from .compute.cpu import CpuExperts, first_touch
 from .compute.experts import ExpertMath
 from .config import MoestroConfig
 from .context import model_context
-from .dense import DenseFormats, dense_bytes, dense_weights, pack_dense
+from .decode.capture import forget_steps, record_steps
+from .decode.cpu import fuse
+from .decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from .devices import Device
 from .devices.graphs import graphs_of
 from .engine.conductor import Conductor
@@ -30,7 +32,6 @@ from .engine.steps import PREFILL_TOKENS, size_of
 from .engine.watch import Watch
 from .errors import BudgetError, ModelError, RequestError
 from .footprint import measure
-from .fuse import fuse
 from .machine.measure import this_machine
 from .machine.probe import available_ram_bytes
 from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
@@ -44,7 +45,6 @@ from .planning.policies import make_policy
 from .simulate.replay import experts_room
 from .simulate.trace import Trace
 from .simulate.virtual import machine_clock
-from .tape import forget_steps, record_steps
 
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from .context import model_context
+from .decode.capture import TapeFigures, cache_for, figures_of
 from .engine.counters import Counters
 from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
 from .machine.probe import peak_ram_bytes
 from .planning.clock import Clock
-from .tape import TapeFigures, cache_for, figures_of
 from .text.answer import AnswerStream, OnText, StopText
 from .text.channels import find_channels
 from .text.options import TextOptions, choose

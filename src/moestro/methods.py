@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import METHOD
-from .dense import Packed, PackedEmbedding
+from .decode.cpu.dense import Packed, PackedEmbedding
 from .engine.families import expert_modules
 from .errors import ModelError
 

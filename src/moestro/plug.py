@@ -20,10 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from .assembly import ExpertLayer, attach, home, pack_rest
 from .compute.eager import outside_of_graphs
 from .config import METHOD, MoestroConfig
+from .decode.capture import current_recording
 from .devices import Device, make_device
 from .engine.families import expert_modules
 from .errors import CheckpointError, ModelError, refuse_gradients
-from .tape import current_recording
 
 
 @outside_of_graphs

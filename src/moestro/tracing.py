@@ -5,7 +5,7 @@
     recorder.trace(model, "demo", ids).save(Path("demo.trace"))
 
 It only listens: policy, tokens and speed of a device are as without it, but for the time that guessing takes. Layers
-are then no longer computed in one call (fuse/stretch.py).
+are then no longer computed in one call (decode/cpu/stretch.py).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .context import model_context
+from .decode.capture import cache_for
 from .errors import RequestError
 from .generation import check_ids, embedding_rows, encode
 from .planning.contract import Outcome, Phase, Step
 from .simulate.trace import Pass, Trace
-from .tape import cache_for
 
 LOOKAHEAD = 3
 

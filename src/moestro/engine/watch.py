@@ -5,7 +5,7 @@ a norm's epsilon, the address of a weight. A `Watch` notes every attribute of th
 from, and `holds` compares all of them, in 0.4 us a module. What does not hold any longer goes the original way.
 
 Not noted is what tensors contain: kernels read weights where they lie, each time, and packed weights refuse to be
-edited in place (`dense.py`). Of classes, the methods of `_METHODS` are noted; functions of Python modules are not.
+edited in place (`decode/cpu/dense.py`). Of classes, the methods of `_METHODS` are noted; functions of Python modules are not.
 
     watch = Watch(router)
     watch.holds()             # True, until somebody sets router.top_k
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedConfig
 
-# What torch itself keeps in a module: hooks, which `fuse/original.py` asks for, and dicts that are compared one by one.
+# What torch itself keeps in a module: hooks, which `decode/hooks.py` asks for, and dicts that are compared one by one.
 _TORCH_KEEPS = frozenset(vars(nn.Module())) - {"training"}
 _TENSORS = ("_parameters", "_buffers")
 # Set on a decoder when hidden states are first asked for; it changes nothing.

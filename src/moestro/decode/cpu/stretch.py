@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from ..compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
-from ..engine.conductor import Conductor
-from ..engine.watch import Watch
-from ..errors import ModelError
+from ...compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
+from ...engine.conductor import Conductor
+from ...engine.watch import Watch
+from ...errors import ModelError
+from ..hooks import Fused, has_hooks, is_collecting, put_in_place
 from .attention import FusedAttention
 from .cache import can_grow, grow, shrink
 from .decoder_layer import SCALES, FusedLayer
-from .original import Fused, has_hooks, is_collecting, put_in_place
 from .router import FusedRouter
 
 _MARKS = ("sliding_window", "is_sliding", "attention_type", "layer_type")  # by which families tell layers apart

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compute.eager import outside_of_graphs
-from .original import Fused, put_in_place
+from ...compute.eager import outside_of_graphs
+from ..hooks import Fused, put_in_place
 
 _POSITIONS = 128  # of a table
 _FIXED = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies are the same at every position

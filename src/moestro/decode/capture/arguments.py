@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..devices.graphs import CannotRecordError
+from ...devices.graphs import CannotRecordError
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 

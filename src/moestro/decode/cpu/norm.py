@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.cpu import rms_norm
-from ..compute.eager import outside_of_graphs
-from ..compute.one_token import Norm
-from ..memory.formats import FLOAT_FORMATS
-from .original import Fused, put_in_place
+from ...compute.cpu import rms_norm
+from ...compute.eager import outside_of_graphs
+from ...compute.one_token import Norm
+from ...memory.formats import FLOAT_FORMATS
+from ..hooks import Fused, put_in_place
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
 _OFFSETS = (0.0, 1.0)  # norm(x) * w, and norm(x) * (1 + w)

@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..devices.graphs import CannotRecordError, Graphs
-from ..engine.conductor import Conductor
-from ..engine.watch import Watch
-from ..fuse.original import forward_of, has_hooks
+from ...devices.graphs import CannotRecordError, Graphs
+from ...engine.conductor import Conductor
+from ...engine.watch import Watch
+from ..hooks import forward_of, has_hooks
 from .arguments import Put, collect, copied
 from .cache import Bound, Kept, StepCache, advance, stage, why_not
 from .recording import Recording, Tape, TapeFigures, resume

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compute.eager import outside_of_graphs
-from ..compute.one_token import OneTokenRouter
-from ..memory.formats import FLOAT_FORMATS
-from .original import Fused, put_in_place
+from ...compute.eager import outside_of_graphs
+from ...compute.one_token import OneTokenRouter
+from ...memory.formats import FLOAT_FORMATS
+from ..hooks import Fused, put_in_place
 
 _TRIALS = 8
 

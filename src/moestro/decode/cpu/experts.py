@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..config import METHOD
-from .original import Fused
+from ...config import METHOD
+from ..hooks import Fused
 
 
 class DirectExperts(Fused):

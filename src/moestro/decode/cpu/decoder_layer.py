@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.eager import outside_of_graphs
-from ..compute.one_token import OneTokenFirstHalf
+from ...compute.eager import outside_of_graphs
+from ...compute.one_token import OneTokenFirstHalf
+from ..hooks import Fused, has_hooks, put_in_place
 from .attention import FusedAttention, near
 from .cache import can_grow, grow, shrink
 from .norm import norm_of
-from .original import Fused, has_hooks, put_in_place
 
 if TYPE_CHECKING:
     from .stretch import Stretch

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compute.cpu import Matrix, first_touch, levels, look_up, run_linear
-from .engine.families import expert_modules
-from .engine.gates import find_router
-from .errors import ModelError, refuse_gradients
-from .memory.formats import MatrixFormat
-from .memory.packed_weight import PackedWeight
-from .memory.store import map_memory
+from ...compute.cpu import Matrix, first_touch, levels, look_up, run_linear
+from ...engine.families import expert_modules
+from ...engine.gates import find_router
+from ...errors import ModelError, refuse_gradients
+from ...memory.formats import MatrixFormat
+from ...memory.packed_weight import PackedWeight
+from ...memory.store import map_memory
 
 
 @dataclass(frozen=True, slots=True)
