@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from moestro.loading.load.random_model import shape_config
 from transformers import AutoModelForCausalLM
 
 from moestro import cli
@@ -16,7 +17,6 @@ from moestro.bench.models import ALONE, OURS, _transformers_alone
 from moestro.compute.cpu import best_level, levels
 from moestro.errors import RequestError
 from moestro.planning.shapes import SHAPES
-from moestro.random_model import shape_config
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from moestro.loading.load.build import home
 from torch import nn
 
 from families import EXPERTS, save_model
 from moestro import MoestroConfig, load
-from moestro.assembly import home
 from moestro.compute.cpu import levels
 from moestro.decode.cpu.dense import PackedEmbedding, PackedLinear
 from moestro.engine.families import expert_modules

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from moestro.loading.load.build import home
 
 from families import (
     FAMILIES,
@@ -29,7 +30,6 @@ from families import (
     reference_logits,
 )
 from moestro import MoestroConfig, load
-from moestro.assembly import home
 from moestro.chat import REREAD
 from moestro.compute.cpu import CpuExperts
 from moestro.engine.families import expert_modules

@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from moestro.loading.load.gpu_need import Footprint, cache_bytes, measure
+from moestro.loading.load.random_model import shape_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, build_config, build_model, random_ids, save_model
-from moestro import cli, footprint, load
+from moestro import cli, load
 from moestro.compute.experts import ExpertMath
 from moestro.engine.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.errors import BudgetError, RequestError
-from moestro.footprint import Footprint, cache_bytes, measure
+from moestro.loading.load import gpu_need as footprint
 from moestro.memory.allocations import StorageFollower
 from moestro.memory.formats import FORMATS
 from moestro.planning.budget import GpuPlan, Margin, parse_bytes, share_out
-from moestro.random_model import shape_config
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from moestro.loading.load.build import home
+from moestro.loading.load.random_model import _popularity
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moestro import load, load_tokenizer
-from moestro.assembly import home
 from moestro.errors import BudgetError, RequestError
 from moestro.planning.shapes import SHAPES
-from moestro.random_model import _popularity
 
 # What the checkpoints' own pages say, in parameters.
 PARAMETERS = {"mixtral-8x7b": 46_702_792_704, "olmoe-1b-7b": 6_919_161_856, "qwen3-30b-a3b": 30_532_122_624}

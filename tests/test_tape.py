@@ -19,6 +19,7 @@ from weakref import ref
 
 import pytest
 import torch
+from moestro.loading.load.build import conduct_by
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import StaticCache
@@ -27,7 +28,6 @@ from transformers.cache_utils import StaticLayer
 from families import FAMILIES as EVERY_FAMILY
 from families import INSTALLED, VOCABULARY, Family, save_model
 from moestro import load, load_tokenizer
-from moestro.assembly import conduct_by
 from moestro.chat import ChatSession
 from moestro.decode.capture import StepCache, StepTape, cache_for
 from moestro.decode.capture.recording import Cut

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moestro.loading.load.random_model import shape_config
 
 from moestro import load, load_tokenizer
 from moestro.errors import RequestError
 from moestro.memory.formats import FORMATS, ExpertShape
 from moestro.planning.contract import LayerSpec, ModelSpec, Phase, Step
 from moestro.planning.shapes import SHAPES, spec_of_shape
-from moestro.random_model import shape_config
 from moestro.simulate.reshape import BITS_PER_WEIGHT, as_shape, at_bits
 from moestro.simulate.trace import Pass, Trace
 from moestro.simulate.trace_summary import lru_hit_rate, popularity, recall, reuse, summarize

@@ -20,15 +20,15 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
-    from .config import MoestroConfig
     from .errors import MoestroError
-    from .loading import load, load_tokenizer
+    from .loading.config import MoestroConfig
+    from .loading.load import load, load_tokenizer
 
 _HOMES = {
-    "MoestroConfig": "moestro.plug",  # which registers what the config needs
+    "MoestroConfig": "moestro.loading.plug",  # which registers what the config needs
     "MoestroError": "moestro.errors",
-    "load": "moestro.loading",
-    "load_tokenizer": "moestro.loading",
+    "load": "moestro.loading.load",
+    "load_tokenizer": "moestro.loading.load",
 }
 
 __all__ = ["MoestroConfig", "MoestroError", "__version__", "load", "load_tokenizer"]

@@ -336,7 +336,7 @@ def _load(
     What `load` takes is named among the command's options as it is there.
     """
     from .compute.cpu import core_cpus
-    from .loading import load, load_tokenizer
+    from .loading.load import load, load_tokenizer
 
     options = {name: command.params[name] for name in signature(load).parameters.keys() & command.params.keys()}
     options |= {"model": model, "shape": shape}

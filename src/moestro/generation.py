@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from .context import model_context
 from .decode.capture import TapeFigures, cache_for, figures_of
 from .engine.counters import Counters
 from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
+from .loading.context import model_context
 from .machine.probe import peak_ram_bytes
 from .planning.clock import Clock
 from .text.answer import AnswerStream, OnText, StopText

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .context import model_context
 from .decode.capture import cache_for
 from .errors import RequestError
 from .generation import check_ids, embedding_rows, encode
+from .loading.context import model_context
 from .planning.contract import Outcome, Phase, Step
 from .simulate.trace import Pass, Trace
 

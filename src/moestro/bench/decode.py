@@ -174,7 +174,7 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 def _check_ram(shape: str, layers: int, bits_of_engines: list[int]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from ..random_model import shape_config
+    from ..loading.random_model import shape_config
 
     def weights(depth: int) -> int:
         with torch.device("meta"):

@@ -24,18 +24,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..assembly import conduct_by
 from ..compute.cpu import levels, read_gbps
-from ..config import MoestroConfig
 from ..engine.conductor import Conductor
 from ..errors import RequestError
 from ..generation import TextOptions, TextResult, generate_text
+from ..loading.build import conduct_by
+from ..loading.config import MoestroConfig
+from ..loading.plug import MoestroQuantizer  # noqa: F401  # registers the experts function
+from ..loading.random_model import build_random_model, set_routing, shape_tokenizer
 from ..machine.measure import this_machine
 from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
-from ..plug import MoestroQuantizer  # noqa: F401  # registers the experts function
-from ..random_model import build_random_model, set_routing, shape_tokenizer
 from ..tracing import recording
 from .limit import HybridLimit
 from .machine_card import git_commit

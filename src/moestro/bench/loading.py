@@ -32,7 +32,7 @@ PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + th
 
 _CHILD = """
 import sys
-from moestro.loading import load
+from moestro.loading.load import load
 print("imported", flush=True)
 sys.stdin.readline()
 model = load(sys.argv[1], device="cpu")

@@ -35,7 +35,7 @@ class Engine:
 
         from .. import MoestroConfig  # which registers the quantizer and the experts function
         from ..compute.cpu import runner
-        from ..random_model import build_random_model
+        from ..loading.random_model import build_random_model
 
         self._torch = torch
         torch.set_num_threads(threads)
@@ -89,7 +89,7 @@ def _transformers_alone(shape: str, layers: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ..random_model import shape_config
+    from ..loading.random_model import shape_config
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape_config(shape, layers), dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..errors import RequestError
 from ..generation import encode
-from ..loading import load, load_tokenizer
+from ..loading.load import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
 from ..planning.contract import Lane, Phase
 from ..planning.policies import make_policy

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ...config import METHOD
+from ...loading.config import METHOD
 from ..hooks import Fused
 
 

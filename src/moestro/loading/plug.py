@@ -17,13 +17,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .assembly import ExpertLayer, attach, home, pack_rest
-from .compute.eager import outside_of_graphs
+from ..compute.eager import outside_of_graphs
+from ..decode.capture import current_recording
+from ..devices import Device, make_device
+from ..engine.families import expert_modules
+from ..errors import CheckpointError, ModelError, refuse_gradients
+from .build import ExpertLayer, attach, home, pack_rest
 from .config import METHOD, MoestroConfig
-from .decode.capture import current_recording
-from .devices import Device, make_device
-from .engine.families import expert_modules
-from .errors import CheckpointError, ModelError, refuse_gradients
 
 
 @outside_of_graphs

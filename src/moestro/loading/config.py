@@ -12,11 +12,11 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .devices import DEVICE_NAMES
-from .errors import RequestError
-from .planning.budget import LEAST_CONTEXT, Budget, parse_gbps
-from .planning.machines import machine_names
-from .planning.policies import DEFAULT_POLICY, POLICIES
+from ..devices import DEVICE_NAMES
+from ..errors import RequestError
+from ..planning.budget import LEAST_CONTEXT, Budget, parse_gbps
+from ..planning.machines import machine_names
+from ..planning.policies import DEFAULT_POLICY, POLICIES
 
 METHOD = "moestro"
 BITS = (16, 8, 4)

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..decode.cpu.dense import Packed, PackedEmbedding
+from ..engine.families import expert_modules
+from ..errors import ModelError
 from .config import METHOD
-from .decode.cpu.dense import Packed, PackedEmbedding
-from .engine.families import expert_modules
-from .errors import ModelError
 
 _WRITES = "its weights are packed for this machine; copy the original checkpoint"
 _CONVERTS = "its weights are packed in one format and one place; load it again with dtype=, bits= or device="

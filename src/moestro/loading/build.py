@@ -2,8 +2,8 @@
 
 Reads sizes off the model, asks the policy where experts start, refuses what does not fit, and allocates
 the store and the slots. What a generation needs in GPU memory besides weights is measured before there are any
-(`footprint.py`); the slots get what that leaves. Does not load: `plug.py` fills the homes from a checkpoint,
-`random_model.py` with random weights.
+(`loading/gpu_need.py`); the slots get what that leaves. Does not load: `loading/plug.py` fills the homes from a checkpoint,
+`loading/random_model.py` with random weights.
 """
 
 from __future__ import annotations
@@ -16,35 +16,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compute.cpu import CpuExperts, first_touch
-from .compute.experts import ExpertMath
+from ..compute.cpu import CpuExperts, first_touch
+from ..compute.experts import ExpertMath
+from ..decode.capture import forget_steps, record_steps
+from ..decode.cpu import fuse
+from ..decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
+from ..devices import Device
+from ..devices.graphs import graphs_of
+from ..engine.conductor import Conductor
+from ..engine.families import (
+    FamilyActivation,
+    FamilyLayout,
+    expert_modules,
+    keep_in_store,
+    post_norm_of,
+    why_no_experts,
+)
+from ..engine.gates import find_gate
+from ..engine.steps import PREFILL_TOKENS, size_of
+from ..engine.watch import Watch
+from ..errors import BudgetError, ModelError, RequestError
+from ..machine.measure import this_machine
+from ..machine.probe import available_ram_bytes
+from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
+from ..memory.slots import SlotPool
+from ..memory.store import ExpertStore
+from ..planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, share_out
+from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
+from ..planning.machines import THIS, Machine, machine_named
+from ..planning.policies import make_policy
+from ..simulate.replay import experts_room
+from ..simulate.trace import Trace
+from ..simulate.virtual import machine_clock
 from .config import MoestroConfig
 from .context import model_context
-from .decode.capture import forget_steps, record_steps
-from .decode.cpu import fuse
-from .decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
-from .devices import Device
-from .devices.graphs import graphs_of
-from .engine.conductor import Conductor
-from .engine.families import FamilyActivation, FamilyLayout, expert_modules, keep_in_store, post_norm_of, why_no_experts
-from .engine.gates import find_gate
-from .engine.steps import PREFILL_TOKENS, size_of
-from .engine.watch import Watch
-from .errors import BudgetError, ModelError, RequestError
-from .footprint import measure
-from .machine.measure import this_machine
-from .machine.probe import available_ram_bytes
-from .memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
-from .memory.slots import SlotPool
-from .memory.store import ExpertStore
+from .gpu_need import measure
 from .methods import give_methods
-from .planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, share_out
-from .planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
-from .planning.machines import THIS, Machine, machine_named
-from .planning.policies import make_policy
-from .simulate.replay import experts_room
-from .simulate.trace import Trace
-from .simulate.virtual import machine_clock
 
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
 

@@ -40,10 +40,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .compute import gpu
-from .compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
-from .engine.families import expert_modules
-from .memory.allocations import META, StorageFollower, TooLong
+from ..compute import gpu
+from ..compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
+from ..engine.families import expert_modules
+from ..memory.allocations import META, StorageFollower, TooLong
 
 logger = logging.getLogger("moestro")
 
