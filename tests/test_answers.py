@@ -14,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from moestro import load
 from moestro.errors import CheckpointError
-from moestro.generation import TextOptions, generate_text
 from moestro.text.answer import AnswerStream, StopText
 from moestro.text.channels import find_channels
+from moestro.text.generation import TextOptions, generate_text
 from test_text_stream import cut, token_ids, tokenizer_of, whole_text
 from toy_tokenizers import KINDS, chatting
 

@@ -15,9 +15,9 @@ from tokenizers.pre_tokenizers import Split
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
 from moestro import load, load_tokenizer
-from moestro.chat import ChatSession
 from moestro.errors import RequestError
-from moestro.generation import TextOptions, generate_text
+from moestro.text.chat import ChatSession
+from moestro.text.generation import TextOptions, generate_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -105,7 +105,7 @@ def test_a_full_context_is_refused_and_the_conversation_stays(model: Any, tokeni
 def test_recurrent_models_read_the_history_again() -> None:
     """A recurrent state cannot go back, so the cache is made anew where the history changed."""
     from families import FAMILIES, build_model
-    from moestro.generation import generate_text  # noqa: F401
+    from moestro.text.generation import generate_text  # noqa: F401
 
     family = next(f for f in FAMILIES if f.name == "lfm2_moe")
     import tempfile

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from families import FAMILIES, build_config, random_ids, save_model
 from moestro import MoestroError, load
-from moestro.generation import check_context
+from moestro.text.generation import check_context
 
 LENGTH, FACTOR = 64, 3.0
 HALF = 4  # frequencies of a head of 8

@@ -30,11 +30,11 @@ from families import (
     reference_logits,
 )
 from moestro import MoestroConfig, load
-from moestro.chat import REREAD
 from moestro.compute.cpu import CpuExperts
 from moestro.engine.families import expert_modules
 from moestro.memory.formats import ExpertFormat, UnpackedExpert
-from moestro.tracing import recording
+from moestro.text.chat import REREAD
+from moestro.text.tracing import recording
 
 DOC = Path(__file__).parents[1] / "docs" / "models.md"
 NEW_TOKENS = 6

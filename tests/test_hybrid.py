@@ -21,7 +21,7 @@ from moestro.errors import RequestError
 from moestro.planning.contract import Lane
 from moestro.planning.policies import POLICIES
 from moestro.planning.timeline import Timeline
-from moestro.tracing import recording
+from moestro.text.tracing import recording
 from tiny_runs import EXPERTS, logits_of, reference
 
 RUNS = ((1, 1), (1, 40), (3, 5), (17, 3))  # batch, tokens of each prompt

@@ -18,7 +18,7 @@ from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, BasePolicy, make_policy
 from moestro.simulate.replay import replay
 from moestro.simulate.trace import Trace
-from moestro.tracing import recording, trace_ids
+from moestro.text.tracing import recording, trace_ids
 from tiny_runs import EXPERTS, logits_of, reference
 
 MACHINE = "rtx4060-laptop"

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import moestro
 from families import FAMILIES, build_model
 from moestro import load, load_tokenizer
-from moestro.chat import ChatSession
 from moestro.errors import ModelError, MoestroError
-from moestro.generation import TextOptions, generate_text
+from moestro.text.chat import ChatSession
+from moestro.text.generation import TextOptions, generate_text
 from moestro.text.options import choose
 from moestro.text.settings import FOLLOWED, OURS, REFUSED, SETTINGS
 

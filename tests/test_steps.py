@@ -22,7 +22,7 @@ from moestro.engine.steps import PREFILL_TOKENS, StepOfThread
 from moestro.planning.contract import GPU0, Phase
 from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, make_policy
-from moestro.tracing import trace_ids
+from moestro.text.tracing import trace_ids
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
 EXPERTS = 3 * 8  # of the family's small model

@@ -28,15 +28,15 @@ from transformers.cache_utils import StaticLayer
 from families import FAMILIES as EVERY_FAMILY
 from families import INSTALLED, VOCABULARY, Family, save_model
 from moestro import load, load_tokenizer
-from moestro.chat import ChatSession
 from moestro.decode.capture import StepCache, StepTape, cache_for
 from moestro.decode.capture.recording import Cut
 from moestro.devices.graphs import CannotRecordError, CudaGraphs, PretendedGraphs
-from moestro.generation import TextOptions, generate_text
 from moestro.planning.contract import Step
 from moestro.planning.policies import make_policy
 from moestro.planning.timeline import Timeline
-from moestro.tracing import recording
+from moestro.text.chat import ChatSession
+from moestro.text.generation import TextOptions, generate_text
+from moestro.text.tracing import recording
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 FULL = {"sliding_window": None}

@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 import moestro
 from chat_templates import TEMPLATES
 from moestro import cli, load, load_tokenizer
-from moestro.chat import ChatSession
 from moestro.errors import MoestroError, RequestError
-from moestro.generation import TextOptions, generate_text
+from moestro.text.chat import ChatSession
+from moestro.text.generation import TextOptions, generate_text
 from moestro.text.templates import answer_message, check_template, render
-from moestro.tracing import trace_text
+from moestro.text.tracing import trace_text
 
 DEMO = Path(moestro.__file__).parent / "demo"
 USER, LATER = "Who was the king?", "And\nthe queen?"

@@ -21,7 +21,7 @@ from moestro.planning.shapes import SHAPES, spec_of_shape
 from moestro.simulate.reshape import BITS_PER_WEIGHT, as_shape, at_bits
 from moestro.simulate.trace import Pass, Trace
 from moestro.simulate.trace_summary import lru_hit_rate, popularity, recall, reuse, summarize
-from moestro.tracing import recording, trace_ids, trace_text
+from moestro.text.tracing import recording, trace_ids, trace_text
 
 SPEC = ModelSpec((LayerSpec(8, 64, 1000, hidden=16),) * 3, dense_bytes=100, dense_weights=50)
 TEXT = "Once upon a time there was a king who had a daughter, and she was so beautiful that the sun was glad. " * 12

@@ -68,7 +68,7 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from .generation import TextOptions
+    from .text.generation import TextOptions
 
 app = typer.Typer(
     name="moestro",
@@ -139,7 +139,7 @@ def run(
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
     from .bench.traces import recorded, timed, writable
-    from .generation import encode, generate_text
+    from .text.generation import encode, generate_text
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
@@ -194,7 +194,7 @@ def chat(
     pack_dense: PackDense = True,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
-    from .chat import ChatSession
+    from .text.chat import ChatSession
     from .text.templates import check_template
 
     options = _text_options(command)
@@ -255,7 +255,7 @@ def trace_command(
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
     from .bench.traces import print_summary, read_text, writable
     from .simulate.trace_summary import summarize
-    from .tracing import trace_text
+    from .text.tracing import trace_text
 
     words, target = read_text(text), None if output is None else writable(output)
     loaded, tokenizer = _load(model, shape, command)
@@ -322,7 +322,7 @@ def doctor(
 
 
 def _text_options(command: typer.Context) -> TextOptions:
-    from .generation import TextOptions
+    from .text.generation import TextOptions
 
     given = {field.name: command.params.get(field.name) for field in fields(TextOptions)}
     return TextOptions(**{name: value for name, value in given.items() if value is not None})

@@ -14,7 +14,7 @@ from .errors import RequestError
 from .planning.budget import format_bytes
 
 if TYPE_CHECKING:
-    from .generation import TextResult
+    from .text.generation import TextResult
 
 
 def use_any_bytes() -> None:

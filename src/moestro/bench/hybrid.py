@@ -27,7 +27,6 @@ from rich.table import Table
 from ..compute.cpu import levels, read_gbps
 from ..engine.conductor import Conductor
 from ..errors import RequestError
-from ..generation import TextOptions, TextResult, generate_text
 from ..loading.build import conduct_by
 from ..loading.config import MoestroConfig
 from ..loading.plug import MoestroQuantizer  # noqa: F401  # registers the experts function
@@ -36,7 +35,8 @@ from ..machine.measure import this_machine
 from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
-from ..tracing import recording
+from ..text.generation import TextOptions, TextResult, generate_text
+from ..text.tracing import recording
 from .limit import HybridLimit
 from .machine_card import git_commit
 

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import RequestError
-from ..generation import encode
 from ..loading.load import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
 from ..planning.contract import Lane, Phase
@@ -29,7 +28,8 @@ from ..planning.timeline import Timeline
 from ..simulate.replay import replay
 from ..simulate.reshape import resized
 from ..simulate.trace import Trace
-from ..tracing import LOOKAHEAD, read_pieces, trace_ids
+from ..text.generation import encode
+from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
 from .traces import find_machine, plotting, read_text, writable
 

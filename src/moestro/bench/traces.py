@@ -168,7 +168,7 @@ def recorded(model: Any, target: Path | None, name: str, text: str) -> Iterator[
     if target is None:
         yield
         return
-    from ..tracing import recording
+    from ..text.tracing import recording
 
     with recording(model) as recorder:
         yield

@@ -27,7 +27,7 @@ class Counters:
 
 
 class Recorder(Protocol):
-    """Listens to what the routers choose; tracing.py has one."""
+    """Listens to what the routers choose; text/tracing.py has one."""
 
     lookahead: int  # for how many later layers it wants guesses
 

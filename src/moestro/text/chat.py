@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import OnText, TextOptions, TextResult, embedding_rows, encode, generate_text
-from .text.options import choose
-from .text.templates import Message, answer_message, check_template, has_template, render
+from .options import choose
+from .templates import Message, answer_message, check_template, has_template, render
 
 # Families that give wrong logits in Transformers 5.23 itself when several tokens are appended to a filled cache
 # (mistral_large4 from 20 tokens on): their history is read again each turn. The family tests try them all.

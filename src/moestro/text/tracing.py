@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .decode.capture import cache_for
-from .errors import RequestError
+from ..decode.capture import cache_for
+from ..errors import RequestError
+from ..loading.context import model_context
+from ..planning.contract import Outcome, Phase, Step
+from ..simulate.trace import Pass, Trace
 from .generation import check_ids, embedding_rows, encode
-from .loading.context import model_context
-from .planning.contract import Outcome, Phase, Step
-from .simulate.trace import Pass, Trace
 
 LOOKAHEAD = 3
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from .decode.capture import TapeFigures, cache_for, figures_of
-from .engine.counters import Counters
-from .errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
-from .loading.context import model_context
-from .machine.probe import peak_ram_bytes
-from .planning.clock import Clock
-from .text.answer import AnswerStream, OnText, StopText
-from .text.channels import find_channels
-from .text.options import TextOptions, choose
-from .text.settings import unusual_settings
+from ..decode.capture import TapeFigures, cache_for, figures_of
+from ..engine.counters import Counters
+from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
+from ..loading.context import model_context
+from ..machine.probe import peak_ram_bytes
+from ..planning.clock import Clock
+from .answer import AnswerStream, OnText, StopText
+from .channels import find_channels
+from .options import TextOptions, choose
+from .settings import unusual_settings
 
 __all__ = [
     "OnText",
