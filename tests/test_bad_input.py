@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import moestro
-from moestro import cli
+from moestro.cli.main import main as cli
 
 PLOT_SAYS = "a.svg cannot be written" if find_spec("matplotlib") else "--plot needs matplotlib"
 
@@ -257,7 +257,7 @@ def test_a_gpu_is_asked_for_and_there_is_none(
 def test_a_hub_id_that_is_not_there_in_a_fresh_process() -> None:
     """The whole command, with the hub out of reach as it is for most users of a wrong id."""
     done = subprocess.run(
-        [sys.executable, "-m", "moestro.cli", "run", "no-such-org/no-such-model", "Once"],
+        [sys.executable, "-m", "moestro.cli.main", "run", "no-such-org/no-such-model", "Once"],
         capture_output=True,
         text=True,
         check=False,
@@ -297,7 +297,7 @@ NO_TEXT = {
 @pytest.mark.parametrize("way", NO_TEXT)
 def test_input_that_is_no_text(way: str) -> None:
     arguments, given = NO_TEXT[way]
-    command = [sys.executable, "-m", "moestro.cli", *arguments, "-n", "2"]
+    command = [sys.executable, "-m", "moestro.cli.main", *arguments, "-n", "2"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, input=given, capture_output=True, env=environment, check=False)
     assert done.returncode == 2

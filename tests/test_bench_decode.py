@@ -10,10 +10,10 @@ import torch
 from moestro.loading.load.random_model import shape_config
 from transformers import AutoModelForCausalLM
 
-from moestro import cli
 from moestro.bench import decode, llama_cpp
 from moestro.bench.decode import PROMPTS, measure_decode
 from moestro.bench.models import ALONE, OURS, _transformers_alone
+from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
 from moestro.errors import RequestError
 from moestro.planning.shapes import SHAPES

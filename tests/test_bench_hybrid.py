@@ -21,7 +21,7 @@ ROW = HybridRow("", 10.0, "skewed", {32: 1.0}, 1.0, 63, 0.0, 0, 0.9, 1.0, 0.0, N
 def test_policies_run_on_one_load() -> None:
     options = ["--shape", "tiny", "--device", "emulated", "--gpu-memory", "3MiB", "--prompt", "8", "--seconds", "60"]
     options += [option for name in COMPARED for option in ("--policy", name)]
-    command = [sys.executable, "-m", "moestro.cli", "bench", "hybrid", *options, "--decode-tokens", "6"]
+    command = [sys.executable, "-m", "moestro.cli.main", "bench", "hybrid", *options, "--decode-tokens", "6"]
     done = subprocess.run([*command, "--link", "5GB/s", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from moestro.machine.probe.probe import last_level_cache_bytes
 
-from moestro import cli
 from moestro.bench import kernels
 from moestro.bench.kernels import measure_kernels, plausible_weights
+from moestro.cli.main import main as cli
 from moestro.compute.cpu import CpuExperts, best_level, levels
 from moestro.errors import RequestError
 

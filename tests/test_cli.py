@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moestro
-from moestro import cli
+from moestro.cli.main import main as cli
 from moestro.planning.budget import parse_bytes
 from moestro.planning.policies import POLICIES
 from moestro.simulate.trace import Trace
@@ -205,7 +205,7 @@ def test_help_is_quick(arguments: list[str]) -> None:
 
     def seconds() -> float:
         before = os.times()
-        subprocess.run([sys.executable, "-m", "moestro.cli", *arguments], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "moestro.cli.main", *arguments], check=True, capture_output=True)
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -219,7 +219,7 @@ class Terminal:
         self.text = ""
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execv(sys.executable, [sys.executable, "-m", "moestro.cli", *arguments])
+            os.execv(sys.executable, [sys.executable, "-m", "moestro.cli.main", *arguments])
 
     def wait_for(self, pattern: str, timeout_s: float = 60) -> str:
         """Read until the pattern comes; what was read up to its end is given and dropped."""

@@ -78,7 +78,7 @@ def test_a_timeline_of_a_run_shows_gpu_link_and_cpu(tmp_path: Path) -> None:
     target = tmp_path / "run.json"
     options = ["--device", "emulated", "--gpu-memory", "16MiB", "--context", "64", "--policy", "bandwidth-split"]
     options += ["--link", "0.5GB/s", "--machine", "rtx4060-laptop", "--timeline", str(target)]
-    command = [sys.executable, "-m", "moestro.cli", "run", "demo", "Once upon a time", "-n", "6", *options]
+    command = [sys.executable, "-m", "moestro.cli.main", "run", "demo", "Once upon a time", "-n", "6", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     events = json.loads(target.read_text())["traceEvents"]

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 import moestro
 from families import FAMILIES, Family, build_config, random_ids, save_model
-from moestro import MoestroError, cli, load, load_tokenizer
+from moestro import MoestroError, load, load_tokenizer
+from moestro.cli.main import main as cli
 
 DEMO = Path(moestro.__file__).parent / "demo"
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 import moestro
 from chat_templates import TEMPLATES
-from moestro import cli, load, load_tokenizer
+from moestro import load, load_tokenizer
+from moestro.cli.main import main as cli
 from moestro.errors import MoestroError, RequestError
 from moestro.text.chat import ChatSession
 from moestro.text.generation import TextOptions, generate_text

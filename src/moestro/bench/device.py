@@ -175,7 +175,7 @@ def choose_shape(ram_bytes: int) -> str:
 def run_shape(shape: str, limit_s: float) -> dict[str, Any]:
     """Generates 5 tokens with random weights of a shape; what `moestro run --json` says of it."""
     arguments = ["run", "--shape", shape, PROMPT, "-n", "5", "--json"]
-    done = finish([sys.executable, "-m", "moestro.cli", *arguments], limit_s)
+    done = finish([sys.executable, "-m", "moestro.cli.main", *arguments], limit_s)
     row: dict[str, Any] = {"shape": shape, "ok": False, "wall_s": done.wall_s}
     row["command"] = f'moestro run --shape {shape} "{PROMPT}" -n 5 --json'
     if done.code != 0 or done.limit_s is not None:
@@ -199,7 +199,7 @@ def run_hybrid(arguments: Sequence[str], ram_bytes: int, stop_s: float, limit_s:
     arguments = [*arguments, "--limit-s", str(round(stop_s))]
     if "mixtral-8x7b" in arguments and ram_bytes < ALL_LAYERS_BYTES:
         arguments += ["--layers", str(CUT_LAYERS)]
-    done = finish([sys.executable, "-m", "moestro.cli", "bench", "hybrid", *arguments, "--json"], limit_s)
+    done = finish([sys.executable, "-m", "moestro.cli.main", "bench", "hybrid", *arguments, "--json"], limit_s)
     row: dict[str, Any] = {"ok": False, "wall_s": done.wall_s, "command": f"moestro bench hybrid {' '.join(arguments)}"}
     if done.code != 0 or done.limit_s is not None:
         return row | {"error": done.last_words()}

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..cli.replay import find_machine
 from ..compute.cpu import CpuExperts
 from ..compute.experts import ExpertMath, ExpertWork
 from ..devices.base import Queued, StepSum, WorkOfThread
@@ -39,7 +40,6 @@ from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
 from ..simulate.trace import SCORE, guesses_kept
 from .machine_card import git_commit, machine_card
-from .traces import find_machine
 
 _HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
 _RIGHT = 0.75  # of guesses

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..cli.replay import find_machine, plotting, read_text, writable
 from ..errors import RequestError
 from ..loading.load import load, load_tokenizer
 from ..planning.budget import format_bytes, parse_bytes
@@ -31,7 +32,6 @@ from ..simulate.trace import Trace
 from ..text.generation import encode
 from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
-from .traces import find_machine, plotting, read_text, writable
 
 _DRAWN_LAYERS = 4
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .planning.machines import machine_names
-from .planning.policies import POLICIES
-from .planning.shapes import SHAPES
+from ..planning.machines import machine_names
+from ..planning.policies import POLICIES
+from ..planning.shapes import SHAPES
 
 Model = Annotated[
     str | None,

@@ -10,11 +10,11 @@ from io import TextIOWrapper
 from threading import Event
 from typing import TYPE_CHECKING
 
-from .errors import RequestError
-from .planning.budget import format_bytes
+from ..errors import RequestError
+from ..planning.budget import format_bytes
 
 if TYPE_CHECKING:
-    from .text.generation import TextResult
+    from ..text.generation import TextResult
 
 
 def use_any_bytes() -> None:

@@ -7,11 +7,11 @@ import platform
 import torch
 import transformers
 
-from . import __version__
-from .compute.cpu import best_level, core_cpus, levels
-from .machine.probe import available_ram_bytes, cpu_features, cpu_model, total_ram_bytes
-from .planning.budget import format_bytes
-from .planning.policies import DEFAULT_POLICY
+from .. import __version__
+from ..compute.cpu import best_level, core_cpus, levels
+from ..machine.probe import available_ram_bytes, cpu_features, cpu_model, total_ram_bytes
+from ..planning.budget import format_bytes
+from ..planning.policies import DEFAULT_POLICY
 
 # The instruction sets that expert kernels care about, strongest last.
 _FEATURES = (

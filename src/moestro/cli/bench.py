@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from ..errors import RequestError
-from ..options import (
+from ..planning.policies import POLICIES
+from ..planning.shapes import SHAPES
+from .options import (
     AsShape,
     DecodeTokens,
     DeviceName,
@@ -26,8 +28,6 @@ from ..options import (
     TraceTokens,
     TrustRemoteCode,
 )
-from ..planning.policies import POLICIES
-from ..planning.shapes import SHAPES
 
 TextSource = Annotated[
     str | None,
@@ -53,8 +53,8 @@ def bench_load(
     as_json: Json = False,
 ) -> None:
     """Load a checkpoint that is made on the spot and watch the process's memory every 10 ms."""
+    from ..bench.loading import measure_load
     from ..planning.budget import parse_bytes
-    from .loading import measure_load
 
     report = measure_load(parse_bytes(size, "--size"))
     if as_json:
@@ -96,8 +96,8 @@ def bench_kernels(
 
     Then beside kt-kernel, a whole MoE layer at 16 and 4 bits, and beside torch's linears, one expert in bf16 and fp32.
     """
-    from .kernels import measure_kernels
-    from .layers import measure_rivals, print_rivals
+    from ..bench.kernels import measure_kernels
+    from ..bench.layers import measure_rivals, print_rivals
 
     shapes = shape or KERNEL_SHAPES
     beside = measure_rivals(shapes=shapes, tokens=tokens, rounds=rounds, threads=threads) if rivals else ()
@@ -123,7 +123,7 @@ def bench_decode(
     as_json: Json = False,
 ) -> None:
     """Time a whole random-weight model beside Transformers alone and, if it is installed, llama.cpp."""
-    from .decode import measure_decode
+    from ..bench.decode import measure_decode
 
     report = measure_decode(shape, bits, layers=layers, rounds=rounds, threads=threads, alone=alone)
     if as_json:
@@ -163,7 +163,7 @@ def bench_policies(
     as_json: Json = False,
 ) -> None:
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
-    from .policies import Reading, compare_by_replay, compare_live
+    from ..bench.policies import Reading, compare_by_replay, compare_live
 
     reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed, trust_remote_code)
     names = tuple(policy or POLICIES)
@@ -233,9 +233,9 @@ def bench_hybrid(
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
+    from ..bench.hybrid import POLICIES as COMPARED
+    from ..bench.hybrid import PROMPTS, measure_hybrid
     from ..planning.budget import parse_gbps
-    from .hybrid import POLICIES as COMPARED
-    from .hybrid import PROMPTS, measure_hybrid
 
     report = measure_hybrid(
         shape,
@@ -271,7 +271,7 @@ def bench_host(
     as_json: Json = False,
 ) -> None:
     """Time what the host itself takes of a layer of a decode step, on a device that does nothing."""
-    from .host import measure_host
+    from ..bench.host import measure_host
 
     report = measure_host(
         shape, slots=slots, bits=bits, machine=machine, names=policy or tuple(POLICIES), rounds=rounds
@@ -296,9 +296,9 @@ def bench_recall(
     as_json: Json = False,
 ) -> None:
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
-    from .policies import Reading
-    from .recall import FARTHEST, measure_recall
-    from .traces import plotting, writable
+    from ..bench.policies import Reading
+    from ..bench.recall import FARTHEST, measure_recall
+    from .replay import plotting, writable
 
     if plot is not None:  # refused before the work
         plotting()

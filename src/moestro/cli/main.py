@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__
-from .bench.commands import bench
-from .errors import MoestroError, RequestError
+from .. import __version__
+from ..errors import MoestroError, RequestError
+from ..planning.policies import DEFAULT_POLICY
+from .bench import bench
 from .options import (
     AsShape,
     Bits,
@@ -55,7 +56,6 @@ from .options import (
     TraceTokens,
     TrustRemoteCode,
 )
-from .planning.policies import DEFAULT_POLICY
 from .terminal import (
     AnswerPrinter,
     print_figures,
@@ -68,7 +68,7 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from .text.generation import TextOptions
+    from ..text.generation import TextOptions
 
 app = typer.Typer(
     name="moestro",
@@ -138,8 +138,8 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
-    from .bench.traces import recorded, timed, writable
-    from .text.generation import encode, generate_text
+    from ..text.generation import encode, generate_text
+    from .replay import recorded, timed, writable
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
@@ -194,8 +194,8 @@ def chat(
     pack_dense: PackDense = True,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
-    from .text.chat import ChatSession
-    from .text.templates import check_template
+    from ..text.chat import ChatSession
+    from ..text.templates import check_template
 
     options = _text_options(command)
     loaded, tokenizer = _load(model, shape, command, lambda tokenizer: check_template(tokenizer, system))
@@ -253,9 +253,9 @@ def trace_command(
     as_json: Json = False,
 ) -> None:
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
-    from .bench.traces import print_summary, read_text, writable
-    from .simulate.trace_summary import summarize
-    from .text.tracing import trace_text
+    from ..simulate.trace_summary import summarize
+    from ..text.tracing import trace_text
+    from .replay import print_summary, read_text, writable
 
     words, target = read_text(text), None if output is None else writable(output)
     loaded, tokenizer = _load(model, shape, command)
@@ -287,7 +287,7 @@ def replay_command(
     as_json: Json = False,
 ) -> None:
     """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
-    from .bench.traces import print_replay, run_replay, writable
+    from .replay import print_replay, run_replay, writable
 
     found = run_replay(
         trace,
@@ -322,7 +322,7 @@ def doctor(
 
 
 def _text_options(command: typer.Context) -> TextOptions:
-    from .text.generation import TextOptions
+    from ..text.generation import TextOptions
 
     given = {field.name: command.params.get(field.name) for field in fields(TextOptions)}
     return TextOptions(**{name: value for name, value in given.items() if value is not None})
@@ -335,8 +335,8 @@ def _load(
 
     What `load` takes is named among the command's options as it is there.
     """
-    from .compute.cpu import core_cpus
-    from .loading.load import load, load_tokenizer
+    from ..compute.cpu import core_cpus
+    from ..loading.load import load, load_tokenizer
 
     options = {name: command.params[name] for name in signature(load).parameters.keys() & command.params.keys()}
     options |= {"model": model, "shape": shape}
