@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from moestro.loading.load.random_model import shape_config
 from transformers import AutoModelForCausalLM
 
 from moestro.bench import decode, llama_cpp
@@ -16,6 +15,7 @@ from moestro.bench.models import ALONE, OURS, _transformers_alone
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
 from moestro.errors import RequestError
+from moestro.loading.random_model import shape_config
 from moestro.planning.shapes import SHAPES
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from moestro.machine.probe.probe import last_level_cache_bytes
 
 from moestro.bench import kernels
 from moestro.bench.kernels import measure_kernels, plausible_weights
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import CpuExperts, best_level, levels
 from moestro.errors import RequestError
+from moestro.machine.probe import last_level_cache_bytes
 
 TOY_BYTES = 256 * 2**20
 AMX_FLOPS = 16  # of a core's bf16 tiles, for each that its two AVX-512 units do: 1,024 and 64 a cycle

@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from moestro.cli.main.bench import KERNEL_SHAPES
 
 from moestro.bench import kernels, kt_kernel, layers
 from moestro.bench.kernels import KernelReport, KernelRow, MoeLayer
 from moestro.bench.layer_engines import OurLayer, TorchExperts
 from moestro.bench.layer_workers import FORWARDS, draw_steps
 from moestro.bench.layers import measure_rivals
+from moestro.cli.bench import KERNEL_SHAPES
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import levels
 from moestro.compute.experts import ExpertWork, run_experts

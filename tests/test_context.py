@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from moestro.loading.load.context import model_context
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from families import FAMILIES, build_config, random_ids, save_model
 from moestro import MoestroError, load
+from moestro.loading.context import model_context
 from moestro.text.generation import check_context
 
 LENGTH, FACTOR = 64, 3.0

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from moestro.loading.load.build import home
 from torch import nn
 
 from families import EXPERTS, save_model
@@ -16,6 +15,7 @@ from moestro.compute.cpu import levels
 from moestro.decode.cpu.dense import PackedEmbedding, PackedLinear
 from moestro.engine.families import expert_modules
 from moestro.errors import RequestError
+from moestro.loading.build import home
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from moestro.loading.load.build import home
 
 from families import (
     FAMILIES,
@@ -32,6 +31,7 @@ from families import (
 from moestro import MoestroConfig, load
 from moestro.compute.cpu import CpuExperts
 from moestro.engine.families import expert_modules
+from moestro.loading.build import home
 from moestro.memory.formats import ExpertFormat, UnpackedExpert
 from moestro.text.chat import REREAD
 from moestro.text.tracing import recording

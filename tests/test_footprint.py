@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from moestro.loading.load.gpu_need import Footprint, cache_bytes, measure
-from moestro.loading.load.random_model import shape_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, build_config, build_model, random_ids, save_model
@@ -22,7 +20,9 @@ from moestro.cli.main import main as cli
 from moestro.compute.experts import ExpertMath
 from moestro.engine.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.errors import BudgetError, RequestError
-from moestro.loading.load import gpu_need as footprint
+from moestro.loading import gpu_need as footprint
+from moestro.loading.gpu_need import Footprint, cache_bytes, measure
+from moestro.loading.random_model import shape_config
 from moestro.memory.allocations import StorageFollower
 from moestro.memory.formats import FORMATS
 from moestro.planning.budget import GpuPlan, Margin, parse_bytes, share_out

@@ -16,8 +16,6 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from moestro.loading.load.checkpoint import wrong_prefix
-from moestro.loading.load.load import _auto_class
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
@@ -25,6 +23,8 @@ import moestro
 from families import FAMILIES, Family, build_config, random_ids, save_model
 from moestro import MoestroError, load, load_tokenizer
 from moestro.cli.main import main as cli
+from moestro.loading.checkpoint import wrong_prefix
+from moestro.loading.load import _auto_class
 
 DEMO = Path(moestro.__file__).parent / "demo"
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from moestro.loading.load.methods import OURS, REFUSED, SAME
 from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from families import INSTALLED, save_model
 from moestro import MoestroConfig, load
 from moestro.errors import ModelError, MoestroError
+from moestro.loading.methods import OURS, REFUSED, SAME
 
 WAYS: dict[str, dict[str, Any]] = {
     "cpu": {"device": "cpu"},

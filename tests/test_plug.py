@@ -147,10 +147,10 @@ def test_nothing_is_left_behind(model: Any) -> None:
 
 def test_expert_tensors_stay_off_the_gpu_while_loading() -> None:
     """Converters of experts run on the CPU, also where a family has none of its own (gpt_oss)."""
-    from moestro.loading.load.plug import MoestroQuantizer
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from families import FAMILIES, build_config
+    from moestro.loading.plug import MoestroQuantizer
 
     for family in (f for f in FAMILIES if f.name in ("mixtral", "gpt_oss", "granitemoe", "nemotron_h")):
         with torch.device("meta"):

@@ -12,7 +12,7 @@ import torch
 from moestro import load
 from moestro.devices.emulated import EmulatedDevice
 from moestro.errors import RequestError
-from moestro.machine.probe import measure as this_machine
+from moestro.machine import measure as this_machine
 from moestro.planning.contract import Costs, Decision, Expert, ModelSpec, Move, Placement, Step, View
 from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, BasePolicy, make_policy

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from moestro.loading.load.build import home
-from moestro.loading.load.random_model import _popularity
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moestro import load, load_tokenizer
 from moestro.errors import BudgetError, RequestError
+from moestro.loading.build import home
+from moestro.loading.random_model import _popularity
 from moestro.planning.shapes import SHAPES
 
 # What the checkpoints' own pages say, in parameters.

@@ -13,12 +13,12 @@ from unittest import mock
 
 import pytest
 import torch
-from moestro.loading.load.build import conduct_by
 from torch import Tensor
 
 from families import random_ids, save_model
 from moestro import load
 from moestro.engine.steps import PREFILL_TOKENS, StepOfThread
+from moestro.loading.build import conduct_by
 from moestro.planning.contract import GPU0, Phase
 from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, make_policy

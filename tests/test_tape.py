@@ -19,7 +19,6 @@ from weakref import ref
 
 import pytest
 import torch
-from moestro.loading.load.build import conduct_by
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import StaticCache
@@ -31,6 +30,7 @@ from moestro import load, load_tokenizer
 from moestro.decode.capture import StepCache, StepTape, cache_for
 from moestro.decode.capture.recording import Cut
 from moestro.devices.graphs import CannotRecordError, CudaGraphs, PretendedGraphs
+from moestro.loading.build import conduct_by
 from moestro.planning.contract import Step
 from moestro.planning.policies import make_policy
 from moestro.planning.timeline import Timeline

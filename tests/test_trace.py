@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moestro.loading.load.random_model import shape_config
 
 from moestro import load, load_tokenizer
 from moestro.errors import RequestError
+from moestro.loading.random_model import shape_config
 from moestro.memory.formats import FORMATS, ExpertShape
 from moestro.planning.contract import LayerSpec, ModelSpec, Phase, Step
 from moestro.planning.shapes import SHAPES, spec_of_shape

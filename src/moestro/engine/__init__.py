@@ -1,0 +1,1 @@
+"""One MoE layer step: routing in, the weighted sum of the experts out."""

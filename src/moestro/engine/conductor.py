@@ -3,8 +3,8 @@
 Asks the policy, checks its decision, starts copies, lets the device compute what is in slots while the
 CPU computes the rest, and adds the parts in float32. Nothing else in the package moves weights. Does not
 know families or checkpoints: `loading/plug.py` builds it and calls `run_layer`. What is done in which order is
-`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one. When a step begins is in `engine/steps.py`, how
-copies are carried out in `engine/copies.py`.
+`planning/dispatch.py`'s; a clock is told of it, the wall's or a virtual one. When a step begins is in `steps.py`, how
+copies are carried out in `copies.py`.
 
 Legend: T tokens, K top-k, D model width, E experts.
 """

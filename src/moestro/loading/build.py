@@ -2,8 +2,8 @@
 
 Reads sizes off the model, asks the policy where experts start, refuses what does not fit, and allocates
 the store and the slots. What a generation needs in GPU memory besides weights is measured before there are any
-(`loading/gpu_need.py`); the slots get what that leaves. Does not load: `loading/plug.py` fills the homes from a checkpoint,
-`loading/random_model.py` with random weights.
+(`gpu_need.py`); the slots get what that leaves. Does not load: `plug.py` fills the homes from a checkpoint,
+`random_model.py` with random weights.
 """
 
 from __future__ import annotations
