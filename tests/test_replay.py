@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moestro.errors import BudgetError, RequestError
 from moestro.memory.formats import BLOCK as FORMAT_BLOCK
+from moestro.planning import machines
 from moestro.planning.clock import Share
 from moestro.planning.contract import Costs, Lane, LayerSpec, ModelSpec, Phase, Step
 from moestro.planning.costs import BLOCK, PIECE_BYTES
@@ -419,7 +420,7 @@ def test_machines_are_data_with_sources() -> None:
         assert 0 < costs.cpu_beside_link_gbps < costs.cpu_gbps
         assert costs.link_gbps < costs.gpu_gbps
         assert machine.gpu_bytes >= 8 * 2**30
-    data = json.loads((Path(replay.__code__.co_filename).parent / "machines.json").read_text())
+    data = json.loads(Path(machines.__file__).with_name("machines.json").read_text())
     for found in data["machines"]:
         assert set(found) - {"name", "sources"} == set(found["sources"]), found["name"]
     with pytest.raises(RequestError, match="no machine 'abacus'; there are: t4-colab"):

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..cli.replay import find_machine
 from ..compute.cpu import CpuExperts
 from ..compute.experts import ExpertMath, ExpertWork
 from ..devices.base import Queued, StepSum, WorkOfThread
@@ -30,15 +29,15 @@ from ..devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..devices.link import LinkLane
 from ..engine.conductor import Conductor
 from ..errors import RequestError
+from ..machine.measure import machine_by_name
 from ..memory.formats import FORMATS, ExpertShape
 from ..memory.slots import SlotPool, SlotUser
 from ..memory.store import ExpertStore
-from ..planning.contract import Costs, Expert, ModelSpec, Phase
+from ..planning.contract import SCORE, Costs, Expert, ModelSpec, Phase, guesses_kept
 from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
-from ..simulate.trace import SCORE, guesses_kept
 from .machine_card import git_commit, machine_card
 
 _HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
@@ -164,7 +163,7 @@ def measure_host(
     spec = spec_of_shape(shape) if bits is None else at_bits(spec_of_shape(shape), bits)
     count = int(slots * sum(layer.experts for layer in spec.layers))
     routing = _Routing(spec, top_k_of_shape(shape), tokens)
-    costs = find_machine(machine).costs
+    costs = machine_by_name(machine).costs
     runs = [_Run(name, spec, count, costs, routing) for name in names]
     loops = []
     try:

@@ -33,8 +33,8 @@ class Engine:
     def __init__(self, engine: str, shape: str, bits: int, layers: int, threads: int) -> None:
         import torch
 
-        from .. import MoestroConfig  # which registers the quantizer and the experts function
         from ..compute.cpu import runner
+        from ..loading.config import MoestroConfig  # which registers the quantizer and the experts function
         from ..loading.random_model import build_random_model
 
         self._torch = torch

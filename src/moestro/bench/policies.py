@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.replay import find_machine, plotting, read_text, writable
 from ..errors import RequestError
 from ..loading.load import load, load_tokenizer
+from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes, parse_bytes
 from ..planning.contract import Lane, Phase
 from ..planning.policies import make_policy
@@ -29,9 +29,11 @@ from ..planning.timeline import Timeline
 from ..simulate.replay import replay
 from ..simulate.reshape import resized
 from ..simulate.trace import Trace
+from ..text.files import read_text, writable
 from ..text.generation import encode
 from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
+from .plots import plotting
 
 _DRAWN_LAYERS = 4
 
@@ -101,7 +103,7 @@ def compare(
     rest = replace(trace, passes=trace.passes[middle:])
     if not any(one.phase is Phase.PREFILL for one in rest.passes):
         raise RequestError("the second half of the trace has no prompt; record more --tokens, or fewer --decode-tokens")
-    found_machine = find_machine(machine)
+    found_machine = machine_by_name(machine)
     rows = []
     spans = {name: Timeline() if plot is not None else None for name in names}
     for name in names:

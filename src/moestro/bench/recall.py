@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.replay import plotting
 from ..simulate.trace import Trace
 from ..simulate.trace_summary import lru_hit_rate, recall
+from .plots import plotting
 
 FARTHEST = 10  # layers ahead, as in the paper
 

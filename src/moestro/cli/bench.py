@@ -296,9 +296,10 @@ def bench_recall(
     as_json: Json = False,
 ) -> None:
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
+    from ..bench.plots import plotting
     from ..bench.policies import Reading
     from ..bench.recall import FARTHEST, measure_recall
-    from .replay import plotting, writable
+    from ..text.files import writable
 
     if plot is not None:  # refused before the work
         plotting()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
+from importlib import metadata
 
 import torch
 import transformers
 
-from .. import __version__
 from ..compute.cpu import best_level, core_cpus, levels
 from ..machine.probe import available_ram_bytes, cpu_features, cpu_model, total_ram_bytes
 from ..planning.budget import format_bytes
@@ -32,7 +32,7 @@ def examine() -> dict[str, str]:
     """Finding -> what was found, in the order to print."""
     features = cpu_features()
     return {
-        "moestro": __version__,
+        "moestro": metadata.version("moestro"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

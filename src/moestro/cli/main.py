@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import metadata
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import __version__
 from ..errors import MoestroError, RequestError
 from ..planning.policies import DEFAULT_POLICY
 from .bench import bench
@@ -87,7 +87,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
 ) -> None:
     if version:
-        print(f"moestro {__version__}")
+        print(f"moestro {metadata.version('moestro')}")
         raise typer.Exit
 
 
@@ -138,8 +138,9 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
         model, prompt = None, model
+    from ..text.files import writable
     from ..text.generation import encode, generate_text
-    from .replay import recorded, timed, writable
+    from .replay import recorded, timed
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
@@ -254,8 +255,9 @@ def trace_command(
 ) -> None:
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
     from ..simulate.trace_summary import summarize
+    from ..text.files import read_text, writable
     from ..text.tracing import trace_text
-    from .replay import print_summary, read_text, writable
+    from .replay import print_summary
 
     words, target = read_text(text), None if output is None else writable(output)
     loaded, tokenizer = _load(model, shape, command)
@@ -287,7 +289,8 @@ def replay_command(
     as_json: Json = False,
 ) -> None:
     """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
-    from .replay import print_replay, run_replay, writable
+    from ..text.files import writable
+    from .replay import print_replay, run_replay
 
     found = run_replay(
         trace,

@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import RequestError
+from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes, parse_bytes
-from ..planning.machines import THIS, Machine, machine_named
 from ..planning.policies import make_policy
 from ..planning.timeline import Timeline
 from ..simulate.replay import PhaseFigures, Replay, replay
@@ -20,36 +19,9 @@ from ..simulate.reshape import resized
 from ..simulate.trace import Trace
 
 
-def plotting() -> Any:
-    """Matplotlib's pyplot, drawing SVG files that are the same for the same picture.
-
-    Raises:
-        RequestError: it is not installed.
-    """
-    try:
-        import matplotlib  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        raise RequestError("--plot needs matplotlib; install it with: pip install 'moestro[plots]'") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "moestro"
-    from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
-
-    return pyplot
-
-
 def load_trace(path: str, shape: str | None, bits: int | None) -> Trace:
     """A trace file, at another shape's size or with experts of other bits if asked."""
     return resized(Trace.load(Path(path)), shape, bits)
-
-
-def find_machine(name: str) -> Machine:
-    """A machine by name; `this` is measured."""
-    if name != THIS:
-        return machine_named(name)
-    from ..devices import make_device
-    from ..machine.measure import this_machine
-
-    return this_machine(make_device("auto"))
 
 
 def run_replay(
@@ -68,7 +40,7 @@ def run_replay(
     heat = None if profile is None else load_trace(profile, shape, bits).heat_for(trace.spec)
     spans = None if timeline is None else Timeline()
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-    found = replay(trace, make_policy(policy), find_machine(machine), gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
+    found = replay(trace, make_policy(policy), machine_by_name(machine), gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
     if timeline is not None and spans is not None:
         spans.save(timeline)
     return found
@@ -127,27 +99,6 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(
             f"gates give only {min(agreement):.1%} of their own layer's choices: this family routes otherwise"
         )
-
-
-def read_text(path: str) -> str:
-    """A text file's text."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the text {path} cannot be read ({error}); give a text file in UTF-8") from None
-
-
-def writable(path: str) -> Path:
-    """A file that will be written, refused before the work is done."""
-    found = Path(path)
-    try:
-        existed = found.exists()
-        found.touch()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
-    if not existed:
-        found.unlink()
-    return found
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..simulate.trace import SCORE, guesses_kept
+from ..planning.contract import SCORE, guesses_kept
 
 
 def find_router(model: nn.Module, experts_name: str) -> nn.Module | None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compute.experts import ExpertWork
-from ..planning.contract import Phase, Step
-from ..simulate.trace import SCORE
+from ..planning.contract import SCORE, Phase, Step
 
 
 class Routed(NamedTuple):

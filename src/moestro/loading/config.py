@@ -13,12 +13,12 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..devices import DEVICE_NAMES
+from ..engine.families import METHOD
 from ..errors import RequestError
 from ..planning.budget import LEAST_CONTEXT, Budget, parse_gbps
 from ..planning.machines import machine_names
 from ..planning.policies import DEFAULT_POLICY, POLICIES
 
-METHOD = "moestro"
 BITS = (16, 8, 4)
 CLOCKS = ("wall", "virtual")
 

@@ -30,11 +30,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from ..engine.families import METHOD
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.policies import DEFAULT_POLICY
 from .checkpoint import check_files, read_config, refuse_code, resolve, tensor_names, wrong_prefix
-from .config import METHOD, MoestroConfig
+from .config import MoestroConfig
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 

@@ -25,12 +25,12 @@ from transformers.utils.logging import tqdm
 from ..compute.experts import ExpertMath
 from ..devices import make_device
 from ..engine.conductor import Conductor
-from ..engine.families import expert_modules
+from ..engine.families import METHOD, expert_modules
 from ..engine.gates import find_router
 from ..memory.formats import BLOCK
 from ..planning.shapes import shape_named
 from .build import attach, home, pack_rest
-from .config import METHOD, MoestroConfig
+from .config import MoestroConfig
 
 # Popularity against rank, both as fractions: the densities of the cumulative figures of Fiddler's
 # profiles (10 % of the experts take 12.4 % of the tokens, 25 % 28.8 %, 75 % 78.9 %), extremes 1.35, 0.25.

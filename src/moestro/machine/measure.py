@@ -13,15 +13,24 @@ from collections.abc import Callable
 import torch
 
 from ..compute.cpu import core_cpus, fma_gflops, levels, read_gbps
-from ..devices import Device
+from ..devices import Device, make_device
 from ..devices.emulated import EmulatedDevice
 from ..memory.store import map_memory
-from ..planning.machines import THIS, Machine, costs_of
+from ..planning.machines import THIS, Machine, costs_of, machine_named
 from .probe import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
 
 _READ_BYTES = 256 * 2**20  # or more, where the CPU's caches would hold much of it
 _LINK_BYTES = 256 * 2**20
 _MATRIX = 4096
+
+
+def machine_by_name(name: str) -> Machine:
+    """A machine of the table of `planning.machines`; "this" is measured, with its GPU if it has one.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    return this_machine(make_device("auto")) if name == THIS else machine_named(name)
 
 
 def this_machine(device: Device, threads: int | None = None) -> Machine:

@@ -24,6 +24,7 @@ __all__ = [
     "DISK",
     "GPU0",
     "RAM",
+    "SCORE",
     "Bound",
     "Costs",
     "Decision",
@@ -39,10 +40,18 @@ __all__ = [
     "Policy",
     "Step",
     "View",
+    "guesses_kept",
 ]
 
+SCORE = 65535  # a guess's certainty 1.0, as traces and recorded steps write it: uint16
+_LEAST_GUESSES = 8
 
 _NONE: Mapping[int, Any] = MappingProxyType({})
+
+
+def guesses_kept(top_k: int) -> int:
+    """How many experts of a gate's guess policies see and traces keep: the likeliest, twice as many as it chooses."""
+    return max(_LEAST_GUESSES, 2 * top_k)
 
 
 class Phase(Enum):

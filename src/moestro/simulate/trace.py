@@ -25,17 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..planning.contract import LayerSpec, ModelSpec, Phase, Step
+from ..planning.contract import SCORE, LayerSpec, ModelSpec, Phase, Step
 
 FORMAT, VERSION = "moestro-trace", 1
-SCORE = 65535  # of certainty
-_LEAST_GUESSES = 8
 _COLUMNS = "BIHHHHIfHHH"  # see the module's docstring
-
-
-def guesses_kept(top_k: int) -> int:
-    """How many experts of a gate's guess policies see and traces keep: the likeliest, twice as many as it chooses."""
-    return max(_LEAST_GUESSES, 2 * top_k)
 
 
 @dataclass(frozen=True, slots=True)

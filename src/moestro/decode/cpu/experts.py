@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ...loading.config import METHOD
+from ...engine.families import METHOD
 from ..hooks import Fused
 
 
