@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts
 from ..compute.experts import ExpertMath, ExpertWork
-from ..devices.base import Queued, StepSum, WorkOfThread
 from ..devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..devices.link import LinkLane
+from ..devices.work import Queued, StepSum, WorkOfThread
 from ..engine.conductor import Conductor
 from ..errors import RequestError
 from ..machine.measure import machine_by_name

@@ -194,7 +194,9 @@ def measure_hybrid(
     gpu_bytes = config.budget.gpu_bytes or 0
     end_s = time.perf_counter() + limit_s
     bench = _Bench(model, shape_tokenizer(shape), names, prompts, decode_tokens, seconds, end_s)
-    bench.conductor.device.pin(bench.conductor.store.memory)
+    accelerator = bench.conductor.device.accelerator
+    assert accelerator is not None
+    accelerator.pin(bench.conductor.store.memory)
     for routing, paces in (("skewed", links), ("uniform", links[:1] if uniform else ())):
         set_routing(model, skewed=routing == "skewed")
         bench.measure(routing, paces)
@@ -204,7 +206,7 @@ def measure_hybrid(
         shape=shape,
         layers=len(conductor.spec.layers),
         bits=round(8 * matrix.panel_bytes(64) / (64 * 16)),
-        device=torch.cuda.get_device_name() if conductor.device.name == "cuda" else "an emulated GPU",
+        device=conductor.device.card_name,
         gpu_bytes=gpu_bytes,
         rates=tuple((pace, *together) for pace, together in bench.rates.items()),
         rows=tuple(bench.rows),
@@ -217,8 +219,8 @@ def measure_hybrid(
 
 def rates_together(conductor: Conductor, seconds: float = 2.0) -> tuple[float, float]:
     """GB/s that the CPU reads and that the lane copies, both at once, from the store, for so long."""
-    store, lane, threads = conductor.store, conductor.device.link, conductor.cpu.threads
-    assert lane is not None
+    assert conductor.device.accelerator is not None
+    store, lane, threads = conductor.store, conductor.device.accelerator.link, conductor.cpu.threads
     size = min(_TOGETHER_BYTES, store.n_bytes) // 64 * 64
     parts = store.memory[:size].view(torch.float32).split(_READ_BYTES // 4)
     experts = [(layer, e) for layer, of in enumerate(conductor.spec.layers) for e in range(of.experts)]
@@ -280,8 +282,8 @@ class _Bench:
         """All policies at each pace of the link; all prompts at the first, the first one at the others."""
         heat = self._profile()
         for pace_index, pace in enumerate(paces):
-            lane = self.conductor.device.link
-            assert lane is not None
+            assert self.conductor.device.accelerator is not None
+            lane = self.conductor.device.accelerator.link
             lane.gbps = pace
             if pace not in self.rates:
                 self.rates[pace] = rates_together(self.conductor)
@@ -328,8 +330,8 @@ class _Bench:
             for n in prompts:  # kernels for prompts compiled
                 self._generate(n, 1, seed=2)
         prefill = {n: self._generate(n, 1, seed=3).prefill_tok_s for n in prompts}
-        lane = conductor.device.link
-        assert lane is not None
+        assert conductor.device.accelerator is not None
+        lane = conductor.device.accelerator.link
         busy_s, idle_s = lane.counters.busy_s, lane.counters.idle_s
         found = self._generate(_PROMPT, self._decode_tokens, seed=4)
         decoded, decode_tok_s = found.new_tokens - 1, found.decode_tok_s or 0.0

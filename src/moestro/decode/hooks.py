@@ -9,6 +9,7 @@ from weakref import WeakMethod, ref
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import output_capturing
 
 from ..engine.watch import Watch
@@ -68,13 +69,30 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
     return any((m._forward_hooks or m._forward_pre_hooks) and _listens(m) for m in modules)
 
 
-def is_collecting() -> bool:
+class HookWatch:
+    """`has_hooks` for the same modules again and again: looks at them only where the answer may have changed."""
+
+    def __init__(self) -> None:
+        self._none_at = -1  # how many hooks torch had registered in all when none was found
+
+    def found_in(self, modules: Callable[[], Iterable[nn.Module]]) -> bool:
+        """Whether one of the modules has a hook, so that it has to be called."""
+        latest = RemovableHandle.next_id  # of the hook that will be registered next
+        collecting = _is_collecting()  # then hooks that are there already come alive
+        if latest == self._none_at and not collecting:
+            return False
+        found = has_hooks(modules())
+        self._none_at = -1 if found or collecting else latest
+        return found
+
+
+def _is_collecting() -> bool:
     """Whether hidden states or router logits were asked for, which Transformers collects by hooks that then stay."""
     collector = getattr(output_capturing, "_active_collector", None)
     return collector is None or bool(collector.get())  # empty where nothing was asked for
 
 
 def _listens(module: nn.Module) -> bool:
-    if module._forward_pre_hooks or is_collecting():
+    if module._forward_pre_hooks or _is_collecting():
         return True
     return any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in module._forward_hooks.values())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..errors import RequestError
-from .base import Device, HeldLayer, HostBatch, Queued, StepSum
+from .base import Accelerator, Device
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
 from .host import HostDevice
 from .port import LayerPort
+from .work import HeldLayer, HostBatch, Queued, StepSum
 
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 
@@ -38,4 +39,14 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     return HostDevice()
 
 
-__all__ = ["DEVICE_NAMES", "Device", "HeldLayer", "HostBatch", "LayerPort", "Queued", "StepSum", "make_device"]
+__all__ = [
+    "DEVICE_NAMES",
+    "Accelerator",
+    "Device",
+    "HeldLayer",
+    "HostBatch",
+    "LayerPort",
+    "Queued",
+    "StepSum",
+    "make_device",
+]

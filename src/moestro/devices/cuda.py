@@ -24,16 +24,18 @@ from torch import Tensor
 from ..compute import gpu
 from ..compute.experts import ExpertMath, ExpertWork, run_experts
 from ..memory.slots import SlotUser
+from ..planning.budget import Margin
 from ..planning.costs import PIECE_BYTES
 from ..planning.slots import Expert, Transfer
 from ..planning.timeline import Timeline
-from .base import HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
+from .base import Accelerator
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
 from .cuda_slots import RecordedSum
 from .cuda_timeline import GpuSpans
 from .graphs import CudaGraphs
 from .link import MOST_IN_FLIGHT, LaneCopy, LinkLane
 from .port import LayerPort
+from .work import HeldLayer, HostBatch, Queued, StepSum, WorkOfThread
 
 logger = logging.getLogger("moestro")
 
@@ -106,6 +108,9 @@ class CudaDevice:
     """
 
     name = "cuda"
+    # Fragments between torch's blocks, and the workspace that cuBLAS keeps (8 MiB, 32 MiB on Hopper).
+    margin = Margin(0.02, 64 * 2**20)
+    dense_is_packable = is_pretended = False
 
     def __init__(self, link_gbps: float | None = None) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
@@ -120,6 +125,14 @@ class CudaDevice:
         self._launcher = ThreadPoolExecutor(1, "moestro-launch")
         self._launched: Future[Any] | None = None  # what it was given last
         self.link: LinkLane = LinkLane(StreamCarrier(self.torch_device, self._pinned), link_gbps)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self
+
+    @property
+    def card_name(self) -> str:
+        return torch.cuda.get_device_name(self.torch_device)
 
     def memory_bytes(self) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
@@ -180,11 +193,14 @@ class CudaDevice:
         port.total = RecordedSum(port, experts)
         return port
 
-    def record_slots(self, port: LayerPort, math: ExpertMath) -> None:
+    def capture_slots(self, port: LayerPort, math: ExpertMath) -> None:
         total = port.total
         kernel = self._kernel(math, total.x.dtype) if len(total.pool) else None
         if kernel is not None and isinstance(total, RecordedSum):
             total.record(kernel, self._slot_graphs)
+
+    def graphs(self) -> CudaGraphs:
+        return CudaGraphs(self.torch_device)
 
     @functools.cached_property
     def _slot_graphs(self) -> CudaGraphs:

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..compute import gpu
 from ..compute.experts import ExpertWork
 from ..memory.formats import BLOCK
-from .base import StepSum
 from .cuda_memory import pinned_bytes
 from .graphs import Graph, Graphs, recorded
 from .port import LayerPort
+from .work import StepSum
 
 _ENTRY_BYTES = 12  # of the table of `gpu.plan_on_device`
 

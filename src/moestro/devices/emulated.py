@@ -20,9 +20,12 @@ from ..memory.slots import SlotUser
 from ..planning.contract import Lane
 from ..planning.slots import Expert, Transfer
 from ..planning.timeline import Timeline
-from .base import Queued, StepSum, WorkOfThread
-from .host import HostDevice
+from .base import Accelerator
+from .graphs import Graphs, PretendedGraphs
 from .link import LaneCopy, LinkLane
+from .port import LayerPort
+from .ram import InRam
+from .work import HeldLayer, Queued, StepSum, WorkOfThread
 
 DEFAULT_MEMORY_BYTES = 8 * 2**30
 DEFAULT_LINK_GBPS = 12.0  # PCIe 3.0 x16
@@ -52,7 +55,7 @@ class MemoryCarrier:
         return Here()
 
 
-class EmulatedDevice(HostDevice):
+class EmulatedDevice(InRam):
     """Slots in RAM, one compute thread and one link thread.
 
     Args:
@@ -60,7 +63,8 @@ class EmulatedDevice(HostDevice):
         link_gbps: how fast the pretended link is; None for no pacing.
     """
 
-    name = "emulated"
+    name, card_name = "emulated", "an emulated GPU"
+    dense_is_packable, is_pretended = False, True
 
     def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
         self._memory_bytes = memory_bytes
@@ -68,6 +72,10 @@ class EmulatedDevice(HostDevice):
         self._timeline: Timeline | None = None
         self._compute = ThreadPoolExecutor(1, "moestro-emulated-gpu")
         self.link: LinkLane = LinkLane(MemoryCarrier(), link_gbps)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self
 
     def memory_bytes(self) -> int:
         return self._memory_bytes
@@ -89,6 +97,9 @@ class EmulatedDevice(HostDevice):
     def trace(self, timeline: Timeline | None) -> None:
         self._timeline = self.link.timeline = timeline
 
+    def pin(self, memory: Tensor) -> None:
+        pass  # its link reads all memory alike
+
     def copy(
         self, source: Tensor, target: Tensor, urgent: bool, label: Expert, after: Sequence[SlotUser] = ()
     ) -> LaneCopy:
@@ -98,6 +109,18 @@ class EmulatedDevice(HostDevice):
         self, math: ExpertMath, total: StepSum, work: Sequence[ExpertWork], label: Expert, after: Transfer | None = None
     ) -> Queued:
         return WorkOfThread(self._compute.submit(self._run, math, total, work, label, after))
+
+    def held_layer(self, math: ExpertMath, pool: Tensor, slots: Sequence[int], dtype: torch.dtype) -> HeldLayer | None:
+        return None
+
+    def graphs(self) -> Graphs:
+        return PretendedGraphs()
+
+    def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
+        return LayerPort(x, index, guesses, pool, _ram, lambda: None)
+
+    def capture_slots(self, port: LayerPort, math: ExpertMath) -> None:
+        pass  # its work is no graph's
 
     def close(self) -> None:
         self.link.close()
@@ -112,3 +135,7 @@ class EmulatedDevice(HostDevice):
         total.add(lambda: functools.partial(run_experts, math, total.x, work))
         if self._timeline is not None:
             self._timeline.add(Lane.GPU, label, start_s, time.perf_counter(), "expert")
+
+
+def _ram(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu")

@@ -21,8 +21,6 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .base import Device
-
 CUDA: Any = torch.cuda  # parts of it are untyped, which mypy --strict refuses to call
 _ONE_AT_A_TIME = threading.Lock()  # torch records in one thread of a process at a time
 
@@ -53,13 +51,6 @@ class Graphs(Protocol):
 
     def drop(self) -> None:
         """Forget what is being recorded, if anything is."""
-
-
-def graphs_of(device: Device) -> Graphs | None:
-    """How to record work of a device; None where it is not recorded."""
-    if device.name == "cuda":
-        return CudaGraphs(device.torch_device)
-    return PretendedGraphs() if device.name == "emulated" else None
 
 
 def recorded(graphs: Graphs, work: Callable[[], None]) -> Graph:

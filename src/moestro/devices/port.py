@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .base import HostBatch, StepSum
+from .work import HostBatch, StepSum
 
 
 class LayerPort:

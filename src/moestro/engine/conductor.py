@@ -81,7 +81,9 @@ class Conductor:
 
     def __post_init__(self) -> None:
         self._step = StepOfThread()
-        self.time: Clock = self.clock or WallClock(self.costs, self.device.link)
+        self._accelerator = self.device.accelerator
+        link = None if self._accelerator is None else self._accelerator.link
+        self.time: Clock = self.clock or WallClock(self.costs, link)
         self._see_slots()
         self._held = HeldLayers(self.device, self.math)
         self._holds_all = len(self.slots.held) == sum(of.experts for of in self.spec.layers)
@@ -89,7 +91,7 @@ class Conductor:
         self._failures = 0  # of the slots, as far as the policy was told
         # Memory that is registered must not outlive its mapping, so a model that is let go closes its device.
         self._closing = weakref.finalize(self, only_here(self.device.close))
-        self._lock = StepLock(None if self.device.link is None else self.device.name)
+        self._lock = StepLock(None if link is None else self.device.name)
 
     def _see_slots(self) -> None:
         self.view = TableView(self.slots, self.time, self.store.experts)
@@ -281,6 +283,17 @@ class Conductor:
         wanted = self.policy.lookahead if self.slots else 0  # without slots no guess can be loaded
         return wanted if self.recorder is None else max(wanted, self.recorder.lookahead)
 
+    def port(self, x: Tensor, index: Tensor, guesses: Tensor | None) -> LayerPort:
+        """Where a captured step meets the host, for layers with such arguments of `LayerPort.leave`."""
+        assert self._accelerator is not None
+        experts = max(layer.experts for layer in self.spec.layers)
+        return self._accelerator.port(x, index, guesses, self.slots.memory, experts)
+
+    def capture_slots(self, port: LayerPort, layer: int) -> None:
+        """Have experts in slots computed by one call of the device in that port's steps, where it can."""
+        assert self._accelerator is not None
+        self._accelerator.capture_slots(port, self.math[layer])
+
     def guess_next(self, layer: int, x: Tensor, top_k: int) -> Tensor | None:
         """The wanted guesses from a layer's hidden states, as `routers.guess_next` makes them. Can be recorded."""
         gates = self.gates[layer + 1 : layer + 1 + self.guesses_wanted]
@@ -301,7 +314,8 @@ class Conductor:
     ) -> _Ran:
         keys = [(step.layer, expert) for expert in experts]
         work = [routed.work(key[1], self.slots[key], decision.gpu[key[1]]) for key in keys]
-        queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
+        assert self._accelerator is not None  # there are slots
+        queued = self._accelerator.run(self.math[step.layer], total, work, keys[0], after=after)
         self.slots.note_work(keys, queued)
         end_s = 0.0
         if self.time.is_virtual:

@@ -24,10 +24,10 @@ class Copies:
     def __init__(
         self, math: Sequence[ExpertMath], device: Device, store: ExpertStore, slots: SlotPool, clock: Clock
     ) -> None:
-        self._math, self._device, self._store, self._slots, self._clock = math, device, store, slots, clock
+        self._math, self._device, self._store, self._slots, self._clock = math, device.accelerator, store, slots, clock
         self._expert_bytes = [of.format.expert_bytes(of.shape) for of in math]
         self._to_warm = slots.warm
-        self._failed = 0 if device.link is None else device.link.counters.failed  # as far as the slots know
+        self._failed = 0 if self._device is None else self._device.link.counters.failed  # as far as the slots know
         self.is_unsettled = False  # something failed, and the rest has not come to an end
 
     def start(self, move: Move, after_s: float = 0.0) -> None:
@@ -47,6 +47,7 @@ class Copies:
                 source = source[part.start : part.stop]
             if source.numel() != target.numel():
                 target = target[part.start : part.stop]
+            assert self._device is not None  # there are slots
             copy = self._device.copy(source, target, move.urgent, key, self._slots.users(index))
             self._slots.note_copy(index, copy)
             timed = self._clock.copy(key, len(part), move.urgent, after_s, before, copy)
@@ -61,6 +62,7 @@ class Copies:
         for key in keys:
             if self._slots.find(key) is None:  # after an interrupt
                 continue
+            assert self._device is not None
             source = self._store[key]
             copies.append(self._device.copy(source, self._slots[key][: source.numel()], False, key))
             self._slots.fill_warm(key, copies[-1])
@@ -70,15 +72,14 @@ class Copies:
 
     def forget_failed(self) -> None:
         """Empty the slots of copies that failed: not before a policy is told, which may have them down as coming."""
-        link = self._device.link
-        if link is not None and link.counters.failed != self._failed:
-            self._failed = link.counters.failed
+        if self._device is not None and self._device.link.counters.failed != self._failed:
+            self._failed = self._device.link.counters.failed
             self._slots.forget_unfinished()
 
     def settle(self) -> None:
         """After a failure or an interrupt: nothing is on its way any longer, and only held experts are in slots."""
         self.is_unsettled = True  # until it is done, also if this is interrupted in turn
-        if self._device.link is not None:
+        if self._device is not None:
             self._device.link.settle()
         self._slots.forget_all()
         self.is_unsettled = False

@@ -36,7 +36,9 @@ class HeldLayers:
             places = [slots.find(key) for key in keys] if slots.held.issuperset(keys) else []
             indices = [place.index for place in places if place is not None]
             self._ops[key] = (
-                self._device.held_layer(self._math[layer], slots.memory, indices, dtype) if indices else None
+                accelerator.held_layer(self._math[layer], slots.memory, indices, dtype)
+                if indices and (accelerator := self._device.accelerator) is not None
+                else None
             )
         return self._ops[key]
 

@@ -22,7 +22,6 @@ from ..decode.capture import forget_steps, record_steps
 from ..decode.cpu import fuse
 from ..decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from ..devices import Device
-from ..devices.graphs import graphs_of
 from ..engine.conductor import Conductor
 from ..engine.families import (
     FamilyActivation,
@@ -41,7 +40,7 @@ from ..machine.probe import available_ram_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.budget import Budget, GpuPlan, Margin, check_fits, format_bytes, share_out
+from ..planning.budget import Budget, GpuPlan, check_fits, format_bytes, share_out
 from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
 from ..planning.machines import THIS, Machine, machine_named
 from ..planning.policies import make_policy
@@ -56,8 +55,6 @@ from .methods import give_methods
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
 
 _GPU_SHARE = 0.95  # of free GPU memory, where none was named: other programs' share changes
-# Of a CUDA budget: fragments between torch's blocks, and the workspace that cuBLAS keeps (8 MiB, 32 MiB on Hopper).
-_CUDA_MARGIN = Margin(0.02, 64 * 2**20)
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -117,8 +114,8 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
     cpu = CpuExperts(config.threads)
     first_touch(store.memory, cpu.threads)
-    if placement.slots:
-        device.pin(store.memory)
+    if placement.slots and device.accelerator is not None:
+        device.accelerator.pin(store.memory)
     slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
@@ -154,8 +151,8 @@ def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert
     placement = policy.place(old.spec, room_bytes, heat)
     old.let_go_of_slots()  # gives their memory back before the next is taken
     forget_steps(model)
-    if placement.slots:
-        old.device.pin(old.store.memory)
+    if placement.slots and old.device.accelerator is not None:
+        old.device.accelerator.pin(old.store.memory)
     memory = old.device.pool(len(placement.held) + placement.slots, old.spec.slot_bytes)
     slots = SlotPool(memory, placement.held, placement.warm)
     for expert in placement.held:
@@ -213,7 +210,7 @@ def _gpu_plan(
     if config.clock == "virtual":
         return None
     gpu_bytes = _gpu_bytes(config.budget, device)
-    if device.name == "cpu":
+    if device.accelerator is None:
         return None
 
     def plan_for(tokens: int) -> GpuPlan:
@@ -227,9 +224,8 @@ def _gpu_plan(
             measured=need.measured,
         )
 
-    margin = _CUDA_MARGIN if device.name == "cuda" else Margin(0, 0)
     named = config.budget.gpu_bytes is not None
-    return share_out(gpu_bytes, margin, context, plan_for, named=named, context_named=config.context is not None)
+    return share_out(gpu_bytes, device.margin, context, plan_for, named=named, context_named=config.context is not None)
 
 
 def _planned_context(config: Any, asked: int | None) -> int:
@@ -262,15 +258,15 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
         fast: as in `MatrixFormat.pack`.
     """
     formats = dense_formats(model, config, device)
-    threads, graphs = model.moestro.cpu.threads, graphs_of(device)
+    threads = model.moestro.cpu.threads
     if formats is not None:
         pack_dense(model, formats, threads, fast=fast)
     modules = expert_modules(model).values()
     for module in modules:
         keep_in_store(module, module._moestro.layout)
     give_methods(model)
-    if config.fuse and graphs is not None:
-        record_steps(model, graphs)
+    if config.fuse and device.accelerator is not None:
+        record_steps(model, device.accelerator.graphs())
     elif config.fuse:
         fuse(model, threads)
     for module in modules:
@@ -283,7 +279,7 @@ def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFor
     Raises:
         RequestError: bits for dense layers that are not on the CPU.
     """
-    if device.name != "cpu":
+    if not device.dense_is_packable:
         for option, value in {"--dense-bits": config.dense_bits, "--head-bits": config.head_bits}.items():
             if value not in (None, 16):
                 raise RequestError(
@@ -347,9 +343,9 @@ def _gpu_bytes(budget: Budget, device: Device) -> int:
     free_bytes = device.memory_bytes()
     if budget.gpu_bytes is None:
         return int(free_bytes * _GPU_SHARE)
-    if device.name == "cpu":
+    if device.accelerator is None:
         raise RequestError("--gpu-memory was given, but there is no GPU here; leave it out or use --device emulated")
-    if device.name == "cuda" and budget.gpu_bytes > free_bytes:
+    if not device.is_pretended and budget.gpu_bytes > free_bytes:
         raise BudgetError(
             f"--gpu-memory asks for {format_bytes(budget.gpu_bytes)}, but {format_bytes(free_bytes)} are free on the "
             "GPU; ask for less or free some"

@@ -14,7 +14,6 @@ import torch
 
 from ..compute.cpu import core_cpus, fma_gflops, levels, read_gbps
 from ..devices import Device, make_device
-from ..devices.emulated import EmulatedDevice
 from ..memory.store import map_memory
 from ..planning.machines import THIS, Machine, costs_of, machine_named
 from .probe import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
@@ -42,23 +41,17 @@ def this_machine(device: Device, threads: int | None = None) -> Machine:
 def _measured(device: Device, threads: int) -> Machine:
     cpu_gbps, cpu_gflops = _cpu_rates(threads)
     ram_bytes = total_ram_bytes()
-    if isinstance(device, EmulatedDevice):
-        # The pretended GPU computes on the CPU, at its rate.
-        costs = costs_of(
-            cpu_gbps=cpu_gbps,
-            link_gbps=device.link.gbps or cpu_gbps,
-            gpu_gbps=cpu_gbps,
-            cpu_gflops=cpu_gflops,
-            gpu_gflops=cpu_gflops,
-        )
-        return Machine(THIS, "this machine with a pretended GPU", device.memory_bytes(), ram_bytes, costs)
-    if device.name == "cuda":
-        gpu_gbps, gpu_gflops, link = _gpu_rates(device.torch_device)
-        costs = costs_of(
-            cpu_gbps=cpu_gbps, link_gbps=link, gpu_gbps=gpu_gbps, cpu_gflops=cpu_gflops, gpu_gflops=gpu_gflops
-        )
-        return Machine(THIS, torch.cuda.get_device_name(), device.memory_bytes(), ram_bytes, costs)
-    return Machine(THIS, "this machine, no GPU", 0, ram_bytes, costs_of(cpu_gbps=cpu_gbps, cpu_gflops=cpu_gflops))
+    if (accelerator := device.accelerator) is None:
+        return Machine(THIS, "this machine, no GPU", 0, ram_bytes, costs_of(cpu_gbps=cpu_gbps, cpu_gflops=cpu_gflops))
+    if device.is_pretended:  # it computes on the CPU, at its rate
+        gpu_gbps, gpu_gflops, link_gbps = cpu_gbps, cpu_gflops, accelerator.link.gbps or cpu_gbps
+    else:
+        gpu_gbps, gpu_gflops, link_gbps = _gpu_rates(device.torch_device)
+    costs = costs_of(
+        cpu_gbps=cpu_gbps, link_gbps=link_gbps, gpu_gbps=gpu_gbps, cpu_gflops=cpu_gflops, gpu_gflops=gpu_gflops
+    )
+    what = "this machine with a pretended GPU" if device.is_pretended else device.card_name
+    return Machine(THIS, what, device.memory_bytes(), ram_bytes, costs)
 
 
 @functools.cache

@@ -147,7 +147,7 @@ class Recording:
         port = self._port(x, index, guesses)
         port.leave(x, index, weights, guesses)
         self._close()
-        conductor.device.record_slots(port, conductor.math[layer])
+        conductor.capture_slots(port, layer)
         try:
             conductor.run_port(layer, port)
             self.done.append((layer, port.enter()))
@@ -166,10 +166,8 @@ class Recording:
         key = x.shape, x.dtype, index.shape, None if guesses is None else guesses.shape
         if key not in self._ports:
             self._close()
-            conductor = self._conductor
-            experts = max(layer.experts for layer in conductor.spec.layers)
             with torch.inference_mode(False):  # other threads write to it as well
-                self._ports[key] = conductor.device.port(x, index, guesses, conductor.slots.memory, experts)
+                self._ports[key] = self._conductor.port(x, index, guesses)
             self._graphs.begin()
         return self._ports[key]
 

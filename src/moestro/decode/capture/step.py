@@ -12,14 +12,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...devices.graphs import CannotRecordError, Graphs
 from ...engine.conductor import Conductor
 from ...engine.watch import Watch
-from ..hooks import forward_of, has_hooks
+from ..hooks import HookWatch, forward_of
 from .arguments import Put, collect, copied
 from .cache import Bound, Kept, StepCache, advance, stage, why_not
 from .recording import Recording, Tape, TapeFigures, resume
@@ -59,7 +58,7 @@ class StepTape:
         self._watch: Watch | None = None  # of the model as it was recorded
         self._changes = 0
         self._said = False
-        self._hooks_at, self._is_heard = -1, False  # how many hooks there had been, and whether one was on our parts
+        self._hooks = HookWatch()
         self._lock = threading.Lock()
         self.__signature__ = signature(model.forward)
 
@@ -224,11 +223,7 @@ class StepTape:
         model: Any = self._model()
         if model.training or torch.is_autocast_enabled(self._conductor.device.torch_device.type):
             return True
-        latest = RemovableHandle.next_id  # of the hook that will be registered next
-        if latest != self._hooks_at or self._is_heard:
-            self._is_heard = has_hooks(module for module in model.modules() if module is not model)
-            self._hooks_at = latest
-        return self._is_heard
+        return self._hooks.found_in(lambda: (module for module in model.modules() if module is not model))
 
     def _prepare(self, cache: Any, rows: int) -> None:
         """Before a cache's first step: give it the tensors of one that is gone, or give those back."""

@@ -8,8 +8,8 @@ Legend: D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from ..hooks import Fused, has_hooks, put_in_place
 from .attention import FusedAttention, near
 from .cache import can_grow, grow, shrink
 from .norm import norm_of
-
-if TYPE_CHECKING:
-    from .stretch import Stretch
 
 _ATTENTION, _BEFORE, _AFTER = "self_attn", "input_layernorm", "post_attention_layernorm"
 SCALES = (0.3, 3.0)  # of the numbers that a layer, or its second half, is tried on
@@ -56,12 +53,16 @@ class FusedLayer(Fused):
         self.skipped = [getattr(module, name) for name in (_ATTENTION, _BEFORE, _AFTER)]
         before, after = (getattr(module, name).forward.norm for name in (_BEFORE, _AFTER))
         self.kernel = OneTokenFirstHalf(self.attention.kernel, self.attention.output.matrix, before, after)
-        self._stretch: Stretch | None = None
-        self._place = 0  # in the stretch
+        self._together: Callable[[Tensor, Mapping[str, Any]], Tensor | None] | None = None
 
-    def join(self, stretch: Stretch, place: int) -> None:
-        """Be one of the layers that go together where they can."""
-        self._stretch, self._place = stretch, place
+    def join(self, together: Callable[[Tensor, Mapping[str, Any]], Tensor | None]) -> None:
+        """Be one of several layers that are computed in one call where they can be.
+
+        Args:
+            together: takes the hidden states and the other arguments; returns what the layer is to return, or None
+                where it has to be computed by itself.
+        """
+        self._together = together
 
     @property
     def block(self) -> nn.Module:
@@ -72,10 +73,8 @@ class FusedLayer(Fused):
     @outside_of_graphs
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         x = hidden_states
-        if self._stretch is not None and not args:
-            out = self._stretch.run(self._place, x, kwargs)
-            if out is not None:
-                return out
+        if self._together is not None and not args and (out := self._together(x, kwargs)) is not None:
+            return out
         if args or not self._fits(x, kwargs):
             return self._original(x, *args, **kwargs)
         return self._run(x, kwargs["past_key_values"], kwargs["position_embeddings"])

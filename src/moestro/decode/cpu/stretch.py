@@ -23,14 +23,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from ...compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
 from ...engine.conductor import Conductor
 from ...engine.watch import Watch
 from ...errors import ModelError
-from ..hooks import Fused, has_hooks, is_collecting, put_in_place
+from ..hooks import Fused, HookWatch, put_in_place
 from .attention import FusedAttention
 from .cache import can_grow, grow, shrink
 from .decoder_layer import SCALES, FusedLayer
@@ -82,11 +81,15 @@ class Stretch:
         self._parts = [part for layer in layers for part in layer.parts]
         self._layers = [ref(layer.module) for layer in layers]
         self.watch: Watch | None = None  # of all layers, when they are in their places
-        self._quiet_at = -1  # how many hooks anything had ever been given when none was on our parts
+        self._hooks = HookWatch()
 
     def note(self) -> None:
         """Note what the layers are now."""
-        self.watch = Watch(*(layer for find in self._layers if (layer := find()) is not None), *self._parts)
+        self.watch = Watch(*self._modules())
+
+    def _modules(self) -> list[nn.Module]:
+        """The layers and what they pass by inside."""
+        return [*(layer for find in self._layers if (layer := find()) is not None), *self._parts]
 
     def run(self, place: int, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         """What a layer returns, if the stretch is computed at once: all layers' result at the first; None if not.
@@ -101,7 +104,9 @@ class Stretch:
             return None
         if place:
             return self._pass_on(place, x, given)
-        if not self._attentions[0].takes(x, given) or self.watch is None or not self.watch.holds() or self._has_hooks():
+        if not self._attentions[0].takes(x, given) or self.watch is None or not self.watch.holds():
+            return None
+        if self._hooks.found_in(self._modules):
             return None
         if self._conductor.recorder is not None or self._conductor.timeline is not None:  # which want each layer
             return None
@@ -131,17 +136,6 @@ class Stretch:
         if place == self._last:
             del x._moestro_done  # type: ignore[attr-defined]
         return x
-
-    def _has_hooks(self) -> bool:
-        """Whether a module that the stretch passes by has a hook."""
-        latest = RemovableHandle.next_id  # of the hook that will be registered next
-        if latest == self._quiet_at and not is_collecting():
-            return False
-        layers = [layer for find in self._layers if (layer := find()) is not None]
-        if has_hooks((*self._parts, *layers)):
-            return True
-        self._quiet_at = -1 if is_collecting() else latest
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +225,7 @@ def _join(decoder: Any, modules: Any) -> None:
             members = [member for member in whole[first : index + 1] if member is not None]
             stretch = Stretch(members, loop)
             for place in range(len(members)):
-                modules[first + place].forward.join(stretch, place)
+                modules[first + place].forward.join(partial(stretch.run, place))
             stretch.note()
             first = index + 1
     put_in_place(decoder, loop, decoder, modules)
