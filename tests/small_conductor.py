@@ -167,6 +167,6 @@ class ByPort:
         if self._port is None:
             self._port = device.port(x, index, None, conductor.slots.memory, EXPERTS)
         self._port.leave(x, index, weights, None)
-        device.record_slots(self._port, conductor.math[layer])
+        device.capture_slots(self._port, conductor.math[layer])
         conductor.run_port(layer, self._port)
         return self._port.enter()

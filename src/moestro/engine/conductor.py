@@ -196,9 +196,7 @@ class Conductor:
             if not self._step.is_announced:  # whatever comes next begins anew, for which layers these were is not said
                 self._step.begin(likely_phase(1), announced=False)
                 self._step.end()
-            self._counters.layer_steps += layers
-            self._counters.tokens += experts
-            self._counters.misses += experts if self.phase is Phase.DECODE else 0
+            self._counters.add(self.phase, layer_steps=layers, tokens=experts, misses=experts)
 
     def held_op(self, layer: int, dtype: torch.dtype) -> HeldLayer | None:
         """A layer as an operation that never waits for the host, if all its experts are held on the device.
@@ -215,14 +213,14 @@ class Conductor:
     def count_held(self, layers: int, chosen: Tensor) -> None:
         """Account for steps of held layers, which have counted what they chose in `chosen`; sets it to zero."""
         with self._lock:
-            self._counters.layer_steps += layers
+            self._counters.add(self.phase, layer_steps=layers)
             self._held.chosen(self.phase).add_(chosen)
             chosen.zero_()
 
     def _run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         self._enter(layer, x.shape[0])
         if (op := self.held_op(layer, x.dtype)) is not None:
-            self._counters.layer_steps += 1
+            self._counters.add(self.phase, layer_steps=1)
             return op(x, index, weights, self._held.chosen(self.phase))
         self.device.follow()  # not before: a held layer may be captured, where no stream may wait for another
         if self.guesses_wanted and layer < len(self.gates) and (gate := self.gates[layer]) is not None:
@@ -282,17 +280,6 @@ class Conductor:
         """For how many later layers, by the policy or who listens."""
         wanted = self.policy.lookahead if self.slots else 0  # without slots no guess can be loaded
         return wanted if self.recorder is None else max(wanted, self.recorder.lookahead)
-
-    def port(self, x: Tensor, index: Tensor, guesses: Tensor | None) -> LayerPort:
-        """Where a captured step meets the host, for layers with such arguments of `LayerPort.leave`."""
-        assert self._accelerator is not None
-        experts = max(layer.experts for layer in self.spec.layers)
-        return self._accelerator.port(x, index, guesses, self.slots.memory, experts)
-
-    def capture_slots(self, port: LayerPort, layer: int) -> None:
-        """Have experts in slots computed by one call of the device in that port's steps, where it can."""
-        assert self._accelerator is not None
-        self._accelerator.capture_slots(port, self.math[layer])
 
     def guess_next(self, layer: int, x: Tensor, top_k: int) -> Tensor | None:
         """The wanted guesses from a layer's hidden states, as `routers.guess_next` makes them. Can be recorded."""
@@ -363,13 +350,10 @@ class Conductor:
 
     def _account(self, step: Step, found: Found, moved_bytes: int, cpu_s: float, wall_s: float) -> None:
         counters = self._counters
-        counters.layer_steps += 1
-        counters.tokens += sum(step.tokens.values())
+        hits, joined, misses = len(found.hits), len(found.joined), len(found.misses)
+        tokens = sum(step.tokens.values())
+        counters.add(step.phase, layer_steps=1, tokens=tokens, hits=hits, joined=joined, misses=misses)
         counters.moved_bytes = self.slots.moved_bytes
-        if step.phase is Phase.DECODE:
-            counters.hits += len(found.hits)
-            counters.joined += len(found.joined)
-            counters.misses += len(found.misses)
         outcome = Outcome(step.layer, step.phase, *found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
         self.policy.observe(outcome)
         if self.recorder is not None:

@@ -25,6 +25,17 @@ class Counters:
     cpu_s: float = 0.0
     waited_s: float = 0.0
 
+    def add(
+        self, phase: Phase, *, layer_steps: int = 0, tokens: int = 0, hits: int = 0, joined: int = 0, misses: int = 0
+    ) -> None:
+        """Account for layer steps, however they were computed; hits, joins and misses count in decode alone."""
+        self.layer_steps += layer_steps
+        self.tokens += tokens
+        if phase is Phase.DECODE:
+            self.hits += hits
+            self.joined += joined
+            self.misses += misses
+
 
 class Recorder(Protocol):
     """Listens to what the routers choose; text/tracing.py has one."""

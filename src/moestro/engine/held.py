@@ -57,8 +57,7 @@ class HeldLayers:
             choices, experts = chosen.tolist()
             known_choices, known_experts = self._counted.get(key, (0, 0))
             self._counted[key] = choices, experts
-            counters.tokens += choices - known_choices
-            counters.hits += experts - known_experts if key[0] is Phase.DECODE else 0
+            counters.add(key[0], tokens=choices - known_choices, hits=experts - known_experts)
 
     def clear(self) -> None:
         """Forget the operations, which hold the slots' memory."""

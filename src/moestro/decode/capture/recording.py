@@ -134,6 +134,9 @@ class Recording:
         self.tape, self.experts_failed = Tape(new_counts(conductor.device.torch_device)), False
         self.done: list[tuple[int, Tensor]] = []  # layers whose experts have run, and what these gave
         self._graphs, self._conductor = graphs, conductor
+        device = conductor.device.accelerator
+        assert device is not None  # it has the graphs
+        self._device = device
         self._ports: dict[Any, LayerPort] = {}
 
     def run_layer(self, conductor: Conductor, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ class Recording:
         port = self._port(x, index, guesses)
         port.leave(x, index, weights, guesses)
         self._close()
-        conductor.capture_slots(port, layer)
+        self._device.capture_slots(port, conductor.math[layer])
         try:
             conductor.run_port(layer, port)
             self.done.append((layer, port.enter()))
@@ -167,7 +170,9 @@ class Recording:
         if key not in self._ports:
             self._close()
             with torch.inference_mode(False):  # other threads write to it as well
-                self._ports[key] = self._conductor.port(x, index, guesses)
+                conductor = self._conductor
+                experts = max(layer.experts for layer in conductor.spec.layers)
+                self._ports[key] = self._device.port(x, index, guesses, conductor.slots.memory, experts)
             self._graphs.begin()
         return self._ports[key]
 
