@@ -112,12 +112,8 @@ def gate_up(
         if spec.has_gate:
             gate += tl.load(biases + spec.gate_bias_at)[None, :]
     result = _join(gate, up, spec) if spec.has_gate else _join(up, 1.0, spec)
-    at = (
-        joined
-        + pair.to(tl.int64)[:, None] * (chunk_blocks * spec.block)
-        + local * spec.block
-        + place_of(neuron, spec)[None, :]
-    )
+    at = joined + pair.to(tl.int64)[:, None] * (chunk_blocks * spec.block) + local * spec.block
+    at += place_of(neuron, spec)[None, :]
     tl.store(at, result, mask=fits[:, None])
 
 

@@ -54,9 +54,8 @@ class Int4Format(MatrixFormat):
         return -(-columns // self.group) * PANEL * (4 + self.group // 2)
 
     def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
-        whole, scale, zero = solve_hqq(
-            _groups(matrix, self.group), bits=4, fit=not fast
-        )  # [P, 16, G, 64], [P, 16, G, 1] twice
+        groups = _groups(matrix, self.group)  # [P, 16, G, 64]
+        whole, scale, zero = solve_hqq(groups, bits=4, fit=not fast)  # as the groups, and [P, 16, G, 1] twice
         nibbles = whole.to(torch.int32).unflatten(-1, (-1, 4, 2))  # column 8v + 2j + h -> v, j, h
         words = sum(nibbles[..., j, :] << 4 * j for j in range(4))  # [P, 16, G, 8, 2]
         assert isinstance(words, Tensor)
