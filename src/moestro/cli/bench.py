@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -80,34 +79,35 @@ def bench_kernels(
         typer.Option(
             metavar="N",
             min=1,
-            help="Only so many tokens; may be given several times. "
-            "[default: 1, 4, 16, 64, 256; beside kt-kernel 1, 4, 128; beside torch 16, 64, 256]",
+            help="Only so many tokens; may be given several times. [default: 1, 64; with --full 1, 4, 16, 64, 256]",
             show_default=False,
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds to take medians of.")] = 5,
-    rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Also torch's linears and, if it is installed, kt-kernel.")
-    ] = True,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Rounds to take medians of. [default: 3; with --full 5]", show_default=False
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="All numbers of tokens, more rounds.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Time the CPU kernels at three models' shapes, beside this machine's read and FMA limits.
 
-    Then beside kt-kernel, a whole MoE layer at 16 and 4 bits, and beside torch's linears, one expert in bf16 and fp32.
+    Takes about two minutes; with --full some ten.
     """
-    from ..bench.kernels import measure_kernels
-    from ..bench.layers import measure_rivals, print_rivals
+    from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, ROUNDS, TOKENS, measure_kernels
 
-    shapes = shape or KERNEL_SHAPES
-    beside = measure_rivals(shapes=shapes, tokens=tokens, rounds=rounds, threads=threads) if rivals else ()
-    report = measure_kernels(shapes=shapes, tokens=tokens, rounds=rounds, threads=threads)
+    counts = tokens or (FULL_TOKENS if full else TOKENS)
+    times = rounds or (FULL_ROUNDS if full else ROUNDS)
+    report = measure_kernels(shapes=shape or KERNEL_SHAPES, tokens=counts, rounds=times, threads=threads)
     if as_json:
-        print(json.dumps(report.to_json() | {"rivals": [asdict(row) for row in beside]}))
+        print(json.dumps(report.to_json()))
         return
     report.print()
-    if beside:
-        print_rivals(beside)
+    if left_out := sorted(set(FULL_TOKENS) - set(counts)):
+        print(f"left out: {', '.join(map(str, left_out))} tokens; --full has them, and {FULL_ROUNDS} rounds")
 
 
 @bench.command("decode", epilog="Example: moestro bench decode --shape olmoe-1b-7b --bits 4")
@@ -122,7 +122,7 @@ def bench_decode(
     alone: Annotated[bool, typer.Option(help="Also Transformers alone, in bfloat16.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Time a whole random-weight model beside Transformers alone and, if it is installed, llama.cpp."""
+    """Time a whole random-weight model beside Transformers alone."""
     from ..bench.decode import measure_decode
 
     report = measure_decode(shape, bits, layers=layers, rounds=rounds, threads=threads, alone=alone)

@@ -312,6 +312,7 @@ def _spec_of(
                 hidden=layouts[name].shape.hidden,
                 block_bytes=fmt.block_bytes(layouts[name].shape),
                 matrices=3 if layouts[name].shape.has_gate else 2,
+                block=fmt.block,
             )
             for name in modules
         ),
