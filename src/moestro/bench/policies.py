@@ -208,7 +208,7 @@ def compare_by_replay(
     trace_path: str | None,
     *,
     machine: str,
-    gpu_memory: str | None,
+    gpu_memory: str | int | None,
     as_shape: str | None,
     bits: int | None,
     names: Sequence[str],
