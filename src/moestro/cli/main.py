@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import MoestroError, RequestError
+from ..errors import MoestroError, RequestError, is_fault
+from ..logs import keep_traceback, set_up_logging
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
@@ -42,7 +43,11 @@ app.add_typer(bench, name="bench")
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more; -vv logs all there is.")
+    ] = 0,
 ) -> None:
+    set_up_logging(verbose)
     if version:
         print(f"moestro {metadata.version('moestro')}")
         raise typer.Exit
@@ -226,13 +231,18 @@ def _load(
 
 
 def main() -> None:
-    """Entry point: a MoestroError is one line and status 2; Ctrl-C is status 130, by typer."""
+    """Entry point: a MoestroError is one line and status 2, an unexpected error one line and 1; Ctrl-C is 130."""
     use_any_bytes()
     try:
         app()
     except MoestroError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except BaseException as error:
+        if not is_fault(error):  # an exit, or an interrupt
+            raise
+        say(f"error: {keep_traceback(error)}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":
