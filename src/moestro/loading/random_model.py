@@ -25,8 +25,9 @@ from transformers.utils.logging import tqdm
 from ..compute.experts import ExpertMath
 from ..devices import make_device
 from ..engine.conductor import Conductor
-from ..engine.families import METHOD, expert_modules
+from ..engine.families import expert_modules
 from ..engine.gates import find_router
+from ..planning.options import METHOD
 from ..planning.shapes import shape_named
 from .build import attach, home, pack_rest
 from .config import MoestroConfig
