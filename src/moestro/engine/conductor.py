@@ -37,7 +37,6 @@ from ..planning.dispatch import Found, classify, dispatch
 from ..planning.slots import Transfer
 from ..planning.timeline import Timeline
 from ..planning.view import TableView
-from ..simulate.virtual import VirtualMachine
 from .copies import Copies
 from .counters import Counters, Recorder
 from .forks import StepLock, only_here
@@ -204,7 +203,7 @@ class Conductor:
         There is nothing to decide about it, so the policy is not asked; whoever calls it tells `count_held`. None of
         layers that must be decided about, and while a recorder or a timeline listens.
         """
-        if self.recorder is not None or self.timeline is not None or self.clock is not None:
+        if self.recorder is not None or self.timeline is not None or self.time.is_virtual:
             return None
         if self.policy.lookahead > 0 and not self._holds_all:
             return None  # its hidden states give guesses for a layer that is not held
@@ -304,7 +303,7 @@ class Conductor:
         queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
         self.slots.note_work(keys, queued)
         end_s = 0.0
-        if self.clock is not None:  # the wall needs no telling
+        if self.time.is_virtual:
             shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
             end_s = self.time.run_gpu(shares, after)
         ran.append(_Ran(queued, experts, end_s))
@@ -322,9 +321,9 @@ class Conductor:
         self.cpu.run(self.math[step.layer], x, work, out)
         end_s = time.perf_counter()
         self._counters.cpu_s += end_s - start_s
-        if self.timeline is not None and not isinstance(self.time, VirtualMachine):
+        if self.timeline is not None and not self.time.is_virtual:
             self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, end_s, "expert")
-        if self.clock is not None:
+        if self.time.is_virtual:
             self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
@@ -383,7 +382,7 @@ class Conductor:
     @contextmanager
     def note_on(self, timeline: Timeline) -> Iterator[None]:
         """Note what GPU, link and CPU do meanwhile."""
-        lanes = self.time if isinstance(self.time, VirtualMachine) else self.device
+        lanes = self.time.lanes_of(self.device)
         self.timeline = timeline
         lanes.trace(timeline)
         try:
