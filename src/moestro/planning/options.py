@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from inspect import Parameter, signature
 from typing import Any, TypeVar
@@ -74,12 +74,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def one_of(noun: str, names: tuple[Any, ...]) -> Check:
-    """A check that a value is one of these names."""
+def one_of(noun: str, names: Collection[str]) -> Check:
+    """A check that a value is one of these names; a table of them may still grow."""
 
     def check(value: Any, flag: str) -> Any:
         if value not in names:
-            raise RequestError(f"no {noun} {value!r}; there are: {', '.join(names)}")
+            raise RequestError(
+                f"no {noun} {value!r}; there are: {', '.join(names if isinstance(names, tuple) else sorted(names))}"
+            )
         return value
 
     return check
@@ -197,7 +199,7 @@ class Options(Checked):
         DEFAULT_POLICY,
         f"The policy that decides where experts run: {', '.join(sorted(POLICIES))}.",
         metavar="NAME",
-        check=one_of("policy", tuple(sorted(POLICIES))),
+        check=one_of("policy", POLICIES),
     )
     device: str = option(
         "auto",
@@ -294,7 +296,7 @@ class ModelOptions(Checked):
         f"Instead of MODEL: random weights of a real shape, {', '.join(SHAPES)}.",
         metavar="NAME",
         unset="none",
-        check=one_of("shape", tuple(SHAPES)),
+        check=one_of("shape", SHAPES),
     )
     trust_remote_code: bool = option(False, "Run code that the checkpoint brings; without it, none is run.")
     dtype: str = option(
