@@ -35,23 +35,34 @@ def _expert(shape: ExpertShape, fmt: ExpertFormat) -> tuple[Tensor, dict[str, Te
     parts = {name: torch.randn(size) for name, size in shape.parts.items()}
     packed = torch.full((fmt.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
     fmt.pack(packed, shape, parts)
-    return packed, {n: p if n.endswith("bias") else _round(fmt.name, p) for n, p in parts.items()}
+    return packed, {n: p if n.endswith("bias") else _round(fmt.name, n, p) for n, p in parts.items()}
 
 
-def _round(name: str, matrix: Tensor) -> Tensor:
-    """A matrix as a format rounds it. Quantized groups are 64 columns, of gate and up as of down."""
+def _round(name: str, part: str, matrix: Tensor) -> Tensor:
+    """A matrix as a format rounds it. Quantized groups are 64 columns, of gate and up as of down.
+
+    HQQ's solver ends when the mean error of all groups that it is given together grows, so what it makes of one
+    depends on the others, of padding too: they are given to it here as the format does.
+    """
     if name in FLOATS:
         return matrix.to(FLOATS[name]).float()
-    columns = matrix.shape[1]
-    groups = torch.nn.functional.pad(matrix, (0, -columns % 64)).unflatten(1, (-1, 64))
+    rows, columns = matrix.shape
+    groups = torch.nn.functional.pad(matrix, (0, -columns % 64, 0, -rows % (16 if part == "down" else 64)))
+    groups = groups.unflatten(1, (-1, 64))  # [R, G, 64]
+    if part == "down":  # one block of neurons after another
+        groups = groups.transpose(0, 1)
     if name == "int8":
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
-        return ((groups / scale).round().clamp(-127, 127) * scale).flatten(1)[:, :columns]
-    whole, meta = Quantizer.quantize(
-        groups.flatten(0, 1), nbits=4, group_size=64, axis=1, round_zero=True, bitpack=False, device="cpu"
-    )
-    scale, zero = meta["scale"].half().float(), meta["zero"].half().float()
-    return ((whole - zero) * scale).view(matrix.shape[0], -1)[:, :columns]
+        values = ((groups / scale).nan_to_num(0.0).round().clamp(-127, 127) * scale).view_as(groups)
+    else:
+        whole, meta = Quantizer.quantize(
+            groups.flatten(0, 1), nbits=4, group_size=64, axis=1, round_zero=True, bitpack=False, device="cpu"
+        )
+        scale, zero = meta["scale"].half().float(), meta["zero"].half().float()
+        values = ((whole - zero) * scale).view_as(groups)
+    if part == "down":
+        values = values.transpose(0, 1)
+    return values.flatten(1)[:rows, :columns]
 
 
 def _float64(shape: ExpertShape, parts: dict[str, Tensor], x: Tensor, gate: Callable[..., Tensor]) -> Tensor:

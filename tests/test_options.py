@@ -6,9 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -19,6 +20,7 @@ from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
 from moestro.planning.options import (
+    Checked,
     ModelOptions,
     Options,
     ReplayOptions,
@@ -102,6 +104,47 @@ def test_a_wrong_value_gets_the_same_line_whichever_way_it_came(name: str, monke
         cli.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {of_load.value}\n"
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    8.0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    b"x",
+    [],
+    ["lru"],
+    [1],
+    {},
+    {"a": 1},
+    object(),
+)
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("kind", [Options, ModelOptions, TextOptions, ReplayOptions])
+def test_a_value_of_another_type_is_kept_as_its_type_or_refused_in_one_line(kind: type[Checked], value: Any) -> None:
+    hints, refused = get_type_hints(kind), []
+    for one in fields(kind):
+        try:
+            kept = getattr(kind(**{one.name: value}), one.name)
+        except RequestError as error:
+            refused.append(str(error))
+            continue
+        if get_origin(hints[one.name]) is Sequence:
+            assert isinstance(kept, tuple)
+            assert all(isinstance(part, str) for part in kept)
+        else:
+            assert isinstance(kept, hints[one.name])
+            assert isinstance(kept, bool) <= (hints[one.name] is bool)
+    assert all(len(line.splitlines()) == 1 and line.startswith(("--", "no ")) for line in refused)
 
 
 def test_a_config_that_was_saved_makes_an_equal_one() -> None:

@@ -82,7 +82,7 @@ def bench_kernels(
 ) -> None:
     """Time the CPU kernels at three models' shapes, beside this machine's read and FMA limits.
 
-    A selection that takes under two minutes (18 s on two cores of an EPYC); --full measures all (53 s there).
+    By default a selection that takes under two minutes; the report names what was left out.
     """
     from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, ROUNDS, TOKENS, measure_kernels
 

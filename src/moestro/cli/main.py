@@ -221,9 +221,10 @@ def _load(
 
     if options.threads is None:
         options = replace(options, threads=len(core_cpus()))
-    if model or source.shape:
-        tokenizer = load_tokenizer(model, shape=source.shape, trust_remote_code=source.trust_remote_code)
-        check(tokenizer)
+    if not model and source.shape is None:
+        raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
+    tokenizer = load_tokenizer(model, shape=source.shape, trust_remote_code=source.trust_remote_code)
+    check(tokenizer)
     loaded = load(model, **source.to_dict(), **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())

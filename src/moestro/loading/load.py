@@ -42,27 +42,16 @@ from .random_model import build_random_model, shape_tokenizer
 logger = logging.getLogger("moestro")
 
 
-@shows_options(Options)
-def load(
-    model: str | None = None,
-    *,
-    shape: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> PreTrainedModel:
+@shows_options(ModelOptions, Options)
+def load(model: str | None = None, **options: Any) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts in Moestro's hands.
 
     Args:
         model: a folder, a hub id, or "demo", the small model that ships with the package.
-        shape: instead of a model, a shape of `moestro.planning.shapes` with random weights from `seed`.
-        dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
-        seed: of the random weights of a shape.
-        trust_remote_code: run code that the checkpoint brings. Without it none is run and nothing asks.
         {options}
 
-    `threads` also sets torch's own threads, for the whole process; None leaves them as they are.
+    `dtype` may be torch's own, too. `threads` also sets torch's own threads, for the whole process; None leaves them
+    as they are.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -70,21 +59,22 @@ def load(
     Raises:
         MoestroError: one line on what was found, what was needed and what to do.
     """
-    named = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    source = ModelOptions(shape=shape, dtype=named, seed=seed, trust_remote_code=trust_remote_code)
-    names = [one.name for one in (*fields(ModelOptions), *fields(Options))]
-    check_names(options, names)
+    of_source = [one.name for one in fields(ModelOptions)]
+    check_names(options, [*of_source, *(one.name for one in fields(Options))])
+    if isinstance(options.get("dtype"), torch.dtype):
+        options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+    source = ModelOptions(**{name: options.pop(name) for name in of_source if name in options})
     config = MoestroConfig(**options)
-    if (model is None) == (shape is None):
+    if (model is None) == (source.shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
-    logger.info("loading %s with %s", model or shape, config)
+    logger.info("loading %s with %s", model or source.shape, config)
     if config.threads is not None:
         set_torch_threads(config.threads)
-    wanted = "auto" if source.dtype == "auto" else getattr(torch, DTYPES[source.dtype])
-    if shape is not None:
-        return build_random_model(shape, config, dtype=wanted, seed=seed)
+    dtype = "auto" if source.dtype == "auto" else getattr(torch, DTYPES[source.dtype])
+    if source.shape is not None:
+        return build_random_model(source.shape, config, dtype=dtype, seed=source.seed)
     assert model is not None
-    return _load_checkpoint(model, config, wanted, trust_remote_code)
+    return _load_checkpoint(model, config, dtype, source.trust_remote_code)
 
 
 def load_tokenizer(

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import cache
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from math import isfinite
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import RequestError
 from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
@@ -30,6 +34,7 @@ DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
 }
 
 Check = Callable[[Any, str], Any]  # (value, flag) -> the value to keep; raises RequestError
+_IN_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -91,11 +96,7 @@ def needs(holds: Callable[[Any], bool], needed: str) -> Check:
     """A check that a condition holds for a value, which is said in words if it does not."""
 
     def check(value: Any, flag: str) -> Any:
-        try:
-            is_right = holds(value)
-        except TypeError:  # compared with something that is no number
-            is_right = False
-        if not is_right:
+        if not holds(value):
             raise RequestError(f"{flag} {value!r}: needs {needed}")
         return value
 
@@ -113,6 +114,35 @@ def bits_in(choices: tuple[int, ...]) -> Check:
     return check
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fit(value: Any, hint: Any, flag: str) -> Any:
+    """The value as one of the types of a field's hint.
+
+    Raises:
+        RequestError: it is of none of them, or no finite number.
+    """
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    if get_origin(hint) is Sequence:
+        if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+            return tuple(value)
+        raise RequestError(f"{flag} {value!r}: needs a list of texts")
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    if int in kinds and is_number and isinstance(value, Integral):
+        return int(value)
+    if float in kinds and is_number:
+        return float(value)
+    if (bool in kinds and isinstance(value, bool)) or (str in kinds and isinstance(value, str)):
+        return value
+    needed = " or ".join(words for kind, words in _IN_WORDS.items() if kind in kinds)
+    raise RequestError(f"{flag} {value!r}: needs {needed}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     """A dataclass of options. Each value is checked when it is made, and kept as its check returns it.
@@ -122,10 +152,13 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
+        kind: Any = type(self)
+        hints = _hints(kind)
         for one in fields(self):
-            check, value = about(one).check, getattr(self, one.name)
-            if check is not None and (value is not None or one.default is not None):
-                object.__setattr__(self, one.name, check(value, flag(one.name)))
+            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], flag(one.name))
+            if check is not None and value is not None:
+                value = check(value, flag(one.name))
+            object.__setattr__(self, one.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make an equal object, as they are after their checks."""
@@ -142,16 +175,18 @@ def check_names(given: dict[str, Any], names: list[str]) -> None:
         raise RequestError(f"no option {wrong[0]!r}; use one of: {', '.join(names)}")
 
 
-def shows_options(kind: type[Checked]) -> Callable[[Decorated], Decorated]:
-    """Show the fields of `kind` where a function or class takes them as **options.
+def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
+    """Show the fields of dataclasses where a function or class takes them as **options.
 
     They come into its signature, and into its docstring in place of the word {options}.
     """
 
+    shown_fields = [one for kind in kinds for one in fields(kind)]
+
     def show(function: Any) -> Any:
         own = signature(function)
         shown = [one for one in own.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
-        for one in fields(kind):
+        for one in shown_fields:
             shown.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type))
         lines = [
             textwrap.fill(
@@ -161,7 +196,7 @@ def shows_options(kind: type[Checked]) -> Callable[[Decorated], Decorated]:
                 subsequent_indent=" " * 12,
                 break_on_hyphens=False,
             )
-            for one in fields(kind)
+            for one in shown_fields
         ]
         function.__signature__ = own.replace(parameters=shown)
         function.__doc__ = (function.__doc__ or "").replace("{options}", "\n".join(lines).lstrip())
