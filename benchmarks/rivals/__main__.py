@@ -43,7 +43,8 @@ def main() -> None:
         report = measure_decode(given.pop("shape"), given.pop("bits"), others=others, **given)
         print(json.dumps(report.to_json())) if as_json else report.print()
     except MoestroError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
