@@ -124,7 +124,7 @@ ODD = (
     [1],
     {},
     {"a": 1},
-    object(),
+    Ellipsis,
 )
 
 
