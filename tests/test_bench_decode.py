@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from moestro.bench import decode, llama_cpp
 from moestro.bench.decode import PROMPTS, measure_decode
 from moestro.bench.models import ALONE, OURS, _transformers_alone
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 from moestro.compute.cpu import best_level, levels
 from moestro.errors import RequestError
 from moestro.loading.random_model import shape_config

@@ -10,7 +10,7 @@ import torch
 
 from moestro.bench import kernels
 from moestro.bench.kernels import measure_kernels, plausible_weights
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 from moestro.compute.cpu import CpuExperts, best_level, levels
 from moestro.errors import RequestError
 from moestro.machine.probe import last_level_cache_bytes

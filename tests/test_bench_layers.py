@@ -14,8 +14,8 @@ from moestro.bench.kernels import KernelReport, KernelRow, MoeLayer
 from moestro.bench.layer_engines import OurLayer, TorchExperts
 from moestro.bench.layer_workers import FORWARDS, draw_steps
 from moestro.bench.layers import measure_rivals
+from moestro.cli import main as cli
 from moestro.cli.bench import KERNEL_SHAPES
-from moestro.cli.main import main as cli
 from moestro.compute.cpu import levels
 from moestro.compute.experts import ExpertWork, run_experts
 from moestro.errors import RequestError

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, build_config, build_model, random_ids, save_model
 from moestro import load
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 from moestro.compute.experts import ExpertMath
 from moestro.engine.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.errors import BudgetError, RequestError
