@@ -26,7 +26,7 @@ from moestro.loading.random_model import shape_config
 from moestro.memory.allocations import StorageFollower
 from moestro.memory.formats import FORMATS
 from moestro.planning.budget import Margin, parse_bytes
-from moestro.planning.plan import GpuPlan, share_out
+from moestro.planning.gpu_plan import GpuPlan, share_out
 from moestro.planning.text_shape import Footprint
 
 CPU = torch.device("cpu")

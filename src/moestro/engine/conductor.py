@@ -34,7 +34,7 @@ from ..planning.check import check, check_moves
 from ..planning.clock import Clock, Share, WallClock
 from ..planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from ..planning.dispatch import Found, classify, dispatch
-from ..planning.plan import GpuPlan
+from ..planning.gpu_plan import GpuPlan
 from ..planning.slots import Transfer
 from ..planning.timeline import Timeline
 from ..planning.view import TableView
