@@ -135,16 +135,19 @@ import json, sys
 sys.modules["torch"] = sys.modules["transformers"] = sys.modules["numpy"] = None
 from functools import partial
 from importlib.resources import files
+from moestro.planning.options import Options
 from moestro.planning.plan import Facts, Formats, Plan, make_plan
 from moestro.planning.shapes import SHAPES, spec_of_shape
 from moestro.planning.text_shape import expert_workspace, text_shape
+options = Options(gpu_memory="12GiB", context=512)
+asked = {"policy": options.policy, "budget": options.budget, "context": options.context}
 demo = json.loads(files("moestro").joinpath("demo/config.json").read_text())
 for name, config in {**SHAPES, "demo": demo}.items():
     SHAPES[name] = config
     spec, shape = spec_of_shape(name), text_shape(config, item_bytes=2)
     need = partial(shape.footprint, experts_bytes=expert_workspace(spec))
     facts = Facts(free_ram_bytes=2**37, free_gpu_bytes=2**34, dense_on_gpu=True)
-    plan = make_plan(spec, need, facts, formats=Formats("bf16"), policy="moestro", longest=shape.context)
+    plan = make_plan(spec, need, facts, formats=Formats("bf16"), longest=shape.context, **asked)
     assert Plan.from_json(plan.to_json()) == plan.check()
     print(name, plan.in_words())
 """

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..errors import RequestError
+from ..planning.options import DEVICE_NAMES
 from .base import Device, HeldLayer, HostBatch, Queued, StepSum
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
 from .host import HostDevice
 from .port import LayerPort
-
-DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 
 
 def make_device(name: str, link_gbps: float | None = None) -> Device:
@@ -38,4 +37,4 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     return HostDevice()
 
 
-__all__ = ["DEVICE_NAMES", "Device", "HeldLayer", "HostBatch", "LayerPort", "Queued", "StepSum", "make_device"]
+__all__ = ["Device", "HeldLayer", "HostBatch", "LayerPort", "Queued", "StepSum", "make_device"]

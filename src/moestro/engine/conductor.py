@@ -27,7 +27,6 @@ from ..compute.cpu import CpuExperts, KernelShape
 from ..compute.experts import ExpertMath
 from ..devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from ..errors import CopyError, ModelError
-from ..memory.formats import BLOCK
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
 from ..planning.check import check, check_moves
@@ -38,7 +37,6 @@ from ..planning.gpu_plan import GpuPlan
 from ..planning.slots import Transfer
 from ..planning.timeline import Timeline
 from ..planning.view import TableView
-from ..simulate.virtual import VirtualMachine
 from .copies import Copies
 from .counters import Counters, Recorder
 from .forks import StepLock, only_here
@@ -205,7 +203,7 @@ class Conductor:
         There is nothing to decide about it, so the policy is not asked; whoever calls it tells `count_held`. None of
         layers that must be decided about, and while a recorder or a timeline listens.
         """
-        if self.recorder is not None or self.timeline is not None or self.clock is not None:
+        if self.recorder is not None or self.timeline is not None or self.time.is_virtual:
             return None
         if self.policy.lookahead > 0 and not self._holds_all:
             return None  # its hidden states give guesses for a layer that is not held
@@ -253,7 +251,7 @@ class Conductor:
         ran: list[_Ran] = []
         try:
             decision = self.policy.decide(step, self.view, self.costs)
-            check(decision, step, self.view, self.spec, BLOCK)
+            check(decision, step, self.view, self.spec)
             run = functools.partial(self._run_on_device, step, decision, total, routed, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s
@@ -305,7 +303,7 @@ class Conductor:
         queued = self.device.run(self.math[step.layer], total, work, keys[0], after=after)
         self.slots.note_work(keys, queued)
         end_s = 0.0
-        if self.clock is not None:  # the wall needs no telling
+        if self.time.is_virtual:
             shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
             end_s = self.time.run_gpu(shares, after)
         ran.append(_Ran(queued, experts, end_s))
@@ -323,9 +321,9 @@ class Conductor:
         self.cpu.run(self.math[step.layer], x, work, out)
         end_s = time.perf_counter()
         self._counters.cpu_s += end_s - start_s
-        if self.timeline is not None and not isinstance(self.time, VirtualMachine):
+        if self.timeline is not None and not self.time.is_virtual:
             self.timeline.add(Lane.CPU, (step.layer, shares[0][0]), start_s, end_s, "expert")
-        if self.clock is not None:
+        if self.time.is_virtual:
             self.time.run_cpu([Share((step.layer, e), step.tokens[e], len(neurons)) for e, neurons in shares])
         return out
 
@@ -384,7 +382,7 @@ class Conductor:
     @contextmanager
     def note_on(self, timeline: Timeline) -> Iterator[None]:
         """Note what GPU, link and CPU do meanwhile."""
-        lanes = self.time if isinstance(self.time, VirtualMachine) else self.device
+        lanes = self.time.lanes_of(self.device)
         self.timeline = timeline
         lanes.trace(timeline)
         try:

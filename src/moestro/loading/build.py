@@ -295,6 +295,7 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat,
                 hidden=layout.shape.hidden,
                 block_bytes=fmt.block_bytes(layout.shape),
                 matrices=3 if layout.shape.has_gate else 2,
+                block=fmt.block,
             )
             for layout in layouts.values()
         ),

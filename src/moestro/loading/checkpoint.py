@@ -22,8 +22,8 @@ from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from ..engine.families import METHOD
 from ..errors import CheckpointError, ModelError, first_line
+from ..planning.options import METHOD
 
 DEMO = "demo"
 

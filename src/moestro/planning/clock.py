@@ -1,4 +1,4 @@
-"""The clock that a conductor works by: the wall's, or the virtual one of virtual.py."""
+"""The clock that a conductor works by: the wall's, or one that models a machine (`simulate/virtual.py`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from .contract import Expert, Lane
 from .costs import Costs
 from .slots import Transfer
+from .timeline import Timeline
 
 
 class Share(NamedTuple):
@@ -19,8 +20,23 @@ class Share(NamedTuple):
     neurons: int
 
 
+class Traced(Protocol):
+    """Lanes that can note what they do."""
+
+    def trace(self, timeline: Timeline | None) -> None:
+        """Note on a timeline what the lanes do from now on; None to stop, which fills it in."""
+
+
 class Clock(Protocol):
-    """Time, and what is queued on the lanes; told what is done so that a virtual one can charge for it."""
+    """Time, and what is queued on the lanes; told what is done so that a virtual one can charge for it.
+
+    is_virtual: it models the lanes, so that it must be told what they compute; the wall need not be.
+    """
+
+    is_virtual: bool
+
+    def lanes_of(self, device: Traced) -> Traced:
+        """The lanes that a timeline shows: the device's own, or those that the clock models."""
 
     @property
     def now_s(self) -> float:
@@ -70,8 +86,13 @@ class WallClock:
         link: None where nothing is ever copied.
     """
 
+    is_virtual = False
+
     def __init__(self, costs: Costs, link: HasQueue | None = None) -> None:
         self._costs, self._link = costs, link
+
+    def lanes_of(self, device: Traced) -> Traced:
+        return device
 
     @property
     def now_s(self) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .contract import ModelSpec
-from .costs import BLOCK, LayerSpec
+from .costs import LayerSpec
 
 TOKENS_AT_ONCE = 1024  # of one expert that go through its FFN at once: bounds the intermediate [n, F] in memory
 
@@ -135,8 +135,8 @@ def expert_workspace(spec: ModelSpec) -> Callable[[int], int]:
 
 
 def _unpacked_bytes(of: LayerSpec) -> int:
-    """Of one expert: its matrices, and what they are made from; in whole panels."""
-    return 4 * 2 * of.matrices * -(-of.neurons // BLOCK) * BLOCK * of.hidden
+    """Of one expert: its matrices, and what they are made from; in whole blocks."""
+    return 4 * 2 * of.matrices * -(-of.neurons // of.block) * of.block * of.hidden
 
 
 def text_shape(config: Mapping[str, Any], item_bytes: int | None = None) -> TextShape:

@@ -18,7 +18,7 @@ from ..planning.budget import format_bytes
 from ..planning.check import check, check_moves
 from ..planning.clock import Share
 from ..planning.contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from ..planning.costs import BLOCK, Costs
+from ..planning.costs import Costs
 from ..planning.dispatch import Found, classify, dispatch
 from ..planning.machines import Machine
 from ..planning.plan import experts_room
@@ -189,7 +189,7 @@ class _Run:
         start_s = clock.now_s
         found = classify(step, self.slots)
         decision = self.policy.decide(step, self.view, self.costs)
-        check(decision, step, self.view, self.spec, BLOCK)
+        check(decision, step, self.view, self.spec)
         moved_before = self.slots.moved_bytes
         dispatch(decision, step.layer, self.slots, self._start, partial(self._run_gpu, step, decision))
         cpu = sorted(decision.cpu.items())

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from ..errors import BudgetError
 from ..planning.budget import format_bytes
-from ..planning.clock import Share
+from ..planning.clock import Share, Traced
 from ..planning.contract import Expert, Lane, ModelSpec, Placement
 from ..planning.costs import PIECE_BYTES, Costs
 from ..planning.machines import Machine
@@ -36,6 +36,8 @@ class VirtualMachine:
     Args:
         ram_bytes: room for experts; None for all of them.
     """
+
+    is_virtual = True
 
     def __init__(
         self,
@@ -215,6 +217,9 @@ class VirtualMachine:
         self.link.busy.clear()
         if self.link.free_s > self.now_s:
             self.link.busy.append((self.now_s, self.link.free_s))  # a piece that is on its way
+
+    def lanes_of(self, device: Traced) -> Traced:
+        return self
 
     def trace(self, timeline: Timeline | None) -> None:
         """Note on a timeline what the lanes do from now on; None to stop."""

@@ -24,7 +24,8 @@ from ..machine.probe import peak_ram_bytes
 from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
 from .channels import find_channels
-from .options import TextOptions, choose
+from .choices import choose
+from .options import TextOptions
 from .settings import unusual_settings
 
 __all__ = [
