@@ -7,7 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from moestro.errors import BudgetError, ContractError, RequestError
-from moestro.planning.budget import Budget, check_fits, format_bytes, parse_bytes
+from moestro.planning.budget import Budget, format_bytes, parse_bytes
 from moestro.planning.check import check
 from moestro.planning.contract import (
     GPU0,
@@ -23,6 +23,7 @@ from moestro.planning.contract import (
     Placement,
     Step,
 )
+from moestro.planning.plan import check_fits
 from moestro.planning.policies import make_policy
 
 LAYER = LayerSpec(experts=4, neurons=160, expert_bytes=1000)

@@ -29,11 +29,11 @@ from ..devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from ..errors import CopyError, ModelError
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.budget import GpuPlan
 from ..planning.check import check, check_moves
 from ..planning.clock import Clock, Share, WallClock
 from ..planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from ..planning.dispatch import Found, classify, dispatch
+from ..planning.gpu_plan import GpuPlan
 from ..planning.slots import Transfer
 from ..planning.timeline import Timeline
 from ..planning.view import TableView

@@ -21,11 +21,13 @@ from moestro.compute.experts import ExpertMath
 from moestro.engine.families import FamilyActivation, FamilyLayout, expert_modules, post_norm_of
 from moestro.errors import BudgetError, RequestError
 from moestro.loading import gpu_need as footprint
-from moestro.loading.gpu_need import Footprint, cache_bytes, measure
+from moestro.loading.gpu_need import cache_bytes, measure
 from moestro.loading.random_model import shape_config
 from moestro.memory.allocations import StorageFollower
 from moestro.memory.formats import FORMATS
-from moestro.planning.budget import GpuPlan, Margin, parse_bytes, share_out
+from moestro.planning.budget import Margin, parse_bytes
+from moestro.planning.gpu_plan import GpuPlan, share_out
+from moestro.planning.text_shape import Footprint
 
 CPU = torch.device("cpu")
 MIB = 2**20
