@@ -10,7 +10,7 @@
 #                   Python, the wheels going first; else the package must be installed (make install)
 #   --out DIR       folder of the JSON file (default: benchmarks/results)
 #   --toy           toy sizes, to try every step in under a minute
-#   --help          this text and the options that python -m moestro.bench.device adds
+#   --help          this text and the options that python -m benchmarks.device adds
 set -euo pipefail
 
 started_in=$PWD
@@ -65,4 +65,4 @@ for folder in site.getsitepackages(): print(f"import site; site.addsitedir({fold
     --no-build-isolation --no-compile --no-cache-dir --target "$site" .
   python=$venv/bin/python
 fi
-exec "$python" -m moestro.bench.device "${passed_on[@]}"
+exec "$python" -m benchmarks.device "${passed_on[@]}"

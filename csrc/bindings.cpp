@@ -386,6 +386,8 @@ NB_MODULE(_kernels, m) {
       .def("touch", &touch, "memory"_a)
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
       .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
+  m.attr("block") = moestro::kBlock;
+  m.attr("group") = moestro::kGroup;
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -56,6 +57,9 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    passing = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]+", item.nodeid)]
+    if passing:
+        raise pytest.UsageError(f"another process would name {passing[0]} otherwise: pytest-xdist cannot share it")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

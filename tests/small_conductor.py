@@ -13,7 +13,7 @@ from moestro.compute.experts import ExpertMath
 from moestro.devices import LayerPort
 from moestro.devices.host import HostDevice
 from moestro.engine.conductor import Conductor
-from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+from moestro.memory.formats import FORMATS, ExpertFormat, ExpertShape
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
 from moestro.planning.contract import (
@@ -75,7 +75,7 @@ class Drawn(BasePolicy):
             there = view.ready_s(key, GPU0) < float("inf")
             how = self._random.choice(["cpu", "gpu", "split"])
             found, evict = (True, None) if there or how == "cpu" else place()
-            edge = self._random.choice([BLOCK, 2 * BLOCK])
+            edge = self._random.choice([FORMAT.block, 2 * FORMAT.block])
             if how == "cpu" or not found:
                 cpu[expert] = range(SHAPE.neurons)
                 continue
@@ -126,9 +126,11 @@ class Fixed(BasePolicy):
 FULL = range(SHAPE.neurons)
 
 
-def small_conductor(policy: object, slots: int, device: HostDevice) -> tuple[Conductor, list[list[dict[str, Tensor]]]]:
+def small_conductor(
+    policy: object, slots: int, device: HostDevice, fmt: ExpertFormat = FORMAT
+) -> tuple[Conductor, list[list[dict[str, Tensor]]]]:
     """A conductor over random experts, and their parts."""
-    size = FORMAT.expert_bytes(SHAPE)
+    size = fmt.expert_bytes(SHAPE)
     store = ExpertStore([[size] * EXPERTS] * LAYERS)
     parts = [
         [{name: torch.randn(s) / s[-1] ** 0.5 for name, s in SHAPE.parts.items()} for _ in range(EXPERTS)]
@@ -136,10 +138,10 @@ def small_conductor(policy: object, slots: int, device: HostDevice) -> tuple[Con
     ]
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
-            FORMAT.pack(store[layer, expert], SHAPE, parts[layer][expert])
-    spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size),) * LAYERS, 0)
+            fmt.pack(store[layer, expert], SHAPE, parts[layer][expert])
+    spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size, hidden=SHAPE.hidden, block=fmt.block),) * LAYERS, 0)
     memory = device.pool(slots, size).fill_(0xFF)
-    math = [ExpertMath(SHAPE, FORMAT, _gate)] * LAYERS
+    math = [ExpertMath(SHAPE, fmt, _gate)] * LAYERS
     with mock.patch("moestro.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
         device.pin(store.memory)
     return Conductor(spec, math, policy, device, store, SlotPool(memory)), parts  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import moestro
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 
 PLOT_SAYS = "a.svg cannot be written" if find_spec("matplotlib") else "--plot needs matplotlib"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moestro.bench import decode, llama_cpp
+from moestro.bench import decode
 from moestro.bench.decode import PROMPTS, measure_decode
-from moestro.bench.models import ALONE, OURS, _transformers_alone
+from moestro.bench.models import ALONE, OURS, ModelWorker, _transformers_alone
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
 from moestro.errors import RequestError
@@ -24,7 +24,6 @@ needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kerne
 @needs_kernels
 def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "READ_BYTES", 2**24)
-    monkeypatch.setattr(llama_cpp, "available", lambda: None)
     reports = []
     print_report = decode.DecodeReport.to_json
     monkeypatch.setattr(decode.DecodeReport, "to_json", lambda self: reports.append(self) or print_report(self))
@@ -32,7 +31,7 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "decode", *arguments])
     torch_threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        cli()
     assert not end.value.code
     assert torch.get_num_threads() == torch_threads
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -53,6 +52,22 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     assert all(value > 0 for value in printed["ratios"][ALONE].values())
     reports[0].print()
     assert "tokens per second" in capsys.readouterr().out
+
+
+@needs_kernels
+def test_other_engines_take_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As benchmarks/rivals has llama.cpp take them."""
+    monkeypatch.setattr(decode, "READ_BYTES", 2**24)
+    asked: list[tuple[str, int, int, int]] = []
+
+    def start(shape: str, bits: int, layers: int, threads: int) -> ModelWorker:
+        asked.append((shape, bits, layers, threads))
+        return ModelWorker(ALONE, shape, bits=16, layers=layers, threads=threads)
+
+    report = measure_decode("tiny", 4, layers=1, rounds=1, threads=1, alone=False, others={"another": start})
+    assert asked == [("tiny", 4, 1, 1)]
+    assert [(row.engine, row.bits) for row in report.engines] == [(OURS, 4), ("another", 4)]
+    assert report.ratios.keys() == {"another"}
 
 
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"])

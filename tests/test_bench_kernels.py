@@ -33,15 +33,34 @@ def test_rows_and_limits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         assert 0 < row.fma_share < (AMX_FLOPS if report.level == "amx" else 1.2)
         assert row.gflops == pytest.approx(row.gbps * row.tokens * 16 / BITS[row.format], rel=0.01)
     monkeypatch.setattr(kernels, "measure_kernels", lambda **_: report)
-    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", "--no-rivals", "--json"])
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", "--json"])
     with pytest.raises(SystemExit):
-        cli.main()
+        cli()
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"read_limit_gbps", "fma_limit_gflops", "rows"} <= printed.keys()
     assert {"shape", "format", "tokens", "gbps", "gflops", "share"} <= printed["rows"][0].keys()
-    assert printed["rivals"] == []
-    report.print()
-    assert "read limit" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels"])
+    with pytest.raises(SystemExit):
+        cli()
+    printed_lines = capsys.readouterr().out
+    assert "read limit" in printed_lines
+    assert "left out: 4, 16, 256 tokens; --full has them" in printed_lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens", "rounds"),
+    [((), (1, 64), 3), (("--full",), (1, 4, 16, 64, 256), 5), (("--full", "--tokens", "8", "--rounds", "1"), [8], 1)],
+)
+def test_full_measures_all(
+    arguments: tuple[str, ...], tokens: object, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+    report = kernels.KernelReport(1.0, 1.0, (), "scalar", 1)
+    monkeypatch.setattr(kernels, "measure_kernels", lambda **options: asked.append(options) or report)
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", *arguments])
+    with pytest.raises(SystemExit):
+        cli()
+    assert asked == [{"shapes": tuple(kernels.SHAPES), "tokens": tokens, "rounds": rounds, "threads": None}]
 
 
 @pytest.mark.parametrize("level", [name for name, usable in levels().items() if usable and name != "amx"])

@@ -1,4 +1,4 @@
-"""`moestro bench kernels` beside its rivals, at toy size: what is computed, what is drawn, and the rows in the JSON."""
+"""`python -m benchmarks.rivals kernels`, at toy size: what is computed, what is drawn, and the rows in the JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from moestro.bench import kernels, kt_kernel, layers
-from moestro.bench.kernels import KernelReport, KernelRow, MoeLayer
-from moestro.bench.layer_engines import OurLayer, TorchExperts
-from moestro.bench.layer_workers import FORWARDS, draw_steps
-from moestro.bench.layers import measure_rivals
+from benchmarks.rivals import __main__ as command
+from benchmarks.rivals import kt_kernel, layers
+from benchmarks.rivals.layer_engines import OurLayer, TorchExperts
+from benchmarks.rivals.layers import measure_rivals
+from benchmarks.rivals.steps import FORWARDS, draw_steps
+from moestro.bench import kernels
+from moestro.bench.kernels import MoeLayer
 from moestro.cli.bench import KERNEL_SHAPES
-from moestro.cli.main import main as cli
 from moestro.compute.cpu import levels
 from moestro.compute.experts import ExpertWork, run_experts
 from moestro.errors import RequestError
@@ -83,16 +84,10 @@ def test_the_experts_of_torch_take_turns() -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_rows_beside_the_rivals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = KernelReport(1.0, 1.0, (KernelRow("toy", "bf16", 1, 1.0, 1.0, 1.0, 1.0),), "scalar", 1)
-    asked: list[dict[str, object]] = []
-    monkeypatch.setattr(kernels, "measure_kernels", lambda **options: asked.append(options) or report)
-    arguments = ["bench", "kernels", "--shape", "toy", "--tokens", "1", "--tokens", "5", "--rounds", "1", "-t", "1"]
-    monkeypatch.setattr(sys, "argv", ["moestro", *arguments, "--json"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    assert asked == [{"shapes": ["toy"], "tokens": [1, 5], "rounds": 1, "threads": 1}]
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rivals"]
+    arguments = ["kernels", "--shape", "toy", "--tokens", "1", "--tokens", "5", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.rivals", *arguments, "--json"])
+    command.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     engines = [("torch fp32", "fp32")]
     if kt_kernel.available() is not None:
         engines.insert(0, ("kt-kernel", "int4"))
@@ -121,7 +116,7 @@ def test_what_cannot_be_measured_is_said_first(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RequestError, match="no shape 'tiny'; there are: mixtral-8x7b"):
             measure(shapes=["tiny"])
     monkeypatch.setattr(layers, "available_ram_bytes", lambda: 2**30)
-    with pytest.raises(RequestError, match=r"beside a rival needs .* but 1\.0 GiB are free; .*--no-rivals"):
+    with pytest.raises(RequestError, match=r"beside a rival needs .* but 1\.0 GiB are free; .*--shape"):
         measure_rivals()
     monkeypatch.setattr(layers, "levels", dict)
     with pytest.raises(RequestError, match="built without its kernels"):

@@ -12,7 +12,7 @@ from transformers import MixtralConfig
 
 from moestro import load
 from moestro.bench.loading import LoadReport, measure_load, write_mixtral
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches /proc")

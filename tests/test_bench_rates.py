@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from moestro.bench import rates, rates_cuda
-from moestro.bench.rates import NEED_GPU, Rates, Readers, host_buffer, measure_rates
-from moestro.bench.rates_cuda import Link, registered
+from benchmarks import rates, rates_cuda
+from benchmarks.rates import NEED_GPU, Rates, Readers, host_buffer, measure_rates
+from benchmarks.rates_cuda import Link, registered
 from moestro.compute.cpu import core_cpus
 from moestro.planning.costs import PIECE_BYTES
 

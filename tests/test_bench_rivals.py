@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moestro.bench import kt_kernel, llama_cpp, rival
-from moestro.bench.blocks import PACKINGS, STD, random_blocks
-from moestro.bench.kt_kernel import KtKernel
-from moestro.bench.llama_cpp import LlamaCpp, write_gguf
-from moestro.bench.rival import Worker
+from benchmarks import rivals
+from benchmarks.rivals import kt_kernel, llama_cpp
+from benchmarks.rivals.blocks import PACKINGS, STD, random_blocks
+from benchmarks.rivals.kt_kernel import KtKernel
+from benchmarks.rivals.llama_cpp import LlamaCpp, write_gguf
+from moestro.bench import worker
+from moestro.bench.worker import Worker
 from moestro.errors import RequestError
 
 FAKE = """
 import os, sys, time
-from moestro.bench.rival import serve
+from moestro.bench.worker import serve
 
 def start():
     os.write(1, b"a library's greeting\\n")
@@ -149,16 +151,16 @@ def test_an_answer_waits_for_idle_threads(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: slept_s)
     monkeypatch.setattr(time, "process_time", lambda: min(slept_s, 0.15))  # a thread spins for 0.15 s
-    rival.settle()
+    worker.settle()
     assert 0.15 <= slept_s <= 0.25
     monkeypatch.setattr(time, "process_time", lambda: slept_s)  # and one for ever
     with pytest.raises(RequestError, match="still spin after 1 s"):
-        rival.settle(limit_s=1.0)
+        worker.settle(limit_s=1.0)
 
 
 def test_the_rivals_are_not_imported_to_be_looked_for() -> None:
     code = (
-        "import sys\nfrom moestro.bench import kt_kernel, llama_cpp\n"
+        "import sys\nfrom benchmarks.rivals import kt_kernel, llama_cpp\n"
         "kt_kernel.available(), llama_cpp.available()\n"
         "assert not {'torch', 'gguf', 'llama_cpp', 'kt_kernel'} & set(sys.modules)\n"
     )
@@ -168,7 +170,7 @@ def test_the_rivals_are_not_imported_to_be_looked_for() -> None:
 
 
 def test_a_missing_rival_is_named_with_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rival, "find_spec", lambda name: None)
+    monkeypatch.setattr(rivals, "find_spec", lambda name: None)
     assert llama_cpp.available() is None
     assert kt_kernel.available() is None
     with pytest.raises(RequestError, match="pip install llama-cpp-python"):

@@ -467,7 +467,7 @@ def offered() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in dir(kernels):
         value = getattr(kernels, name)
-        if name.startswith("__") or hasattr(value, "__members__"):  # an enum checks its own values
+        if name.startswith("__") or hasattr(value, "__members__") or isinstance(value, int):  # an enum checks its own
             continue
         if not isinstance(value, type):
             found[name] = value

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moestro
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 from moestro.planning.budget import parse_bytes
 from moestro.planning.policies import POLICIES
 from moestro.simulate.trace import Trace

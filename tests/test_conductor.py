@@ -26,7 +26,7 @@ from moestro.devices.host import HostDevice
 from moestro.devices.link import LaneCopy, LinkLane
 from moestro.engine.routing import Routed, group_by_expert
 from moestro.errors import ContractError, CopyError
-from moestro.memory.formats import BLOCK
+from moestro.memory.formats import ExpertFormat
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
 from moestro.planning.contract import GPU0, Costs, Decision, Lane, Move, Phase, View
@@ -480,8 +480,8 @@ def test_no_host_memory_stays_registered(closed: bool) -> None:
 
 def test_an_expert_of_which_a_part_came_is_not_taken_for_a_whole_one() -> None:
     """Its copy may still be on its way when its step is over on the host."""
-    split = {"gpu": {2: range(BLOCK)}, "cpu": {2: range(BLOCK, SHAPE.neurons)}}
-    part = Move((0, 2), neurons=range(BLOCK), keep=False)
+    split = {"gpu": {2: range(64)}, "cpu": {2: range(64, SHAPE.neurons)}}
+    part = Move((0, 2), neurons=range(64), keep=False)
     with pretended_cuda() as (device, _), mock.patch("pretended_cuda.LATE_S", 0.2):
         conductor, _ = small_conductor(Fixed(Decision(**split, moves=(part,))), 2, device)
         x, weights = torch.randn(1, SHAPE.hidden), torch.ones(1, 1)
@@ -489,6 +489,26 @@ def test_an_expert_of_which_a_part_came_is_not_taken_for_a_whole_one() -> None:
         assert conductor.view.ready_s((0, 2), GPU0) == float("inf")
         assert conductor.slots.empty() == 2
         conductor.close()
+
+
+@pytest.mark.parametrize("edge", [32, 96])
+def test_an_expert_is_split_at_the_blocks_of_its_own_format(edge: int) -> None:
+    """Blocks of 32 neurons, which no kernel takes, and 96 is no edge of the others' blocks of 64."""
+    narrow = ExpertFormat(FORMAT.matrix, block=32)
+    decision = Decision(
+        gpu={2: range(edge)},
+        cpu={2: range(edge, SHAPE.neurons)},
+        moves=(Move((0, 2), neurons=range(edge), keep=False),),
+    )
+    conductor, parts = small_conductor(Fixed(decision), 1, EmulatedDevice(link_gbps=None), narrow)
+    x, index, weights = torch.randn(3, SHAPE.hidden), torch.full((3, 1), 2), torch.rand(3, 1)
+    out = conductor.run_layer(0, x, index, weights)
+    torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-4)
+    conductor.close()
+    wide, _ = small_conductor(Fixed(decision), 1, EmulatedDevice(link_gbps=None))
+    with pytest.raises(ContractError, match="not at a multiple of the block of 64"):
+        wide.run_layer(0, x, index, weights)
+    wide.close()
 
 
 def test_an_interrupt_while_a_copy_is_queued_leaves_no_slot_with_half_an_expert() -> None:
@@ -552,8 +572,8 @@ def test_held_experts_have_no_copy_in_ram() -> None:
 
 def test_a_part_of_an_expert_is_not_kept_for_the_whole() -> None:
     """A move that only some neurons belong to cannot be joined by one of all."""
-    part = Move((0, 2), neurons=range(BLOCK), keep=False)
-    split = {"gpu": {2: range(BLOCK)}, "cpu": {2: range(BLOCK, SHAPE.neurons)}}
+    part = Move((0, 2), neurons=range(64), keep=False)
+    split = {"gpu": {2: range(64)}, "cpu": {2: range(64, SHAPE.neurons)}}
     conductor, _ = small_conductor(
         Fixed(Decision(**split, moves=(part, Move((0, 2))))), 2, EmulatedDevice(link_gbps=None)
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from moestro.errors import BudgetError, ContractError, RequestError
-from moestro.planning.budget import Budget, check_fits, format_bytes, parse_bytes
+from moestro.planning.budget import Budget, format_bytes, parse_bytes
 from moestro.planning.check import check
 from moestro.planning.contract import (
     GPU0,
@@ -23,6 +23,7 @@ from moestro.planning.contract import (
     Placement,
     Step,
 )
+from moestro.planning.plan import check_fits
 from moestro.planning.policies import make_policy
 
 LAYER = LayerSpec(experts=4, neurons=160, expert_bytes=1000)
@@ -54,17 +55,17 @@ class FakeView:
 
 
 def test_a_whole_decision_passes() -> None:
-    check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(), SPEC, 64)
-    check(Decision(cpu={0: FULL}, gpu={3: FULL}), STEP, FakeView({(1, 3)}), SPEC, 64)
+    check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(), SPEC)
+    check(Decision(cpu={0: FULL}, gpu={3: FULL}), STEP, FakeView({(1, 3)}), SPEC)
 
 
 def test_an_expert_may_be_split_at_a_block_with_its_copy() -> None:
     split = Decision(
         cpu={0: FULL, 3: range(64, 160)}, gpu={3: range(64)}, moves=(Move((1, 3), neurons=range(64), keep=False),)
     )
-    check(split, STEP, FakeView(empty=1), SPEC, 64)
+    check(split, STEP, FakeView(empty=1), SPEC)
     with pytest.raises(ContractError, match="no more are empty"):
-        check(split, STEP, FakeView(), SPEC, 64)
+        check(split, STEP, FakeView(), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_an_expert_may_be_split_at_a_block_with_its_copy() -> None:
 )
 def test_a_broken_decision_is_refused(decision: Decision, says: str) -> None:
     with pytest.raises(ContractError, match=says):
-        check(decision, STEP, FakeView(), SPEC, 64)
+        check(decision, STEP, FakeView(), SPEC)
 
 
 def test_experts_behind_a_norm_are_not_split() -> None:
@@ -90,12 +91,12 @@ def test_experts_behind_a_norm_are_not_split() -> None:
     whole = ModelSpec((layer,) * 3, 0)
     decision = Decision(cpu={0: FULL, 3: range(64)}, gpu={3: range(64, 160)})
     with pytest.raises(ContractError, match="no sum over neurons"):
-        check(decision, STEP, FakeView({(1, 3)}), whole, 64)
+        check(decision, STEP, FakeView({(1, 3)}), whole)
 
 
 def test_an_expert_without_ram_copy_cannot_run_on_the_cpu() -> None:
     with pytest.raises(ContractError, match="no copy in RAM"):
-        check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(in_ram=False), SPEC, 64)
+        check(Decision(cpu={0: FULL, 3: FULL}), STEP, FakeView(in_ram=False), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_an_expert_without_ram_copy_cannot_run_on_the_cpu() -> None:
 )
 def test_a_decision_that_takes_what_it_uses_is_refused(decision: Decision, says: str) -> None:
     with pytest.raises(ContractError, match=says):
-        check(decision, STEP, FakeView({(1, 3)}, empty=2), SPEC, 64)
+        check(decision, STEP, FakeView({(1, 3)}, empty=2), SPEC)
 
 
 BOTH_ON_GPU = {0: FULL, 3: FULL}
@@ -117,13 +118,9 @@ BOTH_ON_GPU = {0: FULL, 3: FULL}
 def test_a_slot_may_be_used_again_within_a_step() -> None:
     """An expert leaves when it was computed: one that was there, or one that an earlier move brought."""
     view = FakeView({(1, 3)})
-    check(Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0), evict=(1, 3)),)), STEP, view, SPEC, 64)
-    check(
-        Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0), evict=(1, 3)), Move((2, 0), evict=(1, 0)))), STEP, view, SPEC, 64
-    )
-    check(
-        Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0)), Move((1, 3), evict=(1, 0)))), STEP, FakeView(empty=1), SPEC, 64
-    )
+    check(Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0), evict=(1, 3)),)), STEP, view, SPEC)
+    check(Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0), evict=(1, 3)), Move((2, 0), evict=(1, 0)))), STEP, view, SPEC)
+    check(Decision(gpu=BOTH_ON_GPU, moves=(Move((1, 0)), Move((1, 3), evict=(1, 0)))), STEP, FakeView(empty=1), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +134,13 @@ def test_a_slot_may_be_used_again_within_a_step() -> None:
 )
 def test_a_chain_of_moves_through_a_slot_must_hold(moves: tuple[Move, ...], says: str) -> None:
     with pytest.raises(ContractError, match=says):
-        check(Decision(gpu=BOTH_ON_GPU, moves=moves), STEP, FakeView(empty=1), SPEC, 64)
+        check(Decision(gpu=BOTH_ON_GPU, moves=moves), STEP, FakeView(empty=1), SPEC)
 
 
 def test_a_gpu_share_must_lie_within_the_neurons_that_move() -> None:
     move = Move((1, 3), neurons=range(64), keep=False)
     with pytest.raises(ContractError, match="a GPU share of this step within them"):
-        check(Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(move,)), STEP, FakeView(empty=1), SPEC, 64)
+        check(Decision(cpu={0: FULL}, gpu={3: FULL}, moves=(move,)), STEP, FakeView(empty=1), SPEC)
 
 
 def test_layer_split_holds_the_last_whole_layers() -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from moestro.compute import cpu
-from moestro.compute.cpu import CpuExperts, levels, look_up, recognize, run_linear
+from moestro.compute.activations import recognize
+from moestro.compute.cpu import CpuExperts, levels, look_up, run_linear
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
-from moestro.memory.formats import BLOCK, FORMATS, MATRIX_FORMATS, ExpertShape
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
 from packing import pack_matrix
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
@@ -69,7 +70,7 @@ def _random_step(math: ExpertMath, tokens: int) -> tuple[Tensor, list[ExpertWork
         packed = torch.full((math.format.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
         math.format.pack(packed, shape, parts)
         rows, weights = torch.randperm(tokens + 3)[:tokens], torch.rand(tokens)
-        edge = BLOCK if i == 0 and shape.neurons > BLOCK else 0
+        edge = math.format.block if i == 0 and shape.neurons > math.format.block else 0
         shares = [range(edge), range(edge, shape.neurons)] if edge else [range(shape.neurons)]
         work += [ExpertWork(packed, share, rows, weights) for share in shares]
         p = math.format.unpack(packed, shape, range(shape.neurons), torch.float64)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from moestro.bench import device, machine_card, process
-from moestro.bench.rates import Rates
+from benchmarks import device
+from benchmarks.rates import Rates
+from moestro.bench import machine_card, process
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "device.sh"

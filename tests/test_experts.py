@@ -10,8 +10,10 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
+from moestro.compute.cpu import CpuExperts, levels
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
-from moestro.memory.formats import BLOCK, FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape
+from moestro.compute.gpu import kernel_of
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape, MatrixFormat
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = [
@@ -33,23 +35,34 @@ def _expert(shape: ExpertShape, fmt: ExpertFormat) -> tuple[Tensor, dict[str, Te
     parts = {name: torch.randn(size) for name, size in shape.parts.items()}
     packed = torch.full((fmt.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
     fmt.pack(packed, shape, parts)
-    return packed, {n: p if n.endswith("bias") else _round(fmt.name, p) for n, p in parts.items()}
+    return packed, {n: p if n.endswith("bias") else _round(fmt.name, n, p) for n, p in parts.items()}
 
 
-def _round(name: str, matrix: Tensor) -> Tensor:
-    """A matrix as a format rounds it. Quantized groups are 64 columns, of gate and up as of down."""
+def _round(name: str, part: str, matrix: Tensor) -> Tensor:
+    """A matrix as a format rounds it. Quantized groups are 64 columns, of gate and up as of down.
+
+    HQQ's solver ends when the mean error of all groups that it is given together grows, so what it makes of one
+    depends on the others, of padding too: they are given to it here as the format does.
+    """
     if name in FLOATS:
         return matrix.to(FLOATS[name]).float()
-    columns = matrix.shape[1]
-    groups = torch.nn.functional.pad(matrix, (0, -columns % 64)).unflatten(1, (-1, 64))
+    rows, columns = matrix.shape
+    groups = torch.nn.functional.pad(matrix, (0, -columns % 64, 0, -rows % (16 if part == "down" else 64)))
+    groups = groups.unflatten(1, (-1, 64))  # [R, G, 64]
+    if part == "down":  # one block of neurons after another
+        groups = groups.transpose(0, 1)
     if name == "int8":
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
-        return ((groups / scale).round().clamp(-127, 127) * scale).flatten(1)[:, :columns]
-    whole, meta = Quantizer.quantize(
-        groups.flatten(0, 1), nbits=4, group_size=64, axis=1, round_zero=True, bitpack=False, device="cpu"
-    )
-    scale, zero = meta["scale"].half().float(), meta["zero"].half().float()
-    return ((whole - zero) * scale).view(matrix.shape[0], -1)[:, :columns]
+        values = ((groups / scale).nan_to_num(0.0).round().clamp(-127, 127) * scale).view_as(groups)
+    else:
+        whole, meta = Quantizer.quantize(
+            groups.flatten(0, 1), nbits=4, group_size=64, axis=1, round_zero=True, bitpack=False, device="cpu"
+        )
+        scale, zero = meta["scale"].half().float(), meta["zero"].half().float()
+        values = ((whole - zero) * scale).view_as(groups)
+    if part == "down":
+        values = values.transpose(0, 1)
+    return values.flatten(1)[:rows, :columns]
 
 
 def _float64(shape: ExpertShape, parts: dict[str, Tensor], x: Tensor, gate: Callable[..., Tensor]) -> Tensor:
@@ -108,7 +121,7 @@ def test_a_range_of_neurons_is_one_run_of_bytes(shape: ExpertShape) -> None:
     """Bytes outside `byte_range` may be anything: the neurons inside come out the same."""
     fmt = FORMATS["bf16"]
     packed, _ = _expert(shape, fmt)
-    edges = [*range(0, shape.neurons, BLOCK), shape.neurons]
+    edges = [*range(0, shape.neurons, fmt.block), shape.neurons]
     covered = 0
     for start, stop in pairwise(edges):
         neurons = range(start, stop)
@@ -148,7 +161,7 @@ def test_shares_of_an_expert_add_up(shape: ExpertShape) -> None:
     x, weights, rows = torch.randn(5, shape.hidden), torch.rand(5), torch.arange(5)
     whole, split = torch.zeros(5, shape.hidden), torch.zeros(5, shape.hidden)
     run_experts(math, x, [ExpertWork(packed, range(shape.neurons), rows, weights)], whole)
-    edges = sorted({0, BLOCK, shape.neurons} & set(range(shape.neurons + 1)))
+    edges = sorted({0, fmt.block, shape.neurons} & set(range(shape.neurons + 1)))
     shares = [range(a, b) for a, b in pairwise(edges)]
     run_experts(math, x, [ExpertWork(packed, share, rows, weights) for share in shares], split)
     assert (split - whole).norm() / whole.norm() < 1e-6
@@ -175,3 +188,45 @@ def test_many_tokens_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("moestro.compute.experts.TOKENS_AT_ONCE", 7)
     run_experts(math, x, [ExpertWork(packed, range(64), rows, weights)], pieces)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+
+
+class _Groups32:
+    """A format's groups of 32 columns instead of 64."""
+
+    group = 32
+
+
+NARROW: list[MatrixFormat] = [
+    type(f"Narrow{name}", (_Groups32, type(MATRIX_FORMATS[name])), {})() for name in ("int8", "int4")
+]
+
+
+@pytest.mark.parametrize("matrix", NARROW, ids=lambda matrix: matrix.name)
+def test_kernels_refuse_other_blocks_and_groups_and_the_twin_computes_them(matrix: MatrixFormat) -> None:
+    """Of names that kernels know, so that block and group alone tell."""
+    shape = ExpertShape(hidden=72, neurons=200)
+    for fmt in (ExpertFormat(matrix), ExpertFormat(MATRIX_FORMATS[matrix.name], block=32), ExpertFormat(matrix, 32)):
+        math = ExpertMath(shape, fmt, _silu_gate)
+        assert CpuExperts(threads=1).kernel(math) is None
+        assert kernel_of(math, torch.float32, torch.device("cpu")) is None
+        parts = {name: torch.randn(size) for name, size in shape.parts.items()}
+        packed = torch.full((fmt.expert_bytes(shape),), 0xFF, dtype=torch.uint8)
+        fmt.pack(packed, shape, parts)
+        unpacked = fmt.unpack(packed, shape, range(shape.neurons), torch.float32)
+        step = 6.0 / (254 if matrix.name == "int8" else 12)  # a group's range lies within -4.5 .. 4.5
+        for name, tensor in parts.items():
+            assert (getattr(unpacked, name) - tensor).abs().max() < step
+        x, rows, weights = torch.randn(3, shape.hidden), torch.arange(3), torch.rand(3)
+        out = torch.zeros(3, shape.hidden)
+        edge = 3 * fmt.block
+        shares = (range(edge), range(edge, shape.neurons))
+        CpuExperts(threads=1).run(math, x, [ExpertWork(packed, share, rows, weights) for share in shares], out)
+        rounded = {name: getattr(unpacked, name) for name in parts}
+        expected = _float64(shape, rounded, x, _silu_gate) * weights[:, None]
+        assert (out - expected).norm() / expected.norm() <= TOLERANCE
+
+
+def test_built_in_formats_have_the_kernels_block_and_group() -> None:
+    for name, fmt in FORMATS.items():
+        math = ExpertMath(ExpertShape(64, 64), fmt, _silu_gate)
+        assert (CpuExperts(threads=1).kernel(math) is not None) == bool(levels()), name

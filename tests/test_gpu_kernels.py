@@ -26,7 +26,7 @@ from moestro.compute.gpu import (
     workspace_bytes,
 )
 from moestro.compute.gpu import plan as plans
-from moestro.memory.formats import BLOCK, FORMATS, ExpertShape
+from moestro.memory.formats import FORMATS, ExpertShape
 from test_cpu_kernels import GATES
 
 pytest.importorskip("triton")
@@ -206,7 +206,7 @@ def test_shares_of_an_expert_add_up(name: str) -> None:
     index, weights = _choice(2, k=1)
     x = layer.x(2)
     expected = layer.expected(x, layer.work(index, weights))
-    shares = (range(BLOCK), range(BLOCK, 100))
+    shares = (range(64), range(64, 100))
     together = layer.run(plan_of(layer.kernel, layer.pool, layer.work(index, weights, shares), 2), x)
     assert layer.error(together, expected) <= _tolerance(layer.kernel)
     out = torch.ones(x.shape, device=DEVICE)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 import moestro
 from families import FAMILIES, Family, build_config, random_ids, save_model
 from moestro import MoestroError, load, load_tokenizer
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 from moestro.loading.checkpoint import wrong_prefix
 from moestro.loading.load import _auto_class
 

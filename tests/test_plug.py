@@ -99,7 +99,7 @@ def test_layer_split_runs_its_layers_where_it_says() -> None:
     layer_bytes = 8 * conductor.spec.layers[0].expert_bytes
     assert conductor.policy.first_gpu_layer == 6 - 10 * 2**20 // layer_bytes == 4
     assert conductor.store.n_bytes == 4 * layer_bytes  # held experts have no copy in RAM
-    assert conductor.slots.n_bytes == 2 * layer_bytes <= 10 * 2**20
+    assert conductor.slots.memory.numel() == 2 * layer_bytes <= 10 * 2**20
     model.generate(_ids(1, 5), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert conductor.counters.hits == 2 * 2 * 3  # two layers, top-2, three decode steps
     assert conductor.counters.misses == 4 * 2 * 3
@@ -238,5 +238,5 @@ def test_the_gpu_budget_holds_where_layers_have_experts_of_two_sizes(tmp_path: P
     needed = load(str(tmp_path), **options).moestro.gpu_plan.needed_bytes
     conductor = load(str(tmp_path), gpu_memory=needed + 900_000, **options).moestro
     assert len({layer.expert_bytes for layer in conductor.spec.layers}) == 2
-    assert 0 < conductor.slots.n_bytes <= 900_000
+    assert 0 < conductor.slots.memory.numel() <= 900_000
     conductor.close()

@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.errors import BudgetError, RequestError
-from moestro.memory.formats import BLOCK as FORMAT_BLOCK
 from moestro.planning import machines
 from moestro.planning.clock import Share
 from moestro.planning.contract import Costs, Lane, LayerSpec, ModelSpec, Phase, Step
-from moestro.planning.costs import BLOCK, PIECE_BYTES
+from moestro.planning.costs import PIECE_BYTES
 from moestro.planning.machines import Machine, costs_of, machine_named, machine_names
 from moestro.planning.policies import POLICIES, make_policy
 from moestro.planning.timeline import Timeline
@@ -425,7 +424,3 @@ def test_machines_are_data_with_sources() -> None:
         assert set(found) - {"name", "sources"} == set(found["sources"]), found["name"]
     with pytest.raises(RequestError, match="no machine 'abacus'; there are: t4-colab"):
         machine_named("abacus")
-
-
-def test_a_block_is_one_size_everywhere() -> None:
-    assert BLOCK == FORMAT_BLOCK

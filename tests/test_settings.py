@@ -18,8 +18,8 @@ from families import FAMILIES, build_model
 from moestro import load, load_tokenizer
 from moestro.errors import ModelError, MoestroError
 from moestro.text.chat import ChatSession
+from moestro.text.choices import choose
 from moestro.text.generation import TextOptions, generate_text
-from moestro.text.options import choose
 from moestro.text.settings import FOLLOWED, OURS, REFUSED, SETTINGS
 
 DEMO = Path(moestro.__file__).parent / "demo"

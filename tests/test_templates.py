@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import moestro
 from chat_templates import TEMPLATES
 from moestro import load, load_tokenizer
-from moestro.cli.main import main as cli
+from moestro.cli import main as cli
 from moestro.errors import MoestroError, RequestError
 from moestro.text.chat import ChatSession
 from moestro.text.generation import TextOptions, generate_text

@@ -5,6 +5,9 @@
     tokenizer = moestro.load_tokenizer("mistralai/Mixtral-8x7B-Instruct-v0.1")
 
 The names below are loaded when they are first used, so that `moestro --help` imports no torch.
+
+The environment variable MOESTRO_LOG (DEBUG, INFO, WARNING, ERROR or CRITICAL) says from which level on the logger
+"moestro" writes lines to standard error: see `moestro.logs`. Prompts and generated text are not logged.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ __all__ = ["MoestroConfig", "MoestroError", "__version__", "load", "load_tokeniz
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'moestro' has no attribute {name!r}")
+    from .logs import set_up_logging
+
+    set_up_logging()
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -8,9 +8,11 @@
     ├── CopyError         an expert's weights did not reach the device
     └── ContractError     a policy broke the contract with the conductor (a defect in the policy)
 
-The command line prints the line and exits with status 2; a traceback means a defect of Moestro.
+The command line prints the line and exits with status 2; an error of another kind, a defect, is one line and status 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -51,6 +53,17 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error of another library says, for one of ours."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+@contextmanager
+def faults_as(kind: type[MoestroError], found: str, remedy: str) -> Iterator[None]:
+    """Raise what fails inside, in a tokenizer's code say, as one of our errors: what was found, and what to do."""
+    try:
+        yield
+    except BaseException as error:  # it may be any Python code, or panic
+        if not is_fault(error):
+            raise
+        raise kind(f"{found} ({type(error).__name__}: {first_line(error)}); {remedy}") from error
 
 
 def refuse_gradients(x: Any) -> None:

@@ -1,4 +1,4 @@
-"""A whole random-weight model of a real shape: prefill and decode, beside Transformers alone and llama.cpp.
+"""A whole random-weight model of a real shape: prefill and decode, beside Transformers alone.
 
 Each engine loads in a process of its own, and they take turns (A B C A B C ...): one prompt of each length and
 `NEW_TOKENS` decoded tokens a turn. A figure is the median of the turns. The machine's read limit is measured in
@@ -9,11 +9,11 @@ the same run, between turns; the limit of decode is that speed over the bytes th
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,15 +25,15 @@ from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model
 from ..planning.budget import format_bytes
 from ..planning.shapes import shape_named
-from . import llama_cpp
 from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .machine_card import git_commit
 from .models import ALONE, OURS, ModelWorker
-from .rival import EngineWorker, installed
+from .worker import EngineWorker
 
 PROMPTS = (128, 512)
 CONTEXT, NEW_TOKENS = 128, 32
 READ_BYTES = 4 * 2**30
+StartEngine = Callable[[str, int, int, int], AbstractContextManager[EngineWorker]]  # shape, bits, layers, threads
 _RAM_SHARE = 0.92  # of what is free, for all engines together
 
 
@@ -89,36 +89,33 @@ def measure_decode(
     rounds: int = 5,
     threads: int | None = None,
     alone: bool = True,
+    others: Mapping[str, StartEngine] = MappingProxyType({}),
 ) -> DecodeReport:
     """Measure a shape at so many bits.
 
     Args:
         layers: cut the depth, so that all engines fit in RAM together.
         alone: Transformers alone beside ours, in bfloat16.
+        others: what starts other engines, at the same bits, by their names.
 
     Raises:
         RequestError: no kernels, no such shape, or too little RAM.
     """
     if not levels():
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
-    rival = llama_cpp.available() is not None and installed("gguf", "gguf") is not None
     depth = layers or shape_named(shape)["num_hidden_layers"]
-    _check_ram(shape, depth, [bits, *([bits] if rival else []), *([16] if alone else [])])
+    _check_ram(shape, depth, [bits, *(bits for _ in others), *([16] if alone else [])])
     count = threads or len(core_cpus())
     with ExitStack() as stack, one_torch_thread():
         engines: dict[str, tuple[int, EngineWorker]] = {}
         ours = ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count)
 
-        def add(name: str, engine_bits: int, engine: EngineWorker) -> None:
+        def add(name: str, engine_bits: int, engine: AbstractContextManager[EngineWorker]) -> None:
             engines[name] = (engine_bits, stack.enter_context(engine))
 
         add(OURS, bits, ours)
-        if rival:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path = Path(folder) / "model.gguf"
-            llama_cpp.write_gguf(path, shape, bits, depth)
-            add("llama.cpp", bits, llama_cpp.LlamaCpp(path, count))
-            path.unlink()  # it is loaded
+        for name, start in others.items():
+            add(name, bits, start(shape, bits, depth, count))
         if alone:
             add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
         return _take_turns(shape, depth, count, ours, engines, rounds)

@@ -4,8 +4,8 @@
 
 A device that does everything at once and nothing in earnest stands for the GPU, and nobody computes experts on the CPU:
 what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: checks on
-the CPU, the table of a recorded step's hits. Steps are as recorded ones (tape/), routing is drawn: a few experts are
-much more popular than others, and three in four guesses come true.
+the CPU, the table of a recorded step's hits. Steps are as recorded ones (decode/capture/), routing is drawn: a few
+experts are much more popular than others, and three in four guesses come true.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row are at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
-TOKENS = (1, 4, 16, 64, 256)
+TOKENS, FULL_TOKENS = (1, 64), (1, 4, 16, 64, 256)
+ROUNDS, FULL_ROUNDS = 3, 5
 
 
 class MoeLayer(NamedTuple):
@@ -97,11 +98,11 @@ def measure_kernels(
     *,
     shapes: Sequence[str] = tuple(SHAPES),
     tokens: Sequence[int] | None = None,
-    rounds: int = 5,
+    rounds: int = ROUNDS,
     read_bytes: int = READ_BYTES,
     threads: int | None = None,
 ) -> KernelReport:
-    """Measure all formats at the given shapes and tokens, all of `SHAPES` and `TOKENS` if none are given.
+    """Measure all formats at the given shapes and tokens, all of `SHAPES` and the few `TOKENS` if none are given.
 
     Raises:
         RequestError: no kernels were built, no such shape, or too little RAM for weights that no cache holds.

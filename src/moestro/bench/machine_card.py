@@ -15,8 +15,8 @@ import torch
 from ..compute.cpu import core_cpus
 from ..machine.probe import available_ram_bytes, cpu_model, total_ram_bytes
 from .process import finish
-from .rates import GIB
 
+GIB = 1 << 30
 QUERY_LIMIT_S = 20.0
 
 

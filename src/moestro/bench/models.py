@@ -2,7 +2,7 @@
 
     python -m moestro.bench.models moestro olmoe-1b-7b 4 16 2      engine, shape, bits, layers, threads
 
-Speaks the protocol of rival.py. Plain forward passes with a cache and random tokens: no sampling, as for llama.cpp.
+Speaks the protocol of worker.py. Plain forward passes with a cache and random tokens: no sampling.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from time import perf_counter
 from typing import Any
 
-from .rival import EngineWorker, Handlers, serve
+from .worker import EngineWorker, Handlers, serve
 
 OURS, ALONE = "moestro", "transformers"
 
@@ -34,7 +34,8 @@ class Engine:
         import torch
 
         from ..compute.cpu import runner
-        from ..loading.config import MoestroConfig  # which registers the quantizer and the experts function
+        from ..loading import plug  # noqa: F401  # registers the quantizer and the experts function
+        from ..loading.config import MoestroConfig
         from ..loading.random_model import build_random_model
 
         self._torch = torch

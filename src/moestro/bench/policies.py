@@ -208,7 +208,7 @@ def compare_by_replay(
     trace_path: str | None,
     *,
     machine: str,
-    gpu_memory: str | None,
+    gpu_memory: str | int | None,
     as_shape: str | None,
     bits: int | None,
     names: Sequence[str],
@@ -233,7 +233,7 @@ def compare_by_replay(
 
 
 def compare_live(
-    reading: Reading, *, machine: str, gpu_memory: str | None, bits: int | None, names: Sequence[str]
+    reading: Reading, *, machine: str, gpu_memory: str | int | None, bits: int | None, names: Sequence[str]
 ) -> PoliciesReport:
     """Run the model under each policy on the same tokens: on the GPU there is, or on the machine's virtual clock."""
     for name in names:

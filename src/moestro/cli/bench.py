@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import RequestError
+from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import SHAPES
-from .options import (
-    AsShape,
-    DecodeTokens,
-    DeviceName,
-    Json,
-    Model,
-    PromptTokens,
-    ReplayBits,
-    ReplayGpuMemory,
-    ReplayMachine,
-    Seed,
-    Shape,
-    Threads,
-    TraceTokens,
-    TrustRemoteCode,
-)
+from .options import DecodeTokens, Json, Model, PromptTokens, TraceTokens, takes_options
 
 TextSource = Annotated[
     str | None,
@@ -66,7 +51,9 @@ def bench_load(
 
 
 @bench.command("kernels", epilog="Example: moestro bench kernels --shape olmoe-1b-7b --tokens 1 --rounds 3")
+@takes_options(only=("threads",))
 def bench_kernels(
+    options: Options,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,52 +67,53 @@ def bench_kernels(
         typer.Option(
             metavar="N",
             min=1,
-            help="Only so many tokens; may be given several times. "
-            "[default: 1, 4, 16, 64, 256; beside kt-kernel 1, 4, 128; beside torch 16, 64, 256]",
+            help="Only so many tokens; may be given several times. [default: 1, 64; with --full 1, 4, 16, 64, 256]",
             show_default=False,
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds to take medians of.")] = 5,
-    rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Also torch's linears and, if it is installed, kt-kernel.")
-    ] = True,
-    threads: Threads = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Rounds to take medians of. [default: 3; with --full 5]", show_default=False
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="All numbers of tokens, more rounds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time the CPU kernels at three models' shapes, beside this machine's read and FMA limits.
 
-    Then beside kt-kernel, a whole MoE layer at 16 and 4 bits, and beside torch's linears, one expert in bf16 and fp32.
+    By default a selection that takes under two minutes; the report names what was left out.
     """
-    from ..bench.kernels import measure_kernels
-    from ..bench.layers import measure_rivals, print_rivals
+    from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, ROUNDS, TOKENS, measure_kernels
 
-    shapes = shape or KERNEL_SHAPES
-    beside = measure_rivals(shapes=shapes, tokens=tokens, rounds=rounds, threads=threads) if rivals else ()
-    report = measure_kernels(shapes=shapes, tokens=tokens, rounds=rounds, threads=threads)
+    counts = tokens or (FULL_TOKENS if full else TOKENS)
+    times = rounds or (FULL_ROUNDS if full else ROUNDS)
+    report = measure_kernels(shapes=shape or KERNEL_SHAPES, tokens=counts, rounds=times, threads=options.threads)
     if as_json:
-        print(json.dumps(report.to_json() | {"rivals": [asdict(row) for row in beside]}))
+        print(json.dumps(report.to_json()))
         return
     report.print()
-    if beside:
-        print_rivals(beside)
+    if left_out := sorted(set(FULL_TOKENS) - set(counts)):
+        print(f"left out: {', '.join(map(str, left_out))} tokens; --full has them, and {FULL_ROUNDS} rounds")
 
 
 @bench.command("decode", epilog="Example: moestro bench decode --shape olmoe-1b-7b --bits 4")
+@takes_options(only=("threads",))
 def bench_decode(
+    options: Options,
     shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "olmoe-1b-7b",
     bits: Annotated[int, typer.Option(metavar="N", help="Bits of all weights: 16, 8 or 4.")] = 4,
     layers: Annotated[
         int | None, typer.Option(help="Cut the depth, to fit in RAM. [default: all]", show_default=False)
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns to take medians of.")] = 5,
-    threads: Threads = None,
     alone: Annotated[bool, typer.Option(help="Also Transformers alone, in bfloat16.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Time a whole random-weight model beside Transformers alone and, if it is installed, llama.cpp."""
+    """Time a whole random-weight model beside Transformers alone."""
     from ..bench.decode import measure_decode
 
-    report = measure_decode(shape, bits, layers=layers, rounds=rounds, threads=threads, alone=alone)
+    report = measure_decode(shape, bits, layers=layers, rounds=rounds, threads=options.threads, alone=alone)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
@@ -133,10 +121,11 @@ def bench_decode(
 
 
 @bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
+@takes_options(leave_out=("dtype", "policy", "profile"))
 def bench_policies(
+    source: ModelOptions,
+    options: ReplayOptions,
     model: Model = None,
-    shape: Shape = None,
-    trust_remote_code: TrustRemoteCode = False,
     text: TextSource = None,
     trace: Annotated[
         str | None,
@@ -144,10 +133,6 @@ def bench_policies(
             metavar="FILE", help="A recorded trace instead of a model and a text. [default: none]", show_default=False
         ),
     ] = None,
-    machine: ReplayMachine = "rtx4090",
-    gpu_memory: ReplayGpuMemory = None,
-    as_shape: AsShape = None,
-    bits: ReplayBits = None,
     policy: Policies = None,
     live: Annotated[
         bool,
@@ -159,29 +144,32 @@ def bench_policies(
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
     plot: Plot = None,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
     from ..bench.policies import Reading, compare_by_replay, compare_live
 
-    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed, trust_remote_code)
+    reading = Reading(
+        model, source.shape, text, tokens, prompt_tokens, decode_tokens, source.seed, source.trust_remote_code
+    )
     names = tuple(policy or POLICIES)
     if not live:
         found = compare_by_replay(
             reading,
             trace,
-            machine=machine,
-            gpu_memory=gpu_memory,
-            as_shape=as_shape,
-            bits=bits,
+            machine=options.machine,
+            gpu_memory=options.gpu_memory,
+            as_shape=options.as_shape,
+            bits=options.bits,
             names=names,
             plot=None if plot is None else Path(plot),
         )
-    elif trace is not None or as_shape is not None or plot is not None:
+    elif trace is not None or options.as_shape is not None or plot is not None:
         raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
     else:
-        found = compare_live(reading, machine=machine, gpu_memory=gpu_memory, bits=bits, names=names)
+        found = compare_live(
+            reading, machine=options.machine, gpu_memory=options.gpu_memory, bits=options.bits, names=names
+        )
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -189,7 +177,9 @@ def bench_policies(
 
 
 @bench.command("hybrid", epilog="Example: moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB --link 12GB/s")
+@takes_options(only=("device", "threads"))
 def bench_hybrid(
+    options: Options,
     shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "mixtral-8x7b",
     gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="The most GPU memory to use.")] = "24GiB",
     bits: Annotated[
@@ -198,7 +188,6 @@ def bench_hybrid(
     layers: Annotated[
         int | None, typer.Option(help="Cut the depth, to fit in RAM. [default: all]", show_default=False)
     ] = None,
-    device: DeviceName = "auto",
     link: Annotated[
         list[str] | None,
         typer.Option(
@@ -229,7 +218,6 @@ def bench_hybrid(
         float | None,
         typer.Option(metavar="S", help="After which no policy is begun. [default: none]", show_default=False),
     ] = None,
-    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
@@ -239,7 +227,7 @@ def bench_hybrid(
 
     report = measure_hybrid(
         shape,
-        device=device,
+        device=options.device,
         gpu_memory=gpu_memory,
         bits=bits,
         layers=layers,
@@ -250,7 +238,7 @@ def bench_hybrid(
         seconds=seconds,
         uniform=uniform,
         limit_s=float("inf") if limit_s is None else limit_s,
-        threads=threads,
+        threads=options.threads,
     )
     if as_json:
         print(json.dumps(report.to_json()))
@@ -259,13 +247,14 @@ def bench_hybrid(
 
 
 @bench.command("host", epilog="Example: moestro bench host --shape olmoe-1b-7b --slots 0.5")
+@takes_options(only=("machine",))
 def bench_host(
+    options: ReplayOptions,
     shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "qwen3-30b-a3b",
     slots: Annotated[float, typer.Option(metavar="SHARE", help="Of the experts, that fit on the GPU.")] = 0.25,
     bits: Annotated[
         int | None, typer.Option(metavar="N", help="Bits of the experts' weights. [default: 16]", show_default=False)
     ] = None,
-    machine: ReplayMachine = "rtx4090",
     policy: Policies = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of 16 tokens, policies in turns.")] = 5,
     as_json: Json = False,
@@ -274,7 +263,7 @@ def bench_host(
     from ..bench.host import measure_host
 
     report = measure_host(
-        shape, slots=slots, bits=bits, machine=machine, names=policy or tuple(POLICIES), rounds=rounds
+        shape, slots=slots, bits=bits, machine=options.machine, names=policy or tuple(POLICIES), rounds=rounds
     )
     if as_json:
         print(json.dumps(report.to_json()))
@@ -283,16 +272,15 @@ def bench_host(
 
 
 @bench.command("recall", epilog="Example: moestro bench recall demo --text story.txt --plot recall.svg")
+@takes_options(leave_out=("dtype",))
 def bench_recall(
+    source: ModelOptions,
     model: Model = None,
-    shape: Shape = None,
-    trust_remote_code: TrustRemoteCode = False,
     text: TextSource = None,
     tokens: TraceTokens = 1024,
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
     plot: Plot = None,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
@@ -304,7 +292,9 @@ def bench_recall(
     if plot is not None:  # refused before the work
         plotting()
         writable(plot)
-    reading = Reading(model, shape, text, tokens, prompt_tokens, decode_tokens, seed, trust_remote_code)
+    reading = Reading(
+        model, source.shape, text, tokens, prompt_tokens, decode_tokens, source.seed, source.trust_remote_code
+    )
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))

@@ -5,57 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from importlib import metadata
-from inspect import signature
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import MoestroError, RequestError
-from ..planning.policies import DEFAULT_POLICY
+from ..errors import MoestroError, RequestError, is_fault
+from ..logs import keep_traceback, set_up_logging
+from ..planning.options import ModelOptions, Options, ReplayOptions
+from ..text.options import TextOptions
 from .bench import bench
-from .options import (
-    AsShape,
-    Bits,
-    Clock,
-    Context,
-    DecodeTokens,
-    DenseBits,
-    DeviceName,
-    Dtype,
-    ExpertBits,
-    Fuse,
-    GpuMemory,
-    HeadBits,
-    Json,
-    Link,
-    MachineName,
-    MaxNewTokens,
-    MinP,
-    Model,
-    NumBeams,
-    PackDense,
-    PolicyName,
-    Profile,
-    PromptTokens,
-    Ram,
-    RepetitionPenalty,
-    ReplayBits,
-    ReplayGpuMemory,
-    ReplayMachine,
-    Seed,
-    Shape,
-    Stop,
-    Temperature,
-    TextFile,
-    Threads,
-    TimelineFile,
-    TopK,
-    TopP,
-    TraceTokens,
-    TrustRemoteCode,
-)
+from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options
 from .terminal import (
     AnswerPrinter,
     print_figures,
@@ -66,9 +27,6 @@ from .terminal import (
     stop_on_interrupt,
     use_any_bytes,
 )
-
-if TYPE_CHECKING:
-    from ..text.generation import TextOptions
 
 app = typer.Typer(
     name="moestro",
@@ -85,47 +43,26 @@ app.add_typer(bench, name="bench")
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more; -vv logs all there is.")
+    ] = 0,
 ) -> None:
+    set_up_logging(verbose)
     if version:
         print(f"moestro {metadata.version('moestro')}")
         raise typer.Exit
 
 
 @app.command(epilog='Example: moestro run demo "Once upon a time" -n 64 --temperature 0')
+@takes_options()
 def run(
-    command: typer.Context,
+    source: ModelOptions,
+    options: TextOptions,
+    engine: Options,
     model: Model = None,
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
     ] = None,
-    shape: Shape = None,
-    trust_remote_code: TrustRemoteCode = False,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = 0,
-    stop: Stop = None,
-    num_beams: NumBeams = None,
-    gpu_memory: GpuMemory = None,
-    ram: Ram = None,
-    context: Context = None,
-    policy: PolicyName = DEFAULT_POLICY,
-    device: DeviceName = "auto",
-    link: Link = None,
-    machine: MachineName = None,
-    clock: Clock = "wall",
-    profile: Profile = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    bits: Bits = None,
-    expert_bits: ExpertBits = None,
-    dense_bits: DenseBits = None,
-    head_bits: HeadBits = None,
-    fuse: Fuse = True,
-    pack_dense: PackDense = True,
     trace: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Record what the routers choose. [default: no]", show_default=False),
@@ -134,9 +71,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Continue one prompt, streaming, and print how fast it went."""
-    if shape is not None:  # then there is no MODEL, and what stands in its place is the prompt
+    if source.shape is not None:  # then there is no MODEL, and what stands in its place is the prompt
         if prompt is not None:
-            raise RequestError(f"both MODEL ({model}) and --shape ({shape}); name one of them")
+            raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
         model, prompt = None, model
     from ..text.files import writable
     from ..text.generation import encode, generate_text
@@ -144,12 +81,12 @@ def run(
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
-    options, text = _text_options(command), read_prompt(prompt)
-    loaded, tokenizer = _load(model, shape, command)
+    text = read_prompt(prompt)
+    loaded, tokenizer = _load(model, source, engine)
     encode(tokenizer, text)  # before it is printed: it may be no text that a tokenizer takes
     if not as_json:
         print(text, end="", flush=True)
-    with recorded(loaded, target, model or shape or "", text), timed(loaded, spans):
+    with recorded(loaded, target, model or source.shape or "", text), timed(loaded, spans):
         on_text = None if as_json else print_piece
         result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
     if as_json:
@@ -160,46 +97,21 @@ def run(
 
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
+@takes_options(leave_out=("num_beams",), max_new_tokens=512)
 def chat(
-    command: typer.Context,
+    source: ModelOptions,
+    options: TextOptions,
+    engine: Options,
     model: Model = None,
-    shape: Shape = None,
-    trust_remote_code: TrustRemoteCode = False,
     system: Annotated[
         str | None, typer.Option(help="What the model is told first. [default: nothing]", show_default=False)
     ] = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = 0,
-    stop: Stop = None,
-    gpu_memory: GpuMemory = None,
-    ram: Ram = None,
-    context: Context = None,
-    policy: PolicyName = DEFAULT_POLICY,
-    device: DeviceName = "auto",
-    link: Link = None,
-    machine: MachineName = None,
-    clock: Clock = "wall",
-    profile: Profile = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    bits: Bits = None,
-    expert_bits: ExpertBits = None,
-    dense_bits: DenseBits = None,
-    head_bits: HeadBits = None,
-    fuse: Fuse = True,
-    pack_dense: PackDense = True,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from ..text.chat import ChatSession
     from ..text.templates import check_template
 
-    options = _text_options(command)
-    loaded, tokenizer = _load(model, shape, command, lambda tokenizer: check_template(tokenizer, system))
+    loaded, tokenizer = _load(model, source, engine, lambda tokenizer: check_template(tokenizer, system))
     session = ChatSession(loaded, tokenizer, options, system)
     if not session.has_template:
         say("this tokenizer has no chat template: the conversation is one text that the model continues")
@@ -225,12 +137,12 @@ def chat(
 
 
 @app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
+@takes_options(leave_out=("context", "link", "machine", "clock", "profile", "fuse", "pack_dense"))
 def trace_command(
-    command: typer.Context,
+    source: ModelOptions,
+    engine: Options,
     text: TextFile,
     model: Model = None,
-    shape: Shape = None,
-    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[
         str | None,
         typer.Option(
@@ -240,17 +152,6 @@ def trace_command(
     tokens: TraceTokens = 1024,
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
-    gpu_memory: GpuMemory = None,
-    ram: Ram = None,
-    policy: PolicyName = DEFAULT_POLICY,
-    device: DeviceName = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    bits: Bits = None,
-    expert_bits: ExpertBits = None,
-    dense_bits: DenseBits = None,
-    head_bits: HeadBits = None,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
@@ -260,8 +161,8 @@ def trace_command(
     from .replay import print_summary
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer = _load(model, shape, command)
-    name = model or shape or ""
+    loaded, tokenizer = _load(model, source, engine)
+    name = model or source.shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
     )
@@ -277,14 +178,10 @@ def trace_command(
 @app.command(
     "replay", epilog="Example: moestro replay demo.trace --policy lru --machine rtx4090 --as-shape mixtral-8x7b"
 )
+@takes_options()
 def replay_command(
+    options: ReplayOptions,
     trace: Annotated[str, typer.Argument(metavar="TRACE", help="A file that moestro trace wrote.", show_default=False)],
-    policy: PolicyName = DEFAULT_POLICY,
-    machine: ReplayMachine = "rtx4090",
-    gpu_memory: ReplayGpuMemory = None,
-    as_shape: AsShape = None,
-    bits: ReplayBits = None,
-    profile: Profile = None,
     timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
@@ -292,16 +189,7 @@ def replay_command(
     from ..text.files import writable
     from .replay import print_replay, run_replay
 
-    found = run_replay(
-        trace,
-        policy,
-        machine,
-        gpu_memory=gpu_memory,
-        shape=as_shape,
-        bits=bits,
-        profile=profile,
-        timeline=None if timeline is None else writable(timeline),
-    )
+    found = run_replay(trace, options, None if timeline is None else writable(timeline))
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -324,45 +212,38 @@ def doctor(
         print(f"{name:<{width}}  {value}")
 
 
-def _text_options(command: typer.Context) -> TextOptions:
-    from ..text.generation import TextOptions
-
-    given = {field.name: command.params.get(field.name) for field in fields(TextOptions)}
-    return TextOptions(**{name: value for name, value in given.items() if value is not None})
-
-
 def _load(
-    model: str | None, shape: str | None, command: typer.Context, check: Callable[[Any], None] = lambda tokenizer: None
+    model: str | None, source: ModelOptions, options: Options, check: Callable[[Any], None] = lambda tokenizer: None
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer, which is checked first.
-
-    What `load` takes is named among the command's options as it is there.
-    """
+    """The model and its tokenizer, which is checked first."""
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
 
-    options = {name: command.params[name] for name in signature(load).parameters.keys() & command.params.keys()}
-    options |= {"model": model, "shape": shape}
-    if options["threads"] is None:
-        options["threads"] = len(core_cpus())
-    trusted = options["trust_remote_code"]
-    tokenizer = load_tokenizer(model, shape=shape, trust_remote_code=trusted) if model or shape else None
-    if tokenizer is not None:
-        check(tokenizer)
-    loaded = load(**options)
+    if options.threads is None:
+        options = replace(options, threads=len(core_cpus()))
+    if not model and source.shape is None:
+        raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
+    tokenizer = load_tokenizer(model, shape=source.shape, trust_remote_code=source.trust_remote_code)
+    check(tokenizer)
+    loaded = load(model, **source.to_dict(), **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
     return loaded, tokenizer
 
 
 def main() -> None:
-    """Entry point: a MoestroError is one line and status 2; Ctrl-C is status 130, by typer."""
+    """Entry point: a MoestroError is one line and status 2, an unexpected error one line and 1; Ctrl-C is 130."""
     use_any_bytes()
     try:
         app()
     except MoestroError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except BaseException as error:
+        if not is_fault(error):  # an exit, or an interrupt
+            raise
+        say(f"error: {keep_traceback(error)}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

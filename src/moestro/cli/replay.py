@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..machine.measure import machine_by_name
-from ..planning.budget import format_bytes, parse_bytes
+from ..planning.budget import format_bytes
+from ..planning.options import ReplayOptions
 from ..planning.policies import make_policy
 from ..planning.timeline import Timeline
 from ..simulate.replay import PhaseFigures, Replay, replay
@@ -19,28 +20,18 @@ from ..simulate.reshape import resized
 from ..simulate.trace import Trace
 
 
-def load_trace(path: str, shape: str | None, bits: int | None) -> Trace:
-    """A trace file, at another shape's size or with experts of other bits if asked."""
-    return resized(Trace.load(Path(path)), shape, bits)
+def run_replay(path: str, options: ReplayOptions, timeline: Path | None) -> Replay:
+    """Replay a trace file, and keep what each lane did if there is a file for it."""
 
+    def load_trace(path: str) -> Trace:
+        return resized(Trace.load(Path(path)), options.as_shape, options.bits)
 
-def run_replay(
-    path: str,
-    policy: str,
-    machine: str,
-    *,
-    gpu_memory: str | None,
-    shape: str | None,
-    bits: int | None,
-    profile: str | None,
-    timeline: Path | None,
-) -> Replay:
-    """What `moestro replay` is asked for; all of them as its options are."""
-    trace = load_trace(path, shape, bits)
-    heat = None if profile is None else load_trace(profile, shape, bits).heat_for(trace.spec)
+    trace = load_trace(path)
+    heat = None if options.profile is None else load_trace(options.profile).heat_for(trace.spec)
     spans = None if timeline is None else Timeline()
-    gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-    found = replay(trace, make_policy(policy), machine_by_name(machine), gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
+    machine = machine_by_name(options.machine)
+    gpu_bytes = options.gpu_bytes
+    found = replay(trace, make_policy(options.policy), machine, gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
     if timeline is not None and spans is not None:
         spans.save(timeline)
     return found

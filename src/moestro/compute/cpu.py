@@ -2,8 +2,7 @@
 
 Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), embeddings (`look_up`) and
 norms (`rms_norm`); what goes together for a single token is in one_token.py. A layer's experts run in the kernels when
-their format, and their family's gate, is one that the kernels have, else in the torch twin. Which gate it is, is found
-by trying the family's own function on numbers, not by its name.
+these have their format and their family's gate (activations.py), else in the torch twin.
 
     CpuExperts(threads=8).run(math, x, work, out)
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,9 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat
+from .activations import Kernel, recognize
 from .eager import outside_of_graphs
-from .experts import Activation, ExpertMath, ExpertWork, run_experts
+from .experts import ExpertMath, ExpertWork, run_experts
 
 try:
     from . import _kernels as _kernels  # one_token.py has it from here
@@ -38,8 +37,6 @@ KERNEL_FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
 
 KernelShape: TypeAlias = "_kernels.Shape"  # a layer's experts, as the kernels take them
 _ROWS_AT_ONCE = 256  # of a lookup in plain torch: each takes its panel of 16 along
-
-Kernel = tuple[str, float, float, float]  # gate's name in the kernels; alpha, limit and offset of the clamped one
 
 
 class CpuExperts:
@@ -73,7 +70,7 @@ class CpuExperts:
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        if math.format.name not in KERNEL_FORMATS:
+        if kernel_format(math.format.matrix) is None or math.format.block != _kernels.block:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -97,12 +94,14 @@ class _Known:
 
 def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
     name, alpha, limit, offset = kernel
+    fmt = kernel_format(math.format.matrix)
+    assert fmt is not None
     return _kernels.Shape(
         hidden=math.shape.hidden,
         neurons=math.shape.neurons,
         has_gate=math.shape.has_gate,
         has_bias=math.shape.has_bias,
-        format=KERNEL_FORMATS[math.format.name],
+        format=fmt,
         activation=getattr(_kernels.Activation, name),
         alpha=alpha,
         limit=limit,
@@ -122,8 +121,11 @@ class Matrix:
 
     @functools.cached_property
     def linear(self) -> _kernels.Linear:
-        """As the kernels take it; ValueError if bytes or bias are not of that size."""
-        return _kernels.Linear(self.packed, KERNEL_FORMATS[self.fmt.name], self.rows, self.columns, self.bias)
+        """As the kernels take it; ValueError if they lack the format, or bytes or bias are not of that size."""
+        fmt = kernel_format(self.fmt)
+        if fmt is None:
+            raise ValueError(f"the kernels do not take matrices in {self.fmt.name}")
+        return _kernels.Linear(self.packed, fmt, self.rows, self.columns, self.bias)
 
     def __reduce__(self) -> tuple[type[Matrix], tuple[Any, ...]]:
         return Matrix, (self.packed, self.fmt, self.rows, self.columns, self.bias)  # a copy makes its own `linear`
@@ -150,7 +152,7 @@ def run_linear(matrix: Matrix, x: Tensor, *, threads: int, level: str = "") -> T
     Returns:
         [..., rows], in the dtype of `x`.
     """
-    if _kernels is None or level == "torch":
+    if kernel_format(matrix.fmt) is None or level == "torch":
         return torch.nn.functional.linear(x.float(), matrix.unpack(torch.float32), matrix.bias).to(x.dtype)
     x = _readable(x)
     out = x.new_empty((*x.shape[:-1], matrix.rows))
@@ -165,7 +167,7 @@ def look_up(table: Matrix, ids: Tensor, dtype: torch.dtype, *, threads: int, lev
     Raises:
         IndexError: it has no such row.
     """
-    if _kernels is None or level == "torch":
+    if kernel_format(table.fmt) is None or level == "torch":
         parts = []
         for rows in ids.flatten().split(_ROWS_AT_ONCE):
             if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < table.rows:
@@ -262,61 +264,14 @@ def _readable(x: Tensor) -> Tensor:
     return (x if x.dtype in FLOAT_FORMATS else x.float()).contiguous()
 
 
+def kernel_format(fmt: MatrixFormat) -> _kernels.Format | None:
+    """A format as the kernels call it; None for one that they lack, or have with groups of another size."""
+    found = KERNEL_FORMATS.get(fmt.name)
+    return None if found is None or fmt.group != _kernels.group else found
+
+
 def type_of(dtype: torch.dtype) -> _kernels.Format:
     """What the kernels call float32, float16 or bfloat16; ValueError for others."""
     if dtype not in FLOAT_FORMATS:
         raise ValueError(f"the kernels do not compute in {dtype}")
     return KERNEL_FORMATS[FLOAT_FORMATS[dtype]]
-
-
-def recognize(activation: Activation, has_gate: bool) -> Kernel | None:
-    """Which of the kernels' gates computes what `activation` does, found by trying it on numbers.
-
-    The numbers go far enough out to meet a clamp. Compared in float32, in which families compute it. None where a
-    module that it calls has hooks, since it must be called then.
-    """
-    if getattr(activation, "has_hooks", False):
-        return None
-    # A dimension of its own for each of the two, and not square, so that nothing is mixed up unnoticed.
-    gate = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([-60.0, -25.0, 25.0, 60.0])])[:, None]
-    up = torch.tensor([-60.0, -8.0, -1.0, -0.1, 0.0, 0.3, 2.0, 7.5, 60.0])[None]
-    gate, up = (part.expand(gate.shape[0], up.shape[1]).contiguous() for part in (gate, up))
-    try:
-        with torch.no_grad():
-            wanted = activation(gate, up) if has_gate else activation(None, gate)
-    except Exception as error:  # a family's function may refuse such input: then the twin calls it in earnest
-        warnings.warn(f"the gate {activation} could not be tried ({error}); it runs in plain torch", stacklevel=2)
-        return None
-    plain = {
-        "silu": torch.nn.functional.silu(gate),
-        "gelu": torch.nn.functional.gelu(gate),
-        "gelu_tanh": torch.nn.functional.gelu(gate, approximate="tanh"),
-        "relu2": torch.relu(gate).square(),
-    }
-    for name, value in plain.items():
-        if _same(wanted, value * up if has_gate else value):
-            return (name, 0.0, 0.0, 0.0)
-    return _recognize_clamped(activation, gate, up, wanted) if has_gate else None
-
-
-def _recognize_clamped(activation: Activation, gate: Tensor, up: Tensor, wanted: Tensor) -> Kernel | None:
-    """gate' * sigmoid(alpha gate') * (up' + offset), both clamped at a limit: solve for the three, then compare."""
-
-    def at(g: float, u: float) -> float:
-        return float(activation(torch.tensor([[g]], dtype=torch.float64), torch.tensor([[u]], dtype=torch.float64)))
-
-    small = 0.0625  # below any clamp
-    slope = (at(small, small) - at(small, 0.0)) / small  # small * sigmoid(alpha * small)
-    if not 0 < slope < small:
-        return None
-    alpha = float(torch.logit(torch.tensor(slope / small, dtype=torch.float64))) / small
-    offset = at(small, 0.0) / slope
-    limit = at(small, 1e6) / slope - offset
-    alpha, offset, limit = (float(f"{value:.6g}") for value in (alpha, offset, limit))
-    clamped = gate.clamp(max=limit)
-    value = clamped * torch.sigmoid(alpha * clamped) * (up.clamp(-limit, limit) + offset)
-    return ("clamped_swiglu", alpha, limit, offset) if _same(wanted, value) else None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """What one token meets in a decoder layer besides its experts, in as few calls as there are steps.
 
 In plain torch these are some forty small operations a layer, which cost more than the kernels wait for memory. Their
-twin is Transformers' own code; `fuse/` puts these in its place where they compute the same.
+twin is Transformers' own code; `decode/cpu/` puts these in its place where they compute the same.
 
 All sizes are checked by the kernels' bindings: a constructor raises ValueError for parts that do not fit each other, a
 method for a tensor that does not fit the parts. Their objects keep the tensors that they read alive.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..errors import RequestError
+from ..planning.options import DEVICE_NAMES
 from .base import Accelerator, Device
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
 from .host import HostDevice
 from .port import LayerPort
 from .work import HeldLayer, HostBatch, Queued, StepSum
-
-DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 
 
 def make_device(name: str, link_gbps: float | None = None) -> Device:
@@ -40,7 +39,6 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
 
 
 __all__ = [
-    "DEVICE_NAMES",
     "Accelerator",
     "Device",
     "HeldLayer",

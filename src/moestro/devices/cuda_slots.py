@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..compute import gpu
 from ..compute.experts import ExpertWork
-from ..memory.formats import BLOCK
 from .cuda_memory import pinned_bytes
 from .graphs import Graph, Graphs, recorded
 from .port import LayerPort
@@ -67,7 +66,7 @@ class RecordedSum(StepSum):
         entries.fill(0)
         for item in work:
             assert item.expert >= 0
-            first, stop = item.neurons.start // BLOCK, -(-item.neurons.stop // BLOCK)
+            first, stop = item.neurons.start // kernel.block, -(-item.neurons.stop // kernel.block)
             entries[item.expert] = gpu.slot_of(self.pool, item.packed), first, stop - first
 
         def run(_: Tensor) -> None:

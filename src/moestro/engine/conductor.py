@@ -27,14 +27,13 @@ from ..compute.cpu import CpuExperts, KernelShape
 from ..compute.experts import ExpertMath
 from ..devices import Device, HeldLayer, HostBatch, LayerPort, Queued, StepSum
 from ..errors import CopyError, ModelError
-from ..memory.formats import BLOCK
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.budget import GpuPlan
 from ..planning.check import check, check_moves
 from ..planning.clock import Clock, Share, WallClock
 from ..planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from ..planning.dispatch import Found, classify, dispatch
+from ..planning.gpu_plan import GpuPlan
 from ..planning.slots import Transfer
 from ..planning.timeline import Timeline
 from ..planning.view import TableView
@@ -252,7 +251,7 @@ class Conductor:
         ran: list[_Ran] = []
         try:
             decision = self.policy.decide(step, self.view, self.costs)
-            check(decision, step, self.view, self.spec, BLOCK)
+            check(decision, step, self.view, self.spec)
             run = functools.partial(self._run_on_device, step, decision, total, routed, ran)
             dispatch(decision, layer, self.slots, self._start, run)
             cpu_start_s = self.time.now_s

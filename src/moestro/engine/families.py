@@ -23,8 +23,6 @@ from ..errors import ModelError
 from ..memory.formats import ExpertShape
 from .watch import GLOBAL_HOOKS
 
-METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
-
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
 
 

@@ -1,15 +1,15 @@
-"""Plans for a model that has no weights yet, builds its conductor, and tells its expert modules.
+"""Plans for a model that has no weights yet (`plan_for`), and carries the plan out (`build`).
 
-Reads sizes off the model, asks the policy where experts start, refuses what does not fit, and allocates
-the store and the slots. What a generation needs in GPU memory besides weights is measured before there are any
-(`gpu_need.py`); the slots get what that leaves. Does not load: `plug.py` fills the homes from a checkpoint,
-`random_model.py` with random weights.
+`plan_for` gathers what a plan is made from: sizes off the model, free memory, what a generation needs besides weights
+(`gpu_need.py`); `planning/plan.py` decides. `build` only allocates the store and the slots and tells the expert
+modules. Does not load: `plug.py` fills the homes from a checkpoint, `random_model.py` with random weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +34,21 @@ from ..engine.families import (
 from ..engine.gates import find_gate
 from ..engine.steps import PREFILL_TOKENS, size_of
 from ..engine.watch import Watch
-from ..errors import BudgetError, ModelError, RequestError
+from ..errors import ModelError, RequestError
 from ..machine.measure import this_machine
 from ..machine.probe import available_ram_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.budget import Budget, GpuPlan, check_fits, format_bytes, share_out
 from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
-from ..planning.machines import THIS, Machine, machine_named
-from ..planning.policies import make_policy
-from ..simulate.replay import experts_room
+from ..planning.machines import THIS, machine_named
+from ..planning.plan import Facts, Formats, Plan, make_plan, planned_context
 from ..simulate.trace import Trace
 from ..simulate.virtual import machine_clock
 from .config import MoestroConfig
 from .context import model_context
-from .gpu_need import measure
+from .gpu_need import Need
 from .methods import give_methods
-
-DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
-
-_GPU_SHARE = 0.95  # of free GPU memory, where none was named: other programs' share changes
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -91,44 +85,82 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
     """Plan for a Transformers model on the meta device and make its conductor, `model.moestro`.
 
     Raises:
-        ModelError: no experts that we could take. BudgetError: it does not fit. RequestError: a GPU
-        budget without a GPU, or a context longer than the model's.
+        What `plan_for` does.
     """
-    context = _planned_context(model.config, config.context)
-    modules = expert_modules(model)
-    if not modules:
-        raise ModelError(why_no_experts(model.config))
-    layouts = {name: FamilyLayout.of(name, module) for name, module in modules.items()}
-    shared = [tied for tied in getattr(model, "all_tied_weights_keys", {}) if tied.rpartition(".")[0] in modules]
-    if shared:
-        raise ModelError(f"{shared[0]} is shared with another layer's experts, which Moestro does not support")
-    fmt = FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]
+    return build(plan_for(model, config, device), model, device, config.threads)
+
+
+def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
+    """The plan for a Transformers model on the meta device, from what it is and what the machine has free.
+
+    Raises:
+        ModelError: no experts that we could take. BudgetError: it does not fit. RequestError: a GPU
+        budget without a GPU, a context longer than the model's, or a profile of another model.
+    """
+    longest = model_context(model.config)
+    planned_context(longest, config.context)  # refused before the work
+    layouts = _layouts_of(model)
+    expert_format = FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]
     dense = dense_formats(model, config, device)
-    spec = _spec_of(model, modules, layouts, fmt, dense_bytes(model, dense))
-    math = [
-        ExpertMath(layouts[name].shape, fmt, FamilyActivation(module, layouts[name]), post_norm_of(module))
-        for name, module in modules.items()
-    ]
-    gpu_plan = _gpu_plan(model, spec, math, config, device, context)
-    policy, placement, machine = _plan(spec, config, device, gpu_plan)
+    spec = _spec_of(model, layouts, expert_format, dense_bytes(model, dense))
+    virtual = config.clock == "virtual"
+    machine = None if config.machine in (None, THIS) else machine_named(config.machine)
+    free_gpu_bytes = None if device.accelerator is None else device.memory_bytes()
+    if free_gpu_bytes is not None and device.is_pretended:  # it has what is asked of it
+        free_gpu_bytes = max(free_gpu_bytes, config.budget.gpu_bytes or 0)
+    facts = Facts(
+        free_ram_bytes=available_ram_bytes() if config.budget.ram_bytes is None else config.budget.ram_bytes,
+        free_gpu_bytes=free_gpu_bytes,
+        margin=device.margin,
+        dense_on_gpu=device.torch_device.type != "cpu",
+        machine=this_machine(device, config.threads) if virtual and machine is None else machine,
+    )
+    decide = partial(
+        make_plan,
+        spec,
+        facts=facts,
+        formats=Formats(expert_format.name, *(() if dense is None else (dense.other.name, dense.head.name))),
+        policy=config.policy,
+        budget=config.budget,
+        context=config.context,
+        longest=longest,
+        heat=None if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec),
+        virtual=virtual,
+    )
+    need = Need(model, _math_of(model, layouts, expert_format), device.torch_device)
+    plan = decide(footprint=need.measured)
+    if plan.gpu is not None:
+        need.say_if_changed(decide(footprint=need.estimated), plan)
+    if plan.check().machine is None and plan.placement.slots:
+        plan = replace(plan, machine=this_machine(device, config.threads))
+    return plan
+
+
+def build(plan: Plan, model: Any, device: Device, threads: int | None = None) -> Conductor:
+    """Carry out a plan for a model on the meta device: allocate the store and the slots, make `model.moestro`.
+
+    Decides and measures nothing.
+
+    Args:
+        threads: of the CPU's kernels; None for one on each physical core.
+    """
+    layouts, spec, placement = _layouts_of(model), plan.spec, plan.placement
+    modules = expert_modules(model)
     store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
-    cpu = CpuExperts(config.threads)
+    cpu = CpuExperts(threads)
     first_touch(store.memory, cpu.threads)
-    if placement.slots and device.accelerator is not None:
-        device.accelerator.pin(store.memory)
-    slots = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
     conductor = Conductor(
         spec=spec,
-        math=math,
-        policy=policy,
+        math=_math_of(model, layouts, FORMATS[plan.formats.experts]),
+        policy=plan.decider,
         device=device,
         store=store,
-        slots=SlotPool(slots, placement.held, placement.warm),
+        slots=_slots(spec, placement, store, device),
         cpu=cpu,
-        costs=Costs() if machine is None else machine.costs,
+        costs=plan.costs,
         gates=[find_gate(model, name) for name in modules],
-        clock=machine_clock(spec, placement, machine) if machine is not None and config.clock == "virtual" else None,
-        gpu_plan=None if gpu_plan is None else replace(gpu_plan, experts=slots.shape[0], expert_bytes=slots.numel()),
+        clock=machine_clock(spec, placement, plan.machine) if plan.virtual and plan.machine is not None else None,
+        gpu_plan=plan.gpu,
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
@@ -151,10 +183,7 @@ def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert
     placement = policy.place(old.spec, room_bytes, heat)
     old.let_go_of_slots()  # gives their memory back before the next is taken
     forget_steps(model)
-    if placement.slots and old.device.accelerator is not None:
-        old.device.accelerator.pin(old.store.memory)
-    memory = old.device.pool(len(placement.held) + placement.slots, old.spec.slot_bytes)
-    slots = SlotPool(memory, placement.held, placement.warm)
+    slots = _slots(old.spec, placement, old.store, old.device)
     for expert in placement.held:
         source = old.store[expert]
         slots[expert][: source.numel()].copy_(source)
@@ -165,81 +194,12 @@ def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert
     return conductor
 
 
-def _plan(
-    spec: ModelSpec, config: MoestroConfig, device: Device, gpu_plan: GpuPlan | None
-) -> tuple[Policy, Placement, Machine | None]:
-    """Who decides, where experts start, and the machine that is reckoned with, where one is needed.
-
-    On a virtual clock experts get all that the dense part leaves, as in a replay, which knows no KV cache: the two
-    are compared at equal budgets.
-
-    Raises:
-        BudgetError: it does not fit. RequestError: a GPU budget without a GPU, or a profile of another model.
-    """
-    budget, policy = config.budget, make_policy(config.policy)
-    machine = None if config.machine in (None, THIS) else machine_named(config.machine)
-    dense_on_gpu = device.torch_device.type != "cpu"
-    room_bytes = 0 if gpu_plan is None else gpu_plan.left_bytes
-    if config.clock == "virtual":
-        machine = machine or this_machine(device, config.threads)
-        room_bytes = experts_room(spec, machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
-    heat = {} if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec)
-    placement = policy.place(spec, room_bytes, heat)
-    check_fits(
-        spec,
-        placement,
-        gpu_bytes=room_bytes + (spec.dense_bytes if dense_on_gpu else 0),
-        ram_bytes=available_ram_bytes() if budget.ram_bytes is None else budget.ram_bytes,
-        dense_on_gpu=dense_on_gpu,
-        ram_named=budget.ram_bytes is not None,
-    )
-    if machine is None and placement.slots:
-        machine = this_machine(device, config.threads)
-    return policy, placement, machine
-
-
-def _gpu_plan(
-    model: Any, spec: ModelSpec, math: Sequence[ExpertMath], config: MoestroConfig, device: Device, context: int
-) -> GpuPlan | None:
-    """How the GPU's memory is shared out before there are experts; None without a GPU and on a virtual clock.
-
-    Raises:
-        BudgetError: not even the dense part, the KV cache and the activations fit. RequestError: a GPU budget
-        without a GPU.
-    """
-    if config.clock == "virtual":
-        return None
-    gpu_bytes = _gpu_bytes(config.budget, device)
-    if device.accelerator is None:
-        return None
-
-    def plan_for(tokens: int) -> GpuPlan:
-        need = measure(model, math, tokens, device.torch_device)
-        return GpuPlan(
-            budget_bytes=gpu_bytes,
-            dense_bytes=spec.dense_bytes,
-            context=tokens,
-            kv_bytes=need.kv_bytes,
-            activation_bytes=need.activation_bytes,
-            measured=need.measured,
-        )
-
-    named = config.budget.gpu_bytes is not None
-    return share_out(gpu_bytes, device.margin, context, plan_for, named=named, context_named=config.context is not None)
-
-
-def _planned_context(config: Any, asked: int | None) -> int:
-    """Tokens of prompt and answer that GPU memory is planned for.
-
-    Raises:
-        RequestError: more than the model can read.
-    """
-    longest = model_context(config)
-    if asked is None:
-        return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if longest is not None and asked > longest:
-        raise RequestError(f"--context {asked}, but the model's context is {longest}; ask for less")
-    return asked
+def _slots(spec: ModelSpec, placement: Placement, store: ExpertStore, device: Device) -> SlotPool:
+    """The slots of a placement in a device's memory; the store is pinned where copies will come from it."""
+    if placement.slots and device.accelerator is not None:
+        device.accelerator.pin(store.memory)
+    memory = device.pool(len(placement.held) + placement.slots, spec.slot_bytes)
+    return SlotPool(memory, placement.held, placement.warm)
 
 
 def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
@@ -295,21 +255,43 @@ def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFor
     )
 
 
-def _spec_of(
-    model: Any, modules: Mapping[str, Any], layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat, dense: int
-) -> ModelSpec:
+def _layouts_of(model: Any) -> dict[str, FamilyLayout]:
+    """By the name of each experts module, how it writes its weights down.
+
+    Raises:
+        ModelError: there are none, or none that we could take.
+    """
+    modules = expert_modules(model)
+    if not modules:
+        raise ModelError(why_no_experts(model.config))
+    layouts = {name: FamilyLayout.of(name, module) for name, module in modules.items()}
+    shared = [tied for tied in getattr(model, "all_tied_weights_keys", {}) if tied.rpartition(".")[0] in modules]
+    if shared:
+        raise ModelError(f"{shared[0]} is shared with another layer's experts, which Moestro does not support")
+    return layouts
+
+
+def _math_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat) -> list[ExpertMath]:
+    return [
+        ExpertMath(layouts[name].shape, fmt, FamilyActivation(module, layouts[name]), post_norm_of(module))
+        for name, module in expert_modules(model).items()
+    ]
+
+
+def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat, dense: int) -> ModelSpec:
     return ModelSpec(
         layers=tuple(
             LayerSpec(
-                experts=layouts[name].experts,
-                neurons=layouts[name].shape.neurons,
-                expert_bytes=fmt.expert_bytes(layouts[name].shape),
-                splittable=not layouts[name].post_norm,
-                hidden=layouts[name].shape.hidden,
-                block_bytes=fmt.block_bytes(layouts[name].shape),
-                matrices=3 if layouts[name].shape.has_gate else 2,
+                experts=layout.experts,
+                neurons=layout.shape.neurons,
+                expert_bytes=fmt.expert_bytes(layout.shape),
+                splittable=not layout.post_norm,
+                hidden=layout.shape.hidden,
+                block_bytes=fmt.block_bytes(layout.shape),
+                matrices=3 if layout.shape.has_gate else 2,
+                block=fmt.block,
             )
-            for name in modules
+            for layout in layouts.values()
         ),
         dense_bytes=dense,
         dense_weights=dense_weights(model),
@@ -337,17 +319,3 @@ def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
     if bits is None:
         return FLOAT_FORMATS[dtype]
     return f"int{bits}" if bits < 16 else "fp16" if dtype == torch.float16 else "bf16"
-
-
-def _gpu_bytes(budget: Budget, device: Device) -> int:
-    free_bytes = device.memory_bytes()
-    if budget.gpu_bytes is None:
-        return int(free_bytes * _GPU_SHARE)
-    if device.accelerator is None:
-        raise RequestError("--gpu-memory was given, but there is no GPU here; leave it out or use --device emulated")
-    if not device.is_pretended and budget.gpu_bytes > free_bytes:
-        raise BudgetError(
-            f"--gpu-memory asks for {format_bytes(budget.gpu_bytes)}, but {format_bytes(free_bytes)} are free on the "
-            "GPU; ask for less or free some"
-        )
-    return budget.gpu_bytes

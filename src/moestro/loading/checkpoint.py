@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from ..engine.families import METHOD
 from ..errors import CheckpointError, ModelError, first_line
+from ..planning.options import METHOD
 
 DEMO = "demo"
 
@@ -30,7 +31,7 @@ DEMO = "demo"
 def resolve(model: str) -> str:
     """The folder or hub id that a model's name stands for."""
     if model == DEMO:
-        return str(Path(__file__).parent / "demo")
+        return str(files("moestro") / "demo")
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)

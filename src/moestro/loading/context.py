@@ -10,31 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..planning.text_shape import context_of
+
 
 def model_context(config: Any) -> int | None:
     """The most tokens of prompt and answer together; None where the config names no length.
 
-    Every kind of RoPE scaling stretches the length that it was trained with, `original_max_position_embeddings`, by
-    its `factor`. Some checkpoints write the stretched length into `max_position_embeddings`, some leave it as it was,
-    so the context is the longer of the two.
-
     Args:
         config: of a model, or of the whole around a text model.
     """
-    text = config.get_text_config()
-    named: int | None = getattr(text, "max_position_embeddings", None)
-    if not named:
-        return None
-    lengths = [named]
-    for rope in _ropes(text):
-        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or named
-        if factor and rope.get("rope_type", rope.get("type")) != "default":  # which knows no factor
-            lengths.append(int(original * factor))
-    return max(lengths)
-
-
-def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The RoPE parameters of a config: one dict, or one for each type of layer that has any."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]
+    return context_of(config.get_text_config().to_dict())

@@ -11,8 +11,8 @@ end of its last tensor, so the peak is what the operations ask for, not an estim
 - the choice of a token, by Transformers' own samplers.
 
 What it does not see: what a kernel allocates inside itself, and what the allocator loses to fragments; `Margin` is for
-these. Where a forward cannot run without values (it asks for an element, or counts what is nonzero), `_estimate` does
-arithmetic on the config instead and says so.
+these. Where a forward cannot run without values (it asks for an element, or counts what is nonzero), the closed form of
+`planning/text_shape.py` is taken instead, and said to be.
 
     measure(model, math, 4096).kv_bytes
 
@@ -44,32 +44,37 @@ from ..compute import gpu
 from ..compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
 from ..engine.families import expert_modules
 from ..memory.allocations import META, StorageFollower, TooLong
+from ..planning.plan import Plan
+from ..planning.text_shape import Footprint, text_shape
 
 logger = logging.getLogger("moestro")
 
 MOST_CALLS = 100_000  # of operations, some 3 s; beyond, shorter contexts are measured and a line is drawn through them
 _SHORT = (64, 128)  # their lengths: one and two chunks of a recurrent layer
-_LOGIT_BYTES = 48  # of each logit while a token is chosen: float32 copies, sorted values, int64 indices
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes that one sequence of `context` tokens needs besides weights.
+class Need:
+    """What contexts of a model on the meta device need: by the closed form of its config, or measured."""
 
-    kv_bytes: the cache when it is full. prefill_bytes, decode_bytes: the most at once beside that, while a prompt of
-    the whole context is read and while one token is added to a full cache. measured: False of an estimate.
-    """
+    model: Any
+    math: Sequence[ExpertMath]
+    device: torch.device
 
-    context: int
-    kv_bytes: int
-    prefill_bytes: int
-    decode_bytes: int
-    measured: bool = True
+    def measured(self, context: int) -> Footprint:
+        """As `measure` finds it."""
+        return measure(self.model, self.math, context, self.device)
 
-    @property
-    def activation_bytes(self) -> int:
-        """The most at once beside the cache."""
-        return max(self.prefill_bytes, self.decode_bytes)
+    def estimated(self, context: int) -> Footprint:
+        """By arithmetic on the config."""
+        with META:
+            return _estimate(self.model, self.math, context, self.device)
+
+    @staticmethod
+    def say_if_changed(estimated: Plan, measured: Plan) -> None:
+        """Log it where measuring changed whether a plan fits, or how long its context is."""
+        if (before := estimated.verdict()) != (after := measured.verdict()):
+            logger.info("by the config alone %s on the GPU; measured, %s", before, after)
 
 
 def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
@@ -90,7 +95,7 @@ def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.
         line = next(iter(str(error).splitlines()), type(error).__name__)
         logger.info("GPU memory is estimated: the forward of %s needs values (%s)", model.config.model_type, line[:80])
     with META:
-        return _estimate(model.config.get_text_config(), math, context, device)
+        return _estimate(model, math, context, device)
 
 
 def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
@@ -299,35 +304,12 @@ def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors_in(part, seen)
 
 
-def _estimate(config: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
-    """Arithmetic on a config, high rather than low.
+def _estimate(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
+    """The closed form of `planning/text_shape.py`, with what our experts were found to need."""
+    shape = text_shape(model.config.to_dict(), model.dtype.itemsize)
 
-    The cache: a key and a value of the widest head for each token, layer and key head. While a prompt is read: 12
-    vectors as wide as the model (in each residual stream), 4 as wide as all heads together and 4 as wide as a dense
-    layer's inside, for each token; the experts as in `experts_need`; four matrices tokens x tokens, of each head where
-    attention is not fused; in linear attention what a token keeps of the 64 of its chunk, six numbers a head, or three
-    of each of a head's channels where these decay apart; the logits, 48 bytes each. A decode step: that of one token.
-    """
-    values = config.to_dict()
+    def experts_bytes(tokens: int) -> int:
+        return max(experts_need(one, torch.empty(tokens, one.shape.hidden), device) for one in unlike)
 
-    def most(*names: str) -> int:
-        return max((values[name] for name in names if isinstance(values.get(name), int)), default=0)
-
-    item: int = (config.dtype or torch.get_default_dtype()).itemsize
-    layers, width, heads = most("num_hidden_layers"), most("hidden_size"), most("num_attention_heads") or 1
-    head = max(most("head_dim", "global_head_dim", "v_head_dim"), most("qk_nope_head_dim") + most("qk_rope_head_dim"))
-    head = head or width // heads
-    kv_heads = most("num_key_value_heads", "num_global_key_value_heads") or heads
-    inside = most("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-    streams = most("hc_mult", "hc_count") or 1
-    linear = 64 * max(6 * most("linear_num_value_heads"), 3 * most("linear_num_heads") * most("linear_head_dim"))
-    scores = 4 * (heads if config._attn_implementation == "eager" else 1)
-
-    def activations(tokens: int) -> int:
-        vectors = tokens * (item * (12 * width * streams + 4 * heads * head + 4 * inside) + 4 * linear)
-        experts = max(experts_need(one, torch.empty(tokens, one.shape.hidden), device) for one in math)
-        sums = 8 * tokens * width
-        return vectors + experts + sums + scores * 4 * tokens * context + _LOGIT_BYTES * most("vocab_size")
-
-    kv_bytes = 2 * layers * kv_heads * head * item * context
-    return Footprint(context, kv_bytes, activations(context), activations(1), measured=False)
+    unlike = {(one.shape, one.format.name, one.post_norm is None): one for one in math}.values()  # layers are alike
+    return shape.footprint(context, experts_bytes, scores_of_two_widths=device.type == "cpu")

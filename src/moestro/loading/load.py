@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from ..engine.families import METHOD
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
-from ..planning.policies import DEFAULT_POLICY
+from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
 from .checkpoint import check_files, read_config, refuse_code, resolve, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
@@ -41,53 +41,17 @@ from .random_model import build_random_model, shape_tokenizer
 
 logger = logging.getLogger("moestro")
 
-_DTYPES = {
-    "auto": "auto",
-    **dict.fromkeys(("float32", "fp32"), torch.float32),
-    **dict.fromkeys(("float16", "fp16"), torch.float16),
-    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
-}
 
-
-def load(
-    model: str | None = None,
-    *,
-    shape: str | None = None,
-    gpu_memory: str | int | None = None,
-    ram: str | int | None = None,
-    context: int | None = None,
-    policy: str = DEFAULT_POLICY,
-    device: str = "auto",
-    link: str | float | None = None,
-    machine: str | None = None,
-    clock: str = "wall",
-    profile: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    threads: int | None = None,
-    bits: int | None = None,
-    expert_bits: int | None = None,
-    dense_bits: int | None = None,
-    head_bits: int | None = None,
-    fuse: bool = True,
-    pack_dense: bool = True,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+@shows_options(ModelOptions, Options)
+def load(model: str | None = None, **options: Any) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts in Moestro's hands.
 
     Args:
         model: a folder, a hub id, or "demo", the small model that ships with the package.
-        shape: instead of a model, a shape of `moestro.planning.shapes` with random weights from `seed`.
-        gpu_memory, ram: the most memory to use, like "12GiB"; None for what is free.
-        policy: who decides which expert runs where; see `moestro.planning.policies`.
-        device: "auto", "cpu", "cuda" or "emulated" (a pretended GPU, for tests).
-        context, link, machine, clock, profile, fuse, pack_dense: see `MoestroConfig`.
-        dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or torch's own.
-        threads: of our kernels and of torch, for the whole process; None for one on each core, and torch's as is.
-        bits: of the weights, 16, 8 or 4; None for the checkpoint's own dtype.
-        expert_bits, dense_bits, head_bits: the same for experts, for dense layers, and for the output head with
-            the embedding; None for `bits`. Below 16, dense layers and head need `device="cpu"`.
-        trust_remote_code: run code that the checkpoint brings. Without it none is run and nothing asks.
+        {options}
+
+    `dtype` may be torch's own, too. `threads` also sets torch's own threads, for the whole process; None leaves them
+    as they are.
 
     Returns:
         The Transformers model, in eval mode; its conductor is the attribute `moestro`.
@@ -95,25 +59,22 @@ def load(
     Raises:
         MoestroError: one line on what was found, what was needed and what to do.
     """
-    config = MoestroConfig(
-        gpu_memory=gpu_memory,
-        ram=ram,
-        context=context,
-        policy=policy,
-        device=device,
-        link=link,
-        machine=machine,
-        clock=clock,
-        profile=profile,
-        threads=threads,
-        bits=bits,
-        expert_bits=expert_bits,
-        dense_bits=dense_bits,
-        head_bits=head_bits,
-        fuse=fuse,
-        pack_dense=pack_dense,
-    )
-    return _load(model, shape, config, _parse_dtype(dtype), seed, trust_remote_code)
+    of_source = [one.name for one in fields(ModelOptions)]
+    check_names(options, [*of_source, *(one.name for one in fields(Options))])
+    if isinstance(options.get("dtype"), torch.dtype):
+        options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+    source = ModelOptions(**{name: options.pop(name) for name in of_source if name in options})
+    config = MoestroConfig(**options)
+    if (model is None) == (source.shape is None):
+        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
+    logger.info("loading %s with %s", model or source.shape, config)
+    if config.threads is not None:
+        set_torch_threads(config.threads)
+    dtype = "auto" if source.dtype == "auto" else getattr(torch, DTYPES[source.dtype])
+    if source.shape is not None:
+        return build_random_model(source.shape, config, dtype=dtype, seed=source.seed)
+    assert model is not None
+    return _load_checkpoint(model, config, dtype, source.trust_remote_code)
 
 
 def load_tokenizer(
@@ -140,27 +101,6 @@ def load_tokenizer(
             f"{model} has no tokenizer that Transformers can read; put its tokenizer.json beside the weights "
             f"({first_line(error)})"
         ) from error
-
-
-def _load(
-    model: str | None, shape: str | None, config: MoestroConfig, dtype: Any, seed: int, trust_remote_code: bool
-) -> PreTrainedModel:
-    if (model is None) == (shape is None):
-        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
-    if config.threads is not None:
-        set_torch_threads(config.threads)
-    if shape is not None:
-        return build_random_model(shape, config, dtype=dtype, seed=seed)
-    assert model is not None
-    return _load_checkpoint(model, config, dtype, trust_remote_code)
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> Any:
-    if dtype in _DTYPES.values():
-        return dtype
-    if dtype not in _DTYPES:
-        raise RequestError(f"no dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
 
 
 def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, trust_remote_code: bool) -> Any:

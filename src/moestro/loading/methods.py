@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..decode.cpu.dense import Packed, PackedEmbedding
-from ..engine.families import METHOD, expert_modules
+from ..engine.families import expert_modules
 from ..errors import ModelError
+from ..planning.options import METHOD
 
 _WRITES = "its weights are packed for this machine; copy the original checkpoint"
 _CONVERTS = "its weights are packed in one format and one place; load it again with dtype=, bits= or device="

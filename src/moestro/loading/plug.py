@@ -20,8 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 from ..compute.eager import outside_of_graphs
 from ..decode.capture import current_recording
 from ..devices import Device, make_device
-from ..engine.families import METHOD, expert_modules
+from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError, refuse_gradients
+from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
 from .config import MoestroConfig
 

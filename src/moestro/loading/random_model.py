@@ -25,9 +25,9 @@ from transformers.utils.logging import tqdm
 from ..compute.experts import ExpertMath
 from ..devices import make_device
 from ..engine.conductor import Conductor
-from ..engine.families import METHOD, expert_modules
+from ..engine.families import expert_modules
 from ..engine.gates import find_router
-from ..memory.formats import BLOCK
+from ..planning.options import METHOD
 from ..planning.shapes import shape_named
 from .build import attach, home, pack_rest
 from .config import MoestroConfig
@@ -104,13 +104,14 @@ def _fill_experts(conductor: Conductor) -> None:
     layers as an expert has blocks.
     """
     math, count = conductor.math[0], conductor.spec.layers[0].experts
+    fmt, shape = math.format, math.shape
     base = [_random_expert(math) for _ in range(count)]
     for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
-        turn = math.format.byte_range(math.shape, range(layer % math.shape.blocks * BLOCK)).stop
-        end = math.format.byte_range(math.shape, range(math.shape.neurons // BLOCK * BLOCK)).stop
+        turn = fmt.byte_range(shape, range(layer % fmt.blocks(shape) * fmt.block)).stop
+        end = fmt.byte_range(shape, range(shape.neurons // fmt.block * fmt.block)).stop
         for expert in range(count):
             source, target = base[(expert + layer) % count], home(conductor, layer, expert)
-            if math.shape.neurons % BLOCK or not turn:
+            if shape.neurons % fmt.block or not turn:
                 target.copy_(source)
                 continue
             target[: end - turn].copy_(source[turn:end])

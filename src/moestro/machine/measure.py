@@ -1,6 +1,6 @@
 """This machine's rates, measured quickly: what a policy reckons with when no `--machine` is named.
 
-About a second; `moestro.bench.rates` measures more, and longer. A rate measured alone lies where CPU and link share the
+About a second; benchmarks/rates.py measures more, and longer. A rate measured alone lies where CPU and link share the
 RAM, so the CPU's rate beside the link is taken as what remains of its own.
 """
 

@@ -58,11 +58,6 @@ class SlotPool(SlotTable):
         """The bytes of a slot: uint8 [slot_bytes] on the device."""
         return self._rows[index]
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of device memory that the pool takes."""
-        return self.memory.numel()
-
     def fill_warm(self, expert: Expert, copy: SlotCopy) -> None:
         """The copy of a warm expert has begun."""
         slot = self._where[expert]

@@ -10,14 +10,14 @@ from .contract import GPU0, RAM, Decision, Expert, LayerSpec, ModelSpec, Move, S
 _INF = float("inf")
 
 
-def check(decision: Decision, step: Step, view: View, spec: ModelSpec, block: int) -> None:
+def check(decision: Decision, step: Step, view: View, spec: ModelSpec) -> None:
     """Refuse a decision that would compute a neuron twice, never, or from a slot that is not there.
 
     Raises:
         ContractError: naming the policy's mistake, the layer and the expert.
     """
     layer, where = spec.layers[step.layer], f"layer {step.layer}"
-    _check_shares(decision, step, layer, block, where)
+    _check_shares(decision, step, layer, where)
     _check_drops(decision, step, where)
     arriving = check_moves(decision.moves, view, spec, where, step=step, decision=decision)
     for expert in decision.gpu:
@@ -127,7 +127,7 @@ def _check_drops(decision: Decision, step: Step, where: str) -> None:
             raise ContractError(f"{where}: expert {expert} is given to the GPU and taken from it in one decision")
 
 
-def _check_shares(decision: Decision, step: Step, layer: LayerSpec, block: int, where: str) -> None:
+def _check_shares(decision: Decision, step: Step, layer: LayerSpec, where: str) -> None:
     """Refuse shares that do not tile each active expert's neurons."""
     gpu, cpu, whole = decision.gpu, decision.cpu, range(layer.neurons)
     if strangers := (gpu.keys() | cpu.keys()) - step.tokens.keys():
@@ -137,10 +137,10 @@ def _check_shares(decision: Decision, step: Step, layer: LayerSpec, block: int, 
         if (on_gpu is None or on_cpu is None) and (on_gpu or on_cpu) == whole:
             continue  # as most are
         found = [share for share in (on_gpu, on_cpu) if share is not None]
-        _check_tiling(found, layer, block, f"{where}, expert {expert}")
+        _check_tiling(found, layer, f"{where}, expert {expert}")
 
 
-def _check_tiling(shares: Iterable[range], layer: LayerSpec, block: int, where: str) -> None:
+def _check_tiling(shares: Iterable[range], layer: LayerSpec, where: str) -> None:
     spans = sorted((share.start, share.stop) for share in shares)
     if len(spans) > 1 and not layer.splittable:
         raise ContractError(f"{where}: split, but a norm follows the expert, so its output is no sum over neurons")
@@ -148,8 +148,8 @@ def _check_tiling(shares: Iterable[range], layer: LayerSpec, block: int, where: 
     for start, stop in spans:
         if start != edge or stop <= start:
             raise ContractError(f"{where}: neurons {start}..{stop} follow {edge}; every neuron needs one computer")
-        if stop % block and stop != layer.neurons:
-            raise ContractError(f"{where}: split at neuron {stop}, not at a multiple of the block of {block}")
+        if stop % layer.block and stop != layer.neurons:
+            raise ContractError(f"{where}: split at neuron {stop}, not at a multiple of the block of {layer.block}")
         edge = stop
     if edge != layer.neurons:
         raise ContractError(f"{where}: neurons {edge}..{layer.neurons} have no computer")

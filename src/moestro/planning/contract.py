@@ -4,7 +4,7 @@ A policy sees a `Step` (what one MoE layer was asked for), a read-only `View` (w
 `Costs` (what this machine was measured to do), and returns a `Decision`. It imports neither torch nor
 anything that moves weights, so the same object runs live and in a replay. It does not know which.
 
-    check(policy.decide(step, view, costs), step, view, spec, block=64)  # check.py
+    check(policy.decide(step, view, costs), step, view, spec)  # check.py
 
 To write a policy, derive from `policies.BasePolicy`; docs/policies.md shows one of 40 lines.
 """
@@ -21,7 +21,6 @@ from .costs import Costs, LayerSpec
 from .slots import Expert  # (MoE layer, expert), both counted from 0 within the model
 
 __all__ = [
-    "DISK",
     "GPU0",
     "RAM",
     "SCORE",
@@ -80,7 +79,7 @@ class Place(NamedTuple):
         return f"{self.tier}:{self.device}" if self.tier == "gpu" else self.tier
 
 
-DISK, RAM, GPU0 = Place("disk"), Place("ram"), Place("gpu", 0)
+RAM, GPU0 = Place("ram"), Place("gpu", 0)
 
 
 @dataclass(frozen=True, slots=True)

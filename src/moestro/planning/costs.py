@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PIECE_BYTES = 16 * 2**20  # of a copy: between two pieces an urgent one overtakes, live and simulated
-BLOCK = 64  # neurons: an expert can be divided between blocks; memory.formats has the same, and a test holds them
+BLOCK = 64  # neurons of a block, where a format or the trace of a model names no other number
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class LayerSpec:
     splittable: bool = True  # False where a norm follows the expert: its output is no sum over neurons
     hidden: int = 0  # D, the width of the hidden states
     matrices: int = 3  # of an expert: gate, up and down, or without a gate
-    block_bytes: int = 0  # of BLOCK neurons; 0 where all of an expert's bytes are in its blocks
+    block_bytes: int = 0  # of a block; 0 where all of an expert's bytes are in its blocks
+    block: int = BLOCK  # neurons of a block; an expert can be divided between blocks
 
     @property
     def token_flops(self) -> int:
@@ -35,9 +36,9 @@ class LayerSpec:
         """Bytes that hold some neurons, from one block's edge to another's or to the end; None for all."""
         if neurons is None:
             return self.expert_bytes
-        block_bytes = self.block_bytes or self.expert_bytes // -(-self.neurons // BLOCK)
-        stop = self.expert_bytes if neurons.stop >= self.neurons else neurons.stop // BLOCK * block_bytes
-        return stop - neurons.start // BLOCK * block_bytes
+        block_bytes = self.block_bytes or self.expert_bytes // -(-self.neurons // self.block)
+        stop = self.expert_bytes if neurons.stop >= self.neurons else neurons.stop // self.block * block_bytes
+        return stop - neurons.start // self.block * block_bytes
 
 
 @dataclass(frozen=True, slots=True)

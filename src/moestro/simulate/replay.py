@@ -18,9 +18,10 @@ from ..planning.budget import format_bytes
 from ..planning.check import check, check_moves
 from ..planning.clock import Share
 from ..planning.contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
-from ..planning.costs import BLOCK, Costs
+from ..planning.costs import Costs
 from ..planning.dispatch import Found, classify, dispatch
 from ..planning.machines import Machine
+from ..planning.plan import experts_room
 from ..planning.policies.base import hybrid_limit_s
 from ..planning.slots import SlotTable, Transfer
 from ..planning.timeline import Timeline
@@ -188,7 +189,7 @@ class _Run:
         start_s = clock.now_s
         found = classify(step, self.slots)
         decision = self.policy.decide(step, self.view, self.costs)
-        check(decision, step, self.view, self.spec, BLOCK)
+        check(decision, step, self.view, self.spec)
         moved_before = self.slots.moved_bytes
         dispatch(decision, step.layer, self.slots, self._start, partial(self._run_gpu, step, decision))
         cpu = sorted(decision.cpu.items())
@@ -253,30 +254,6 @@ class _Run:
             belady_share=limit_s / decode.seconds if decode.seconds else 0.0,
             moved_bytes=self.slots.moved_bytes,
         )
-
-
-def experts_room(spec: ModelSpec, machine: Machine, gpu_bytes: int | None) -> int:
-    """Bytes of the GPU that are left for experts.
-
-    Raises:
-        BudgetError: the dense part alone does not fit, or more was asked for than the machine has.
-    """
-    if not machine.costs.gpu_gbps:
-        if gpu_bytes:
-            raise BudgetError(f"--gpu-memory {format_bytes(gpu_bytes)}, but {machine.name} has no GPU; leave it out")
-        return 0
-    total = machine.gpu_bytes if gpu_bytes is None else gpu_bytes
-    if total > machine.gpu_bytes:
-        raise BudgetError(
-            f"--gpu-memory {format_bytes(total)}, but {machine.name} has "
-            f"{format_bytes(machine.gpu_bytes)}; ask for less"
-        )
-    if total < spec.dense_bytes:
-        raise BudgetError(
-            f"the dense part needs {format_bytes(spec.dense_bytes)} of GPU memory, but there are "
-            f"{format_bytes(total)}; give more, or fewer --bits"
-        )
-    return total - spec.dense_bytes
 
 
 def belady_limit(trace: Trace, slots: int, costs: Costs, dense_s: Callable[[int], float]) -> tuple[float, float]:

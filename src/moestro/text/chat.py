@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .choices import choose
 from .generation import OnText, TextOptions, TextResult, embedding_rows, encode, generate_text
-from .options import choose
 from .templates import Message, answer_message, check_template, has_template, render
 
 # Families that give wrong logits in Transformers 5.23 itself when several tokens are appended to a filled cache

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from ..decode.capture import TapeFigures, cache_for, figures_of
 from ..engine.counters import Counters
-from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line, is_fault
+from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
 from ..loading.context import model_context
 from ..machine.probe import peak_ram_bytes
 from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
 from .channels import find_channels
-from .options import TextOptions, choose
+from .choices import choose
+from .options import TextOptions
 from .settings import unusual_settings
 
 __all__ = [
@@ -173,16 +174,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     Raises:
         RequestError: there is nothing to start from.
     """
-    try:
+    remedy = "change the prompt, or use the tokenizer that belongs to the model"
+    with faults_as(RequestError, "the tokenizer cannot encode the prompt", remedy):
         # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
         ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    except BaseException as error:  # a tokenizer may be any Python code, or panic
-        if not is_fault(error):
-            raise
-        raise RequestError(
-            f"the tokenizer cannot encode the prompt ({type(error).__name__}: {first_line(error)}); "
-            "change the prompt, or use the tokenizer that belongs to the model"
-        ) from error
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

@@ -1,132 +1,59 @@
-"""What a request asks of generation, and how that and the checkpoint's own settings become Transformers' arguments.
-
-What a request says wins. What it leaves open is the checkpoint's, from its generation_config.json. Where that does
-not say to sample either, a request without a temperature samples in our way.
-"""
+"""What a request asks of generation: names, defaults, help and checks, without torch or Transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import GenerationConfig
-
-from ..errors import RequestError
-from .settings import check_settings
-
-SAMPLING_TEMPERATURE, SAMPLING_TOP_P, SAMPLING_TOP_K = 0.7, 0.95, 50
+from ..planning.options import Checked, ModelOptions, needs, option, option_like
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Checked):
     """How to choose tokens and when to end. Named as Transformers names them; None leaves it to the checkpoint.
 
-    temperature: 0 is greedy. Where the checkpoint says nothing it is 0.7, or a plain beam search where there are beams.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int = 0
-    stop: Sequence[str] = ()
-    num_beams: int | None = None
-
-    def __post_init__(self) -> None:
-        checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-            ("--max-new-tokens", self.max_new_tokens, lambda n: n >= 1, "at least 1"),
-            ("--temperature", self.temperature, lambda t: t == 0 or t >= 0.01, "0, or at least 0.01"),
-            ("--seed", self.seed, lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
-            ("--top-p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
-            ("--top-k", self.top_k, lambda k: k >= 0, "0 (off) or more"),
-            ("--min-p", self.min_p, lambda p: 0 <= p <= 1, "between 0 and 1"),
-            ("--repetition-penalty", self.repetition_penalty, lambda p: p > 0, "above 0"),
-            ("--num-beams", self.num_beams, lambda n: n >= 1, "at least 1"),
-        )
-        for option, value, holds, needed in checks:
-            if value is not None and not holds(value):
-                raise RequestError(f"{option} {value}: needs {needed}")
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """A request's options over a checkpoint's settings: what generation does.
-
-    keeps_cache: whether the KV cache is one of ours, a plain one that holds what it was given and no more.
-    goes_back: whether tokens are taken back that were tried, as assisted decoding does.
-    can_continue: whether a later generation may go on with that cache.
-    """
-
-    num_beams: int
-    stop: Sequence[str]
-    keeps_cache: bool
-    goes_back: bool
-    can_continue: bool
-    arguments: dict[str, Any]  # of Transformers' `generate`
-
-
-def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
-    """Join a request's options and a checkpoint's settings.
-
-    Args:
-        own: the checkpoint's settings.
-        rows: of the model's embedding; a token id is below that.
-
     Raises:
-        ModelError: the checkpoint's settings are not to be followed.
+        RequestError: one line that names the option, the value and what is possible.
     """
-    check_settings(own, rows)
-    num_beams = options.num_beams or own.num_beams or 1
-    stop = options.stop or own.stop_strings or ()
-    keeps_cache = own.use_cache is not False and own.cache_implementation in (None, "dynamic", "hybrid")
-    goes_back = own.prompt_lookup_num_tokens is not None
-    arguments: dict[str, Any] = {
-        "max_length": None,  # the number of new tokens is always said
-        "num_beams": num_beams,
-        "num_return_sequences": 1,
-        "return_dict_in_generate": True,
-        # Nothing here reads them, and layers that are asked for them go the long way.
-        **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
-        "stop_strings": None,  # ours end it
-        **_sampling(options, own, num_beams),
-    }
-    if keeps_cache:
-        arguments["cache_implementation"] = None
-    if options.repetition_penalty is not None:
-        arguments["repetition_penalty"] = options.repetition_penalty
-    return Choices(
-        num_beams=num_beams,
-        stop=[stop] if isinstance(stop, str) else list(stop),
-        keeps_cache=keeps_cache,
-        goes_back=goes_back,
-        can_continue=keeps_cache and num_beams == 1 and not goes_back,
-        arguments=arguments,
+
+    max_new_tokens: int = option(
+        128, "Stop after this many tokens.", short="-n", check=needs(lambda n: n >= 1, "at least 1")
     )
-
-
-def _sampling(options: TextOptions, own: GenerationConfig, num_beams: int) -> dict[str, Any]:
-    temperature = options.temperature
-    if temperature is None:
-        if own.do_sample is False:
-            temperature = 0.0
-        elif own.temperature is not None:
-            temperature = float(own.temperature)
-        elif own.do_sample:
-            temperature = 1.0
-        else:
-            temperature = 0.0 if num_beams > 1 else SAMPLING_TEMPERATURE
-    names = ("top_p", "top_k", "min_p")
-    if temperature == 0:
-        # Greedy search warns about sampling options, so they are unset there, the checkpoint's too.
-        return {"do_sample": False, "temperature": None, **dict.fromkeys(names)}
-    ours = {} if own.do_sample else {"top_p": SAMPLING_TOP_P, "top_k": SAMPLING_TOP_K}
-    chosen: dict[str, Any] = {"do_sample": True, "temperature": temperature}
-    for name in names:
-        values = (getattr(options, name), getattr(own, name), ours.get(name))
-        value = next((value for value in values if value is not None), None)
-        if value is not None:  # else Transformers' default
-            chosen[name] = None if name == "min_p" and value == 0 else value
-    return chosen
+    temperature: float | None = option(
+        None,
+        "0 always takes the likeliest token.",
+        unset="the checkpoint's, or 0.7; with beams, a plain beam search",
+        check=needs(lambda t: t == 0 or t >= 0.01, "0, or at least 0.01"),
+    )
+    top_p: float | None = option(
+        None,
+        "Sample from the likeliest tokens that hold this much probability.",
+        unset="the checkpoint's, or 0.95",
+        check=needs(lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    )
+    top_k: int | None = option(
+        None,
+        "Sample from this many likeliest tokens; 0 for all.",
+        unset="the checkpoint's, or 50",
+        check=needs(lambda k: k >= 0, "0 (off) or more"),
+    )
+    min_p: float | None = option(
+        None,
+        "Leave out tokens less likely than this part of the likeliest.",
+        unset="the checkpoint's, or 0",
+        check=needs(lambda p: 0 <= p <= 1, "between 0 and 1"),
+    )
+    repetition_penalty: float | None = option(
+        None,
+        "Above 1 makes tokens that were there less likely.",
+        unset="the checkpoint's, or 1",
+        check=needs(lambda p: p > 0, "above 0"),
+    )
+    seed: int = option_like(ModelOptions, "seed")
+    stop: Sequence[str] = option((), "End at this text; may be given several times.", unset="the checkpoint's, or none")
+    num_beams: int | None = option(
+        None,
+        "Beams of a beam search; the text then comes at the end.",
+        unset="the checkpoint's, or 1",
+        check=needs(lambda n: n >= 1, "at least 1"),
+    )

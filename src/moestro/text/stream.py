@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_python import PythonBackend
 
-from ..errors import CheckpointError, first_line, is_fault
+from ..errors import CheckpointError, faults_as
 
 _WINDOW = 64  # tokens, before a shorter window is tried
 _CONTEXT = 24  # characters at least, of a window in front of the text that is not passed on yet
@@ -134,15 +134,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
     """
     if not len(ids):  # at which some decoders panic
         return ""
-    try:
+    remedy = "use the tokenizer that belongs to the model"
+    with faults_as(CheckpointError, "the tokenizer cannot decode the model's tokens", remedy):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-    except BaseException as error:  # a tokenizer may be any Python code, or panic
-        if not is_fault(error):
-            raise
-        raise CheckpointError(
-            f"the tokenizer cannot decode the model's tokens ({type(error).__name__}: {first_line(error)}); "
-            "use the tokenizer that belongs to the model"
-        ) from error
 
 
 def _changeable_characters(tokenizer: PreTrainedTokenizerBase) -> int | None:

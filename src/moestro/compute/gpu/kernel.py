@@ -1,6 +1,6 @@
 """Which layers the Triton kernels cover, and where the parts of such a layer's experts are within their bytes.
 
-Legend: T tokens, D model width, N blocks of 64 neurons, P pairs of a token and an expert.
+Legend: T tokens, D model width, N blocks of neurons, P pairs of a token and an expert.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ...memory.formats import BLOCK, GROUP
-from ..cpu import recognize
+from ..activations import recognize
 from ..experts import ExpertMath
 
 WORKSPACE_BYTES = 256 * 2**20  # for what stands between the kernels; a step that needs more goes in parts
 
 _WORD_BYTES = {"fp32": 4, "fp16": 2, "bf16": 4, "int8": 2, "int4": 4}
 _PLANES = {"fp32": 1, "fp16": 1, "bf16": 2, "int8": 2, "int4": 4}
+_SIDE = 64  # neurons of a block, columns of a group: what the planes in `tiles` are cut for
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -32,6 +32,8 @@ class GpuKernel:
 
     hidden: int  # D
     blocks: int  # N
+    block: int  # neurons of a block
+    group: int  # columns that are multiplied at once; they share a scale
     format: str
     dtype: str  # fp16, bf16 or fp32
     gate: str
@@ -54,8 +56,8 @@ class GpuKernel:
 
     @property
     def groups(self) -> int:
-        """Groups of 64 hidden states."""
-        return -(-self.hidden // GROUP)
+        """Groups of hidden states."""
+        return -(-self.hidden // self.group)
 
     @property
     def is_quantized(self) -> bool:
@@ -65,7 +67,7 @@ class GpuKernel:
     @property
     def bytes_of_token(self) -> int:
         """Workspace of its ordered hidden states and their sums."""
-        return self.groups * (GROUP * (4 if self.dtype == "fp32" else 2) + 4)
+        return self.groups * (self.group * (4 if self.dtype == "fp32" else 2) + 4)
 
     @property
     def bytes_of_row(self) -> int:
@@ -82,17 +84,19 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
     """
     if triton_kernels() is None or math.post_norm is not None:
         return None
-    if math.format.name not in _WORD_BYTES or x_dtype not in _DTYPES:
+    shape, fmt = math.shape, math.format
+    if fmt.name not in _WORD_BYTES or x_dtype not in _DTYPES or (fmt.block, fmt.matrix.group) != (_SIDE, _SIDE):
         return None
-    gate = recognize(math.activation, math.shape.has_gate)
+    gate = recognize(math.activation, shape.has_gate)
     if gate is None:
         return None
-    shape, fmt = math.shape, math.format
     word_bytes = _WORD_BYTES[fmt.name]
     starts = {name: place.start for name, place in fmt.places(shape)}
     return GpuKernel(
         shape.hidden,
-        shape.blocks,
+        fmt.blocks(shape),
+        fmt.block,
+        fmt.matrix.group,
         fmt.name,
         _product_dtype(fmt.name, _DTYPES[x_dtype], device),
         *gate,
@@ -102,12 +106,12 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
         planes=_PLANES[fmt.name],
         block_words=fmt.block_bytes(shape) // word_bytes,
         row_panel_words=fmt.matrix.panel_bytes(shape.hidden) // word_bytes,
-        column_panel_words=fmt.matrix.panel_bytes(BLOCK) // word_bytes,
+        column_panel_words=fmt.matrix.panel_bytes(fmt.block) // word_bytes,
         up_at=starts["up"] // word_bytes,
         down_at=starts["down"] // word_bytes,
         gate_bias_at=starts.get("gate_bias", 0) // 4,
         up_bias_at=starts.get("up_bias", 0) // 4,
-        down_bias_at=shape.blocks * fmt.block_bytes(shape) // 4,
+        down_bias_at=fmt.blocks(shape) * fmt.block_bytes(shape) // 4,
         has_tensor_cores=_has_tensor_cores(device),
     )
 

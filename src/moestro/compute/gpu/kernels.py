@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import BLOCK, PANEL, add_group, add_joined, column_at, load_planes, place_of
+from .tiles import PANEL, add_group, add_joined, column_at, load_planes, place_of
 
 TILE_INTS = tl.constexpr(5)
 ENTRY_INTS = tl.constexpr(3)  # of the table in `choose`: an expert's slot, first block of neurons, number of blocks
@@ -49,11 +49,11 @@ def order(x, ordered, sums, spec: tl.constexpr):
     """Hidden states [T, D] -> [T, G * 64] in the planes' order, zeros at the end; sums [T, G] for int4."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS_AT_ONCE + tl.arange(0, GROUPS_AT_ONCE)
-    place = tl.arange(0, BLOCK)
-    column = group[:, None] * BLOCK + column_at(place, spec)[None, :]
+    place = tl.arange(0, spec.group)
+    column = group[:, None] * spec.group + column_at(place, spec)[None, :]
     values = tl.load(x + token * spec.hidden + column, mask=column < spec.hidden, other=0)
     values = values.to(ordered.dtype.element_ty)
-    at = ordered + token * (spec.groups * BLOCK) + (group[:, None] * BLOCK + place[None, :])
+    at = ordered + token * (spec.groups * spec.group) + (group[:, None] * spec.group + place[None, :])
     tl.store(at, values, mask=(group < spec.groups)[:, None])
     if spec.format == "int4":
         tl.store(sums + token * spec.groups + group, tl.sum(values.to(tl.float32), 1), mask=group < spec.groups)
@@ -78,15 +78,15 @@ def gate_up(
 ):
     """Neurons of a tile's pairs: joined float32 [pairs, chunk_blocks * 64], each block in the planes' order."""
     tile = tiles + tl.program_id(0) * TILE_INTS
-    local = tl.program_id(1) // (BLOCK // N)  # block of the chunk
-    neuron = tl.program_id(1) % (BLOCK // N) * N + tl.arange(0, N)
+    local = tl.program_id(1) // (spec.block // N)  # block of the chunk
+    neuron = tl.program_id(1) % (spec.block // N) * N + tl.arange(0, N)
     first, stop = tl.load(tile + 3), tl.load(tile + 4)
     if (first >= stop) | (chunk_first + local >= tl.load(tile + 2)):
         return
     base = tl.load(tile).to(tl.int64) * slot_words
     base += (tl.load(tile + 1) + chunk_first + local).to(tl.int64) * spec.block_words
     lane = neuron // PANEL * spec.row_panel_words + neuron % PANEL
-    is_row = neuron < BLOCK
+    is_row = neuron < spec.block
     pair = first + tl.arange(0, M)
     fits = pair < stop
     token = tl.load(pair_token + pair, mask=fits, other=0).to(tl.int64)
@@ -95,7 +95,7 @@ def gate_up(
     height: tl.constexpr = spec.row_panel_words // PANEL
     ratio: tl.constexpr = spec.word_bytes // 2
     for group in range(spec.groups):
-        planes = load_planes(x + token * (spec.groups * BLOCK) + group * BLOCK, fits, spec)
+        planes = load_planes(x + token * (spec.groups * spec.group) + group * spec.group, fits, spec)
         sums = tl.zeros((M,), tl.float32)
         if spec.format == "int4":
             sums = tl.load(x_sums + token * spec.groups + group, mask=fits, other=0)
@@ -112,7 +112,8 @@ def gate_up(
         if spec.has_gate:
             gate += tl.load(biases + spec.gate_bias_at)[None, :]
     result = _join(gate, up, spec) if spec.has_gate else _join(up, 1.0, spec)
-    at = joined + pair.to(tl.int64)[:, None] * (chunk_blocks * BLOCK) + local * BLOCK + place_of(neuron, spec)[None, :]
+    at = joined + pair.to(tl.int64)[:, None] * (chunk_blocks * spec.block) + local * spec.block
+    at += place_of(neuron, spec)[None, :]
     tl.store(at, result, mask=fits[:, None])
 
 
@@ -159,10 +160,10 @@ def down(
     here = tl.minimum(count - chunk_first, chunk_blocks)
     share = tl.cdiv(here, tl.num_programs(2))
     lane = column // PANEL * spec.column_panel_words + column % PANEL
-    joined += pair.to(tl.int64) * (chunk_blocks * BLOCK)
+    joined += pair.to(tl.int64) * (chunk_blocks * spec.block)
     for local in range(tl.program_id(2) * share, tl.minimum(tl.program_id(2) * share + share, here)):
         base = slot + (first_block + chunk_first + local).to(tl.int64) * spec.block_words + spec.down_at
-        planes = load_planes(joined + local * BLOCK, fits, spec)
+        planes = load_planes(joined + local * spec.block, fits, spec)
         half_base = halves + base * (spec.word_bytes // 2)
         total = add_joined(total, planes, words + base, half_base, lane, is_column, spec)
     tl.store(at, total, mask=mask)

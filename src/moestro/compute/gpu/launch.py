@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...memory.formats import BLOCK
 from .kernel import WORKSPACE_BYTES, GpuKernel, triton_kernels
 from .plan import Plan, PlanPart
 
@@ -73,7 +72,7 @@ def workspace_at_most(kernel: GpuKernel, tokens: int) -> int:
     """Bytes that no plan for so many tokens exceeds, each of up to 16 experts."""
     pairs = 16 * tokens
     all_at_once = tokens * kernel.bytes_of_token + pairs * (
-        _MOST_SPLITS * kernel.bytes_of_row + kernel.blocks * BLOCK * 4
+        _MOST_SPLITS * kernel.bytes_of_row + kernel.blocks * kernel.block * 4
     )
     return min(WORKSPACE_BYTES, all_at_once + 8 * _ALIGN_BYTES)
 
@@ -111,10 +110,10 @@ def run_grouped(
 
 def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspace:
     pairs, tokens = part.pair_token.shape[0], len(part.tokens)
-    sums_at = _aligned(tokens * kernel.groups * BLOCK * _DTYPES[kernel.dtype].itemsize)
+    sums_at = _aligned(tokens * kernel.groups * kernel.group * _DTYPES[kernel.dtype].itemsize)
     joined_at = sums_at + _aligned(tokens * kernel.groups * 4)
     rows_bytes = _aligned(pairs * kernel.bytes_of_row)
-    block_bytes = max(1, pairs) * BLOCK * 4  # of each block of neurons
+    block_bytes = max(1, pairs) * kernel.block * 4  # of each block of neurons
     room = limit_bytes - joined_at - rows_bytes - _ALIGN_BYTES
     chunk_blocks = max(1, min(part.blocks, room // block_bytes))
     splits = 1
@@ -156,7 +155,7 @@ def _run_part(
         groups = kernels.GROUPS_AT_ONCE.value
         kernels.order[(tokens, -(-kernel.groups // groups))](x, ordered, sums, kernel)
     options = {"M": part.rows, "num_warps": tiling.warps, "num_stages": 2 if kernel.dtype == "fp32" else tiling.stages}
-    count, neurons, columns = part.tiles.shape[0], BLOCK // tiling.gate_up, -(-kernel.hidden // tiling.down)
+    count, neurons, columns = part.tiles.shape[0], kernel.block // tiling.gate_up, -(-kernel.hidden // tiling.down)
     for first in range(0, part.blocks, space.chunk_blocks):
         chunk = (slot_words, first, space.chunk_blocks, kernel)
         kernels.gate_up[count, space.chunk_blocks * neurons](

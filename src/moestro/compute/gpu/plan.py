@@ -4,7 +4,7 @@ Both give the same results: pairs of a token and an expert, sorted by expert, in
 token's pairs in ascending order, in which they are added. A weight of exactly 0 and an index that is no expert's,
 whatever its weight, are skipped, as in the conductor's `group_by_expert`.
 
-Legend: T tokens, K top-k, E experts, P pairs, N blocks of 64 neurons.
+Legend: T tokens, K top-k, E experts, P pairs, N blocks of neurons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...memory.formats import BLOCK
 from ..experts import ExpertWork
 from .kernel import WORKSPACE_BYTES, GpuKernel, triton_kernels
 
@@ -80,7 +79,7 @@ def plan_of(
         limit_bytes: what the workspace may take.
     """
     slots = np.array([slot_of(pool, item.packed) for item in work], np.int32)
-    spans = [(item.neurons.start // BLOCK, -(-item.neurons.stop // BLOCK)) for item in work]
+    spans = [(item.neurons.start // kernel.block, -(-item.neurons.stop // kernel.block)) for item in work]
     items = _Items(slots, *np.array(spans, np.int32).reshape(-1, 2).T)
     routed = [item.routed() for item in work]
     item = np.repeat(np.arange(len(work)), [len(rows) for rows, _ in routed])
@@ -141,7 +140,7 @@ def tokens_at_once(kernel: GpuKernel, most_pairs: int, limit_bytes: int) -> int:
 
     Theirs are three quarters of the limit with a single block of neurons at a time; the rest is for more blocks.
     """
-    token_bytes = kernel.bytes_of_token + most_pairs * (kernel.bytes_of_row + BLOCK * 4)
+    token_bytes = kernel.bytes_of_token + most_pairs * (kernel.bytes_of_row + kernel.block * 4)
     return max(1, limit_bytes * 3 // 4 // token_bytes)
 
 

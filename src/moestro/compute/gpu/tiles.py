@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(64)  # neurons of a block, columns of a group
 PANEL = tl.constexpr(16)  # rows
 
 
@@ -84,7 +83,7 @@ def _load_words(words, lane, fits, group, HEIGHT: tl.constexpr, spec: tl.constex
         at = group * (33 * PANEL) + PANEL + tl.arange(0, 32) * PANEL
         loaded = tl.load(words + at[:, None] + lane[None, :], mask=fits[None, :], other=0)
     else:
-        width: tl.constexpr = BLOCK // spec.planes
+        width: tl.constexpr = spec.group // spec.planes
         column = group * width + tl.arange(0, width)
         at = words + column[:, None] * PANEL + lane[None, :]
         if HEIGHT % width == 0:
@@ -127,7 +126,7 @@ def load_planes(at, fits, spec: tl.constexpr):
 
     at: pointers to the first, [M].
     """
-    k = tl.arange(0, BLOCK // spec.planes)[None, :]
+    k = tl.arange(0, spec.group // spec.planes)[None, :]
     mask = fits[:, None]
     first = tl.load(at[:, None] + k, mask=mask, other=0)
     second, third, fourth = first, first, first  # where there is but one plane
@@ -181,7 +180,7 @@ def _power(planes, spec: tl.constexpr):
 @triton.jit
 def add_joined(total, planes, words, halves, lane, fits, spec: tl.constexpr):
     """total [M, N] += 64 neurons' float32 planes times their columns of the down matrix."""
-    height: tl.constexpr = BLOCK // spec.planes
+    height: tl.constexpr = spec.block // spec.planes
     if spec.dtype == "fp32":
         total = add_group(total, planes, _sums(planes, spec), words, halves, lane, fits, 0, height, spec)
     elif spec.format == "bf16":

@@ -1,9 +1,9 @@
 """A decode step recorded once and replayed: graph, experts, graph, experts.
 
-For accelerators; on the CPU, fuse/ is its way. Transformers' code runs once for each shape of a step, under recording.
-Where it calls our experts function the graph ends, since what happens there is decided anew each time, and the next one
-begins when that returns. A replay copies the step's inputs into the recorded ones and gives back copies of the recorded
-outputs.
+For accelerators; on the CPU, `decode/cpu/` is its way. Transformers' code runs once for each shape of a step, under
+recording. Where it calls our experts function the graph ends, since what happens there is decided anew each time, and
+the next one begins when that returns. A replay copies the step's inputs into the recorded ones and gives
+back copies of the recorded outputs.
 
 Decides which steps are recorded: 1 to 8 tokens over all sequences, with a static cache, the second time that such a
 step comes. All else runs as before, and what turns out not to be recordable does so after one line of the log. Does not

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ...engine.families import METHOD
+from ...planning.options import METHOD
 from ..hooks import Fused
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import GROUP, PANEL, MatrixFormat
-from .experts import BLOCK, ExpertFormat, ExpertShape, UnpackedExpert
+from .base import PANEL, MatrixFormat
+from .experts import ExpertFormat, ExpertShape, UnpackedExpert
 from .floats import FloatFormat
 from .quantized import Int4Format, Int8Format
 
@@ -29,10 +29,8 @@ FLOAT_FORMATS: dict[torch.dtype, str] = {
 FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}
 
 __all__ = [
-    "BLOCK",
     "FLOAT_FORMATS",
     "FORMATS",
-    "GROUP",
     "MATRIX_FORMATS",
     "PANEL",
     "ExpertFormat",

@@ -5,7 +5,7 @@ Legend: R rows, K columns, P = ceil(R / 16) panels.
 A panel holds 16 rows side by side in the order of the columns: one vector register holds one column of
 16 rows, or an even and an odd one, and is multiplied with a broadcast activation. So no sum ever runs across
 a vector, few and many tokens use the same bytes, and reading is one run from the first byte to the last.
-Groups of 64 columns share a scale in quantized formats; scales stand in front of their group's weights.
+Groups of columns share a scale in quantized formats; scales stand in front of their group's weights.
 Rows and columns that do not fill a panel or group are padded with zeros.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 PANEL = 16  # rows
-GROUP = 64  # columns that share a scale
 
 
 class MatrixFormat(ABC):
@@ -26,6 +25,7 @@ class MatrixFormat(ABC):
 
     name: str
     is_quantized = True
+    group = 64  # columns that share a scale; of floats, as many as kernels take at once
 
     @abstractmethod
     def panel_bytes(self, columns: int) -> int:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...planning.costs import BLOCK
 from .base import PANEL, MatrixFormat
 
-BLOCK = 64
 ALIGN_BYTES = 64  # an expert starts on a cache line
 _BIAS_BYTES = 4  # float32, so that no dtype of bias loses a bit
 
@@ -34,11 +34,6 @@ class ExpertShape:
     neurons: int  # F
     has_gate: bool = True
     has_bias: bool = False
-
-    @property
-    def blocks(self) -> int:
-        """N, the last one possibly padded."""
-        return -(-self.neurons // BLOCK)
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
@@ -65,23 +60,31 @@ class UnpackedExpert:
 
 
 class ExpertFormat:
-    """Experts in blocks of neurons, their matrices in one number format."""
+    """Experts in blocks of neurons, their matrices in one number format.
 
-    def __init__(self, matrix: MatrixFormat) -> None:
-        self.matrix = matrix
+    Args:
+        block: neurons of a block, B; an expert can be divided between blocks.
+    """
+
+    def __init__(self, matrix: MatrixFormat, block: int = BLOCK) -> None:
+        self.matrix, self.block = matrix, block
         self.name = matrix.name
+
+    def blocks(self, shape: ExpertShape) -> int:
+        """N, the last one possibly padded."""
+        return -(-shape.neurons // self.block)
 
     def expert_bytes(self, shape: ExpertShape) -> int:
         """Bytes of one packed expert."""
-        used = shape.blocks * self.block_bytes(shape) + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0)
+        used = self.blocks(shape) * self.block_bytes(shape) + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0)
         return -(-used // ALIGN_BYTES) * ALIGN_BYTES
 
     def byte_range(self, shape: ExpertShape, neurons: range) -> range:
-        """The run of bytes that holds `neurons` (from a multiple of BLOCK to another, or to F)."""
+        """The run of bytes that holds `neurons` (from a multiple of `block` to another, or to F)."""
         block_bytes = self.block_bytes(shape)
         last = neurons.stop >= shape.neurons
-        stop = self.expert_bytes(shape) if last else neurons.stop // BLOCK * block_bytes
-        return range(neurons.start // BLOCK * block_bytes, stop)
+        stop = self.expert_bytes(shape) if last else neurons.stop // self.block * block_bytes
+        return range(neurons.start // self.block * block_bytes, stop)
 
     def pack(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Tensor], *, fast: bool = False) -> None:
         """Write some or all parts of an expert into its bytes.
@@ -91,29 +94,29 @@ class ExpertFormat:
             parts: tensors named and shaped as `shape.parts`, of any float dtype and strides.
             fast: as in `MatrixFormat.pack`.
         """
-        n, d = shape.blocks, shape.hidden
+        n, d, size = self.blocks(shape), shape.hidden, self.block
         places = dict(self.places(shape))
         blocks = self._blocks(packed, shape)
         for name, tensor in parts.items():
             if name == "down_bias":
                 self._down_bias(packed, shape).copy_(tensor)
                 continue
-            missing = n * BLOCK - shape.neurons
+            missing = n * size - shape.neurons
             place = places[name]
             target = blocks[:, place.start : place.stop]
             if name.endswith("_bias"):
-                target.view(torch.float32).copy_(pad(tensor, (0, missing)).view(n, BLOCK))
+                target.view(torch.float32).copy_(pad(tensor, (0, missing)).view(n, size))
                 continue
             if name == "down":
-                matrices = pad(tensor, (0, missing)).view(d, n, BLOCK).transpose(0, 1)  # [N, D, B]
+                matrices = pad(tensor, (0, missing)).view(d, n, size).transpose(0, 1)  # [N, D, B]
                 matrices = pad(matrices, (0, 0, 0, -d % PANEL))
             else:
-                matrices = pad(tensor, (0, 0, 0, missing)).view(n, BLOCK, d)
+                matrices = pad(tensor, (0, 0, 0, missing)).view(n, size, d)
             target.copy_(self.matrix.pack(matrices.flatten(0, 1), fast=fast).view(n, -1))
 
     def unpack(self, packed: Tensor, shape: ExpertShape, neurons: range, dtype: torch.dtype) -> UnpackedExpert:
         """The plain tensors of `neurons`, on the device of `packed`, in `dtype`."""
-        blocks = self._blocks(packed, shape)[neurons.start // BLOCK : -(-neurons.stop // BLOCK)]
+        blocks = self._blocks(packed, shape)[neurons.start // self.block : -(-neurons.stop // self.block)]
         count = len(neurons)
         found: dict[str, Tensor] = {}
         for name, place in self.places(shape):
@@ -121,7 +124,7 @@ class ExpertFormat:
             if name.endswith("_bias"):
                 found[name] = part.view(torch.float32).flatten()[:count].to(dtype)
                 continue
-            columns = BLOCK if name == "down" else shape.hidden
+            columns = self.block if name == "down" else shape.hidden
             panels = part.reshape(-1, self.matrix.panel_bytes(columns))
             rows = self.matrix.unpack(panels, columns, dtype).unflatten(0, (len(blocks), -1))
             if name == "down":
@@ -134,11 +137,11 @@ class ExpertFormat:
 
     def places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
         """Name -> where each part is within a block, in bytes, in this order."""
-        rows = self.matrix.matrix_bytes(BLOCK, shape.hidden)
+        rows = self.matrix.matrix_bytes(self.block, shape.hidden)
         sizes = {"gate": rows} if shape.has_gate else {}
-        sizes |= {"up": rows, "down": self.matrix.matrix_bytes(shape.hidden, BLOCK)}
+        sizes |= {"up": rows, "down": self.matrix.matrix_bytes(shape.hidden, self.block)}
         if shape.has_bias:
-            sizes |= dict.fromkeys((["gate_bias"] if shape.has_gate else []) + ["up_bias"], BLOCK * _BIAS_BYTES)
+            sizes |= dict.fromkeys((["gate_bias"] if shape.has_gate else []) + ["up_bias"], self.block * _BIAS_BYTES)
         start = 0
         for name, size in sizes.items():
             yield name, range(start, start + size)
@@ -151,9 +154,9 @@ class ExpertFormat:
 
     def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:
         """uint8 [N, block_bytes], a view."""
-        size = self.block_bytes(shape)
-        return packed[: shape.blocks * size].view(shape.blocks, size)
+        count, size = self.blocks(shape), self.block_bytes(shape)
+        return packed[: count * size].view(count, size)
 
     def _down_bias(self, packed: Tensor, shape: ExpertShape) -> Tensor:
-        start = shape.blocks * self.block_bytes(shape)
+        start = self.blocks(shape) * self.block_bytes(shape)
         return packed[start : start + shape.hidden * _BIAS_BYTES].view(torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import GROUP, PANEL, MatrixFormat, pad_matrix
+from .base import PANEL, MatrixFormat, pad_matrix
 from .hqq_solver import solve_hqq
 
 
@@ -21,10 +21,10 @@ class Int8Format(MatrixFormat):
     name = "int8"
 
     def panel_bytes(self, columns: int) -> int:
-        return -(-columns // GROUP) * PANEL * (2 + GROUP)
+        return -(-columns // self.group) * PANEL * (2 + self.group)
 
     def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
-        groups = _groups(matrix)  # [P, 16, G, 64]
+        groups = _groups(matrix, self.group)  # [P, 16, G, 64]
         most = groups.abs().amax(-1, keepdim=True)
         # The smallest of float16 are whole steps of 2**-24: rounded up, so that no weight has to be cut.
         scale = torch.where(most < 127 * 2**-14, (most / 127 * 2**24).ceil() / 2**24, most / 127).half()
@@ -33,9 +33,9 @@ class Int8Format(MatrixFormat):
         return torch.cat((_as_bytes(scale.transpose(1, 2)), _as_bytes(pairs)), -1).flatten(1)
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        groups = panels.unflatten(1, (-1, PANEL * (2 + GROUP)))
+        groups = panels.unflatten(1, (-1, PANEL * (2 + self.group)))
         scale = _numbers(groups, 0)  # [P, 16, G, 1]
-        pairs = groups[..., 2 * PANEL :].view(torch.int8).unflatten(-1, (GROUP // 2, PANEL, 2))
+        pairs = groups[..., 2 * PANEL :].view(torch.int8).unflatten(-1, (self.group // 2, PANEL, 2))
         whole = pairs.permute(0, 3, 1, 2, 4).flatten(3)  # [P, 16, G, 64]
         return _matrix(whole.to(dtype) * scale.to(dtype), columns)
 
@@ -51,11 +51,12 @@ class Int4Format(MatrixFormat):
     name = "int4"
 
     def panel_bytes(self, columns: int) -> int:
-        return -(-columns // GROUP) * PANEL * (4 + GROUP // 2)
+        return -(-columns // self.group) * PANEL * (4 + self.group // 2)
 
     def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
-        whole, scale, zero = solve_hqq(_groups(matrix), bits=4, fit=not fast)  # [P, 16, G, 64], [P, 16, G, 1] twice
-        nibbles = whole.to(torch.int32).unflatten(-1, (8, 4, 2))  # column 8v + 2j + h -> v, j, h
+        groups = _groups(matrix, self.group)  # [P, 16, G, 64]
+        whole, scale, zero = solve_hqq(groups, bits=4, fit=not fast)  # as the groups, and [P, 16, G, 1] twice
+        nibbles = whole.to(torch.int32).unflatten(-1, (-1, 4, 2))  # column 8v + 2j + h -> v, j, h
         words = sum(nibbles[..., j, :] << 4 * j for j in range(4))  # [P, 16, G, 8, 2]
         assert isinstance(words, Tensor)
         halves = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).permute(0, 2, 3, 1, 4)
@@ -63,18 +64,18 @@ class Int4Format(MatrixFormat):
         return torch.cat(parts, -1).flatten(1)
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        groups = panels.unflatten(1, (-1, PANEL * (4 + GROUP // 2)))
+        groups = panels.unflatten(1, (-1, PANEL * (4 + self.group // 2)))
         scale, zero = _numbers(groups, 0), _numbers(groups, 1)
-        halves = groups[..., 4 * PANEL :].view(torch.int16).unflatten(-1, (8, PANEL, 2)).permute(0, 3, 1, 2, 4)
+        halves = groups[..., 4 * PANEL :].view(torch.int16).unflatten(-1, (-1, PANEL, 2)).permute(0, 3, 1, 2, 4)
         shifts = torch.arange(0, 16, 4, device=panels.device)
         nibbles = (halves.int()[..., None, :] >> shifts[:, None]) & 15  # [P, 16, G, 8, 4, 2]
         return _matrix((nibbles.flatten(3).to(dtype) - zero.to(dtype)) * scale.to(dtype), columns)
 
 
-def _groups(matrix: Tensor) -> Tensor:
-    """[R, K] -> float32 [P, 16, G, 64]."""
-    columns = -(-matrix.shape[1] // GROUP) * GROUP
-    groups: Tensor = pad_matrix(matrix.float(), columns).unflatten(2, (-1, GROUP))
+def _groups(matrix: Tensor, group: int) -> Tensor:
+    """[R, K] -> float32 [P, 16, G, group]."""
+    columns = -(-matrix.shape[1] // group) * group
+    groups: Tensor = pad_matrix(matrix.float(), columns).unflatten(2, (-1, group))
     return groups
 
 

@@ -40,7 +40,6 @@ from ..contract import (
     Step,
     View,
 )
-from ..costs import BLOCK
 from .base import BasePolicy, best_copies, hottest, sides_s
 
 _LEARNED = 0.02  # of each new value that is averaged
@@ -311,7 +310,7 @@ def _balance(of: LayerSpec, tokens: tuple[int, ...], copied: int, costs: Costs, 
     beside_s = [costs.cpu_s(of, n, beside_link=True) for n in tokens[copied:]]
     start_s = link_s + copied * copy_s
     share = (sum(beside_s) - start_s) / (copy_s + beside_s[0])  # start + f copy = the rest - f of the first
-    neurons = int(share * of.neurons) // BLOCK * BLOCK
+    neurons = int(share * of.neurons) // of.block * of.block
     if not 0 < neurons < of.neurons:
         return 0, 0.0
     return neurons, max(start_s + copy_s * neurons / of.neurons, sum(beside_s) - beside_s[0] * neurons / of.neurons)

@@ -25,10 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
+from moestro.bench.worker import Handlers, Worker, serve
+from moestro.errors import RequestError
+
+from . import installed
 from .blocks import PACKINGS, random_blocks
-from .layer_workers import Draw, draw_steps, median_s
-from .rival import Handlers, Worker, installed, serve
+from .steps import Draw, draw_steps, median_s
 
 MAX_TOKENS = 512  # of one call: its buffers are made for so many
 LLAMAFILE_BLOCK = 256  # its matrices are cut at such columns
@@ -53,7 +55,7 @@ class KtKernel(Worker):
         if bits == 4 and (hidden % LLAMAFILE_BLOCK or neurons % LLAMAFILE_BLOCK):
             raise RequestError(f"kt-kernel's llamafile backend needs sizes that are multiples of {LLAMAFILE_BLOCK}")
         numbers = (hidden, neurons, experts, top_k, bits, threads, tokens)
-        super().__init__("moestro.bench.kt_kernel", [str(number) for number in numbers])
+        super().__init__("benchmarks.rivals.kt_kernel", [str(number) for number in numbers])
 
     def layer_s(self, tokens: int, seed: int = 0) -> float:
         """Seconds of a forward of `tokens` tokens: the median of a few, after one that is not counted."""
@@ -146,7 +148,7 @@ class Layer:
 
 
 def main() -> None:
-    """`python -m moestro.bench.kt_kernel HIDDEN NEURONS EXPERTS TOP_K BITS THREADS TOKENS`: the worker."""
+    """`python -m benchmarks.rivals.kt_kernel HIDDEN NEURONS EXPERTS TOP_K BITS THREADS TOKENS`: the worker."""
 
     def start() -> tuple[dict[str, Any], Handlers]:
         layer = Layer(*(int(number) for number in sys.argv[1:]))

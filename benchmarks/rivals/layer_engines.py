@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..compute.cpu import CpuExperts, best_level
-from ..compute.experts import ExpertMath, ExpertWork
-from ..engine.routing import group_by_expert
-from ..memory.formats import FORMATS, ExpertShape
-from ..memory.store import ExpertStore, map_memory
-from .kernels import hidden_dtype, plausible_weights, swiglu
-from .layer_workers import FORWARDS, Draw, draw_steps, median_s
+from moestro.bench.kernels import hidden_dtype, plausible_weights, swiglu
+from moestro.compute.cpu import CpuExperts, best_level
+from moestro.compute.experts import ExpertMath, ExpertWork
+from moestro.engine.routing import group_by_expert
+from moestro.memory.formats import FORMATS, ExpertShape
+from moestro.memory.store import ExpertStore, map_memory
+
+from .steps import FORWARDS, Draw, draw_steps, median_s
 
 
 class OurLayer:

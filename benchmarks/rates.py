@@ -6,7 +6,7 @@ and `notes` says why. 1 GB/s is 1e9 bytes/s, 1 GiB is 2**30 bytes; every figure 
 DRAM is read by NumPy's int64 sum, one thread pinned to each physical core (float32 sums are slower than
 DRAM on some cores). Compiled loops with and without prefetch come later and will raise these figures.
 
-    python -m moestro.bench.rates --toy
+    python -m benchmarks.rates --toy
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..compute.cpu import core_cpus
-from ..machine.probe import available_ram_bytes
-from ..planning.costs import PIECE_BYTES
+from moestro.bench.machine_card import GIB
+from moestro.compute.cpu import core_cpus
+from moestro.machine.probe import available_ram_bytes
+from moestro.planning.costs import PIECE_BYTES
+
 from .rates_cuda import Link, gpu_memory_gbps, registered
 
-GIB = 1 << 30
 FULL_BYTES = 8 * GIB  # two registrations of 4 GiB, and far past any last-level cache
 HONEST_BYTES = 4 * GIB  # below this a cache may answer for DRAM
 TOY_BYTES = 64 << 20
@@ -299,7 +300,7 @@ def host_buffer(size_bytes: int, notes: list[str]) -> torch.Tensor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the rates as one line of JSON."""
-    parser = argparse.ArgumentParser(prog="python -m moestro.bench.rates", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rates", description=main.__doc__)
     parser.add_argument("--toy", action="store_true", help="64 MiB and short readings, to try the code")
     parser.add_argument("--size-bytes", type=int, help="host buffer (default: 8 GiB, half of the RAM at most)")
     options = parser.parse_args(argv)

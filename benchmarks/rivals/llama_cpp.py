@@ -1,6 +1,6 @@
 """llama.cpp beside us: a random model of one of our shapes as a GGUF, and a worker that times it.
 
-The worker is a process of its own (see rival.py) with the library of `llama-cpp-python` and no sampling:
+The worker is a process of its own (see moestro.bench.worker) with the library of `llama-cpp-python` and no sampling:
 `llama_decode` alone, on the CPU, with the library's defaults where they are not named here (f16 KV cache,
 flash attention as it sees fit, weights repacked for this CPU where it can). Batches are of 512 tokens.
 
@@ -19,8 +19,9 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -29,10 +30,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
-from ..planning.shapes import SHAPES
+from moestro.bench.worker import EngineWorker, Handlers, serve
+from moestro.errors import RequestError
+from moestro.planning.shapes import SHAPES
+
+from . import installed
 from .blocks import PACKINGS, POOL_BLOCKS, STD, random_blocks
-from .rival import EngineWorker, Handlers, installed, serve
 
 BATCH = 512  # tokens, logical and physical
 CONTEXT = 4096
@@ -187,7 +190,7 @@ class LlamaCpp(EngineWorker):
     def __init__(self, path: Path, threads: int, *, context: int = CONTEXT) -> None:
         if available() is None:
             raise RequestError("llama.cpp is not installed; pip install llama-cpp-python")
-        super().__init__("moestro.bench.llama_cpp", [str(path), str(threads), str(context)])
+        super().__init__("benchmarks.rivals.llama_cpp", [str(path), str(threads), str(context)])
 
 
 class Engine:
@@ -268,8 +271,19 @@ def _set(options: Any, **values: Any) -> None:
         setattr(options, name, value)
 
 
+@contextmanager
+def random_model(shape: str, bits: int, layers: int, threads: int) -> Iterator[LlamaCpp]:
+    """A worker with a random model of a shape, whose file is gone once it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, shape, bits, layers)
+        worker = LlamaCpp(path, threads)
+    with worker:
+        yield worker
+
+
 def main() -> None:
-    """`python -m moestro.bench.llama_cpp GGUF THREADS CONTEXT`: the worker's end of the pipe."""
+    """`python -m benchmarks.rivals.llama_cpp GGUF THREADS CONTEXT`: the worker's end of the pipe."""
 
     def start() -> tuple[dict[str, Any], Handlers]:
         path, threads, context = sys.argv[1:]

@@ -1,10 +1,10 @@
-"""A rival engine in a process of its own that answers each line of JSON with another.
+"""An engine, ours or another, in a process of its own that answers each line of JSON with another.
 
-`Worker` is the parent's half and `serve` the child's. What the rival prints goes to a file and never among
+`Worker` is the parent's half and `serve` the child's. What the engine prints goes to a file and never among
 the answers. A child that dies, or is silent for longer than its limit, is one RequestError with its last
 words; and a child ends when its standard input does, so none outlives its parent.
 
-    with Worker("moestro.bench.llama_cpp", ["model.gguf", "2", "4096"]) as worker:
+    with Worker("moestro.bench.models", ["moestro", "tiny", "4", "4", "2"]) as worker:
         seconds = worker.ask("prefill_s", tokens=512)
 """
 
@@ -20,8 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,16 +31,6 @@ SETTLE_LIMIT_S, QUIET_S = 2.0, 0.02  # a process that took under a twentieth of 
 GRACE_S = 5.0  # for the child to end by itself
 
 Handlers = Mapping[str, Callable[..., Any]]
-
-
-def installed(module: str, package: str) -> str | None:
-    """The version of `package` if `module` can be imported; nothing is imported to find out."""
-    if find_spec(module) is None:
-        return None
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class Worker:

@@ -2,7 +2,7 @@
 
 Every piece of the host buffer holds the same bytes, so a copy is checked by spoiling the first piece at its
 destination and comparing it afterwards. Torch raises on a failed CUDA call; the return codes of `cudart`
-are checked here. See `moestro.bench.rates` for how the readings are put together.
+are checked here. See `benchmarks.rates` for how the readings are put together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..planning.costs import PIECE_BYTES
+from moestro.planning.costs import PIECE_BYTES
 
 CUDA: Any = torch.cuda  # parts of it are untyped, which mypy --strict refuses to call
 GPU = "cuda"

@@ -4,7 +4,7 @@ It measures nothing itself: each step is a process of its own with a time limit,
 or dies costs its own row and no other. The report is one JSON file, rewritten after each step. Run it in
 the repository's root; `benchmarks/device.sh` finds the Python and does that.
 
-    python -m moestro.bench.device --toy --out /tmp/results
+    python -m benchmarks.device --toy --out /tmp/results
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
+from moestro.bench.machine_card import GIB, card_lines, git_commit, machine_card, slug
+from moestro.bench.process import GRACE_S, finish, scrub
+
 from .device_table import report_table
-from .machine_card import card_lines, git_commit, machine_card, slug
-from .process import GRACE_S, finish, scrub
-from .rates import FULL_BYTES, GIB, Rates
+from .rates import FULL_BYTES, Rates
 
 TOTAL_LIMIT_S = 560.0  # of the steps together; setting up a Python comes before
 TESTS_LIMIT_S = 120.0
@@ -161,7 +162,7 @@ def _read_counts(path: Path) -> dict[str, Any]:
 def run_rates(toy: bool, ram_bytes: int, limit_s: float) -> dict[str, Any]:
     """The fields of `Rates`, with "ok"."""
     size = ["--toy"] if toy else ["--size-bytes", str(min(FULL_BYTES, ram_bytes // 2))]
-    done = finish([sys.executable, "-m", "moestro.bench.rates", *size], limit_s)
+    done = finish([sys.executable, "-m", "benchmarks.rates", *size], limit_s)
     if done.code != 0 or done.limit_s is not None:
         return {"ok": False, "error": done.last_words()}
     return {"ok": True, "wall_s": done.wall_s, **asdict(Rates.from_json(done.out.splitlines()[-1]))}

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .rates import GIB
+from moestro.bench.machine_card import GIB
 
 Row = tuple[str, str, str]  # what, value, note
 

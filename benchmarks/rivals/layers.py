@@ -5,7 +5,7 @@ token with top-k of them drawn evenly at random. torch runs the three products o
 and ours that expert with it; experts take turns, enough of them to pass 8 last-level caches. A row holds medians
 over the rounds, its ratio is the median of the rounds' ratios.
 
-    moestro bench kernels --shape olmoe-1b-7b
+    python -m benchmarks.rivals kernels --shape olmoe-1b-7b
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from ..compute.cpu import core_cpus, levels
-from ..errors import RequestError
-from ..machine.probe import available_ram_bytes, last_level_cache_bytes
-from ..memory.formats import FORMATS
-from ..planning.budget import format_bytes
+from moestro.bench.kernels import CACHES, SHAPES, MoeLayer, check_shapes
+from moestro.compute.cpu import core_cpus, levels
+from moestro.errors import RequestError
+from moestro.machine.probe import available_ram_bytes, last_level_cache_bytes
+from moestro.memory.formats import FORMATS
+from moestro.planning.budget import format_bytes
+
 from . import kt_kernel
-from .kernels import CACHES, SHAPES, MoeLayer, check_shapes
 from .layer_workers import OURS, TORCH, LayerWorker
 
 KT_BITS = {"bf16": 16, "int4": 4}  # our format -> kt-kernel's bits of a weight, which take as many bytes
@@ -148,7 +149,7 @@ def _check_ram(shapes: Sequence[str]) -> None:
         if need > available_ram_bytes():
             raise RequestError(
                 f"{name} beside a rival needs {format_bytes(need)} of RAM, but {format_bytes(available_ram_bytes())} "
-                "are free; take another --shape, or --no-rivals"
+                "are free; take another --shape"
             )
 
 

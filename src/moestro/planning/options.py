@@ -1,0 +1,382 @@
+"""What a user can set: each option once, with its name, default, help and check. Needs the standard library alone.
+
+A new option is one new field here. The commands, `moestro.load` and `MoestroConfig` read the fields.
+
+    Options(bits=5)    # RequestError: --bits 5: there are 16, 8, 4
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import cache
+from inspect import Parameter, signature
+from math import isfinite
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ..errors import RequestError
+from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
+from .machines import machine_names
+from .policies import DEFAULT_POLICY, POLICIES
+from .shapes import SHAPES
+
+METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
+DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
+BITS = (16, 8, 4)
+DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
+
+Check = Callable[[Any, str], Any]  # (value, flag) -> the value to keep; raises RequestError
+_IN_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is known of an option besides its name, type and default.
+
+    unset: what None stands for, in words. short: a short flag, like "-t". check: refuses or converts a value.
+    """
+
+    help: str
+    metavar: str | None = None
+    unset: str | None = None
+    short: str | None = None
+    check: Check | None = None
+
+    @property
+    def text(self) -> str:
+        """The help, with what None stands for."""
+        return self.help if self.unset is None else f"{self.help} [default: {self.unset}]"
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field that is an option; for `about` see `About`."""
+    return field(default=default, metadata={"about": About(help, **about)})
+
+
+def option_like(kind: type[Checked], name: str, **changes: Any) -> Any:
+    """A field that is an option of another dataclass again, with another default or other values of `About`."""
+    same = next(one for one in fields(kind) if one.name == name)
+    default = changes.pop("default", same.default)
+    return field(default=default, metadata={"about": replace(about(same), **changes)})
+
+
+def about(one: Field[Any]) -> About:
+    """What a field's option says of itself."""
+    return one.metadata["about"]  # type: ignore[no-any-return]
+
+
+def flag(name: str) -> str:
+    """The option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def one_of(noun: str, names: Collection[str]) -> Check:
+    """A check that a value is one of these names; a table of them may still grow."""
+
+    def check(value: Any, flag: str) -> Any:
+        if value not in names:
+            raise RequestError(
+                f"no {noun} {value!r}; there are: {', '.join(names if isinstance(names, tuple) else sorted(names))}"
+            )
+        return value
+
+    return check
+
+
+def needs(holds: Callable[[Any], bool], needed: str) -> Check:
+    """A check that a condition holds for a value, which is said in words if it does not."""
+
+    def check(value: Any, flag: str) -> Any:
+        if not holds(value):
+            raise RequestError(f"{flag} {value!r}: needs {needed}")
+        return value
+
+    return check
+
+
+def bits_in(choices: tuple[int, ...]) -> Check:
+    """A check of a number of bits."""
+
+    def check(value: Any, flag: str) -> Any:
+        if value not in choices:
+            raise RequestError(f"{flag} {value}: there are {', '.join(map(str, choices))}")
+        return value
+
+    return check
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fit(value: Any, hint: Any, flag: str) -> Any:
+    """The value as one of the types of a field's hint.
+
+    Raises:
+        RequestError: it is of none of them, or no finite number.
+    """
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    if get_origin(hint) is Sequence:
+        if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+            return tuple(value)
+        raise RequestError(f"{flag} {value!r}: needs a list of texts")
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    if int in kinds and is_number and isinstance(value, Integral):
+        return int(value)
+    if float in kinds and is_number:
+        return float(value)
+    if (bool in kinds and isinstance(value, bool)) or (str in kinds and isinstance(value, str)):
+        return value
+    needed = " or ".join(words for kind, words in _IN_WORDS.items() if kind in kinds)
+    raise RequestError(f"{flag} {value!r}: needs {needed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A dataclass of options. Each value is checked when it is made, and kept as its check returns it.
+
+    Raises:
+        RequestError: one line that names the option, the value and what is possible.
+    """
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        hints = _hints(kind)
+        for one in fields(self):
+            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], flag(one.name))
+            if check is not None and value is not None:
+                value = check(value, flag(one.name))
+            object.__setattr__(self, one.name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make an equal object, as they are after their checks."""
+        return asdict(self)
+
+
+def check_names(given: dict[str, Any], names: list[str]) -> None:
+    """Refuse keyword arguments that are no options.
+
+    Raises:
+        RequestError: the first wrong name, and the names that there are.
+    """
+    if wrong := [name for name in given if name not in names]:
+        raise RequestError(f"no option {wrong[0]!r}; use one of: {', '.join(names)}")
+
+
+def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
+    """Show the fields of dataclasses where a function or class takes them as **options.
+
+    They come into its signature, and into its docstring in place of the word {options}.
+    """
+
+    shown_fields = [one for kind in kinds for one in fields(kind)]
+
+    def show(function: Any) -> Any:
+        own = signature(function)
+        shown = [one for one in own.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        for one in shown_fields:
+            shown.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type))
+        lines = [
+            textwrap.fill(
+                f"{one.name}: {about(one).text}",
+                116,
+                initial_indent=" " * 8,
+                subsequent_indent=" " * 12,
+                break_on_hyphens=False,
+            )
+            for one in shown_fields
+        ]
+        function.__signature__ = own.replace(parameters=shown)
+        function.__doc__ = (function.__doc__ or "").replace("{options}", "\n".join(lines).lstrip())
+        return function
+
+    return show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Where a model's experts may live, who decides about them, and how its weights are kept."""
+
+    gpu_memory: str | int | None = option(
+        None,
+        "The most GPU memory to use, KV cache and activations too, like 12GiB.",
+        metavar="SIZE",
+        unset="0.95 of what is free",
+        check=parse_bytes,
+    )
+    ram: str | int | None = option(
+        None,
+        "The most RAM to use for weights, like 48GiB.",
+        metavar="SIZE",
+        unset="what is free",
+        check=parse_bytes,
+    )
+    context: int | None = option(
+        None,
+        "Tokens of prompt and answer, in one sequence, that GPU memory is planned for.",
+        metavar="N",
+        unset="the model's, at most 4096",
+        check=needs(lambda n: n >= LEAST_CONTEXT, f"at least {LEAST_CONTEXT}, a token of prompt and of answer"),
+    )
+    policy: str = option(
+        DEFAULT_POLICY,
+        f"The policy that decides where experts run: {', '.join(sorted(POLICIES))}.",
+        metavar="NAME",
+        check=one_of("policy", POLICIES),
+    )
+    device: str = option(
+        "auto",
+        "auto (a GPU where there is one), cpu, cuda, or emulated (a pretended GPU, for tests).",
+        metavar="NAME",
+        check=one_of("device", DEVICE_NAMES),
+    )
+    link: str | float | None = option(
+        None,
+        "Pace copies to the GPU, like 12GB/s, to see how a slower link would do.",
+        metavar="RATE",
+        unset="the link's own speed",
+        check=parse_gbps,
+    )
+    machine: str | None = option(
+        None,
+        f"The machine whose speeds the policy plans with: {', '.join(machine_names())}.",
+        metavar="NAME",
+        unset="this, measured",
+        check=one_of("machine", tuple(machine_names())),
+    )
+    clock: str = option(
+        "wall",
+        "wall, or virtual: real results in the modelled time of the named machine, on the emulated device.",
+        metavar="NAME",
+        check=one_of("clock", ("wall", "virtual")),
+    )
+    profile: str | None = option(
+        None, "A trace (moestro trace) by which popular experts are placed.", metavar="FILE", unset="none"
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads.",
+        metavar="N",
+        unset="one for each physical core",
+        short="-t",
+        check=needs(lambda n: 1 <= n <= (os.cpu_count() or 1), f"1 to {os.cpu_count()}, the CPUs of this machine"),
+    )
+    bits: int | None = option(
+        None, "Bits of a weight: 16, 8 or 4.", metavar="N", unset="the checkpoint's", check=bits_in(BITS)
+    )
+    expert_bits: int | None = option(
+        None, "Bits of the experts' weights.", metavar="N", unset="--bits", check=bits_in(BITS)
+    )
+    dense_bits: int | None = option(
+        None,
+        "Bits of attention and shared experts; below 16 they must be on the CPU.",
+        metavar="N",
+        unset="--bits",
+        check=bits_in(BITS),
+    )
+    head_bits: int | None = option(
+        None,
+        "Bits of output head and embedding; below 16 they must be on the CPU.",
+        metavar="N",
+        unset="--bits",
+        check=bits_in(BITS),
+    )
+    fuse: bool = option(
+        True,
+        "Run a decode step in few calls: fused on the CPU, captured and replayed on a GPU. "
+        "What is changed after loading runs as Transformers wrote it.",
+    )
+    pack_dense: bool = option(
+        True,
+        "On the CPU, pack dense layers for our kernels. Packed weights can be assigned, not edited in place or "
+        "resized; unpacked they stay in torch, in the checkpoint's dtype.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pack_dense and not {self.dense_bits, self.head_bits} <= {None, 16}:
+            raise RequestError("--dense-bits and --head-bits are for packed layers; leave them or --no-pack-dense out")
+        if self.clock == "virtual" and (self.device != "emulated" or self.machine is None):
+            raise RequestError("--clock virtual needs --device emulated and --machine NAME, whose time it models")
+
+    @property
+    def budget(self) -> Budget:
+        """The memory that may be used."""
+        return Budget.parse(gpu_memory=self.gpu_memory, ram=self.ram)
+
+    @property
+    def link_gbps(self) -> float | None:
+        """The pace of copies to the GPU in GB/s; None for the link's own."""
+        return None if self.link is None else float(self.link)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Checked):
+    """Which weights are loaded, beside a model's name."""
+
+    shape: str | None = option(
+        None,
+        f"Instead of MODEL: random weights of a real shape, {', '.join(SHAPES)}.",
+        metavar="NAME",
+        unset="none",
+        check=one_of("shape", SHAPES),
+    )
+    trust_remote_code: bool = option(False, "Run code that the checkpoint brings; without it, none is run.")
+    dtype: str = option(
+        "auto",
+        "auto (the checkpoint's), float32, float16 or bfloat16.",
+        metavar="NAME",
+        check=one_of("dtype", tuple(DTYPES)),
+    )
+    seed: int = option(
+        0,
+        "Seed of sampling and of random shapes; the same seed gives the same text.",
+        check=needs(lambda n: 0 <= n < 2**63, "0 or more, below 2**63"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(Checked):
+    """What a trace is replayed with: a policy, a machine and the model's sizes."""
+
+    policy: str = option_like(Options, "policy")
+    machine: str = option_like(
+        Options, "machine", default="rtx4090", help=f"The machine: {', '.join(machine_names())}.", unset=None
+    )
+    gpu_memory: str | int | None = option_like(
+        Options,
+        "gpu_memory",
+        help="GPU memory for dense weights and experts.",
+        unset="all that the machine has",
+    )
+    as_shape: str | None = option_like(
+        ModelOptions,
+        "shape",
+        help="Sizes and depth of a real shape, its layers choosing as the trace's do.",
+        unset="the trace's",
+    )
+    bits: int | None = option_like(
+        Options,
+        "bits",
+        help="Bits of the experts' weights: 32, 16, 8 or 4.",
+        unset="the trace's",
+        check=bits_in((32, *BITS)),
+    )
+    profile: str | None = option_like(Options, "profile")
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """The GPU memory to use; None for all that the machine has."""
+        return None if self.gpu_memory is None else parse_bytes(self.gpu_memory)

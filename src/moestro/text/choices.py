@@ -1,0 +1,99 @@
+"""How a request's options and the checkpoint's own settings become Transformers' arguments.
+
+What a request says wins. What it leaves open is the checkpoint's, from its generation_config.json. Where that does
+not say to sample either, a request without a temperature samples in our way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .options import TextOptions
+from .settings import check_settings
+
+SAMPLING_TEMPERATURE, SAMPLING_TOP_P, SAMPLING_TOP_K = 0.7, 0.95, 50
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """A request's options over a checkpoint's settings: what generation does.
+
+    keeps_cache: whether the KV cache is one of ours, a plain one that holds what it was given and no more.
+    goes_back: whether tokens are taken back that were tried, as assisted decoding does.
+    can_continue: whether a later generation may go on with that cache.
+    """
+
+    num_beams: int
+    stop: Sequence[str]
+    keeps_cache: bool
+    goes_back: bool
+    can_continue: bool
+    arguments: dict[str, Any]  # of Transformers' `generate`
+
+
+def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
+    """Join a request's options and a checkpoint's settings.
+
+    Args:
+        own: the checkpoint's settings.
+        rows: of the model's embedding; a token id is below that.
+
+    Raises:
+        ModelError: the checkpoint's settings are not to be followed.
+    """
+    check_settings(own, rows)
+    num_beams = options.num_beams or own.num_beams or 1
+    stop = options.stop or own.stop_strings or ()
+    keeps_cache = own.use_cache is not False and own.cache_implementation in (None, "dynamic", "hybrid")
+    goes_back = own.prompt_lookup_num_tokens is not None
+    arguments: dict[str, Any] = {
+        "max_length": None,  # the number of new tokens is always said
+        "num_beams": num_beams,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": True,
+        # Nothing here reads them, and layers that are asked for them go the long way.
+        **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
+        "stop_strings": None,  # ours end it
+        **_sampling(options, own, num_beams),
+    }
+    if keeps_cache:
+        arguments["cache_implementation"] = None
+    if options.repetition_penalty is not None:
+        arguments["repetition_penalty"] = options.repetition_penalty
+    return Choices(
+        num_beams=num_beams,
+        stop=[stop] if isinstance(stop, str) else list(stop),
+        keeps_cache=keeps_cache,
+        goes_back=goes_back,
+        can_continue=keeps_cache and num_beams == 1 and not goes_back,
+        arguments=arguments,
+    )
+
+
+def _sampling(options: TextOptions, own: GenerationConfig, num_beams: int) -> dict[str, Any]:
+    temperature = options.temperature
+    if temperature is None:
+        if own.do_sample is False:
+            temperature = 0.0
+        elif own.temperature is not None:
+            temperature = float(own.temperature)
+        elif own.do_sample:
+            temperature = 1.0
+        else:
+            temperature = 0.0 if num_beams > 1 else SAMPLING_TEMPERATURE
+    names = ("top_p", "top_k", "min_p")
+    if temperature == 0:
+        # Greedy search warns about sampling options, so they are unset there, the checkpoint's too.
+        return {"do_sample": False, "temperature": None, **dict.fromkeys(names)}
+    ours = {} if own.do_sample else {"top_p": SAMPLING_TOP_P, "top_k": SAMPLING_TOP_K}
+    chosen: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+    for name in names:
+        values = (getattr(options, name), getattr(own, name), ours.get(name))
+        value = next((value for value in values if value is not None), None)
+        if value is not None:  # else Transformers' default
+            chosen[name] = None if name == "min_p" and value == 0 else value
+    return chosen

@@ -1,0 +1,251 @@
+"""An option is one field: commands, `load` and `MoestroConfig` have its name, default, help and check from there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from inspect import signature
+from typing import Any, get_origin, get_type_hints
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moestro import MoestroConfig, MoestroError, load
+from moestro.cli import main as cli
+from moestro.cli.options import takes_options
+from moestro.errors import RequestError
+from moestro.planning.options import (
+    Checked,
+    ModelOptions,
+    Options,
+    ReplayOptions,
+    about,
+    check_names,
+    flag,
+    needs,
+    option,
+    shows_options,
+)
+from moestro.text.options import TextOptions
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "gpu_memory": ("much", "--gpu-memory 'much' is no amount of memory; write it like 12GiB, 500MB or 1073741824"),
+    "ram": ("lots", "--ram 'lots' is no amount of memory"),
+    "context": (0, "--context 0: needs at least 2, a token of prompt and of answer"),
+    "policy": ("wishful", "no policy 'wishful'; there are: bandwidth-split, cpu-only"),
+    "device": ("tpu", "no device 'tpu'; there are: auto, cpu, cuda, emulated"),
+    "link": ("quick", "--link 'quick' is no rate; write it like 12GB/s"),
+    "machine": ("abacus", "no machine 'abacus'; there are: t4-colab"),
+    "clock": ("sun", "no clock 'sun'; there are: wall, virtual"),
+    "threads": (0, "--threads 0: needs 1 to "),
+    "bits": (5, "--bits 5: there are 16, 8, 4"),
+    "expert_bits": (3, "--expert-bits 3: there are 16, 8, 4"),
+    "dense_bits": (3, "--dense-bits 3: there are 16, 8, 4"),
+    "head_bits": (3, "--head-bits 3: there are 16, 8, 4"),
+}
+WRONG_SOURCE: dict[str, tuple[Any, str]] = {
+    "shape": ("huge", "no shape 'huge'; there are: mixtral-8x7b"),
+    "dtype": ("int3", "no dtype 'int3'; there are: auto, float32"),
+    "seed": (-1, "--seed -1: needs 0 or more, below 2**63"),
+}
+WRONG_TEXT: dict[str, tuple[Any, str]] = {
+    "max_new_tokens": (0, "--max-new-tokens 0: needs at least 1"),
+    "temperature": (-1.0, "--temperature -1.0: needs 0, or at least 0.01"),
+    "top_p": (2.0, "--top-p 2.0: needs above 0 and at most 1"),
+    "top_k": (-1, "--top-k -1: needs 0 (off) or more"),
+    "min_p": (1.5, "--min-p 1.5: needs between 0 and 1"),
+    "repetition_penalty": (0.0, "--repetition-penalty 0.0: needs above 0"),
+    "num_beams": (0, "--num-beams 0: needs at least 1"),
+}
+
+
+def _help(*command: str) -> str:
+    shown = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "100"})
+    assert not shown.exit_code
+    return re.sub(r"\s+", " ", shown.output)
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Options)])
+def test_an_option_is_the_same_wherever_it_is(name: str) -> None:
+    field = next(one for one in fields(Options) if one.name == name)
+    for function in (load, MoestroConfig):
+        assert signature(function).parameters[name].default == field.default
+        assert f"{name}: {about(field).help[:40]}" in re.sub(r"\s+", " ", function.__doc__ or "")
+    config = MoestroConfig()
+    assert getattr(config, name) == getattr(Options(), name) == config.to_dict()[name] == field.default
+    assert f"{name}={field.default!r}" in repr(config)
+    for command in ("run", "chat"):
+        assert about(field).help in _help(command).replace("- ", "-")
+        assert flag(name) in _help(command)
+
+
+def test_every_check_has_a_wrong_value_here() -> None:
+    for kind, wrong in ((Options, WRONG), (ModelOptions, WRONG_SOURCE), (TextOptions, WRONG_TEXT | WRONG_SOURCE)):
+        assert {one.name for one in fields(kind) if about(one).check is not None} <= wrong.keys()
+
+
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_SOURCE])
+def test_a_wrong_value_gets_the_same_line_whichever_way_it_came(name: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    value, says = (WRONG | WRONG_SOURCE)[name]
+    with pytest.raises(RequestError) as of_load:
+        load(**({"model": "demo"} | {name: value}))
+    assert says in str(of_load.value)
+    if name in WRONG:
+        with pytest.raises(RequestError) as of_config:
+            MoestroConfig(**{name: value})
+        assert str(of_config.value) == str(of_load.value)
+    monkeypatch.setattr(sys, "argv", ["moestro", "run", "demo", flag(name), str(value)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {of_load.value}\n"
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    8.0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    b"x",
+    [],
+    ["lru"],
+    [1],
+    {},
+    {"a": 1},
+    Ellipsis,
+)
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("kind", [Options, ModelOptions, TextOptions, ReplayOptions])
+def test_a_value_of_another_type_is_kept_as_its_type_or_refused_in_one_line(kind: type[Checked], value: Any) -> None:
+    hints, refused = get_type_hints(kind), []
+    for one in fields(kind):
+        try:
+            kept = getattr(kind(**{one.name: value}), one.name)
+        except RequestError as error:
+            refused.append(str(error))
+            continue
+        if get_origin(hints[one.name]) is Sequence:
+            assert isinstance(kept, tuple)
+            assert all(isinstance(part, str) for part in kept)
+        else:
+            assert isinstance(kept, hints[one.name])
+            assert isinstance(kept, bool) <= (hints[one.name] is bool)
+    assert all(len(line.splitlines()) == 1 and line.startswith(("--", "no ")) for line in refused)
+
+
+def test_a_config_that_was_saved_makes_an_equal_one() -> None:
+    config = MoestroConfig(gpu_memory="12GiB", ram="500MB", link="12GB/s", device="cuda", expert_bits=4, fuse=False)
+    kept = json.loads(config.to_json_string())
+    assert kept == {"quant_method": "moestro", **config.to_dict()}
+    assert (kept["gpu_memory"], kept["ram"], kept["link"]) == (12 * 2**30, 500_000_000, 12.0)
+    assert MoestroConfig.from_dict(kept) == config
+
+
+def test_a_wrong_name_is_one_line() -> None:
+    with pytest.raises(MoestroError, match=r"no option 'gpu_mem'; use one of: shape, .*, gpu_memory, ram"):
+        load("demo", gpu_mem="12GiB")
+    with pytest.raises(MoestroError, match="no option 'gpu_mem'; use one of: gpu_memory, ram"):
+        MoestroConfig(gpu_mem="12GiB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class More(Options):
+    tempo: int = option(90, "Beats a minute.", metavar="BPM", short="-m", check=needs(lambda n: n > 0, "more than 0"))
+
+
+def test_a_new_option_is_one_edit() -> None:
+    """A field more, and it is in a command, a signature, a docstring and a dict, with its check."""
+
+    @shows_options(More)
+    def play(**options: Any) -> dict[str, Any]:
+        """Play.
+
+        Args:
+            {options}
+        """
+        check_names(options, [one.name for one in fields(More)])
+        return More(**options).to_dict()
+
+    app = typer.Typer()
+
+    @app.command()
+    @takes_options(leave_out=("ram",), tempo=120)
+    def conduct(options: More) -> None:
+        print(options.tempo)
+
+    assert signature(play).parameters["tempo"].default == 90
+    assert "tempo: Beats a minute." in (play.__doc__ or "")
+    assert play(tempo=60)["tempo"] == 60
+    runner = CliRunner()
+    assert re.search(r"-m,? ?.*--tempo|--tempo,? ?.*-m", shown := runner.invoke(app, ["--help"]).output)
+    assert "Beats a minute." in shown
+    assert "--ram" not in shown
+    assert runner.invoke(app, []).output == "120\n"
+    assert runner.invoke(app, ["-m", "30"]).output == "30\n"
+    assert str(runner.invoke(app, ["--tempo", "-4"]).exception) == "--tempo -4: needs more than 0"
+
+
+def test_replay_has_its_own_defaults() -> None:
+    assert ReplayOptions().machine == "rtx4090"
+    assert ReplayOptions(bits=32, gpu_memory="1GiB").gpu_bytes == 2**30
+    with pytest.raises(RequestError, match="--bits 5: there are 32, 16, 8, 4"):
+        ReplayOptions(bits=5)
+
+
+_WITHOUT_TORCH = """
+import contextlib, io, json, sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] not in ("torch", "transformers", "numpy"), name
+sys.meta_path.insert(0, Refused())
+from moestro.cli.main import main
+found = []
+for arguments in json.loads(sys.stdin.read()):
+    sys.argv = ["moestro", *arguments]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as end:
+            found.append((end.code, errors.getvalue()))
+print(json.dumps(found))
+"""
+
+
+def test_a_wrong_option_answers_without_torch() -> None:
+    ways = [
+        (["run", "demo", "x", flag(name), str(value)], says)
+        for name, (value, says) in (WRONG | WRONG_SOURCE | WRONG_TEXT).items()
+    ]
+    ways += [
+        (["chat", "demo", "--bits", "5"], "--bits 5: there are 16, 8, 4"),
+        (["trace", "demo", "--text", "x", "--bits", "5"], "--bits 5: there are 16, 8, 4"),
+        (["replay", "x.trace", "--bits", "5"], "--bits 5: there are 32, 16, 8, 4"),
+        (["bench", "kernels", "--threads", "0"], "--threads 0: needs 1 to "),
+        (["bench", "policies", "--machine", "abacus"], "no machine 'abacus'"),
+        (["run", "demo", "x", "--clock", "virtual"], "--clock virtual needs --device emulated"),
+        (["run", "demo", "x", "--no-pack-dense", "--dense-bits", "8"], "are for packed layers"),
+    ]
+    given = json.dumps([arguments for arguments, _ in ways])
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH], input=given, capture_output=True, text=True, check=True
+    )
+    for (arguments, says), (code, printed) in zip(ways, json.loads(done.stdout), strict=True):
+        assert code == 2, (arguments, printed)
+        assert printed.startswith("error: ")
+        assert says in printed
+        assert printed.count("\n") == 1
