@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.compute.experts import ExpertMath
-from moestro.devices import LayerPort
-from moestro.devices.host import HostDevice
+from moestro.devices import Device, LayerPort
 from moestro.engine.conductor import Conductor
 from moestro.memory.formats import FORMATS, ExpertFormat, ExpertShape
 from moestro.memory.slots import SlotPool
@@ -127,7 +126,7 @@ FULL = range(SHAPE.neurons)
 
 
 def small_conductor(
-    policy: object, slots: int, device: HostDevice, fmt: ExpertFormat = FORMAT
+    policy: object, slots: int, device: Device, fmt: ExpertFormat = FORMAT
 ) -> tuple[Conductor, list[list[dict[str, Tensor]]]]:
     """A conductor over random experts, and their parts."""
     size = fmt.expert_bytes(SHAPE)
@@ -142,8 +141,9 @@ def small_conductor(
     spec = ModelSpec((LayerSpec(EXPERTS, SHAPE.neurons, size, hidden=SHAPE.hidden, block=fmt.block),) * LAYERS, 0)
     memory = device.pool(slots, size).fill_(0xFF)
     math = [ExpertMath(SHAPE, fmt, _gate)] * LAYERS
-    with mock.patch("moestro.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
-        device.pin(store.memory)
+    if device.accelerator is not None:
+        with mock.patch("moestro.devices.cuda_memory._RUN_BYTES", 3 * size + 64):  # pieces cross from run to run
+            device.accelerator.pin(store.memory)
     return Conductor(spec, math, policy, device, store, SlotPool(memory)), parts  # type: ignore[arg-type]
 
 
@@ -165,7 +165,8 @@ class ByPort:
         self._port: LayerPort | None = None
 
     def run_layer(self, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        conductor, device = self._conductor, self._conductor.device
+        conductor, device = self._conductor, self._conductor.device.accelerator
+        assert device is not None
         if self._port is None:
             self._port = device.port(x, index, None, conductor.slots.memory, EXPERTS)
         self._port.leave(x, index, weights, None)

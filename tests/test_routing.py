@@ -98,7 +98,7 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
         elif "emulated" in path:
             device = EmulatedDevice(link_gbps=None)
         is_held = "held" in path
-        slots = LAYERS * EXPERTS if is_held else 0 if device.name == "cpu" else 4
+        slots = LAYERS * EXPERTS if is_held else 4 if device.accelerator else 0
         conductor, parts = small_conductor(Drawn(seed), slots, device)
         if path == "cpu, torch":
             conductor.cpu = CpuExperts(1, level="torch")
@@ -115,7 +115,7 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
             conductor.close()
 
 
-CHEAP = ["cpu", "cpu, torch", "emulated", "cpu by port", "emulated by port"]
+CHEAP = ["cpu", "cpu, torch", "emulated", "emulated by port"]
 
 
 @pytest.mark.parametrize("path", [*CHEAP, "cuda", "cuda by port", "cuda, held", "cuda, held, sorted by torch"])

@@ -138,10 +138,10 @@ def _after(error: type[BaseException], where: str, call: Callable[[Any], Any]) -
         owner, name = {
             "decide": (policy, "decide"),
             "begin": (policy, "begin"),
-            "run": (device, "run"),
-            "copy": (device, "copy"),
+            "run": (device.accelerator, "run"),
+            "copy": (device.accelerator, "copy"),
             "attention": (attention, "forward"),
-            "settle": (device.link, "settle"),
+            "settle": (getattr(device.accelerator, "link", None), "settle"),
         }[where]
         if owner is not None:
             fails = mock.patch.object(owner, name, side_effect=error("in the midst"))
