@@ -32,6 +32,7 @@ class DeviceMemory(Protocol):
 
     torch_device: torch.device  # of dense weights and hidden states
     margin: Margin  # what a budget leaves unused, for what torch and its libraries take
+    dense_on_gpu: bool  # dense weights take the GPU's memory, not RAM
     dense_is_packable: bool  # dense layers there run by the CPU's kernels, which read packed weights
 
     def memory_bytes(self) -> int:

@@ -14,6 +14,7 @@ class InRam:
 
     torch_device = torch.device("cpu")
     margin = Margin(0, 0)
+    dense_on_gpu = False
     waited_s = 0.0
 
     def follow(self) -> None:

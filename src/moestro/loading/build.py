@@ -112,7 +112,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
         free_ram_bytes=available_ram_bytes() if config.budget.ram_bytes is None else config.budget.ram_bytes,
         free_gpu_bytes=free_gpu_bytes,
         margin=device.margin,
-        dense_on_gpu=device.torch_device.type != "cpu",
+        dense_on_gpu=device.dense_on_gpu,
         machine=this_machine(device, config.threads) if virtual and machine is None else machine,
     )
     decide = partial(
