@@ -1,0 +1,442 @@
+#include "repack.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace moestro {
+namespace {
+
+constexpr int64_t kMostGroups = kSuper / 16;
+
+// One row of a unit, or of 256 columns of a wider one, as it is before it becomes part of a panel.
+struct UnitRow {
+  uint8_t codes[kSuper];
+  uint32_t scale[kMostGroups], zero[kMostGroups];  // the bits of each group's
+  uint16_t d, dmin;                                // of a super-group
+};
+
+inline uint16_t load16(const uint8_t* at) { uint16_t v; memcpy(&v, at, 2); return v; }
+inline uint32_t load32(const uint8_t* at) { uint32_t v; memcpy(&v, at, 4); return v; }
+inline uint64_t load64(const uint8_t* at) { uint64_t v; memcpy(&v, at, 8); return v; }
+inline void store16(uint8_t* at, uint16_t v) { memcpy(at, &v, 2); }
+inline void store32(uint8_t* at, uint32_t v) { memcpy(at, &v, 4); }
+
+// 16 bytes of nibbles, of which the low ones come before the high ones.
+inline void split_nibbles(const uint8_t* from, int64_t n, uint8_t* to) {
+  for (int64_t j = 0; j < n; ++j) to[j] = from[j] & 15;
+  for (int64_t j = 0; j < n; ++j) to[n + j] = from[j] >> 4;
+}
+
+// GGUF's blocks, each as ggml's quantization code defines it.
+
+inline void read_q8_0(const uint8_t* at, UnitRow& row, int64_t g) {
+  row.scale[g] = load16(at);
+  memcpy(row.codes + 32 * g, at + 2, 32);
+}
+
+inline void read_q4(const uint8_t* at, bool has_add, UnitRow& row, int64_t g) {
+  row.scale[g] = load16(at);
+  if (has_add) row.zero[g] = load16(at + 2);
+  split_nibbles(at + (has_add ? 4 : 2), 16, row.codes + 32 * g);
+}
+
+inline void read_q5(const uint8_t* at, bool has_add, UnitRow& row, int64_t g) {
+  row.scale[g] = load16(at);
+  if (has_add) row.zero[g] = load16(at + 2);
+  at += has_add ? 4 : 2;
+  const uint32_t high = load32(at);
+  uint8_t* to = row.codes + 32 * g;
+  split_nibbles(at + 4, 16, to);
+  for (int j = 0; j < 32; ++j) to[j] |= static_cast<uint8_t>((high >> j & 1) << 4);
+}
+
+inline void read_mxfp4(const uint8_t* at, UnitRow& row, int64_t g) {
+  row.scale[g] = at[0];
+  split_nibbles(at + 1, 16, row.codes + 32 * g);
+}
+
+inline void read_k4_scales(const uint8_t* q, UnitRow& row) {
+  for (int j = 0; j < 4; ++j) {
+    row.scale[j] = q[j] & 63u;
+    row.zero[j] = q[j + 4] & 63u;
+    row.scale[j + 4] = (q[j + 8] & 15u) | (q[j] >> 6 << 4);
+    row.zero[j + 4] = (q[j + 8] >> 4) | (q[j + 4] >> 6 << 4);
+  }
+}
+
+inline void read_q4_k(const uint8_t* at, UnitRow& row) {
+  row.d = load16(at);
+  row.dmin = load16(at + 2);
+  read_k4_scales(at + 4, row);
+  for (int j = 0; j < 4; ++j) split_nibbles(at + 16 + 32 * j, 32, row.codes + 64 * j);
+}
+
+inline void read_q5_k(const uint8_t* at, UnitRow& row) {
+  row.d = load16(at);
+  row.dmin = load16(at + 2);
+  read_k4_scales(at + 4, row);
+  const uint8_t* high = at + 16;
+  for (int j = 0; j < 4; ++j) {
+    uint8_t* to = row.codes + 64 * j;
+    split_nibbles(at + 48 + 32 * j, 32, to);
+    for (int i = 0; i < 32; ++i) to[i] |= static_cast<uint8_t>((high[i] >> 2 * j & 1) << 4);
+    for (int i = 0; i < 32; ++i) to[32 + i] |= static_cast<uint8_t>((high[i] >> (2 * j + 1) & 1) << 4);
+  }
+}
+
+inline void read_q6_k(const uint8_t* at, UnitRow& row) {
+  const uint8_t *scales = at + 192;
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t *low = at + 64 * half, *high = at + 128 + 32 * half;
+    uint8_t* to = row.codes + 128 * half;
+    split_nibbles(low, 32, to);  // the low ones of the first 32 bytes are columns 0 to 31, the high ones 64 to 95
+    memcpy(to + 64, to + 32, 32);
+    uint8_t other[64];
+    split_nibbles(low + 32, 32, other);
+    memcpy(to + 32, other, 32);
+    memcpy(to + 96, other + 32, 32);
+    for (int q = 0; q < 4; ++q)
+      for (int i = 0; i < 32; ++i) to[32 * q + i] |= static_cast<uint8_t>((high[i] >> 2 * q & 3) << 4);
+  }
+  for (int g = 0; g < 16; ++g) row.scale[g] = scales[g];
+  row.d = load16(at + 208);
+}
+
+inline void read_two_bits(const uint8_t* q, uint8_t* to) {
+  for (int half = 0; half < 2; ++half)
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < 32; ++i) to[128 * half + 32 * j + i] = q[32 * half + i] >> 2 * j & 3;
+}
+
+inline void read_q2_k(const uint8_t* at, UnitRow& row) {
+  for (int g = 0; g < 16; ++g) {
+    row.scale[g] = at[g] & 15u;
+    row.zero[g] = at[g] >> 4;
+  }
+  read_two_bits(at + 16, row.codes);
+  row.d = load16(at + 80);
+  row.dmin = load16(at + 82);
+}
+
+inline void read_q3_k(const uint8_t* at, UnitRow& row) {
+  const uint8_t *high = at, *scales = at + 96;
+  read_two_bits(at + 32, row.codes);
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 32; ++i) row.codes[32 * j + i] |= static_cast<uint8_t>((high[i] >> j & 1) << 2);
+  for (int g = 0; g < 16; ++g) {
+    const unsigned low = g < 8 ? scales[g] & 15u : scales[g - 8] >> 4;
+    row.scale[g] = low | (scales[8 + g % 4] >> 2 * (g / 4) & 3u) << 4;
+  }
+  row.d = load16(at + 108);
+}
+
+inline void read_iq4_xs(const uint8_t* at, UnitRow& row) {
+  row.d = load16(at);
+  const unsigned high = load16(at + 2);
+  for (int g = 0; g < 8; ++g) {
+    const int whole = static_cast<int>((at[4 + g / 2] >> 4 * (g % 2) & 15u) | (high >> 2 * g & 3u) << 4) - 32;
+    row.scale[g] = static_cast<uint8_t>(whole);
+    split_nibbles(at + 8 + 16 * g, 16, row.codes + 32 * g);
+  }
+}
+
+struct GgufType {
+  int64_t columns, bytes;  // of a block
+};
+
+// Of a format that GGUF has; {0, 0} otherwise.
+inline GgufType gguf_type(const MatrixFormat& f) {
+  if (f.group == 32 && f.scale == Scale::kFp16) {
+    switch (f.code) {
+      case Code::kS8: return {32, 34};
+      case Code::kU4: return f.zero == Zero::kAdd ? GgufType{32, 20} : f.zero == Zero::kConstant ? GgufType{32, 18} : GgufType{0, 0};
+      case Code::kU5: return f.zero == Zero::kAdd ? GgufType{32, 24} : f.zero == Zero::kConstant ? GgufType{32, 22} : GgufType{0, 0};
+      case Code::kIq4nl: return {32, 18};
+      default: return {0, 0};
+    }
+  }
+  if (f.code == Code::kE2m1 && f.scale == Scale::kE8m0) return {32, 17};
+  switch (f.scale) {
+    case Scale::kK4: return f.code == Code::kU4 ? GgufType{256, 144} : f.code == Code::kU5 ? GgufType{256, 176} : GgufType{0, 0};
+    case Scale::kK6: return f.code == Code::kU6 ? GgufType{256, 210} : GgufType{0, 0};
+    case Scale::kK2: return f.code == Code::kU2 ? GgufType{256, 84} : GgufType{0, 0};
+    case Scale::kK3: return f.code == Code::kU3 ? GgufType{256, 110} : GgufType{0, 0};
+    case Scale::kIq4xs: return f.code == Code::kIq4nl ? GgufType{256, 136} : GgufType{0, 0};
+    default: return {0, 0};
+  }
+}
+
+void read_gguf(const MatrixFormat& f, const uint8_t* at, int64_t blocks, UnitRow& row) {
+  const GgufType type = gguf_type(f);
+  for (int64_t b = 0; b < blocks; ++b, at += type.bytes) {
+    switch (f.scale) {
+      case Scale::kK4: f.code == Code::kU4 ? read_q4_k(at, row) : read_q5_k(at, row); break;
+      case Scale::kK6: read_q6_k(at, row); break;
+      case Scale::kK2: read_q2_k(at, row); break;
+      case Scale::kK3: read_q3_k(at, row); break;
+      case Scale::kIq4xs: read_iq4_xs(at, row); break;
+      case Scale::kE8m0: read_mxfp4(at, row, b); break;
+      default:
+        if (f.code == Code::kS8) read_q8_0(at, row, b);
+        else if (f.code == Code::kU5) read_q5(at, f.zero == Zero::kAdd, row, b);
+        else read_q4(at, f.zero == Zero::kAdd, row, b);
+    }
+  }
+}
+
+// Codes that lie apart from their scales.
+
+constexpr int kAwqPlaces[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // of a word's nibbles, for row % 8
+
+inline uint8_t code_at(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k) {
+  switch (raw.layout) {
+    case Layout::kNibbles: return raw.codes[row * ((raw.columns + 1) / 2) + k / 2] >> 4 * (k % 2) & 15;
+    case Layout::kAwq: return load32(raw.codes + (k * (raw.rows / 8) + row / 8) * 4) >> 4 * kAwqPlaces[row % 8] & 15;
+    case Layout::kGptq: {
+      const int64_t bits = code_bits(f.code), held = 32 / bits;
+      const uint32_t word = load32(raw.codes + (k / held * raw.rows + row) * 4);
+      return static_cast<uint8_t>(word >> bits * (k % held) & ((1u << bits) - 1));
+    }
+    default: return raw.codes[row * raw.row_stride + k * raw.column_stride];
+  }
+}
+
+void read_codes(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, int64_t n, uint8_t* to) {
+  if (raw.column_order != nullptr) {
+    for (int64_t i = 0; i < n; ++i) to[i] = code_at(raw, f, row, raw.column_order[k + i]);
+  } else if (raw.layout == Layout::kNibbles) {  // k is even
+    const uint8_t* from = raw.codes + row * ((raw.columns + 1) / 2) + k / 2;
+    for (int64_t i = 0; i < n / 2; ++i) {
+      to[2 * i] = from[i] & 15;
+      to[2 * i + 1] = from[i] >> 4;
+    }
+    if (n % 2) to[n - 1] = from[n / 2] & 15;
+  } else if (raw.layout == Layout::kPlain && raw.column_stride == 1) {
+    memcpy(to, raw.codes + row * raw.row_stride + k, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = code_at(raw, f, row, k + i);
+  }
+}
+
+// The scales and zeros of a unit's groups, from [R, groups].
+void read_sides(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, int64_t n, UnitRow& to) {
+  if (f.scale == Scale::kBlock) {
+    const int64_t across = (raw.columns + 127) / 128;
+    to.scale[0] = load32(raw.scales + (((raw.first_row + row) / 128) * across + k / 128) * 4);
+    return;
+  }
+  const int64_t group = f.group == 0 ? raw.columns : f.group, all = (raw.columns + group - 1) / group;
+  const int64_t size = scale_bytes(f.scale), zero_size = f.zero == Zero::kInt ? 1 : 2;
+  for (int64_t g = k / group, i = 0; g < all && (i == 0 || g * group < k + n); ++g, ++i) {
+    memcpy(&to.scale[i], raw.scales + (row * all + g) * size, size);
+    if (raw.zeros != nullptr) memcpy(&to.zero[i], raw.zeros + (row * all + g) * zero_size, zero_size);
+  }
+}
+
+// Into a panel.
+
+// A byte of each of four columns: half 0 has columns 0 4 1 5 of eight, half 1 columns 2 6 3 7.
+inline uint32_t quad(uint64_t eight, int half) {
+  const uint32_t low = static_cast<uint32_t>(eight) >> 16 * half, high = static_cast<uint32_t>(eight >> 32) >> 16 * half;
+  return (low & 0xFFu) | (high & 0xFFu) << 8 | (low & 0xFF00u) << 8 | (high & 0xFF00u) << 16;
+}
+
+inline uint32_t nibble_word(uint64_t eight) {
+  const auto close = [](uint64_t x) {  // bytes 0 2 4 6 to nibbles
+    x &= 0x00FF00FF00FF00FFull;
+    x = (x | x >> 12) & 0x000000FF000000FFull;
+    return static_cast<uint32_t>((x | x >> 24) & 0xFFFFu);
+  };
+  return close(eight) | close(eight >> 8) << 16;
+}
+
+// A plane of some bits of each code: 32-bit words [64 * bits / 32][16].
+template <int Bits>
+inline void write_plane(const UnitRow* rows, int64_t chunk, int shift, uint8_t* to) {
+  constexpr int kSteps = 4 / Bits;  // of 8 columns, that share a word
+  constexpr uint64_t kMask = 0x0101010101010101ull * ((1 << Bits) - 1);
+  for (int r = 0; r < kPanelRows; ++r) {
+    const uint8_t* codes = rows[r].codes + kChunk * chunk;
+    for (int word = 0; word < 8 / kSteps; ++word) {
+      uint32_t all = 0;
+      for (int s = 0; s < kSteps; ++s) {
+        const uint64_t eight = load64(codes + 8 * (kSteps * word + s)) >> shift & kMask;
+        all |= quad(eight, 0) << Bits * 2 * s | quad(eight, 1) << Bits * (2 * s + 1);
+      }
+      store32(to + (word * kPanelRows + r) * 4, all);
+    }
+  }
+}
+
+inline void write_nibbles(const UnitRow* rows, int64_t chunk, uint8_t* to) {
+  for (int r = 0; r < kPanelRows; ++r)
+    for (int i = 0; i < 8; ++i) {
+      const uint64_t eight = load64(rows[r].codes + kChunk * chunk + 8 * i) & 0x0F0F0F0F0F0F0F0Full;
+      store32(to + (i * kPanelRows + r) * 4, nibble_word(eight));
+    }
+}
+
+inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* to) {
+  constexpr int64_t kNibbleBytes = kPanelRows * kChunk / 2;
+  switch (code) {
+    case Code::kU2: return write_plane<2>(rows, chunk, 0, to);
+    case Code::kU3: write_plane<2>(rows, chunk, 0, to); return write_plane<1>(rows, chunk, 2, to + kNibbleBytes / 2);
+    case Code::kU5: write_nibbles(rows, chunk, to); return write_plane<1>(rows, chunk, 4, to + kNibbleBytes);
+    case Code::kU6: write_nibbles(rows, chunk, to); return write_plane<2>(rows, chunk, 4, to + kNibbleBytes);
+    case Code::kU4: case Code::kE2m1: case Code::kIq4nl: return write_nibbles(rows, chunk, to);
+    default:
+      for (int r = 0; r < kPanelRows; ++r)
+        for (int j = 0; j < kChunk / 2; ++j)
+          memcpy(to + (j * kPanelRows + r) * 2, rows[r].codes + kChunk * chunk + 2 * j, 2);
+  }
+}
+
+// Scales [groups][16], then zeros, of groups that begin at `first` of a unit.
+inline uint8_t* write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t first, int64_t groups, uint8_t* to) {
+  const int64_t size = scale_bytes(f.scale);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int r = 0; r < kPanelRows; ++r, to += size) memcpy(to, &rows[r].scale[first + g], size);
+  if (f.zero == Zero::kFp16 || f.zero == Zero::kAdd) {
+    for (int64_t g = 0; g < groups; ++g)
+      for (int r = 0; r < kPanelRows; ++r, to += 2) store16(to, static_cast<uint16_t>(rows[r].zero[first + g]));
+  } else if (f.zero == Zero::kInt) {
+    const int64_t held = code_bits(f.code) <= 4 ? 2 : 1;  // in a byte
+    for (int64_t g = 0; g < groups; g += held)
+      for (int r = 0; r < kPanelRows; ++r) {
+        const uint32_t high = held == 2 && g + 1 < groups ? rows[r].zero[first + g + 1] << 4 : 0;
+        *to++ = static_cast<uint8_t>(rows[r].zero[first + g] | high);
+      }
+  }
+  return to;
+}
+
+inline uint8_t* write_chunk_header(const MatrixFormat& f, const UnitRow* rows, int64_t chunk, uint8_t* to) {
+  if (!is_two_level(f)) {
+    if (f.group == 0 || f.group > kChunk) return to;
+    const int64_t groups = groups_of_chunk(f);
+    return write_sides(f, rows, chunk * groups, groups, to);
+  }
+  for (int r = 0; r < kPanelRows; ++r) {
+    const uint32_t *s = rows[r].scale + chunk * kChunk / f.group, *m = rows[r].zero + chunk * kChunk / f.group;
+    const auto put = [&](int array, uint32_t value) { to[array * kPanelRows + r] = static_cast<uint8_t>(value); };
+    switch (f.scale) {
+      case Scale::kK4:
+        put(0, s[0] | (m[0] & 3) << 6);
+        put(1, s[1] | (m[0] >> 2 & 3) << 6);
+        put(2, m[1] | (m[0] >> 4) << 6);
+        break;
+      case Scale::kK3:
+        put(0, s[0] | (s[3] & 3) << 6);
+        put(1, s[1] | (s[3] >> 2 & 3) << 6);
+        put(2, s[2] | (s[3] >> 4) << 6);
+        break;
+      case Scale::kK2:
+        for (int g = 0; g < 4; ++g) put(g, s[g] | m[g] << 4);
+        break;
+      default:
+        for (int g = 0; g < kChunk / f.group; ++g) put(g, s[g]);
+    }
+  }
+  return to + chunk_header_bytes(f);
+}
+
+inline uint8_t* write_unit_header(const Raw& raw, const MatrixFormat& f, const UnitRow* rows, uint8_t* to) {
+  (void)raw;
+  if (f.scale == Scale::kBlock) {
+    store32(to, rows[0].scale[0]);
+    return to + 4;
+  }
+  if (is_two_level(f)) {
+    for (int r = 0; r < kPanelRows; ++r, to += 2) store16(to, rows[r].d);
+    if (f.zero == Zero::kMin)
+      for (int r = 0; r < kPanelRows; ++r, to += 2) store16(to, rows[r].dmin);
+    return to;
+  }
+  return f.group > kChunk ? write_sides(f, rows, 0, 1, to) : to;
+}
+
+// Floats as they are: [K][16], or for bf16 pairs of columns [K / 2][16][2].
+void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
+  const Raw& raw = *job.raw;
+  const int64_t size = code_bits(job.format.code) / 8, together = job.format.code == Code::kBf16 ? 2 : 1;
+  const int64_t bytes = panel_bytes(job.format, job.columns);
+  const int64_t rows = std::min(kPanelRows, job.row_begin + job.rows - first);
+  const int64_t columns = std::min(job.columns, raw.columns - job.column_begin);
+  const int64_t taken = std::min(rows, raw.rows_taken - first);
+  if (taken < kPanelRows || columns < job.columns || columns % together) memset(to, 0, bytes);
+  constexpr int64_t kTile = 32;  // columns, so that 16 rows of them stay in the first cache
+  for (int64_t k = 0; k < columns; k += kTile) {
+    const int64_t stop = std::min(columns, k + kTile);
+    for (int64_t r = 0; r < taken; ++r) {
+      const int64_t row = raw.row_order ? raw.row_order[first + r] : first + r;
+      const uint8_t* from = raw.codes + row * raw.row_stride;
+      for (int64_t i = k; i < stop; ++i) {
+        const int64_t column = raw.column_order ? raw.column_order[job.column_begin + i] : job.column_begin + i;
+        memcpy(to + (i / together * kPanelRows * together + r * together + i % together) * size, from + column * raw.column_stride, size);
+      }
+    }
+  }
+}
+
+void repack_panel(const RepackJob& job, int64_t panel) {
+  const Raw& raw = *job.raw;
+  const MatrixFormat& f = job.format;
+  uint8_t* to = job.out + panel * panel_bytes(f, job.columns);
+  const int64_t first = job.row_begin + panel * kPanelRows;
+  if (is_float(f)) return repack_floats(job, first, to);
+  const int64_t unit = std::min(unit_columns(f), kSuper), row_bytes = raw_row_bytes(raw, f);
+  UnitRow rows[kPanelRows];
+  uint8_t* header = to;
+  to += panel_header_bytes(f);
+  if (f.scale == Scale::kE4m3) memcpy(header, &raw.tensor_scale, 4);
+  for (int64_t k = 0; k < job.columns; k += unit) {
+    const int64_t from = job.column_begin + k;
+    const int64_t columns = std::max<int64_t>(0, std::min({unit, job.columns - k, raw.columns - from}));
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      memset(&rows[r], 0, sizeof(UnitRow));
+      if (columns == 0 || first + r >= std::min(job.row_begin + job.rows, raw.rows_taken)) continue;
+      const int64_t row = raw.row_order ? raw.row_order[first + r] : first + r;
+      if (raw.layout == Layout::kGguf) {
+        const GgufType type = gguf_type(f);
+        read_gguf(f, raw.codes + row * row_bytes + from / type.columns * type.bytes, columns / type.columns, rows[r]);
+      } else {
+        read_codes(raw, f, row, from, columns, rows[r].codes);
+        read_sides(raw, f, row, from, columns, rows[r]);
+      }
+    }
+    if (k == 0 && f.group == 0) write_sides(f, rows, 0, 1, header);
+    to = write_unit_header(raw, f, rows, to);
+    for (int64_t c = 0; c * kChunk < std::min(unit, job.columns - k); ++c) {
+      to = write_chunk_header(f, rows, c, to);
+      write_codes(f.code, rows, c, to);
+      to += kPanelRows * kChunk * code_bits(f.code) / 8;
+    }
+  }
+}
+
+}  // namespace
+
+int64_t raw_row_bytes(const Raw& raw, const MatrixFormat& format) {
+  if (raw.layout != Layout::kGguf) return 0;
+  const GgufType type = gguf_type(format);
+  return type.columns == 0 || raw.columns % type.columns != 0 ? 0 : raw.columns / type.columns * type.bytes;
+}
+
+void repack(Runner& runner, const std::vector<RepackJob>& jobs) {
+  struct Part {
+    const RepackJob* job;
+    int64_t begin, end;  // panels
+  };
+  constexpr int64_t kPartWeights = 1 << 15;
+  std::vector<Part> parts;
+  for (const RepackJob& job : jobs) {
+    const int64_t panels = (job.rows + kPanelRows - 1) / kPanelRows;
+    const int64_t some = std::max<int64_t>(1, kPartWeights / (kPanelRows * std::max<int64_t>(1, job.columns)));
+    for (int64_t p = 0; p < panels; p += some) parts.push_back({&job, p, std::min(panels, p + some)});
+  }
+  runner.each(static_cast<int>(parts.size()), 0, true, [&](int i, float*) {
+    for (int64_t p = parts[i].begin; p < parts[i].end; ++p) repack_panel(*parts[i].job, p);
+  });
+}
+
+}  // namespace moestro
