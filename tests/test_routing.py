@@ -25,7 +25,7 @@ from moestro.engine.conductor import Conductor
 from moestro.engine.gates import Gate
 from moestro.engine.routing import group_by_expert
 from moestro.memory.slots import SlotPool
-from moestro.planning.contract import Phase
+from moestro.planning.contract import Phase, StepInfo
 from pretended_cuda import pretended_cuda
 from small_conductor import EXPERTS, LAYERS, SHAPE, ByPort, Drawn, reference_of, small_conductor
 
@@ -127,7 +127,7 @@ def test_every_path_skips_and_counts_the_same(path: str) -> None:
         for number, tokens in enumerate(sizes):
             for dtype in (torch.int64, torch.int32):
                 phase = Phase.DECODE if (number + steps) % 3 else Phase.PREFILL
-                conductor.begin(tokens, phase)
+                conductor.begin(StepInfo.alike(phase, tokens))
                 run_layer = ByPort(conductor).run_layer if "port" in path else conductor.run_layer
                 for layer in range(LAYERS):
                     index, weights = _routing(random, tokens, 3, dtype)
@@ -153,7 +153,7 @@ def test_held_layers_count_what_all_threads_choose() -> None:
         index = torch.tensor([[0, 1], [1, -1]], device=at)
 
         def decode() -> None:
-            conductor.begin(2, Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.DECODE, 2))
             conductor.run_layer(0, x, index, weights)
 
         for number in (1, 2):

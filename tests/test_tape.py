@@ -36,7 +36,7 @@ from moestro.planning.policies import make_policy
 from moestro.planning.timeline import Timeline
 from moestro.text.chat import ChatSession
 from moestro.text.generation import TextOptions, generate_text
-from moestro.text.tracing import recording
+from moestro.text.tracing import listening
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 FULL = {"sliding_window": None}
@@ -511,28 +511,28 @@ def test_who_listens_to_a_part_is_told(device: str, folders: Any) -> None:
         assert model.forward.figures.replays == 2
 
 
-def test_a_recorder_hears_of_each_layer_once(folders: Any) -> None:
+def test_a_listener_hears_of_each_layer_once(folders: Any) -> None:
     class Heard:
         lookahead = 1
 
         def __init__(self) -> None:
             self.layers: list[int] = []
 
-        def begin(self, tokens: int, phase: Any) -> None: ...
+        def begin(self, info: Any) -> None: ...
 
-        def record(self, step: Any, top_k: int) -> None:
+        def asked(self, step: Any, top_k: int) -> None:
             self.layers.append(step.layer)
 
         def done(self, outcome: Any) -> None: ...
 
     with _loaded(folders("olmoe", {}), "emulated", fuse=True) as model:
-        model.moestro.recorder = heard = Heard()
+        model.moestro.listener = heard = Heard()
         _generate(model, _ids(1, 5))
         assert heard.layers == [0, 1, 2] * 14
         assert model.forward.figures.replays == 11
         last = model.model.layers[2]  # found when the layers before it have run
         last.input_layernorm = _ReadsOnTheHost(last.input_layernorm)
-        model.moestro.recorder = heard = Heard()
+        model.moestro.listener = heard = Heard()
         _generate(model, _ids(1, 5), max_new_tokens=30)  # in a cache of another size
         assert heard.layers == [0, 1, 2] * 30
         assert model.moestro.counters.layer_steps == 3 * (14 + 30)
@@ -558,9 +558,9 @@ def test_a_recorder_gets_the_guesses_that_it_wants(before: str, folders: Any) ->
             if before == "a timeline":
                 stack.enter_context(model.moestro.note_on(Timeline()))
             elif before != "nobody":
-                stack.enter_context(recording(model, 1))
+                stack.enter_context(listening(model, 1))
             _generate(model, ids)
-        with recording(model, 3) as recorder:
+        with listening(model, 3) as recorder:
             _generate(model, ids)
         trace = recorder.trace(model, "small", None)
         assert all(len(one.steps[0].guesses) == 3 for one in trace.passes)

@@ -33,7 +33,7 @@ from ..machine.measure import machine_by_name
 from ..memory.formats import FORMATS, ExpertShape
 from ..memory.slots import SlotPool, SlotUser
 from ..memory.store import ExpertStore
-from ..planning.contract import SCORE, Costs, Expert, ModelSpec, Phase, guesses_kept
+from ..planning.contract import SCORE, Costs, Expert, ModelSpec, Phase, StepInfo, guesses_kept
 from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.slots import Transfer
@@ -213,7 +213,7 @@ class _Run:
         conductor, port, routing = self.conductor, self._port, self._routing
         for number, (step, guesses) in enumerate(zip(routing.steps, routing.guesses, strict=True)):
             took_s = -time.perf_counter()
-            conductor.begin(1, Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.DECODE, 1))
             took_s += time.perf_counter()
             for layer, index in enumerate(step):
                 port.leave(self._x, index, routing.weights, guesses[layer])

@@ -36,7 +36,7 @@ from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
 from ..text.generation import TextOptions, TextResult, generate_text
-from ..text.tracing import recording
+from ..text.tracing import listening
 from .limit import HybridLimit
 from .machine_card import git_commit
 
@@ -296,9 +296,9 @@ class _Bench:
     def _profile(self) -> dict[Expert, float]:
         """How often experts are used in an answer to another prompt than those that are timed."""
         conduct_by(self._model, make_policy("cpu-only"), 0, {}, Costs())
-        with recording(self._model, 0) as recorder:
+        with listening(self._model, 0) as listener:
             self._generate(_PROFILE_PROMPT, self._decode_tokens, seed=1)
-        return dict(recorder.trace(self._model, "profile", None).heat())
+        return dict(listener.trace(self._model, "profile", None).heat())
 
     def _generate(self, prompt: int, new_tokens: int, seed: int) -> TextResult:
         ids = torch.randint(self._vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))
@@ -321,9 +321,9 @@ class _Bench:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        conductor.recorder = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
+        conductor.listener = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
         limited = self._generate(_PROMPT, min(_LIMIT_TOKENS, self._decode_tokens), seed=2)  # which also takes buffers
-        conductor.recorder = None  # who listens has each layer pass by it, so the timed run has nobody
+        conductor.listener = None  # who listens has each layer pass by it, so the timed run has nobody
         self._generate(_PROMPT, 4, seed=2)  # records what is replayed
         prompts = [] if routing != "skewed" else self._prompts if pace_index == 0 else self._prompts[:1]
         if not self.rows:

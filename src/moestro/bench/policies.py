@@ -270,7 +270,7 @@ def compare_live(
 def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dict[str, Any]) -> PolicyRow:
     seconds, counted = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0)
     conductor = model.moestro
-    conductor.recorder = limit = HybridLimit(conductor.spec, conductor.costs)
+    conductor.listener = limit = HybridLimit(conductor.spec, conductor.costs)
     for phase, count, took_s in read_pieces(model, ids.to(model.device), tokens=tokens, **pieces):
         seconds[phase] += took_s
         counted[phase] += count

@@ -110,8 +110,8 @@ def recorded(model: Any, target: Path | None, name: str, text: str) -> Iterator[
     if target is None:
         yield
         return
-    from ..text.tracing import recording
+    from ..text.tracing import listening
 
-    with recording(model) as recorder:
+    with listening(model) as listener:
         yield
-    recorder.trace(model, name, text).save(target)
+    listener.trace(model, name, text).save(target)

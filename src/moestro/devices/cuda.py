@@ -164,6 +164,9 @@ class CudaDevice:
     ) -> LaneCopy:
         return self.link.submit(source, target, urgent, label, after)
 
+    def stream_id(self) -> int:
+        return int(torch.cuda.current_stream().cuda_stream)
+
     def follow(self) -> None:
         stream = torch.cuda.current_stream()
         if stream != self._stream:

@@ -32,7 +32,7 @@ from ..engine.families import (
     why_no_experts,
 )
 from ..engine.gates import find_gate
-from ..engine.steps import PREFILL_TOKENS, size_of
+from ..engine.steps import begin_step, end_step
 from ..engine.watch import Watch
 from ..errors import ModelError, RequestError
 from ..machine.measure import this_machine
@@ -40,7 +40,7 @@ from ..machine.probe import available_ram_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
+from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
 from ..planning.machines import THIS, machine_named
 from ..planning.plan import Facts, Formats, Plan, make_plan, planned_context
 from ..simulate.trace import Trace
@@ -165,8 +165,8 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
         module._is_hf_initialized = True  # there is nothing in it for Transformers to initialize
-    model.register_forward_pre_hook(_begin_step, with_kwargs=True)
-    model.register_forward_hook(_end_step, always_call=True)
+    model.register_forward_pre_hook(begin_step, with_kwargs=True)
+    model.register_forward_hook(end_step, always_call=True)
     model.moestro = conductor
     return conductor
 
@@ -296,19 +296,6 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat,
         dense_bytes=dense,
         dense_weights=dense_weights(model),
     )
-
-
-def _begin_step(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """A hook that tells the conductor that a step begins, and whether it reads a prompt."""
-    rows, count = size_of(args, kwargs)
-    cache = kwargs.get("past_key_values")
-    reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
-    model.moestro.begin(rows * count, Phase.PREFILL if reads_prompt else Phase.DECODE)
-
-
-def _end_step(model: Any, args: Any, output: Any) -> None:
-    """A hook that tells it that the step is over."""
-    model.moestro.end()
 
 
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...devices import LayerPort
 from ...devices.graphs import CannotRecordError, Graph, Graphs
 from ...engine.conductor import Conductor
-from ...engine.held import new_counts
+from ...engine.counters import new_counts
 from ...engine.steps import size_of
 from .arguments import without_cache
 

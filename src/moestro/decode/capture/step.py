@@ -213,7 +213,7 @@ class StepTape:
         ):
             raise CannotRecordError("a sliding window counts in Python, and no masks and positions are given")
         model: Any = self._model()
-        heard = self._conductor.recorder is not None or self._conductor.timeline is not None  # which want each layer
+        heard = self._conductor.must_see_layers
         guesses = self._conductor.guesses_wanted
         attention = ALL_ATTENTION_FUNCTIONS.get(getattr(model.config, "_attn_implementation", None))
         return windows, torch.is_inference_mode_enabled(), heard, guesses, attention, tuple(rest)

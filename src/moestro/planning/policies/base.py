@@ -8,7 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from ..contract import GPU0, Bound, Costs, Decision, Expert, LayerSpec, ModelSpec, Move, Outcome, Placement, Step, View
+from ..contract import (
+    GPU0,
+    Bound,
+    Costs,
+    Decision,
+    Expert,
+    LayerSpec,
+    ModelSpec,
+    Move,
+    Outcome,
+    Placement,
+    Step,
+    StepInfo,
+    View,
+)
 
 
 class BasePolicy:
@@ -28,7 +42,7 @@ class BasePolicy:
         self.spec, self.slots = spec, count_slots(spec, gpu_bytes)
         return Placement()
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
