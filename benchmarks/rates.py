@@ -266,7 +266,7 @@ class Readers:
         try:
             os.sched_setaffinity(0, {core})  # 0: this thread alone
             self._sum(index, words)
-        except Exception as error:  # raised again by whoever waits for progress
+        except Exception as error:  # raised again by the thread that waits for progress
             self._error = error
 
     def _sum(self, index: int, words: NDArray[np.int64]) -> None:

@@ -159,7 +159,7 @@ def reference_of(parts: list[dict[str, Tensor]], x: Tensor, index: Tensor, weigh
 
 
 class ByPort:
-    """Layer steps as a recorded step does them; its graphs are the calls themselves where there is no GPU."""
+    """Layer steps as a captured step does them; its graphs are the calls themselves where there is no GPU."""
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor

@@ -93,7 +93,7 @@ def test_any_lawful_decision_gives_the_reference_result_on_cuda(
         _check_drawn(device, seed, slots, tokens, by_port)
 
 
-@pytest.mark.parametrize("by_port", [False, True], ids=["eagerly", "as recorded"])
+@pytest.mark.parametrize("by_port", [False, True], ids=["eagerly", "as captured"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
     """Interpreted where there is no GPU."""
@@ -102,12 +102,12 @@ def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
         return
     replays: list[int] = []
 
-    def recorded(graphs: object, work: Callable[[], None]) -> object:
+    def captured(graphs: object, work: Callable[[], None]) -> object:
         return SimpleNamespace(replay=lambda: (replays.append(1), work()))
 
     with (
         pretended_cuda() as (device, _),
-        mock.patch("moestro.devices.cuda_slots.recorded", recorded),
+        mock.patch("moestro.devices.cuda_slots.captured", captured),
         mock.patch("moestro.devices.cuda.CudaGraphs"),
     ):
         _check_drawn(device, seed, 3, 3, by_port)
@@ -279,7 +279,7 @@ def test_where_a_copy_fails_the_cpu_computes_and_the_slot_is_usable_again(caplog
         torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
         assert conductor.slots.ready((0, 2)) is not device.broken
     says = "layer 0: the copy of expert (0, 2) failed: the link is down; the CPU computes [2] instead"
-    assert [record.message for record in caplog.records] == [says]
+    assert [capture.message for capture in caplog.captures] == [says]
     conductor.close()
 
 

@@ -109,8 +109,8 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
                 conductor.slots[expert].copy_(conductor.store[expert])
         graphs = mock.patch("moestro.devices.cuda.CudaGraphs")
         sorts = mock.patch("moestro.compute.gpu.plan.PAIRS_AT_ONCE", 0) if "sorted" in path else nullcontext()
-        recorded = mock.patch("moestro.devices.cuda_slots.recorded", lambda _, work: mock.Mock(replay=lambda: work()))
-        with graphs, sorts, recorded if pretended[0] is not None else nullcontext():
+        captured = mock.patch("moestro.devices.cuda_slots.captured", lambda _, work: mock.Mock(replay=lambda: work()))
+        with graphs, sorts, captured if pretended[0] is not None else nullcontext():
             yield conductor, parts
             conductor.close()
 

@@ -417,7 +417,7 @@ def test_all_ways_count_the_same(announced: bool, folder: Path) -> None:
     assert set(found.values()) == {(3 * 7, 2 * 3 * (20 + 6), 2 * 3 * 6)}
 
 
-def test_recorded_steps_count_the_same(folder: Path) -> None:
+def test_captured_steps_count_the_same(folder: Path) -> None:
     found = []
     for fuse in (True, False):
         with _loaded(folder, "emulated", fuse=fuse, gpu_memory="480KiB") as model:

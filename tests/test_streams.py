@@ -91,7 +91,7 @@ def _watched(device: CudaDevice, order: Order, pool: Tensor) -> Iterator[None]:
 
 
 class _SharedPort:
-    """Layer steps through one port, as replays of a recording do them that two threads share."""
+    """Layer steps through one port, as replays of a capture do them that two threads share."""
 
     def __init__(self, conductor: Conductor, order: Order) -> None:
         self._conductor, self._order = conductor, order

@@ -2,9 +2,9 @@
 
     moestro bench host --shape qwen3-30b-a3b --slots 0.25
 
-A device that does everything at once and nothing in earnest stands for the GPU, and nobody computes experts on the CPU:
+A device that does everything at once and nothing in earnest stands for the GPU, and no experts are computed on the CPU:
 what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: checks on
-the CPU, the table of a recorded step's hits. Steps are as recorded ones (decode/capture/), routing is drawn: a few
+the CPU, the table of a captured step's hits. Steps are as captured ones (decode/capture/), routing is drawn: a few
 experts are much more popular than others, and three in four guesses come true.
 """
 
@@ -40,7 +40,7 @@ from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
 from .machine_card import git_commit, machine_card
 
-_HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
+_HIDDEN = 64  # of the experts in earnest, which are not computed; policies are told of the shape's own
 _RIGHT = 0.75  # of guesses
 _STEEPNESS = 0.75  # of popularity, by rank: Zipf's exponent
 

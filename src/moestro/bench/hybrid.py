@@ -323,8 +323,8 @@ class _Bench:
             torch.cuda.reset_peak_memory_stats()
         conductor.listener = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
         limited = self._generate(_PROMPT, min(_LIMIT_TOKENS, self._decode_tokens), seed=2)  # which also takes buffers
-        conductor.listener = None  # who listens has each layer pass by it, so the timed run has nobody
-        self._generate(_PROMPT, 4, seed=2)  # records what is replayed
+        conductor.listener = None  # a listener sees each layer, so the timed run has none
+        self._generate(_PROMPT, 4, seed=2)  # captures what is replayed
         prompts = [] if routing != "skewed" else self._prompts if pace_index == 0 else self._prompts[:1]
         if not self.rows:
             for n in prompts:  # kernels for prompts compiled
@@ -347,7 +347,7 @@ class _Bench:
             share=limit.seconds * decode_tok_s / max(1, limited.new_tokens - 1),
             link_busy_s=lane.counters.busy_s - busy_s,
             link_idle_s=lane.counters.idle_s - idle_s,
-            host_us=found.tape.host_us if found.tape is not None and found.tape.cuts else None,
+            host_us=found.capture.host_us if found.capture is not None and found.capture.cuts else None,
             slots=len(conductor.slots),
             peak_gpu_bytes=conductor.device.peak_bytes(),
         )

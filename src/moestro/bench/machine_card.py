@@ -43,6 +43,7 @@ def machine_card() -> dict[str, Any]:
 
 
 def card_lines(machine: dict[str, Any], commit: str | None) -> Iterator[tuple[str, str]]:
+    """A machine card as lines to print: what each is about, and what it says."""
     yield "CPU", f"{machine['cpu']}, {machine['physical_cores']} cores ({machine['logical_cpus']} logical)"
     yield "RAM", f"{machine['ram_bytes'] / GIB:.1f} GiB, {machine['ram_available_bytes'] / GIB:.1f} available"
     if machine["gpu"]:

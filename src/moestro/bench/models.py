@@ -1,6 +1,6 @@
 """Worker for `moestro bench decode`: a random model of a real shape, ours or Transformers' own, timed in its process.
 
-    python -m moestro.bench.models moestro olmoe-1b-7b 4 16 2      engine, shape, bits, layers, threads
+    python -m moestro.bench.models ENGINE SHAPE BITS LAYERS THREADS
 
 Speaks the protocol of worker.py. Plain forward passes with a cache and random tokens: no sampling.
 """

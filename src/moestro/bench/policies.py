@@ -3,7 +3,7 @@
     moestro bench policies demo --text story.txt --machine rtx4090 --as-shape mixtral-8x7b
 
 One trace is recorded and cut in two: policies that place by popularity get the first half as their profile, and all are
-run on the second, so nobody is judged by what it was told.
+run on the second, so no policy is judged by what it was told.
 """
 
 from __future__ import annotations

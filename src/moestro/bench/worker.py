@@ -3,9 +3,6 @@
 `Worker` is the parent's half and `serve` the child's. What the engine prints goes to a file and never among
 the answers. A child that dies, or is silent for longer than its limit, is one RequestError with its last
 words; and a child ends when its standard input does, so none outlives its parent.
-
-    with Worker("moestro.bench.models", ["moestro", "tiny", "4", "4", "2"]) as worker:
-        seconds = worker.ask("prefill_s", tokens=512)
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ class Worker:
         self._unread = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
         command = [sys.executable, "-m", module, *arguments]
-        # No pipe for what it prints: a pipe that nobody reads fills, and the child then waits forever.
+        # No pipe for what it prints: a pipe that is not read fills, and the child then waits forever.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
         )
@@ -194,7 +191,7 @@ def settle(limit_s: float = SETTLE_LIMIT_S) -> None:
     Idle threads spin for a while and then sleep: libgomp's (llama.cpp) for 10 ms, kt-kernel's for 40 ms.
 
     Raises:
-        RequestError: they do not sleep, so that they would take time from whoever is measured next.
+        RequestError: they do not sleep, so that they would take time from the engine that is measured next.
     """
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:

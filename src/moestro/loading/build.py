@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts, first_touch
 from ..compute.experts import ExpertMath
-from ..decode.capture import forget_steps, record_steps
+from ..decode.capture import capture_steps, forget_steps
 from ..decode.cpu import fuse
 from ..decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
 from ..devices import Device
@@ -212,7 +212,7 @@ def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
 def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool = False) -> None:
     """When all weights are there: pack the dense layers and fuse small operations, where they are on the CPU.
 
-    Where they are on a device, have its decode steps recorded.
+    Where they are on a device, have its decode steps captured.
 
     Args:
         fast: as in `MatrixFormat.pack`.
@@ -226,7 +226,7 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
         keep_in_store(module, module._moestro.layout)
     give_methods(model)
     if config.fuse and device.accelerator is not None:
-        record_steps(model, device.accelerator.graphs())
+        capture_steps(model, device.accelerator.graphs())
     elif config.fuse:
         fuse(model, threads)
     for module in modules:

@@ -1,7 +1,7 @@
 """What stands in a checkpoint's folder or hub repository, before a model is built: its config, files and names.
 
-    source = resolve("org/name")
-    config = read_config("org/name", source)       # a Transformers config, or one line on what is wrong
+    >>> read_config("demo", resolve("demo")).model_type
+    'mixtral'
 
 Code that a checkpoint brings is run only where it is trusted, and nothing here asks on standard input.
 """

@@ -3,7 +3,10 @@
 Transformers itself refuses no length in the families that Moestro runs; beyond this one it gives text that the
 model was not made for. Knows neither prompts nor memory.
 
-    model_context(config)        # 131072 for max_position_embeddings 32768 with YaRN by a factor of 4
+    >>> from transformers import Qwen3MoeConfig
+    >>> yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    >>> model_context(Qwen3MoeConfig(max_position_embeddings=32768, rope_parameters=yarn))
+    131072
 """
 
 from __future__ import annotations

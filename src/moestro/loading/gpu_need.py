@@ -14,8 +14,6 @@ What it does not see: what a kernel allocates inside itself, and what the alloca
 these. Where a forward cannot run without values (it asks for an element, or counts what is nonzero), the closed form of
 `planning/text_shape.py` is taken instead, and said to be.
 
-    measure(model, math, 4096).kv_bytes
-
 Legend: T tokens, D model width, K top-k.
 """
 

@@ -1,8 +1,5 @@
 """From a name to a model that runs: a checkpoint's folder, a hub id, `demo`, or a random shape.
 
-    model = moestro.load("mistralai/Mixtral-8x7B-Instruct-v0.1", gpu_memory="12GiB", ram="96GiB")
-    model.generate(...)                   # Transformers' own model; model.moestro is its conductor
-
 Turns what Transformers and safetensors raise about a bad checkpoint into one line each. Knows neither
 placement nor policies.
 """
@@ -191,7 +188,7 @@ def _loading_report() -> Iterator[list[str]]:
     logger = logging.getLogger("transformers.modeling_utils")
     propagate, level = logger.propagate, logger.level
     logger.propagate = False
-    logger.setLevel(logging.INFO)  # at WARNING, Transformers also warns of parallel plans that nobody asked for
+    logger.setLevel(logging.INFO)  # at WARNING, Transformers also warns of parallel plans that were not asked for
     logger.addHandler(handler)
     try:
         yield report

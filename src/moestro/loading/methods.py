@@ -2,8 +2,6 @@
 
 Most work as they are. Those that would copy, move, convert or write weights that are packed are refused in one line,
 and those that count or show weights know the packed ones too. A test fails on a method that has no row.
-
-    give_methods(model)          # the class of the model becomes a subclass of what it was
 """
 
 from __future__ import annotations
@@ -113,7 +111,7 @@ class _Conducted(nn.Module):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Another model of the family, in whose hands it will be."""
+        """Another model of the family, that will hold it."""
         return cls._family.from_pretrained(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

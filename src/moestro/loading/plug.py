@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..compute.eager import outside_of_graphs
-from ..decode.capture import current_recording
+from ..decode.capture import current_capture
 from ..devices import Device, make_device
 from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError, refuse_gradients
@@ -46,11 +46,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
     index = top_k_index[:, None] if top_k_index.dim() == 1 else top_k_index.flatten(0, -2)  # [T, K]
     weights = top_k_weights.reshape(index.shape)
-    recording = current_recording()
-    if recording is None:
+    capture = current_capture()
+    if capture is None:
         combined = layer.conductor.run_layer(layer.index, x, index, weights)
     else:
-        combined = recording.run_layer(layer.conductor, layer.index, x, index, weights)
+        combined = capture.run_layer(layer.conductor, layer.index, x, index, weights)
     return combined if hidden_states.dim() == 2 else combined.view(hidden_states.shape)
 
 

@@ -9,7 +9,8 @@ direction random hidden states share. So the embedding is given one shared direc
 token's own, and each router row a component along the shared one, solved so that the top-k of
 bias + noise has the wanted frequencies.
 
-    model = build_random_model("olmoe-1b-7b", MoestroConfig(), dtype=torch.bfloat16, seed=0)
+    >>> build_random_model("tiny", MoestroConfig(), dtype=torch.bfloat16, seed=0).moestro.phase
+    <Phase.DECODE: 'decode'>
 """
 
 from __future__ import annotations

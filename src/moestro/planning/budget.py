@@ -1,6 +1,7 @@
 """Amounts of memory as people write them.
 
-    Budget.parse(gpu_memory="12GiB", ram="48GiB")
+    >>> Budget.parse(gpu_memory="12GiB", ram="48GiB")
+    Budget(gpu_bytes=12884901888, ram_bytes=51539607552)
 
 Sizes are ints in bytes everywhere inside; GiB = 2**30, GB = 10**9. Knows nothing of the machine: what
 it has is passed in.
@@ -75,7 +76,7 @@ class Budget:
 
 
 class Margin(NamedTuple):
-    """What a budget keeps back for what nobody measures: a share of it and so many bytes."""
+    """What a budget keeps back for what is not measured: a share of it and so many bytes."""
 
     share: float
     fixed_bytes: int

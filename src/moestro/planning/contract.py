@@ -4,8 +4,6 @@ A policy sees a `Step` (what one MoE layer was asked for), a read-only `View` (w
 `Costs` (what this machine was measured to do), and returns a `Decision`. It imports neither torch nor
 anything that moves weights, so the same object runs live and in a replay. It does not know which.
 
-    check(policy.decide(step, view, costs), step, view, spec)  # check.py
-
 To write a policy, derive from `policies.BasePolicy`; docs/policies.md shows one of 40 lines.
 """
 
@@ -143,7 +141,7 @@ class Step(NamedTuple):
     tokens: expert -> tokens routed to it (only experts with at least one; the sentinel is removed).
     mass: expert -> sum of its routing weights over the tokens.
     guesses: later layer -> expert -> the share of the tokens' attention that its gate would give it, the likeliest
-        first, from the next blocks' gates on this layer's hidden states; empty where nobody asked or there are none.
+        first, from the next blocks' gates on this layer's hidden states; empty where there are none.
     """
 
     layer: int
@@ -197,7 +195,7 @@ class Move(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Who computes which neurons of which active expert of the step's layer, and what moves meanwhile.
+    """Whether GPU or CPU computes which neurons of each active expert of a layer, and what moves meanwhile.
 
     `gpu` and `cpu` together tile each active expert's neurons [0, F) exactly once.
     drop: experts that are no longer wanted on the GPU, before anything moves; a copy that has begun goes on.

@@ -2,7 +2,9 @@
 
 A new option is one new field here. The commands, `moestro.load` and `MoestroConfig` read the fields.
 
-    Options(bits=5)    # RequestError: --bits 5: there are 16, 8, 4
+    >>> Options(bits=5)
+    Traceback (most recent call last):
+    moestro.errors.RequestError: --bits 5: there are 16, 8, 4
 """
 
 from __future__ import annotations
@@ -207,7 +209,7 @@ def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Where a model's experts may live, who decides about them, and how its weights are kept."""
+    """Where a model's experts may live, which policy decides about them, and how its weights are kept."""
 
     gpu_memory: str | int | None = option(
         None,

@@ -1,6 +1,9 @@
 """Runs a policy over a recorded trace on a virtual machine: the policy objects that run live, without a GPU.
 
-    replay(trace, make_policy("lru"), machine_named("t4-colab"), gpu_bytes=12 * 2**30).decode_tok_s
+    >>> from moestro.planning.policies import make_policy
+    >>> from moestro.planning.machines import machine_named
+    >>> replay(trace, make_policy("lru"), machine_named("t4-colab"), gpu_bytes=12 * 2**30).decode.tokens
+    3
 
 A conductor without tensors: it asks, checks and carries out in the same order as the live one (dispatch.py), on a
 virtual clock. What the model would have computed is not known here, and nothing depends on it.

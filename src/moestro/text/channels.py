@@ -3,10 +3,6 @@
 Finds the marks by which a tokenizer's family does so: the tokenizer's own response template, Harmony's channels
 (gpt-oss), or a pair like <think> and </think> that the vocabulary or the chat template has. Transformers'
 `ResponseParser` does the parsing.
-
-    channels = find_channels(tokenizer)                         # None for most tokenizers
-    splitter = Splitter(channels, channels.opening(prompt_ids))
-    splitter.feed("<think>Hm.</think>Hello!")                   # "Hm." in Channel.REASONING, "Hello!" in Channel.ANSWER
 """
 
 from __future__ import annotations

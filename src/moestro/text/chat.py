@@ -3,9 +3,6 @@
 Each turn renders the whole conversation and reuses the cache for the tokens that did not change, so a
 turn costs its own tokens and not the history's. Uses the tokenizer's chat template; without one, the
 conversation is a plain text that the model continues.
-
-    chat = ChatSession(model, tokenizer, TextOptions(), system="Answer briefly.")
-    chat.ask("Who wrote Heidi?", on_text=print)
 """
 
 from __future__ import annotations

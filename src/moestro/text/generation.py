@@ -2,7 +2,8 @@
 
 Generation itself is Transformers'. This file tokenizes, checks the context, streams, stops and times.
 
-    result = generate_text(model, tokenizer, "Once upon a time", TextOptions(), on_text=print)
+    >>> generate_text(model, tokenizer, "Once upon a time", TextOptions(max_new_tokens=4)).new_tokens
+    4
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from ..decode.capture import TapeFigures, cache_for, figures_of
+from ..decode.capture import CaptureFigures, cache_for, figures_of
 from ..engine.counters import Counters
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
 from ..loading.context import model_context
@@ -49,7 +50,7 @@ class TextResult:
     was nothing of the kind. reused_tokens: tokens of the prompt that the KV cache had from before; they are not in
     prefill_tok_s. decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
-    bytes_moved: of experts, over the link. tape: of steps that were recorded; None where
+    bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where
     none can be. Times are the conductor's clock's, which may be a virtual one.
     """
 
@@ -65,7 +66,7 @@ class TextResult:
     peak_bytes: dict[str, int]
     hit_rate: float | None
     bytes_moved: int
-    tape: TapeFigures | None
+    capture: CaptureFigures | None
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)  # only one that a later generation may go on with
 
@@ -83,8 +84,8 @@ class TextResult:
             "prompt_tokens",
             "new_tokens",
         )
-        tape = None if self.tape is None else self.tape.to_json()
-        return {name: getattr(self, name) for name in names} | {"tape": tape}
+        capture = None if self.capture is None else self.capture.to_json()
+        return {name: getattr(self, name) for name in names} | {"capture": capture}
 
 
 def generate_text(
@@ -129,7 +130,7 @@ def generate_text(
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
-    before, tape_before = replace(conductor.counters), figures_of(model)
+    before, capture_before = replace(conductor.counters), figures_of(model)
     stream = AnswerStream(
         tokenizer,
         ids.tolist(),
@@ -162,7 +163,7 @@ def generate_text(
         new_tokens=new_tokens,
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
-        **_costs(model, before, tape_before),
+        **_costs(model, before, capture_before),
         sequence=sequence,
         cache=_continued(output, len(sequence)) if choices.can_continue else None,
     )
@@ -241,14 +242,14 @@ def _speeds(prompt_tokens: int, start_s: float, times_s: Sequence[float]) -> dic
     }
 
 
-def _costs(model: PreTrainedModel, before: Counters, tape_before: TapeFigures | None) -> dict[str, Any]:
+def _costs(model: PreTrainedModel, before: Counters, capture_before: CaptureFigures | None) -> dict[str, Any]:
     """What the text took, named as in `TextResult`."""
-    conductor, tape = model.moestro, figures_of(model)
+    conductor, capture = model.moestro, figures_of(model)
     return {
         "peak_bytes": peak_bytes(model),
         "hit_rate": _hit_rate(before, conductor.counters) if conductor.slots else None,
         "bytes_moved": conductor.counters.moved_bytes - before.moved_bytes,
-        "tape": None if tape is None or tape_before is None else tape.since(tape_before),
+        "capture": None if capture is None or capture_before is None else capture.since(capture_before),
     }
 
 

@@ -2,7 +2,7 @@
 
 `SETTINGS` has a row for each key of Transformers' `GenerationConfig`; a test fails on a key without one.
 
-    check_settings(model.generation_config, rows=32000)     # or one line that names the key, its value and what to do
+    >>> check_settings(model.generation_config, rows=model.config.vocab_size)
 """
 
 from __future__ import annotations

@@ -5,9 +5,6 @@ that it shares with the decoded prompt. Mostly that beginning is the decoded pro
 answer changes how the prompt ends: a character that the prompt began and the answer completed belongs to the answer,
 and so does what a decoder that cleans up spaces rewrote.
 
-    stream = TextStream(tokenizer, prompt_ids)
-    pieces = [stream.put([token]) for token in answer_ids] + [stream.flush()]     # "".join(pieces) is the text
-
 A piece is passed on once no token to come can change it. Decoding the whole sequence for each token would cost more
 and more, so a window of the last tokens is decoded; it begins where that makes no difference to the text at its end.
 """

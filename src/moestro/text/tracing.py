@@ -1,8 +1,9 @@
 """Records what a loaded model's routers choose, and what the next gates guess, as a trace (simulate/trace.py).
 
-    with listening(model) as listener:
-        model.generate(...)
-    listener.trace(model, "demo", ids).save(Path("demo.trace"))
+    >>> with listening(model) as listener:
+    ...     ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+    >>> listener.trace(model, "demo", None).tokens(Phase.PREFILL)
+    3
 
 It only listens: policy, tokens and speed of a device are as without it, but for the time that guessing takes. Layers
 are then no longer computed in one call (decode/cpu/stretch.py).

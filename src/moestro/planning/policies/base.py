@@ -126,7 +126,7 @@ def _divided_s(layer: LayerSpec, tokens: tuple[int, ...], costs: Costs) -> float
 
 
 def whole_experts_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
-    """The same where an expert is computed in one place: the best number of misses to copy, the rest on the CPU."""
+    """The hybrid limit where an expert is computed in one place: the best number of misses is copied."""
     gpu_s = sum(costs.gpu_s(layer, step.tokens[e]) for e in done.hits)
     tokens = tuple(sorted((step.tokens[e] for e in done.misses), reverse=True))
     return max(gpu_s, sides_s(layer, tokens, best_copies(layer, tokens, costs), costs))

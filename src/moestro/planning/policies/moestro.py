@@ -147,7 +147,7 @@ class Moestro(BasePolicy):
         heapq.heappush(self._least, (self._uses[key], key))
 
     def _reachable(self, step: Step, view: View, costs: Costs) -> tuple[dict[int, range], list[int], list[int], float]:
-        """What the GPU has, or will have sooner than the CPU; the rest; who is waited for, and until when."""
+        """What the GPU has, or will have sooner than the CPU; the rest; which copies are waited for, and until when."""
         of = self.spec.layers[step.layer]
         gpu: list[int] = []
         rest: list[int] = []
@@ -202,7 +202,7 @@ class Moestro(BasePolicy):
             moves.append(Move((step.layer, expert), evict=evict, neurons=share, keep=False))
 
     def _cache(self, step: Step, missed: list[int], gpu: Mapping[int, range], view: View) -> list[Move]:
-        """Copies of experts that are used more than the least used cached one; nobody waits for them."""
+        """Copies of experts that are used more than the least used cached one; no step waits for them."""
         moves: list[Move] = []
         pool = self.slots - self._staging
         for expert in missed:
