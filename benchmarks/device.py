@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,17 @@ from xml.etree import ElementTree
 from rich.console import Console
 
 from moestro.bench.machine_card import GIB, card_lines, git_commit, machine_card, slug
-from moestro.bench.process import GRACE_S, finish, scrub
+from moestro.bench.process import GRACE_S, Finished, finish, scrub
+from moestro.planning.shapes import SHAPES, spec_of_shape
 
 from .device_table import report_table
-from .rates import FULL_BYTES, Rates
+from .rates import FULL_BYTES
 
 TOTAL_LIMIT_S = 560.0  # of the steps together; setting up a Python comes before
 TESTS_LIMIT_S = 120.0
 RATES_LIMIT_S = 60.0
 RUN_LIMIT_S = 200.0
 
-# Bytes of all weights in bfloat16, largest first (mixtral-8x7b: 90.2e9 of them in experts).
-SHAPE_BYTES = {"mixtral-8x7b": 93.4e9, "qwen3-30b-a3b": 61e9, "olmoe-1b-7b": 13.8e9, "tiny": 0.0}
 RAM_SHARE = 0.85  # of the available RAM that a shape may take
 PROMPT = "Once upon a time"
 # What runs on the device, before the CPU's kernels: the whole suite would leave no time to measure.
@@ -163,14 +161,15 @@ def run_rates(toy: bool, ram_bytes: int, limit_s: float) -> dict[str, Any]:
     """The fields of `Rates`, with "ok"."""
     size = ["--toy"] if toy else ["--size-bytes", str(min(FULL_BYTES, ram_bytes // 2))]
     done = finish([sys.executable, "-m", "benchmarks.rates", *size], limit_s)
-    if done.code != 0 or done.limit_s is not None:
-        return {"ok": False, "error": done.last_words()}
-    return {"ok": True, "wall_s": done.wall_s, **asdict(Rates.from_json(done.out.splitlines()[-1]))}
+    found = _last_json(done)
+    return {"ok": False, **found} if "error" in found else {"ok": True, "wall_s": done.wall_s, **found}
 
 
 def choose_shape(ram_bytes: int) -> str:
     """The largest shape whose weights fit in 0.85 of the RAM."""
-    return next(name for name, size in SHAPE_BYTES.items() if size <= RAM_SHARE * ram_bytes)
+    specs = {name: spec_of_shape(name) for name in SHAPES}
+    sizes_bytes = {name: spec.dense_bytes + spec.expert_bytes for name, spec in specs.items()}
+    return max((name for name in SHAPES if sizes_bytes[name] <= RAM_SHARE * ram_bytes), key=sizes_bytes.__getitem__)
 
 
 def run_shape(shape: str, limit_s: float) -> dict[str, Any]:
@@ -179,17 +178,12 @@ def run_shape(shape: str, limit_s: float) -> dict[str, Any]:
     done = finish([sys.executable, "-m", "moestro.cli.main", *arguments], limit_s)
     row: dict[str, Any] = {"shape": shape, "ok": False, "wall_s": done.wall_s}
     row["command"] = f'moestro run --shape {shape} "{PROMPT}" -n 5 --json'
-    if done.code != 0 or done.limit_s is not None:
-        return row | {"error": done.last_words()}
-    try:
-        result: Any = json.loads(done.out.strip().splitlines()[-1])
-        missing = [key for key in RUN_KEYS if key not in result]
-    except (IndexError, ValueError, TypeError):
-        return row | {"error": "its last line of output is no JSON"}
-    if missing:
+    result = _last_json(done)
+    if "error" in result:
+        return row | result
+    if missing := [key for key in RUN_KEYS if key not in result]:
         return row | {"error": f"its JSON lacks {', '.join(missing)}"}
-    odd = [key for key in RUN_KEYS if key.endswith("_s") and not isinstance(result[key], int | float)]
-    if odd:
+    if odd := [key for key in RUN_KEYS if key.endswith("_s") and not isinstance(result[key], int | float)]:
         return row | {"error": f"its JSON has no number for {', '.join(odd)}"}
     return row | {"ok": True} | {key: result[key] for key in RUN_KEYS}
 
@@ -202,13 +196,18 @@ def run_hybrid(arguments: Sequence[str], ram_bytes: int, stop_s: float, limit_s:
         arguments += ["--layers", str(CUT_LAYERS)]
     done = finish([sys.executable, "-m", "moestro.cli.main", "bench", "hybrid", *arguments, "--json"], limit_s)
     row: dict[str, Any] = {"ok": False, "wall_s": done.wall_s, "command": f"moestro bench hybrid {' '.join(arguments)}"}
+    found = _last_json(done)
+    return row | {"ok": "error" not in found} | found
+
+
+def _last_json(done: Finished) -> dict[str, Any]:
+    """The object in the last line that a step printed, or one whose "error" says why there is none."""
     if done.code != 0 or done.limit_s is not None:
-        return row | {"error": done.last_words()}
+        return {"error": done.last_words()}
     try:
-        found: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        return row | {"error": "its last line of output is no JSON"}
-    return row | {"ok": True} | found
+        return dict(json.loads(done.out.strip().splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        return {"error": "its last line of output is no JSON"}
 
 
 if __name__ == "__main__":

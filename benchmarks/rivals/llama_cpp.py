@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moestro.bench.worker import EngineWorker, Handlers, serve
 from moestro.errors import RequestError
-from moestro.planning.shapes import SHAPES
+from moestro.planning.shapes import SHAPES, spec_of_shape
 
 from . import installed
 from .blocks import PACKINGS, POOL_BLOCKS, STD, random_blocks
@@ -109,7 +109,7 @@ def _describe_model(gguf: Any, path: Path, shape: str, bits: int, layers: int | 
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config.get("rope_parameters", {}).get("rope_theta", 1e4))
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(_experts(config))
+    writer.add_expert_count(spec_of_shape(shape).layers[0].experts)
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -121,15 +121,11 @@ def _head_dim(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _experts(config: dict[str, Any]) -> int:
-    return int(config.get("num_experts") or config["num_local_experts"])
-
-
 def _tensors(shape: str, layers: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and dimensions, the longest stride first (llama.cpp prints them the other way round)."""
     config = SHAPES[shape]
-    hidden, vocabulary, experts = config["hidden_size"], config["vocab_size"], _experts(config)
-    neurons = config.get("moe_intermediate_size", config["intermediate_size"])
+    hidden, vocabulary, layer_spec = config["hidden_size"], config["vocab_size"], spec_of_shape(shape).layers[0]
+    experts, neurons = layer_spec.experts, layer_spec.neurons
     head_dim = _head_dim(config)
     q_rows, kv_rows = head_dim * config["num_attention_heads"], head_dim * config["num_key_value_heads"]
     # olmoe norms all heads of a token together, qwen3 each head, mixtral none.

@@ -14,12 +14,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..compute.cpu import CpuExperts
@@ -38,7 +36,8 @@ from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
-from .machine_card import git_commit, machine_card
+from .machine_card import machine_card
+from .report import Report, print_table
 
 _HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
 _RIGHT = 0.75  # of guesses
@@ -56,7 +55,7 @@ class HostRow:
 
 
 @dataclass(frozen=True, slots=True)
-class HostReport:
+class HostReport(Report):
     """One run. loop_us: a million turns of an empty loop in Python, for the speed of this machine."""
 
     shape: str
@@ -67,20 +66,15 @@ class HostReport:
     rows: tuple[HostRow, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self) | {"commit": git_commit(), "card": machine_card()}
+        """All figures, the commit and the machine's card, as `--json` prints them."""
+        return Report.to_json(self) | {"card": machine_card()}
 
     def print(self) -> None:
         """A row for each policy."""
-        console = Console(width=100)
-        console.print(
-            f"{self.shape}'s routing, {self.slots} of {self.experts} experts in slots, costs of {self.machine}"
-        )
-        table = Table("policy", "us a layer", "hits", "copies")
-        for row in self.rows:
-            table.add_row(row.policy, f"{row.us:.0f}", f"{row.hits:.2f}", f"{row.copies:.2f}")
-        console.print(table)
-        console.print(f"a million turns of an empty loop take {self.loop_us / 1e3:.0f} ms here")
+        print(f"{self.shape}'s routing, {self.slots} of {self.experts} experts in slots, costs of {self.machine}")
+        rows = [(row.policy, f"{row.us:.0f}", f"{row.hits:.2f}", f"{row.copies:.2f}") for row in self.rows]
+        print_table(("policy", "us a layer", "hits", "copies"), rows)
+        print(f"a million turns of an empty loop take {self.loop_us / 1e3:.0f} ms here")
 
 
 class _AtOnce(MemoryCarrier):

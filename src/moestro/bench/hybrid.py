@@ -16,17 +16,14 @@ import gc
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from ..compute.cpu import levels, read_gbps
+from ..compute.cpu import read_gbps
 from ..engine.conductor import Conductor
-from ..errors import RequestError
 from ..loading.build import conduct_by
 from ..loading.config import MoestroConfig
 from ..loading.plug import MoestroQuantizer  # noqa: F401  # registers the experts function
@@ -38,7 +35,7 @@ from ..planning.policies import make_policy
 from ..text.generation import TextOptions, TextResult, generate_text
 from ..text.tracing import recording
 from .limit import HybridLimit
-from .machine_card import git_commit
+from .report import Report, check_kernels, print_table
 
 POLICIES = (  # what the ratios need comes first: time may end before the list does
     "moestro",
@@ -97,7 +94,7 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
-class HybridReport:
+class HybridReport(Report):
     """One run. rates: (link's pace, CPU GB/s, link GB/s), the last two measured together."""
 
     shape: str
@@ -110,41 +107,26 @@ class HybridReport:
     ratios: tuple[Ratio, ...]
     skipped: tuple[str, ...]  # what there was no time for
 
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self) | {"commit": git_commit()}
-
     def print(self) -> None:
         """Rates, a row for each policy, ratios."""
-        console = Console(width=120)
-        console.print(
-            f"{self.shape}, {self.layers} layers, {self.bits} bits; {format_bytes(self.gpu_bytes)} of {self.device}"
-        )
+        print(f"{self.shape}, {self.layers} layers, {self.bits} bits; {format_bytes(self.gpu_bytes)} of {self.device}")
         for pace, cpu, link in self.rates:
-            console.print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
+            print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
         prompts = list(self.rows[0].prefill_tok_s) if self.rows else []
         names = ("policy", "link", "routing", *(f"prefill {n}" for n in prompts), "decode", "tokens", "hits", "moved")
-        table = Table(*names, "share", "host us")
+        rows = []
         for row in self.rows:
             prefill = [f"{row.prefill_tok_s[n]:.1f}" if n in row.prefill_tok_s else "-" for n in prompts]
             figures = [f"{row.decode_tok_s:.2f}", str(row.decoded), f"{row.hit_rate:.1%}"]
-            moved = format_bytes(row.bytes_moved)
-            table.add_row(
-                row.policy,
-                _link_name(row.link_gbps),
-                row.routing,
-                *prefill,
-                *figures,
-                moved,
-                f"{row.share:.2f}",
-                "-" if row.host_us is None else f"{row.host_us:.0f}",
-            )
-        console.print(table)
+            figures += [format_bytes(row.bytes_moved), f"{row.share:.2f}"]
+            host_us = "-" if row.host_us is None else f"{row.host_us:.0f}"
+            rows.append((row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, host_us))
+        print_table((*names, "share", "host us"), rows, width=120)
         for name in self.skipped:
-            console.print(f"no time for {name}")
+            print(f"no time for {name}")
         for ratio in self.ratios:
             beside = f"; published {ratio.published}" if ratio.published else ""
-            console.print(
+            print(
                 f"{ratio.best} over {ratio.over}, {_link_name(ratio.link_gbps)}, {ratio.routing} routing: "
                 f"{ratio.ratio:.2f} x, {ratio.ratio / ratio.allowed:.2f} of the {ratio.allowed:.2f} x that arithmetic "
                 f"allows{beside}"
@@ -159,7 +141,7 @@ def measure_hybrid(
     shape: str,
     *,
     device: str = "auto",
-    gpu_memory: str,
+    gpu_memory: str | int,
     bits: int | None = None,
     layers: int | None = None,
     links: Sequence[float | None] = (None,),
@@ -184,8 +166,7 @@ def measure_hybrid(
     """
     for name in names:
         make_policy(name)  # refused before the work
-    if not levels():
-        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    check_kernels()
     context = max(_PROFILE_PROMPT, *prompts) + decode_tokens
     config = MoestroConfig(
         device=device, gpu_memory=gpu_memory, context=context, bits=bits, policy="cpu-only", threads=threads

@@ -14,24 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, levels, read_gbps
+from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
-from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, ExpertShape
-from ..planning.budget import format_bytes
-from .machine_card import git_commit
+from ..planning.budget import check_ram
+from ..planning.shapes import REAL_SHAPES, spec_of_shape, top_k_of_shape
+from .report import Report, check_kernels, print_table
 
 READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # that the timed calls of a row read with one token
@@ -49,11 +47,14 @@ class MoeLayer(NamedTuple):
     top_k: int
 
 
-SHAPES = {
-    "mixtral-8x7b": MoeLayer(ExpertShape(4096, 14336), 8, 2),
-    "olmoe-1b-7b": MoeLayer(ExpertShape(2048, 1024), 64, 8),
-    "qwen3-30b-a3b": MoeLayer(ExpertShape(2048, 768), 128, 8),
-}
+def moe_layer(name: str) -> MoeLayer:
+    """A layer of the shape of that name.
+
+    Raises:
+        RequestError: there is no such shape.
+    """
+    layer = spec_of_shape(name).layers[0]
+    return MoeLayer(ExpertShape(layer.hidden, layer.neurons), layer.experts, top_k_of_shape(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class KernelRow:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelReport:
+class KernelReport(Report):
     """The limits and the rows of one run."""
 
     read_limit_gbps: float
@@ -79,52 +80,41 @@ class KernelReport:
     level: str
     threads: int
 
-    def to_json(self) -> dict[str, Any]:
-        """All figures, the machine and the commit."""
-        return asdict(self) | {"cpu": cpu_model(), "commit": git_commit()}
-
     def print(self) -> None:
         """The limits and a table of the rows."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads")
         print(f"read limit {self.read_limit_gbps:.1f} GB/s   FMA limit {self.fma_limit_gflops:.0f} GFLOP/s")
-        table = Table("shape", "format", "tokens", "GB/s", "of read limit", "GFLOP/s", "of FMA limit")
+        rows = []
         for row in self.rows:
             speeds = (f"{row.gbps:.2f}", f"{row.share:.2f}", f"{row.gflops:.1f}", f"{row.fma_share:.2f}")
-            table.add_row(row.shape, row.format, str(row.tokens), *speeds)
-        Console().print(table)
+            rows.append((row.shape, row.format, str(row.tokens), *speeds))
+        print_table(("shape", "format", "tokens", "GB/s", "of read limit", "GFLOP/s", "of FMA limit"), rows)
 
 
 def measure_kernels(
     *,
-    shapes: Sequence[str] = tuple(SHAPES),
+    shapes: Sequence[str] = REAL_SHAPES,
     tokens: Sequence[int] | None = None,
     rounds: int = ROUNDS,
     read_bytes: int = READ_BYTES,
     threads: int | None = None,
 ) -> KernelReport:
-    """Measure all formats at the given shapes and tokens, all of `SHAPES` and the few `TOKENS` if none are given.
+    """Measure all formats at the given shapes and tokens; without them at all real shapes and the few `TOKENS`.
 
     Raises:
-        RequestError: no kernels were built, no such shape, or too little RAM for weights that no cache holds.
+        RequestError: no kernels were built, or no such shape.
+        BudgetError: too little RAM for weights that no cache holds.
     """
-    if not levels():
-        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
-    check_shapes(shapes)
+    check_kernels()
+    for name in shapes:
+        moe_layer(name)  # refused before the work
     size_bytes = max(read_bytes, CACHES * last_level_cache_bytes()) if read_bytes == READ_BYTES else read_bytes
-    if size_bytes > 0.8 * available_ram_bytes():
-        raise RequestError(f"needs {format_bytes(size_bytes)} of weights to pass the caches; free some RAM")
+    check_ram("weights that no cache holds", size_bytes, 0.8 * available_ram_bytes(), "free some")
     memory = plausible_weights(size_bytes)
     count = threads or len(core_cpus())
     cases = list(product(shapes, FORMATS, tokens or TOKENS))
     with one_torch_thread():
         return _measure_rounds(cases, memory, rounds, count)
-
-
-def check_shapes(shapes: Sequence[str]) -> None:
-    """Raises a RequestError that names the first one that is unknown."""
-    for name in shapes:
-        if name not in SHAPES:
-            raise RequestError(f"no shape {name!r}; there are: {', '.join(SHAPES)}")
 
 
 @contextmanager
@@ -160,7 +150,7 @@ def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, round
 def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:
     """GB/s and GFLOP/s of calls that follow one another, as layers do, and where in the memory the next continues."""
     name, format_name, tokens = case
-    shape, _, top_k = SHAPES[name]
+    shape, _, top_k = moe_layer(name)
     math = ExpertMath(shape, FORMATS[format_name], swiglu)
     size = math.format.expert_bytes(shape)
     data = memory.view(torch.uint8)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from ..errors import RequestError
-from ..machine.probe import cpu_model
 from ..planning.budget import format_bytes
-from .machine_card import git_commit
+from .report import Report
 
 SAMPLE_S = 0.010
 PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + three layers' experts
@@ -41,7 +40,7 @@ print("loaded", flush=True)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
+class LoadReport(Report):
     """Bytes of a load: the packed experts, one layer of them, and the peak above the imports."""
 
     packed_bytes: int
@@ -61,12 +60,12 @@ class LoadReport:
         return self.peak_bytes < self.limit_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, the machine and the commit, for `--json`."""
-        where = {"cpu": cpu_model(), "commit": git_commit()}
-        return asdict(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit} | where
+        """All figures, the limit and whether it was kept, the machine and the commit."""
+        return Report.to_json(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit}
 
-    def __str__(self) -> str:
-        return (
+    def print(self) -> None:
+        """The bytes beside their limit."""
+        print(
             f"packed experts   {format_bytes(self.packed_bytes)} ({format_bytes(self.layer_bytes)} a layer)\n"
             f"peak of loading  {format_bytes(self.peak_bytes)} above the imports: "
             f"{self.peak_bytes / self.packed_bytes:.3f} x packed\n"

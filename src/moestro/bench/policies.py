@@ -11,13 +11,11 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import RequestError
 from ..loading.load import load, load_tokenizer
@@ -34,6 +32,7 @@ from ..text.generation import encode
 from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
 from .plots import plotting
+from .report import Report, print_table
 
 _DRAWN_LAYERS = 4
 
@@ -54,41 +53,25 @@ class PolicyRow:
     belady_hit_rate: float | None = None
     belady_share: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
-class PoliciesReport:
+class PoliciesReport(Report):
     """One run; `where` says what was run on what."""
 
     where: str
     rows: tuple[PolicyRow, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return {"where": self.where, "rows": [row.to_json() for row in self.rows]}
-
     def print(self) -> None:
         """One row a policy, the slow ones too."""
-        table = Table()
-        for name in ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady"):
-            table.add_column(name, justify="left" if name == "policy" else "right")
+        rows = []
         for row in self.rows:
-            table.add_row(
-                row.policy,
-                f"{row.prefill_tok_s:.1f}",
-                f"{row.decode_tok_s:.2f}",
-                f"{row.hit_rate:.1%}",
-                format_bytes(row.bytes_moved),
-                str(row.slots),
-                *(("-" if share is None else f"{share:.2f}") for share in (row.share, row.own_share, row.belady_share)),
-            )
-        console = Console(width=110)
-        console.print(self.where)
-        console.print(table)
-        console.print(
+            speeds = (f"{row.prefill_tok_s:.1f}", f"{row.decode_tok_s:.2f}", f"{row.hit_rate:.1%}")
+            shares = ["-" if of is None else f"{of:.2f}" for of in (row.share, row.own_share, row.belady_share)]
+            rows.append((row.policy, *speeds, format_bytes(row.bytes_moved), str(row.slots), *shares))
+        print(self.where)
+        names = ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady")
+        print_table(names, rows, width=110)
+        print(
             "share: of the hybrid limit of decode at the policy's own hit rate; own: of what the method's arithmetic\n"
             "allows; Belady: of the hybrid limit at the best hit rate that so many slots can have"
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..planning.options import Checked, about, flag
+from ..planning.options import Checked, about, flag, name_of
 
 Command = Callable[..., None]
 
@@ -65,7 +65,7 @@ def takes_options(
 def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Parameter:
     """A dataclass's field as typer reads a parameter."""
     what, hint = about(field), get_type_hints(kind)[field.name]
-    name = flag(field.name)
+    name, shows_default = flag(name_of(field)), what.unset is None or default != field.default
     flags = [f"{name}/--no-{name[2:]}" if default is True else name, *([what.short] if what.short else [])]
     if get_origin(hint) is Sequence:
         value: Any = list[get_args(hint)[0]]  # type: ignore[misc]
@@ -73,7 +73,8 @@ def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Paramete
     else:
         value = next(iter(get_args(hint)), hint)  # of a union, what the command line can write
         value = value | None if default is None else value
-    given = typer.Option(*flags, metavar=what.metavar, help=what.text, show_default=what.unset is None)
+    text = what.help if shows_default else what.text
+    given = typer.Option(*flags, metavar=what.metavar, help=text, show_default=shows_default)
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[value, given])
 
 
@@ -82,6 +83,10 @@ Model = Annotated[
     typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
+Layers = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Cut the depth to so many layers. [default: all]", show_default=False),
+]
 TextFile = Annotated[str, typer.Option("--text", metavar="FILE", help="The text to read.", show_default=False)]
 TraceTokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode in all.")]
 PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece of the text, read at once.")]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..planning.budget import format_bytes
@@ -101,6 +102,14 @@ def print_figures(result: TextResult) -> None:
         f"decode  {decode}   {result.new_tokens} tokens{full}\n"
         f"{experts}{tape}peak memory   {memory}"
     )
+
+
+def show(report: Any, as_json: bool) -> None:
+    """Print a report: as a line of JSON, or as it prints itself."""
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.print()
 
 
 def say(text: str) -> None:
