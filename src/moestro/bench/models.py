@@ -19,8 +19,11 @@ OURS, ALONE = "moestro", "transformers"
 class ModelWorker(EngineWorker):
     """A model in its own process; `engine` is "moestro" or "transformers" (alone, in bfloat16)."""
 
-    def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
-        super().__init__("moestro.bench.models", [engine, shape, str(bits), str(layers), str(threads)])
+    def __init__(
+        self, engine: str, shape: str, *, bits: int, layers: int, threads: int, python: str = sys.executable
+    ) -> None:
+        numbers = map(str, (bits, layers, threads))
+        super().__init__("moestro.bench.models", [engine, shape, *numbers], python=python)
 
     def outside_s(self) -> float:
         """Seconds a token, of the last `decode_s`, in which our kernels were not called."""

@@ -37,6 +37,9 @@ class Worker:
     """A child process `python -m module arguments`, ready when its constructor returns.
 
     `card` is what the child said of itself: versions, the kernels it chose.
+
+    Raises:
+        RequestError: the child could not start, or did not answer within `start_limit_s` seconds.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Worker:
         module: str,
         arguments: Sequence[str] = (),
         *,
+        python: str = sys.executable,
         start_limit_s: float = START_LIMIT_S,
         limit_s: float = LIMIT_S,
     ) -> None:
@@ -51,8 +55,8 @@ class Worker:
         self._limit_s = limit_s
         self._unread = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
-        command = [sys.executable, "-m", module, *arguments]
-        # No pipe for what it prints: a pipe that nobody reads fills, and the child then waits forever.
+        command = [python, "-m", module, *arguments]
+        # A file for what the child prints: a pipe that is not read fills up, and the child then waits forever.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
         )
