@@ -164,8 +164,6 @@ def measure_hybrid(
     Raises:
         RequestError: no accelerator, no kernels, or no such policy. BudgetError: it does not fit.
     """
-    for name in names:
-        make_policy(name)  # refused before the work
     check_kernels()
     context = max(_PROFILE_PROMPT, *prompts) + decode_tokens
     config = MoestroConfig(

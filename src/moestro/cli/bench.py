@@ -126,27 +126,14 @@ def bench_policies(
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
     from ..bench.policies import Reading, compare_by_replay, compare_live
 
-    reading = Reading(
-        model, source.shape, text, tokens, prompt_tokens, decode_tokens, source.seed, source.trust_remote_code
-    )
+    reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
     names = tuple(compared.policies or POLICIES)
     if not live:
-        found = compare_by_replay(
-            reading,
-            trace,
-            machine=options.machine,
-            gpu_memory=options.gpu_memory,
-            as_shape=options.as_shape,
-            bits=options.bits,
-            names=names,
-            plot=None if plot is None else Path(plot),
-        )
+        found = compare_by_replay(reading, trace, options, names, None if plot is None else Path(plot))
     elif trace is not None or options.as_shape is not None or plot is not None:
         raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
     else:
-        found = compare_live(
-            reading, machine=options.machine, gpu_memory=options.gpu_memory, bits=options.bits, names=names
-        )
+        found = compare_live(reading, options, names)
     show(found, as_json)
 
 
@@ -244,9 +231,7 @@ def bench_recall(
     if plot is not None:  # refused before the work
         plotting()
         writable(plot)
-    reading = Reading(
-        model, source.shape, text, tokens, prompt_tokens, decode_tokens, source.seed, source.trust_remote_code
-    )
+    reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))

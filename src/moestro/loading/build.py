@@ -109,7 +109,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
     if free_gpu_bytes is not None and device.is_pretended:  # it has what is asked of it
         free_gpu_bytes = max(free_gpu_bytes, config.budget.gpu_bytes or 0)
     facts = Facts(
-        free_ram_bytes=available_ram_bytes() if config.budget.ram_bytes is None else config.budget.ram_bytes,
+        free_ram_bytes=available_ram_bytes(),
         free_gpu_bytes=free_gpu_bytes,
         margin=device.margin,
         dense_on_gpu=device.dense_on_gpu,
