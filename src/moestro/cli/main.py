@@ -44,7 +44,10 @@ app.add_typer(bench, name="bench")
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more; -vv logs all there is.")
+        int,
+        typer.Option(
+            "--verbose", "-v", count=True, show_default=False, help="Log what is loaded; -vv also files and the plan."
+        ),
     ] = 0,
 ) -> None:
     set_up_logging(verbose)

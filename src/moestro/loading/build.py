@@ -7,6 +7,8 @@ modules. Does not load: `plug.py` fills the homes from a checkpoint, `random_mod
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +23,7 @@ from ..compute.experts import ExpertMath
 from ..decode.capture import forget_steps, record_steps
 from ..decode.cpu import fuse
 from ..decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
+from ..decode.hooks import Fused
 from ..devices import Device
 from ..engine.conductor import Conductor
 from ..engine.families import (
@@ -49,6 +52,8 @@ from .config import MoestroConfig
 from .context import model_context
 from .gpu_need import Need
 from .methods import give_methods
+
+logger = logging.getLogger("moestro")
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -115,6 +120,9 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
         dense_on_gpu=device.dense_on_gpu,
         machine=this_machine(device, config.threads) if virtual and machine is None else machine,
     )
+    logger.debug(
+        "planning from %s; the dense part has %d bytes, the experts %d", facts, spec.dense_bytes, spec.expert_bytes
+    )
     decide = partial(
         make_plan,
         spec,
@@ -131,6 +139,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
     plan = decide(footprint=need.measured)
     if plan.gpu is not None:
         need.say_if_changed(decide(footprint=need.estimated), plan)
+    logger.debug("planned for %d tokens with policy %s: %s", plan.context, plan.policy, plan.in_words())
     if plan.check().machine is None and plan.placement.slots:
         plan = replace(plan, machine=this_machine(device, config.threads))
     return plan
@@ -229,6 +238,8 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
         record_steps(model, device.accelerator.graphs())
     elif config.fuse:
         fuse(model, threads)
+        fused = Counter(type(each.forward).__name__ for each in model.modules() if isinstance(each.forward, Fused))
+        logger.debug("of %d MoE layers and what is around them, fused: %s", len(modules), dict(fused))
     for module in modules:
         module._moestro.note(module)
 

@@ -9,6 +9,7 @@ Code that a checkpoint brings is run only where it is trusted, and nothing here 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -24,6 +25,8 @@ from transformers.utils import cached_file
 
 from ..errors import CheckpointError, ModelError, first_line
 from ..planning.options import METHOD
+
+logger = logging.getLogger("moestro")
 
 DEMO = "demo"
 
@@ -121,6 +124,7 @@ def check_files(folder: Path) -> None:
     for path in _weight_files(folder):
         if not path.exists():
             raise CheckpointError(f"{folder} lacks {path.name}, which its index names; download it again")
+        logger.debug("weights in %s, %d bytes", path, path.stat().st_size)
         if path.suffix != ".safetensors":
             continue
         try:

@@ -9,6 +9,7 @@ Legend: D model width, T tokens, K top-k.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,8 @@ from ..errors import CheckpointError, ModelError, refuse_gradients
 from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
 from .config import MoestroConfig
+
+logger = logging.getLogger("moestro")
 
 
 @outside_of_graphs
@@ -136,6 +139,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             packed = home(layer.conductor, layer.index, expert)
             math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
         self._not_loaded.discard(name)
+        logger.debug("packed %s of %d experts, %d bytes as loaded", name, layer.layout.experts, tensor.nbytes)
 
     def _owner(self, param_name: str) -> tuple[ExpertLayer, str] | None:
         """The layer that an expert parameter belongs to, and the parameter's own name; None for others."""
