@@ -1,8 +1,8 @@
-"""One report of one machine, in one call of under 10 minutes: card, tests, rates, and a run of 5 tokens.
+"""Report on one machine in one call of under 10 minutes: card, tests, rates, a run of 5 tokens, policies compared.
 
-It measures nothing itself: each step is a process of its own with a time limit, so that a step that hangs
-or dies costs its own row and no other. The report is one JSON file, rewritten after each step. Run it in
-the repository's root; `benchmarks/device.sh` finds the Python and does that.
+Each step is a process of its own with a time limit, so that a step that hangs or dies costs no row but its own. The
+report is one JSON file, written anew after each step. Run it in the repository's root; `benchmarks/device.sh` finds the
+Python and does that.
 
     python -m benchmarks.device --toy --out /tmp/results
 """
@@ -36,10 +36,10 @@ RUN_LIMIT_S = 200.0
 
 RAM_SHARE = 0.85  # of the available RAM that a shape may take
 PROMPT = "Once upon a time"
-# What runs on the device, before the CPU's kernels: the whole suite would leave no time to measure.
+# Tests of what runs on a device come first. The whole suite would leave no time to measure.
 TESTS = ("gpu_kernels", "lanes", "conductor", "hybrid", "tape", "footprint", "plug", "experts", "one_token", "dense")
-# Shapes whose policies are compared on a GPU: arguments, seconds from loading after which no policy is begun, the most
-# seconds. At the paced link the first prompt alone is timed.
+# Shapes whose policies are compared on a GPU: arguments, seconds after loading from which no policy is begun, and the
+# step's time limit in seconds. At the paced link only the first prompt is timed.
 _MIXTRAL = ("--shape", "mixtral-8x7b", "--gpu-memory", "24GiB", "--prompt", "512", "--prompt", "32", "--prompt", "2048")
 HYBRID = (
     (*_MIXTRAL, "--link", "12GB/s", 190.0, 330.0),
@@ -48,13 +48,13 @@ HYBRID = (
 HYBRID_TOY = (
     ("--shape", "tiny", "--gpu-memory", "3MiB", "--prompt", "8", "--decode-tokens", "4", "--no-uniform", 20.0, 90.0),
 )
-_MEASURING = 0.55  # of a step's time; the rest is for loading before it and for the policy that is under way at its end
-ALL_LAYERS_BYTES, CUT_LAYERS = 96 * 2**30, 24  # of free RAM for all 32 of Mixtral's layers, and the depth with less
+_MEASURING = 0.55  # share of a step's time; the rest is for loading and for the policy that is running at its end
+ALL_LAYERS_BYTES, CUT_LAYERS = 96 * 2**30, 24  # free RAM that Mixtral's 32 layers need, and the depth with less
 RUN_KEYS = ("text", "prefill_tok_s", "decode_tok_s", "ttft_s", "peak_bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a machine's card, tests it, measures it, runs the largest shape that fits, saves one JSON."""
+    """Print a machine's card, test it, measure it, run the largest shape that fits, and save one JSON file."""
     options = _parse(argv)
     deadline_s = time.monotonic() + TOTAL_LIMIT_S
 
@@ -120,7 +120,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_tests(toy: bool, limit_s: float) -> dict[str, Any]:
-    """The suite's counts, and the names and messages of what failed."""
+    """Run tests; return their counts, and the names and messages of those that failed, with "ok"."""
     files = [f"tests/test_{name}.py" for name in (("contract",) if toy else TESTS)]
     files = [path for path in files if Path(path).exists()]
     if not files:
@@ -158,7 +158,7 @@ def _read_counts(path: Path) -> dict[str, Any]:
 
 
 def run_rates(toy: bool, ram_bytes: int, limit_s: float) -> dict[str, Any]:
-    """The fields of `Rates`, with "ok"."""
+    """Measure rates; return the fields of `Rates`, with "ok"."""
     size = ["--toy"] if toy else ["--size-bytes", str(min(FULL_BYTES, ram_bytes // 2))]
     done = finish([sys.executable, "-m", "benchmarks.rates", *size], limit_s)
     found = _last_json(done)
@@ -173,7 +173,7 @@ def choose_shape(ram_bytes: int) -> str:
 
 
 def run_shape(shape: str, limit_s: float) -> dict[str, Any]:
-    """Generates 5 tokens with random weights of a shape; what `moestro run --json` says of it."""
+    """Generate 5 tokens with random weights of a shape; return the figures of `moestro run --json`, with "ok"."""
     arguments = ["run", "--shape", shape, PROMPT, "-n", "5", "--json"]
     done = finish([sys.executable, "-m", "moestro.cli.main", *arguments], limit_s)
     row: dict[str, Any] = {"shape": shape, "ok": False, "wall_s": done.wall_s}
@@ -189,7 +189,12 @@ def run_shape(shape: str, limit_s: float) -> dict[str, Any]:
 
 
 def run_hybrid(arguments: Sequence[str], ram_bytes: int, stop_s: float, limit_s: float) -> dict[str, Any]:
-    """What `moestro bench hybrid --json` says of policies on a shape; it begins none after `stop_s`."""
+    """Compare policies on a shape; return the figures of `moestro bench hybrid --json`, with "ok".
+
+    Args:
+        stop_s: seconds after loading from which no policy is begun.
+        limit_s: the step's time limit in seconds.
+    """
     stop_s = min(stop_s, limit_s * _MEASURING)
     arguments = [*arguments, "--limit-s", str(round(stop_s))]
     if "mixtral-8x7b" in arguments and ram_bytes < ALL_LAYERS_BYTES:

@@ -1,4 +1,4 @@
-"""Parses and prints; see the package's docstring."""
+"""The command line of the comparisons; the package's docstring shows how to call it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Our kernels beside kt-kernel's and torch's, engine by engine in turns, each in a process of its own (A B A B ...).
+"""Time our kernels beside kt-kernel's and torch's. Each engine has a process of its own; they take turns (A B A B ...).
 
-kt-kernel, where it is installed, and ours run the same steps of a whole layer: its real number of experts, each
-token with top-k of them drawn evenly at random. torch runs the three products of one expert, without the gate,
-and ours that expert with it; experts take turns, enough of them to pass 8 last-level caches. A row holds medians
-over the rounds, its ratio is the median of the rounds' ratios.
+kt-kernel, where it is installed, and our kernels run the same steps of a whole layer: its real number of experts, of
+which each token draws top-k evenly at random. torch runs the three products of one expert without the gate, and our
+kernels that expert with the gate; experts take turns, and fill 8 last-level caches. A row holds medians over the
+rounds; its ratio is the median of the rounds' ratios.
 
     python -m benchmarks.rivals kernels --shape olmoe-1b-7b
 """
@@ -38,9 +38,9 @@ Clock = Callable[[int, int], float]  # tokens, seed -> seconds
 class RivalRow:
     """One case. ratio: how many times faster ours is.
 
-    format: of our weights; the rival's take as many bits. backend: the kernels that the rival chose.
-    caches: how many last-level caches the weights fill. in_cache: too few of them, so both engines may have read
-    some weights from there.
+    format: of our weights; the rival's take as many bits. seconds: of the rival's step. backend: the kernels that the
+    rival chose. caches: how many last-level caches the weights fill. in_cache: whether these are so few that both
+    engines may have read some weights from a cache.
     """
 
     shape: str
@@ -62,10 +62,10 @@ def measure_rivals(
     rounds: int = 5,
     threads: int | None = None,
 ) -> tuple[RivalRow, ...]:
-    """Measure ours beside each rival at the given shapes.
+    """Measure our kernels beside each rival at the given shapes.
 
     Args:
-        tokens: instead of `KT_TOKENS` and `TORCH_TOKENS`.
+        tokens: numbers of tokens to measure; None for `KT_TOKENS` and `TORCH_TOKENS`.
 
     Raises:
         RequestError: no kernels, no such shape, or a rival that fails. BudgetError: too little RAM for two engines.
@@ -86,7 +86,7 @@ def measure_rivals(
 def _beside_kt_kernel(
     name: str, format_name: str, tokens: Sequence[int], rounds: int, threads: int
 ) -> Iterator[RivalRow]:
-    """A whole layer."""
+    """Rows of a whole layer."""
     layer = moe_layer(name)
     sizes = {"experts": layer.experts, "top_k": layer.top_k, "threads": threads}
     hidden, neurons = layer.expert.hidden, layer.expert.neurons
@@ -101,7 +101,7 @@ def _beside_kt_kernel(
 
 
 def _beside_torch(name: str, format_name: str, tokens: Sequence[int], rounds: int, threads: int) -> Iterator[RivalRow]:
-    """Single experts, each with all the tokens."""
+    """Rows of single experts, each of which computes all the tokens."""
     expert = moe_layer(name).expert
     experts = _torch_experts(moe_layer(name), format_name)
 
@@ -130,12 +130,12 @@ def _expert_bytes(layer: MoeLayer, format_name: str) -> int:
 
 
 def _torch_experts(layer: MoeLayer, format_name: str) -> int:
-    """So many that no cache holds them."""
+    """How many experts it takes so that no cache holds them."""
     return -(-CACHES * last_level_cache_bytes() // _expert_bytes(layer, format_name))
 
 
 def _check_ram(shapes: Sequence[str]) -> None:
-    """Before the first measurement, since some of them take minutes."""
+    """Refuse shapes that do not fit in RAM before the first measurement, since a measurement takes minutes."""
     for name in shapes:
         layer = moe_layer(name)
         sizes = [_torch_experts(layer, fmt) * _expert_bytes(layer, fmt) for fmt in TORCH_FORMATS]
@@ -146,7 +146,7 @@ def _check_ram(shapes: Sequence[str]) -> None:
 
 
 def print_rivals(rows: Sequence[RivalRow]) -> None:
-    """A table of the rows, and what its figures mean."""
+    """Print a table of the rows, and what its figures mean."""
     lines = []
     for row in rows:
         rival = row.engine if row.engine.endswith(row.format) else f"{row.engine} {row.format}"

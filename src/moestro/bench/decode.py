@@ -1,8 +1,8 @@
-"""A whole random-weight model of a real shape: prefill and decode, beside Transformers alone.
+"""Time prefill and decode of a whole random-weight model of a real shape, beside Transformers alone.
 
 Each engine loads in a process of its own, and they take turns (A B C A B C ...): one prompt of each length and
-`NEW_TOKENS` decoded tokens a turn. A figure is the median of the turns. The machine's read limit is measured in
-the same run, between turns; the limit of decode is that speed over the bytes that a token reads.
+`NEW_TOKENS` decoded tokens a turn. A figure is the median of the turns. The speed at which this machine reads memory
+is measured between turns; that speed divided by the bytes that a token reads is the limit of decode.
 
     moestro bench decode --shape olmoe-1b-7b --bits 4
 """
@@ -35,7 +35,7 @@ _RAM_SHARE = 0.92  # of what is free, for all engines together
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """Medians of the turns. share: of the limit of decode; None where the bytes of a token are not known."""
+    """Medians of one engine's turns. share: of the limit of decode; None where a token's bytes are not known."""
 
     engine: str
     bits: int
@@ -46,19 +46,19 @@ class EngineFigures:
 
 @dataclass(frozen=True, slots=True)
 class DecodeReport(Report):
-    """One run."""
+    """One run. level: the instruction set that our kernels used."""
 
     shape: str
     layers: int
     threads: int
     level: str
     read_limit_gbps: float
-    outside_us: float  # a layer of a token that we decode, all that is not in our kernels; embedding to head
+    outside_us: float  # of a decoded token outside our kernels, embedding and head too, divided by the layers
     engines: tuple[EngineFigures, ...]
     ratios: dict[str, dict[str, float]]  # ours over each other engine's: the median of the turns' ratios
 
     def print(self) -> None:
-        """A table of the engines."""
+        """Print a table of the engines."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads; {self.shape}, {self.layers} layers")
         print(
             f"read limit {self.read_limit_gbps:.1f} GB/s; decode outside our kernels {self.outside_us:.0f} us a layer"
@@ -86,9 +86,11 @@ def measure_decode(
     """Measure a shape at so many bits.
 
     Args:
-        layers: cut the depth, so that all engines fit in RAM together.
-        alone: Transformers alone beside ours, in bfloat16.
-        others: what starts other engines, at the same bits, by their names.
+        layers: the depth to cut the model to, so that all engines fit in RAM together; None for all layers.
+        rounds: turns of each engine.
+        threads: of each engine; None for one on each physical core.
+        alone: also measure Transformers alone, in bfloat16.
+        others: by their names, functions that start other engines at the same bits.
 
     Raises:
         RequestError: no kernels, or no such shape. BudgetError: too little RAM.
@@ -162,8 +164,8 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 def _check_ram(shape: str, layers: int, bits_of_engines: list[int]) -> None:
     def need_bytes(depth: int) -> float:
         spec = spec_of_shape(shape, depth)
-        # 4.5 and 8.5 bits with scales; a twentieth and half a GiB an engine more for caches, activations and what a
-        # load leaves behind.
+        # With scales, 4 and 8 bits take up to 4.5 and 8.5. A twentieth and half a GiB an engine are added for caches,
+        # activations and what loading leaves behind.
         each = sum((bits if bits == 16 else bits + 0.5) / 8 for bits in bits_of_engines)
         return (spec.dense_bytes + spec.expert_bytes) / 2 * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
 

@@ -1,11 +1,10 @@
-"""How fast the CPU kernels are, beside the limits of this machine, all in one process and interleaved.
+"""Time the CPU kernels beside the limits of this machine, all in one process and in turns.
 
-Read limit: the best of plain, prefetching and four-stream summing loops at 1..N threads over at least 4 GiB. FMA limit:
-a register-only loop of multiply-adds. Each round finds the best loops and then measures every row once,
-with a read of all memory between two rows; a figure is the median of the rounds, and a row's share is taken
-against the better of the reads before and after it. Weights rotate
-over at least 8 x the last-level cache, so that no row reads a cache. A share above 1 is a failure of the
-measurement.
+The read limit is the best of plain, prefetching and four-stream summing loops at 1..N threads over at least 4 GiB. The
+FMA limit is that of a loop of multiply-adds in registers. Each round finds the best loops and then measures every row
+once, with a read of all memory between two rows. A figure is the median of the rounds; a row's share is taken of the
+better of the reads before and after it. Weights rotate over at least 8 last-level caches, so that none are read from a
+cache. A share above 1 means that the measurement failed.
 
     moestro bench kernels --json
 """
@@ -32,9 +31,9 @@ from ..planning.shapes import REAL_SHAPES, spec_of_shape, top_k_of_shape
 from .report import Report, check_kernels, print_table
 
 READ_BYTES = 4 * 2**30
-CALL_BYTES = 2**28  # that the timed calls of a row read with one token
-CACHES = 8  # the weights of a row are at least so many last-level caches
-PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
+CALL_BYTES = 2**28  # bytes that the timed calls of a row read with one token
+CACHES = 8  # the weights of a row fill at least so many last-level caches
+PREFETCH_FLOATS = (0, 256, 1024, -1)  # how far ahead to prefetch; -1: read four streams instead, as the kernels do
 TOKENS, FULL_TOKENS = (1, 64), (1, 4, 16, 64, 256)
 ROUNDS, FULL_ROUNDS = 3, 5
 
@@ -59,7 +58,7 @@ def moe_layer(name: str) -> MoeLayer:
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """One case: `tokens` tokens for each of the layer's active experts. share: of the read limit."""
+    """One case: each of top-k experts computes `tokens` tokens. share, fma_share: of the read and the FMA limit."""
 
     shape: str
     format: str
@@ -81,7 +80,7 @@ class KernelReport(Report):
     threads: int
 
     def print(self) -> None:
-        """The limits and a table of the rows."""
+        """Print the limits and a table of the rows."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads")
         print(f"read limit {self.read_limit_gbps:.1f} GB/s   FMA limit {self.fma_limit_gflops:.0f} GFLOP/s")
         rows = []
@@ -119,7 +118,7 @@ def measure_kernels(
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """torch's idle threads spin for a while after each of its operations, on the cores that are measured here."""
+    """Limit torch to one thread inside the block: its idle threads would spin on the cores that are measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -141,14 +140,18 @@ def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, round
         for case in cases:
             gbps, gflops, position = _measure_case(case, memory, position, count)
             reads.append(read_gbps(memory, *best))
-            # The machine's speed drifts, so a row is held against the reads right before and after it.
+            # The machine's speed drifts, so a row is compared with the reads right before and after it.
             speeds[case].append((gbps, gflops, gbps / max(reads[-2:]), gflops / fmas[-1]))
     rows = tuple(KernelRow(*case, *(median(column) for column in zip(*speeds[case], strict=True))) for case in cases)
     return KernelReport(median(reads), median(fmas), rows, best_level(), count)
 
 
 def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:
-    """GB/s and GFLOP/s of calls that follow one another, as layers do, and where in the memory the next continues."""
+    """Time calls that follow one another, as layers do.
+
+    Returns:
+        GB/s of weights, GFLOP/s, and the position in bytes where the next case continues in `memory`.
+    """
     name, format_name, tokens = case
     shape, _, top_k = moe_layer(name)
     math = ExpertMath(shape, FORMATS[format_name], swiglu)
@@ -157,7 +160,7 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     x = torch.randn(tokens, shape.hidden).to(hidden_dtype(format_name))
     rows, weights = torch.arange(tokens), torch.rand(tokens)
     out = torch.zeros(tokens, shape.hidden)
-    # One layer alone would time how threads wake; many tokens take long enough as it is.
+    # A single short call would time how threads wake, so several follow one another, fewer where there are many tokens.
     calls = max(1, CALL_BYTES // (top_k * size * tokens))
     steps: list[list[ExpertWork]] = []
     for _ in range(calls):
@@ -177,21 +180,24 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
 
 
 def hidden_dtype(format_name: str) -> torch.dtype:
-    """Of the hidden states of a model whose weights are in that format."""
+    """The dtype of hidden states of a model whose weights are in that format."""
     return next((dtype for dtype, name in FLOAT_FORMATS.items() if name == format_name), torch.bfloat16)
 
 
 def swiglu(gate: Tensor | None, up: Tensor) -> Tensor:
-    """The gate of all three families."""
+    """The activation of all shapes' families: silu(gate) * up, both [tokens, neurons]."""
     assert gate is not None
     return torch.nn.functional.silu(gate) * up
 
 
 def plausible_weights(size_bytes: int) -> Tensor:
-    """Memory that reads as weights in every float format: no zeros, no denormals, nothing infinite.
+    """Memory that holds weights whichever float format it is read in: no zeros, no denormals, nothing infinite.
 
-    float32, [size_bytes // 4]. Each 16 bits are a sign, the exponent bits 0x3C00 and 8 random bits: 0.008 to
-    0.03 in bf16 and fp32, 1 to 1.25 in fp16.
+    Each 16 bits are a sign, the exponent bits 0x3C00 and 8 random bits: 0.008 to 0.03 in bf16 and fp32, 1 to 1.25 in
+    fp16.
+
+    Returns:
+        float32 [size_bytes // 4].
     """
     bits = torch.randint(0, 2**9, (4 * 2**20,), dtype=torch.int16)  # 8 MiB, repeated
     piece = (bits & 0xFF) + 0x3C00 - (bits >> 8) * 2**15

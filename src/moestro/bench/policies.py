@@ -1,9 +1,9 @@
-"""All policies on one model's routing: by replay on any machine, or live.
+"""Compare policies on one model's routing, by replay on any machine or live.
 
     moestro bench policies demo --text story.txt --machine rtx4090 --as-shape mixtral-8x7b
 
-One trace is recorded and cut in two: policies that place by popularity get the first half as their profile, and all are
-run on the second, so that no policy is judged on what its profile has told it.
+One trace is recorded and cut in two. Policies that place experts by popularity get the first half as their profile; all
+are run on the second half, so that no policy is judged on what its profile has told it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DRAWN_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """One policy's figures. share: of the hybrid limit of decode at its own hit rate; the last four only by replay."""
+    """One policy's figures. share: of the hybrid limit of decode at its own hits. Only a replay has the last four."""
 
     policy: str
     prefill_tok_s: float
@@ -63,7 +63,7 @@ class PoliciesReport(Report):
     rows: tuple[PolicyRow, ...]
 
     def print(self) -> None:
-        """A row for each policy."""
+        """Print a row for each policy."""
         rows = []
         for row in self.rows:
             speeds = (f"{row.prefill_tok_s:.1f}", f"{row.decode_tok_s:.2f}", f"{row.hit_rate:.1%}")
@@ -121,7 +121,7 @@ def compare(
 
 
 def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
-    """What each policy's lanes do in a few layers of one token, half-way through.
+    """Draw what each policy's lanes do in a few layers of one token, half-way through the trace.
 
     Raises:
         RequestError: matplotlib is not installed.
@@ -248,7 +248,7 @@ def compare_live(reading: Reading, options: ReplayOptions, names: Sequence[str])
             rows.append(_live_row(name, running, rest, reading.tokens - half, reading.pieces))
             running.moestro.close()
             del running
-            if on_gpu:  # what torch keeps would count as taken
+            if on_gpu:  # memory that torch keeps would count as taken
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,8 @@
-"""Figure 2 of Eliseev and Mazur (arXiv 2312.17238), re-measured: LRU hits against k, recall of guesses against their
-number.
+"""Measure Figure 2 of Eliseev and Mazur (arXiv 2312.17238): LRU hits by slots a layer, recall by experts guessed.
 
     moestro bench recall demo --text data/stories/heldout.txt --plot docs/recall.svg
 
-Guesses 1, 2 and 10 layers ahead, or as many as the model has layers for.
+Guesses are taken 1, 2 and 10 layers ahead, or as far as the model's depth allows.
 """
 
 from __future__ import annotations
@@ -21,7 +20,11 @@ FARTHEST = 10  # layers ahead, as in the paper
 
 @dataclass(frozen=True, slots=True)
 class RecallReport(Report):
-    """hits: k -> LRU hit ratio. recall: layers ahead -> experts guessed -> share of those used that are among them."""
+    """One run.
+
+    hits: hit ratio of an LRU by k, its slots a layer. recall: by layers ahead, then by how many experts are guessed,
+    the share of the experts used that were guessed.
+    """
 
     model: str
     experts: int
@@ -32,7 +35,7 @@ class RecallReport(Report):
     recall: dict[int, dict[int, float]]
 
     def print(self) -> None:
-        """Two tables."""
+        """Print hits and recall as two tables."""
         print(f"{self.model}: LRU hit ratio, k of {self.experts} experts a layer")
         hits = [(str(k), f"{rate:.3f}", f"{k / self.experts:.3f}") for k, rate in self.hits.items()]
         print_table(("k", "LRU", "random"), hits)
@@ -43,7 +46,7 @@ class RecallReport(Report):
         print(f"{self.decode_tokens} decoded tokens")
 
     def plot(self, path: Path) -> None:
-        """Draw both as an SVG.
+        """Draw hits and recall as an SVG.
 
         Raises:
             RequestError: matplotlib is not installed.
@@ -65,7 +68,7 @@ class RecallReport(Report):
 
 
 def measure_recall(trace: Trace) -> RecallReport:
-    """Hits of an LRU in a trace, and recall of its guesses."""
+    """Find an LRU's hits in a trace, and the recall of the guesses that it holds."""
     lookahead = sorted({1, 2, min(trace.lookahead, FARTHEST, len(trace.spec.layers) - 1)})
     experts = max(layer.experts for layer in trace.spec.layers)
     kept = max((len(g) for step in trace.passes[-1].steps for g in step.guesses.values()), default=0)
