@@ -86,7 +86,7 @@ def run(
     spans = None if timeline is None else writable(timeline)
     text = read_prompt(prompt)
     loaded, tokenizer = _load(model, source, engine)
-    encode(tokenizer, text)  # before it is printed: it may be no text that a tokenizer takes
+    encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
     if not as_json:
         print(text, end="", flush=True)
     with recorded(loaded, target, model or source.shape or "", text), timed(loaded, spans):
@@ -218,7 +218,7 @@ def doctor(
 def _load(
     model: str | None, source: ModelOptions, options: Options, check: Callable[[Any], None] = lambda tokenizer: None
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer, which is checked first."""
+    """The model and its tokenizer, on which `check` is called before the model loads."""
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
 
