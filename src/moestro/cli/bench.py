@@ -12,14 +12,11 @@ from ..errors import RequestError
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
-from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options
+from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
 from .terminal import show
 
-TextSource = Annotated[
-    str | None,
-    typer.Option("--text", metavar="FILE", help="The text to read. [default: random tokens]", show_default=False),
-]
-Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Draw it as an SVG. [default: no]", show_default=False)]
+TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
+Plot = Annotated[str | None, unset("FILE", "Draw it as an SVG.", "no")]
 
 bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -46,19 +43,9 @@ def bench_kernels(
     options: Options,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Only so many tokens; may be given several times. [default: 1, 64; with --full 1, 4, 16, 64, 256]",
-            show_default=False,
-        ),
+        unset("N", "Only so many tokens; may be given several times.", "1, 64; with --full 1, 4, 16, 64, 256", min=1),
     ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Rounds to take medians of. [default: 3; with --full 5]", show_default=False
-        ),
-    ] = None,
+    rounds: Annotated[int | None, unset("N", "Rounds to take medians of.", "3; with --full 5", min=1)] = None,
     full: Annotated[bool, typer.Option("--full", help="All numbers of tokens, more rounds.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -105,12 +92,7 @@ def bench_policies(
     compared: ComparedOptions,
     model: Model = None,
     text: TextSource = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="A recorded trace instead of a model and a text. [default: none]", show_default=False
-        ),
-    ] = None,
+    trace: Annotated[str | None, unset("FILE", "A recorded trace instead of a model and a text.", "none")] = None,
     live: Annotated[
         bool,
         typer.Option(
@@ -151,20 +133,12 @@ def bench_hybrid(
     layers: Layers = None,
     prompt: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Tokens of a prompt; may be given several times; a paced link has the first. [default: 32, 512, 2048]",
-            show_default=False,
-        ),
+        unset("N", "Tokens of a prompt; may be given several times; a paced link has one.", "32, 512, 2048", min=1),
     ] = None,
-    decode_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="To decode, at most.")] = 64,
-    seconds: Annotated[float, typer.Option(metavar="S", help="After which a policy's decode ends.")] = 8.0,
+    decode_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="The most tokens to decode.")] = 64,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Seconds after which a policy's decode ends.")] = 8.0,
     uniform: Annotated[bool, typer.Option(help="Also with routers that like all experts alike, decode only.")] = True,
-    limit_s: Annotated[
-        float | None,
-        typer.Option(metavar="S", help="After which no policy is begun. [default: none]", show_default=False),
-    ] = None,
+    limit_s: Annotated[float | None, unset("S", "Seconds after loading from which no policy is begun.", "none")] = None,
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
@@ -196,7 +170,7 @@ def bench_host(
     measured: ShapeOptions,
     compared: ComparedOptions,
     options: ReplayOptions,
-    slots: Annotated[float, typer.Option(metavar="SHARE", help="Of the experts, that fit on the GPU.")] = 0.25,
+    slots: Annotated[float, typer.Option(metavar="SHARE", help="Share of the experts that fits on the GPU.")] = 0.25,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of 16 tokens, policies in turns.")] = 5,
     as_json: Json = False,
 ) -> None:

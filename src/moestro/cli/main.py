@@ -16,7 +16,7 @@ from ..logs import keep_traceback, set_up_logging
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
-from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options
+from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
 from .terminal import (
     AnswerPrinter,
     print_figures,
@@ -66,10 +66,7 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
     ] = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Record what the routers choose. [default: no]", show_default=False),
-    ] = None,
+    trace: Annotated[str | None, unset("FILE", "Record what the routers choose.", "no")] = None,
     timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
@@ -106,9 +103,7 @@ def chat(
     options: TextOptions,
     engine: Options,
     model: Model = None,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told first. [default: nothing]", show_default=False)
-    ] = None,
+    system: Annotated[str | None, unset(None, "What the model is told first.", "nothing")] = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from ..text.chat import ChatSession
@@ -146,12 +141,7 @@ def trace_command(
     engine: Options,
     text: TextFile,
     model: Model = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Where to keep the trace. [default: nowhere]", show_default=False
-        ),
-    ] = None,
+    output: Annotated[str | None, unset("FILE", "Where to keep the trace.", "nowhere", "--output", "-o")] = None,
     tokens: TraceTokens = 1024,
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
