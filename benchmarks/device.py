@@ -108,9 +108,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="toy sizes, to try all steps in under a minute")
     parser.add_argument("--shape", help="shape to run (default: the largest that fits in 0.85 of the RAM)")
     parser.add_argument(
-        "--ram-gib",
-        type=float,
-        help="RAM to count on (default: what is available; some machines grow theirs)",
+        "--ram-gib", type=float, help="RAM to count on (default: what is available; some machines grow theirs)"
     )
     parser.add_argument("--commit", help="commit to record (default: git's; a copied tree has none)")
     return parser.parse_args(argv)
@@ -149,12 +147,7 @@ def _read_counts(path: Path) -> dict[str, Any]:
         for problem in (*case.iter("failure"), *case.iter("error"))
     ]
     passed = total - failed - errors - skipped
-    return {
-        "passed": passed,
-        "failed": failed + errors,
-        "skipped": skipped,
-        "failures": failures[:20],
-    }
+    return {"passed": passed, "failed": failed + errors, "skipped": skipped, "failures": failures[:20]}
 
 
 def run_rates(toy: bool, ram_bytes: int, limit_s: float) -> dict[str, Any]:

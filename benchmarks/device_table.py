@@ -73,11 +73,7 @@ def _run_rows(runs: Sequence[dict[str, Any]]) -> Iterator[Row]:
             continue
         peak = ", ".join(f"{tier} {size / GIB:.1f} GiB" for tier, size in run["peak_bytes"].items() if size)
         speeds = f"{run['prefill_tok_s']:.2f} / {run['decode_tok_s']:.2f} tok/s"
-        yield (
-            f"run {run['shape']}: prefill / decode",
-            speeds,
-            f"first token {run['ttft_s']:.2f} s; peak {peak}",
-        )
+        yield (f"run {run['shape']}: prefill / decode", speeds, f"first token {run['ttft_s']:.2f} s; peak {peak}")
 
 
 def _hybrid_rows(reports: Sequence[dict[str, Any]]) -> Iterator[Row]:

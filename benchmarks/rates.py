@@ -88,11 +88,7 @@ class Rates:
 
 
 def measure_rates(
-    *,
-    size_bytes: int | None = None,
-    window_s: float = 0.1,
-    repeats: int = 5,
-    cores: Sequence[int] | None = None,
+    *, size_bytes: int | None = None, window_s: float = 0.1, repeats: int = 5, cores: Sequence[int] | None = None
 ) -> Rates:
     """Measure every rate that this machine has; takes about 20 s with 16 cores and a GPU.
 
@@ -203,11 +199,7 @@ def _together(
             readings.append(readers.during(lambda: link.copy_for(True, 5 * window_s)))
             link.verify(to_gpu=True)
     link_gbps, dram_gbps = (median(column) for column in zip(*readings, strict=True))
-    return {
-        "dram_read_together_gbps": dram_gbps,
-        "link_h2d_together_gbps": link_gbps,
-        "together_threads": threads,
-    }
+    return {"dram_read_together_gbps": dram_gbps, "link_h2d_together_gbps": link_gbps, "together_threads": threads}
 
 
 def _register_gibps(host: torch.Tensor, repeats: int) -> float:

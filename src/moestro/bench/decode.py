@@ -115,12 +115,7 @@ def measure_decode(
 
 
 def _take_turns(
-    shape: str,
-    layers: int,
-    threads: int,
-    ours: ModelWorker,
-    engines: dict[str, tuple[int, EngineWorker]],
-    rounds: int,
+    shape: str, layers: int, threads: int, ours: ModelWorker, engines: dict[str, tuple[int, EngineWorker]], rounds: int
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
     limits: list[float] = []

@@ -355,11 +355,7 @@ def _ratios(rows: Sequence[HybridRow], rates: Mapping[float | None, tuple[float,
         best = max(group.values(), key=lambda row: row.decode_tok_s)
         cpu_gbps, link_gbps = rates[pace]
         r, hits = cpu_gbps / link_gbps, best.hit_rate
-        allowed = {
-            "layer-streaming": spread * (1 + r) / max(1e-9, 1 - hits),
-            "lru": 1 + r,
-            "fiddler": 1 + 1 / r,
-        }
+        allowed = {"layer-streaming": spread * (1 + r) / max(1e-9, 1 - hits), "lru": 1 + r, "fiddler": 1 + 1 / r}
         for over, most in allowed.items():
             if over in group and group[over].decode_tok_s:
                 ratio = best.decode_tok_s / group[over].decode_tok_s

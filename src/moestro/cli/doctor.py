@@ -14,18 +14,7 @@ from ..planning.budget import format_bytes
 from ..planning.policies import DEFAULT_POLICY
 
 # The instruction sets that matter to the expert kernels.
-_FEATURES = (
-    "f16c",
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-)
+_FEATURES = ("f16c", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
 def examine() -> dict[str, str]:
