@@ -1,4 +1,4 @@
-"""The hybrid limit of a live run, at the hits that its policy really had."""
+"""The hybrid limit of a live run, computed from the hits that its policy really had."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..simulate.virtual import dense_layer_s
 
 
 class HybridLimit:
-    """Listens to a conductor. `seconds`: the least that the decode steps so far could take at their hits."""
+    """Listens to a conductor. `seconds`: the least time that the decode steps so far could take with their hits."""
 
     lookahead = 0
 

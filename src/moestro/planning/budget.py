@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..errors import RequestError
+from ..errors import BudgetError, RequestError
 
 LEAST_CONTEXT = 2  # a token of a prompt and one of an answer
 
@@ -57,6 +57,18 @@ def format_bytes(n_bytes: float) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+def check_ram(what: str, need_bytes: float, free_bytes: float, remedy: str) -> None:
+    """Refuse what takes more RAM than is free.
+
+    Raises:
+        BudgetError: one line with what is needed, what there is and what to do.
+    """
+    if need_bytes > free_bytes:
+        raise BudgetError(
+            f"{what} needs {format_bytes(need_bytes)} of RAM, but {format_bytes(free_bytes)} are free; {remedy}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class TraceListener:
         self._steps = []
 
     def trace(self, model: Any, name: str, text: str | None) -> Trace:
-        """What was recorded so far, of a text or of no text."""
+        """The trace of all steps so far, of a text or of no text."""
         self._end()
         conductor = model.moestro
         return Trace(
