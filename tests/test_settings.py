@@ -19,7 +19,8 @@ from moestro import load, load_tokenizer
 from moestro.errors import ModelError, MoestroError
 from moestro.text.chat import ChatSession
 from moestro.text.choices import choose
-from moestro.text.generation import TextOptions, generate_text
+from moestro.text.generation import generate_text
+from moestro.text.options import TextOptions
 from moestro.text.settings import FOLLOWED, OURS, REFUSED, SETTINGS
 
 DEMO = Path(moestro.__file__).parent / "demo"

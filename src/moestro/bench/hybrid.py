@@ -35,7 +35,8 @@ from ..machine.measure import this_machine
 from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
-from ..text.generation import TextOptions, TextResult, generate_text
+from ..text.generation import TextResult, generate_text
+from ..text.options import TextOptions
 from ..text.tracing import listening
 from .limit import HybridLimit
 from .report import Report, check_kernels, print_table

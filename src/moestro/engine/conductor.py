@@ -89,7 +89,7 @@ class Conductor:
     @property
     def phase(self) -> Phase:
         """Of the step that this thread is in."""
-        return self._step.info.phase
+        return self._step.phase
 
     def begin(self, info: StepInfo) -> None:
         """Begin a step before its first layer; it lasts until `end`."""
@@ -162,7 +162,7 @@ class Conductor:
             batch = self.device.read_router(index, weights, x, self.guess_next(layer, x, index.shape[1]))
             total = StepSum(x, self.slots.memory)
             host_output = functools.partial(self.device.host_output, x)
-            on_cpu = run_layer_step(self, layer, self._step.info, batch, total, host_output)
+            on_cpu = run_layer_step(self, layer, self._step.phase, batch, total, host_output)
             return self.device.combine(on_cpu, total)
 
     def run_port(self, layer: int, port: LayerPort) -> None:
@@ -170,7 +170,7 @@ class Conductor:
         with self._lock:
             self._enter(layer, port.total.x.shape[0])
             self.device.follow()
-            run_layer_step(self, layer, self._step.info, port.read(), port.total, port.host_output)
+            run_layer_step(self, layer, self._step.phase, port.read(), port.total, port.host_output)
 
     @property
     def guesses_wanted(self) -> int:

@@ -44,7 +44,7 @@ class Accounts:
         self._known: dict[tuple[Phase, int], tuple[int, int]] = {}  # how much of these is in the counters
 
     def add(
-        self, phase: Phase, *, layer_steps: int = 0, tokens: int = 0, hits: int = 0, joined: int = 0, misses: int = 0
+        self, phase: Phase, layer_steps: int = 0, tokens: int = 0, hits: int = 0, joined: int = 0, misses: int = 0
     ) -> None:
         """Account for layer steps; hits, joins and misses count in decode alone."""
         counters = self.counters
@@ -54,16 +54,6 @@ class Accounts:
             counters.hits += hits
             counters.joined += joined
             counters.misses += misses
-
-    def add_outcome(self, step: Step, outcome: Outcome, moved_bytes: int) -> None:
-        """Account for a layer step that was decided about.
-
-        Args:
-            moved_bytes: over the link, of all steps so far.
-        """
-        hits, joined, misses = len(outcome.hits), len(outcome.joined), len(outcome.misses)
-        self.add(step.phase, layer_steps=1, tokens=sum(step.tokens.values()), hits=hits, joined=joined, misses=misses)
-        self.counters.moved_bytes = moved_bytes
 
     def chosen(self, info: StepInfo) -> Tensor:
         """Where held layers of such a step count what they choose: int64 [2], as `new_counts` makes it."""

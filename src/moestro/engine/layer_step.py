@@ -27,7 +27,7 @@ from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
 from ..planning.check import check
 from ..planning.clock import Clock, Share
-from ..planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Policy, Step, StepInfo
+from ..planning.contract import Costs, Decision, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
 from ..planning.dispatch import classify, dispatch
 from ..planning.slots import Transfer
 from ..planning.timeline import Timeline
@@ -167,7 +167,7 @@ class LayerStep:
 
 
 def run_layer_step(
-    parts: Parts, layer: int, info: StepInfo, batch: HostBatch, total: StepSum, host_output: Callable[[], Tensor]
+    parts: Parts, layer: int, phase: Phase, batch: HostBatch, total: StepSum, host_output: Callable[[], Tensor]
 ) -> Tensor | None:
     """Do one layer step, as `LayerStep.run` says; after a failure nothing of it is left on its way.
 
@@ -177,7 +177,7 @@ def run_layer_step(
     routed = group_by_expert(batch.index, batch.weights, parts.spec.layers[layer].experts)
     parts.time.begin_layer(layer, batch.x.shape[0])
     start_s, moved_bytes = parts.time.now_s, -parts.slots.moved_bytes
-    step = routed.step(layer, info.phase, batch.guesses)
+    step = routed.step(layer, phase, batch.guesses)
     if parts.listener is not None:
         parts.listener.asked(step, batch.index.shape[1])
     found = classify(step, parts.slots)
@@ -197,7 +197,9 @@ def run_layer_step(
     moved_bytes += parts.slots.moved_bytes
     wall_s = parts.time.now_s - start_s
     outcome = Outcome(layer, step.phase, *found, moved_bytes=moved_bytes, cpu_s=cpu_s, wall_s=wall_s)
-    parts.accounts.add_outcome(step, outcome, parts.slots.moved_bytes)
+    hits, joined, misses = len(outcome.hits), len(outcome.joined), len(outcome.misses)
+    parts.accounts.add(phase, 1, sum(step.tokens.values()), hits, joined, misses)
+    parts.accounts.counters.moved_bytes = parts.slots.moved_bytes
     parts.policy.observe(outcome)
     if parts.listener is not None:
         parts.listener.done(outcome)

@@ -23,12 +23,13 @@ class StepOfThread(threading.local):
     """The step that a thread is in."""
 
     info = StepInfo((), ())
+    phase = Phase.PREFILL  # of the info, which each layer asks for
     is_announced = False  # then it lasts until `end`, in whatever order its layers come
     layer = _NO_STEP  # that ran last
 
     def begin(self, info: StepInfo, *, announced: bool) -> None:
         """A step begins before its first layer."""
-        self.info, self.is_announced, self.layer = info, announced, BEFORE_LAYERS
+        self.info, self.phase, self.is_announced, self.layer = info, info.phase, announced, BEFORE_LAYERS
 
     def end(self) -> None:
         """The step is over, or has failed: the next layer belongs to another one."""

@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .answer import OnText
 from .choices import choose
-from .generation import OnText, TextOptions, TextResult, embedding_rows, encode, generate_text
+from .generation import TextResult, embedding_rows, encode, generate_text
+from .options import TextOptions
 from .templates import Message, answer_message, check_template, has_template, render
 
 # Families for which Transformers 5.23 itself gives wrong logits when several tokens are appended to a filled cache

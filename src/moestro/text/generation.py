@@ -29,18 +29,6 @@ from .choices import choose
 from .options import TextOptions
 from .settings import unusual_settings
 
-__all__ = [
-    "OnText",
-    "TextOptions",
-    "TextResult",
-    "check_context",
-    "check_ids",
-    "embedding_rows",
-    "encode",
-    "generate_text",
-    "peak_bytes",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class TextResult:
