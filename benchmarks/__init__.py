@@ -1,1 +1,1 @@
-"""Comparisons and reports for those who work on Moestro, run from a checkout; users have `moestro bench`."""
+"""Comparisons and reports for work on Moestro itself, run from a checkout; users have `moestro bench`."""

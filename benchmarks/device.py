@@ -1,8 +1,8 @@
-"""One report of one machine, in one call of under 10 minutes: card, tests, rates, and a run of 5 tokens.
+"""Report on one machine in one call of under 10 minutes: card, tests, rates, a run of 5 tokens, policies compared.
 
-It measures nothing itself: each step is a process of its own with a time limit, so that a step that hangs
-or dies costs its own row and no other. The report is one JSON file, rewritten after each step. Run it in
-the repository's root; `benchmarks/device.sh` finds the Python and does that.
+Each step is a process of its own with a time limit, so that a step that hangs or dies costs no row but its own. The
+report is one JSON file, written anew after each step. Run it in the repository's root; `benchmarks/device.sh` finds the
+Python and does that.
 
     python -m benchmarks.device --toy --out /tmp/results
 """
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,23 @@ from xml.etree import ElementTree
 from rich.console import Console
 
 from moestro.bench.machine_card import GIB, card_lines, git_commit, machine_card, slug
-from moestro.bench.process import GRACE_S, finish, scrub
+from moestro.bench.process import GRACE_S, Finished, finish, scrub
+from moestro.planning.shapes import SHAPES, spec_of_shape
 
 from .device_table import report_table
-from .rates import FULL_BYTES, Rates
+from .rates import FULL_BYTES
 
 TOTAL_LIMIT_S = 560.0  # of the steps together; setting up a Python comes before
 TESTS_LIMIT_S = 120.0
 RATES_LIMIT_S = 60.0
 RUN_LIMIT_S = 200.0
 
-# Bytes of all weights in bfloat16, largest first (mixtral-8x7b: 90.2e9 of them in experts).
-SHAPE_BYTES = {"mixtral-8x7b": 93.4e9, "qwen3-30b-a3b": 61e9, "olmoe-1b-7b": 13.8e9, "tiny": 0.0}
 RAM_SHARE = 0.85  # of the available RAM that a shape may take
 PROMPT = "Once upon a time"
-# What runs on the device, before the CPU's kernels: the whole suite would leave no time to measure.
-TESTS = ("gpu_kernels", "lanes", "conductor", "hybrid", "tape", "footprint", "plug", "experts", "one_token", "dense")
-# Shapes whose policies are compared on a GPU: arguments, seconds from loading after which no policy is begun, the most
-# seconds. At the paced link the first prompt alone is timed.
+# Tests of what runs on a device come first. The whole suite would leave no time to measure.
+TESTS = ("gpu_kernels", "lanes", "conductor", "hybrid", "capture", "gpu_need", "plug", "experts", "one_token", "dense")
+# Shapes whose policies are compared on a GPU: arguments, seconds after loading from which no policy is begun, and the
+# step's time limit in seconds. At the paced link only the first prompt is timed.
 _MIXTRAL = ("--shape", "mixtral-8x7b", "--gpu-memory", "24GiB", "--prompt", "512", "--prompt", "32", "--prompt", "2048")
 HYBRID = (
     (*_MIXTRAL, "--link", "12GB/s", 190.0, 330.0),
@@ -50,13 +48,13 @@ HYBRID = (
 HYBRID_TOY = (
     ("--shape", "tiny", "--gpu-memory", "3MiB", "--prompt", "8", "--decode-tokens", "4", "--no-uniform", 20.0, 90.0),
 )
-_MEASURING = 0.55  # of a step's time; the rest is for loading before it and for the policy that is under way at its end
-ALL_LAYERS_BYTES, CUT_LAYERS = 96 * 2**30, 24  # of free RAM for all 32 of Mixtral's layers, and the depth with less
+_MEASURING = 0.55  # share of a step's time; the rest is for loading and for the policy that is running at its end
+ALL_LAYERS_BYTES, CUT_LAYERS = 96 * 2**30, 24  # free RAM that Mixtral's 32 layers need, and the depth with less
 RUN_KEYS = ("text", "prefill_tok_s", "decode_tok_s", "ttft_s", "peak_bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a machine's card, tests it, measures it, runs the largest shape that fits, saves one JSON."""
+    """Print a machine's card, test it, measure it, run the largest shape that fits, and save one JSON file."""
     options = _parse(argv)
     deadline_s = time.monotonic() + TOTAL_LIMIT_S
 
@@ -110,9 +108,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="toy sizes, to try all steps in under a minute")
     parser.add_argument("--shape", help="shape to run (default: the largest that fits in 0.85 of the RAM)")
     parser.add_argument(
-        "--ram-gib",
-        type=float,
-        help="RAM to count on (default: what is available; some machines grow theirs)",
+        "--ram-gib", type=float, help="RAM to count on (default: what is available; some machines grow theirs)"
     )
     parser.add_argument("--commit", help="commit to record (default: git's; a copied tree has none)")
     return parser.parse_args(argv)
@@ -122,7 +118,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_tests(toy: bool, limit_s: float) -> dict[str, Any]:
-    """The suite's counts, and the names and messages of what failed."""
+    """Run tests; return their counts, and the names and messages of those that failed, with "ok"."""
     files = [f"tests/test_{name}.py" for name in (("contract",) if toy else TESTS)]
     files = [path for path in files if Path(path).exists()]
     if not files:
@@ -151,64 +147,65 @@ def _read_counts(path: Path) -> dict[str, Any]:
         for problem in (*case.iter("failure"), *case.iter("error"))
     ]
     passed = total - failed - errors - skipped
-    return {
-        "passed": passed,
-        "failed": failed + errors,
-        "skipped": skipped,
-        "failures": failures[:20],
-    }
+    return {"passed": passed, "failed": failed + errors, "skipped": skipped, "failures": failures[:20]}
 
 
 def run_rates(toy: bool, ram_bytes: int, limit_s: float) -> dict[str, Any]:
-    """The fields of `Rates`, with "ok"."""
+    """Measure rates; return the fields of `Rates`, with "ok"."""
     size = ["--toy"] if toy else ["--size-bytes", str(min(FULL_BYTES, ram_bytes // 2))]
     done = finish([sys.executable, "-m", "benchmarks.rates", *size], limit_s)
-    if done.code != 0 or done.limit_s is not None:
-        return {"ok": False, "error": done.last_words()}
-    return {"ok": True, "wall_s": done.wall_s, **asdict(Rates.from_json(done.out.splitlines()[-1]))}
+    found = _last_json(done)
+    return {"ok": False, **found} if "error" in found else {"ok": True, "wall_s": done.wall_s, **found}
 
 
 def choose_shape(ram_bytes: int) -> str:
     """The largest shape whose weights fit in 0.85 of the RAM."""
-    return next(name for name, size in SHAPE_BYTES.items() if size <= RAM_SHARE * ram_bytes)
+    specs = {name: spec_of_shape(name) for name in SHAPES}
+    sizes_bytes = {name: spec.dense_bytes + spec.expert_bytes for name, spec in specs.items()}
+    return max((name for name in SHAPES if sizes_bytes[name] <= RAM_SHARE * ram_bytes), key=sizes_bytes.__getitem__)
 
 
 def run_shape(shape: str, limit_s: float) -> dict[str, Any]:
-    """Generates 5 tokens with random weights of a shape; what `moestro run --json` says of it."""
+    """Generate 5 tokens with random weights of a shape; return the figures of `moestro run --json`, with "ok"."""
     arguments = ["run", "--shape", shape, PROMPT, "-n", "5", "--json"]
     done = finish([sys.executable, "-m", "moestro.cli.main", *arguments], limit_s)
     row: dict[str, Any] = {"shape": shape, "ok": False, "wall_s": done.wall_s}
     row["command"] = f'moestro run --shape {shape} "{PROMPT}" -n 5 --json'
-    if done.code != 0 or done.limit_s is not None:
-        return row | {"error": done.last_words()}
-    try:
-        result: Any = json.loads(done.out.strip().splitlines()[-1])
-        missing = [key for key in RUN_KEYS if key not in result]
-    except (IndexError, ValueError, TypeError):
-        return row | {"error": "its last line of output is no JSON"}
-    if missing:
+    result = _last_json(done)
+    if "error" in result:
+        return row | result
+    if missing := [key for key in RUN_KEYS if key not in result]:
         return row | {"error": f"its JSON lacks {', '.join(missing)}"}
-    odd = [key for key in RUN_KEYS if key.endswith("_s") and not isinstance(result[key], int | float)]
-    if odd:
+    if odd := [key for key in RUN_KEYS if key.endswith("_s") and not isinstance(result[key], int | float)]:
         return row | {"error": f"its JSON has no number for {', '.join(odd)}"}
     return row | {"ok": True} | {key: result[key] for key in RUN_KEYS}
 
 
 def run_hybrid(arguments: Sequence[str], ram_bytes: int, stop_s: float, limit_s: float) -> dict[str, Any]:
-    """What `moestro bench hybrid --json` says of policies on a shape; it begins none after `stop_s`."""
+    """Compare policies on a shape; return the figures of `moestro bench hybrid --json`, with "ok".
+
+    Args:
+        stop_s: seconds after loading from which no policy is begun.
+        limit_s: the step's time limit in seconds.
+    """
     stop_s = min(stop_s, limit_s * _MEASURING)
     arguments = [*arguments, "--limit-s", str(round(stop_s))]
     if "mixtral-8x7b" in arguments and ram_bytes < ALL_LAYERS_BYTES:
         arguments += ["--layers", str(CUT_LAYERS)]
     done = finish([sys.executable, "-m", "moestro.cli.main", "bench", "hybrid", *arguments, "--json"], limit_s)
     row: dict[str, Any] = {"ok": False, "wall_s": done.wall_s, "command": f"moestro bench hybrid {' '.join(arguments)}"}
+    found = _last_json(done)
+    return row | {"ok": "error" not in found} | found
+
+
+def _last_json(done: Finished) -> dict[str, Any]:
+    """The object in the last line that a step printed, or one whose "error" says why there is none."""
     if done.code != 0 or done.limit_s is not None:
-        return row | {"error": done.last_words()}
+        return {"error": done.last_words()}
     try:
-        found: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        return row | {"error": "its last line of output is no JSON"}
-    return row | {"ok": True} | found
+        return dict(json.loads(done.out.strip().splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        return {"error": "its last line of output is no JSON"}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of a device report: tests, rates and runs, a line each."""
+"""The table of a device report: a line for each test run, rate, run and policy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE_ROWS = {
 
 
 def report_table(report: dict[str, Any]) -> Table:
-    """Tests, rates and runs of a report, one line each."""
+    """Lines of what was done, its value and a note, from the dict that benchmarks/device.py saves."""
     title = f"{report['machine']['gpu'] or report['machine']['cpu']}{', toy sizes' if report['toy'] else ''}"
     table = Table(title=title)
     table.add_column("what", no_wrap=True)
@@ -73,11 +73,7 @@ def _run_rows(runs: Sequence[dict[str, Any]]) -> Iterator[Row]:
             continue
         peak = ", ".join(f"{tier} {size / GIB:.1f} GiB" for tier, size in run["peak_bytes"].items() if size)
         speeds = f"{run['prefill_tok_s']:.2f} / {run['decode_tok_s']:.2f} tok/s"
-        yield (
-            f"run {run['shape']}: prefill / decode",
-            speeds,
-            f"first token {run['ttft_s']:.2f} s; peak {peak}",
-        )
+        yield (f"run {run['shape']}: prefill / decode", speeds, f"first token {run['ttft_s']:.2f} s; peak {peak}")
 
 
 def _hybrid_rows(reports: Sequence[dict[str, Any]]) -> Iterator[Row]:

@@ -1,10 +1,10 @@
-"""Measures what a machine moves per second: DRAM, link, GPU memory, registration; alone and together.
+"""Measure how fast a machine moves bytes: DRAM, link, GPU memory and registration, DRAM and link also together.
 
-It knows nothing of models or plans: it only fills in a `Rates`. What could not be measured is None there,
-and `notes` says why. 1 GB/s is 1e9 bytes/s, 1 GiB is 2**30 bytes; every figure is a median of repeats.
+It knows nothing of models or plans: it only fills in a `Rates`. A rate that could not be measured is None there, and
+`notes` says why. 1 GB/s is 1e9 bytes/s, 1 GiB is 2**30 bytes; every figure is a median of repeats.
 
-DRAM is read by NumPy's int64 sum, one thread pinned to each physical core (float32 sums are slower than
-DRAM on some cores). Compiled loops with and without prefetch come later and will raise these figures.
+DRAM is read by NumPy's int64 sum, with one thread pinned to each physical core (float32 sums are slower than DRAM on
+some cores). The compiled loops of `moestro bench kernels` read faster.
 
     python -m benchmarks.rates --toy
 """
@@ -73,7 +73,11 @@ class Rates:
 
     @classmethod
     def from_json(cls, text: str) -> Rates:
-        """Raises ValueError on fields that this version does not know."""
+        """The rates that `to_json` wrote.
+
+        Raises:
+            ValueError: a field that this version does not know.
+        """
         found: dict[str, Any] = json.loads(text)
         unknown = found.keys() - {field.name for field in fields(cls)}
         if unknown:
@@ -84,19 +88,15 @@ class Rates:
 
 
 def measure_rates(
-    *,
-    size_bytes: int | None = None,
-    window_s: float = 0.1,
-    repeats: int = 5,
-    cores: Sequence[int] | None = None,
+    *, size_bytes: int | None = None, window_s: float = 0.1, repeats: int = 5, cores: Sequence[int] | None = None
 ) -> Rates:
-    """Measures every rate that this machine has; about 20 s with 16 cores and a GPU.
+    """Measure every rate that this machine has; takes about 20 s with 16 cores and a GPU.
 
     Args:
-        size_bytes: the host buffer. Default: 8 GiB, or half of the available RAM where that is less.
-        window_s: length of one reading.
-        repeats: readings a figure; the median is kept.
-        cores: logical CPUs to read from, one a physical core. Default: all that this process may use.
+        size_bytes: the size of the host buffer; None for 8 GiB, or half of the available RAM where that is less.
+        window_s: the length of one reading.
+        repeats: readings of a figure, which is their median.
+        cores: logical CPUs to read from, one for each physical core; None for all that this process may use.
     """
     found = _Findings()
     cores = core_cpus() if cores is None else cores
@@ -135,7 +135,7 @@ class _Findings:
         """The measurement, or None with its error noted under each name."""
         try:
             return measure()
-        except Exception as error:  # any: one broken reading must not cost the others, and the note tells
+        except Exception as error:  # of any kind: a failed reading must not cost the others, and its note says why
             self.give_up(names, " ".join(f"{type(error).__name__}: {error}".split())[:200])
             return None
 
@@ -183,10 +183,10 @@ def _dram_by_threads(host: torch.Tensor, cores: Sequence[int], window_s: float, 
 def _together(
     host: torch.Tensor, cores: Sequence[int], threads: int, window_s: float, repeats: int
 ) -> dict[str, float]:
-    """Reads three quarters of the buffer while the link copies from the rest.
+    """Read three quarters of the buffer while the link copies from the rest.
 
-    One core is left to the thread that issues copies (where there are two): starved, it would leave the
-    link idle and the figure would be the scheduler's.
+    Where there are two cores or more, one is left to the thread that enqueues copies: without a core of its own it
+    would leave the link idle.
     """
     threads = max(1, min(threads, len(cores) - 1))
     pieces = host.view(-1, PIECE_BYTES)
@@ -199,11 +199,7 @@ def _together(
             readings.append(readers.during(lambda: link.copy_for(True, 5 * window_s)))
             link.verify(to_gpu=True)
     link_gbps, dram_gbps = (median(column) for column in zip(*readings, strict=True))
-    return {
-        "dram_read_together_gbps": dram_gbps,
-        "link_h2d_together_gbps": link_gbps,
-        "together_threads": threads,
-    }
+    return {"dram_read_together_gbps": dram_gbps, "link_h2d_together_gbps": link_gbps, "together_threads": threads}
 
 
 def _register_gibps(host: torch.Tensor, repeats: int) -> float:
@@ -242,9 +238,9 @@ class Readers:
             thread.join()
 
     def during(self, work: Callable[[], T]) -> tuple[T, float]:
-        """Runs `work`; returns its result and the GB/s that the threads read meanwhile.
+        """Run `work`; return its result and the GB/s that the threads read meanwhile.
 
-        Each thread's rate is taken between the ends of two of its own reads, so no part of one is lost.
+        Each thread's rate is taken between the ends of two of its own reads, so that only whole reads count.
         """
         before = list(self._progress)
         result = work()
@@ -253,7 +249,7 @@ class Readers:
         return result, sum((b1 - b0) / (t1 - t0) for (b0, t0), (b1, t1) in spans) / 1e9
 
     def _after(self, done_bytes: Sequence[int]) -> list[tuple[int, float]]:
-        """Progress, once every thread is past the given bytes."""
+        """Wait until every thread has read more than the given bytes; return (bytes, time in s) of each."""
         while True:
             progress = list(self._progress)
             if self._error is not None:
@@ -266,7 +262,7 @@ class Readers:
         try:
             os.sched_setaffinity(0, {core})  # 0: this thread alone
             self._sum(index, words)
-        except Exception as error:  # raised again by whoever waits for progress
+        except Exception as error:  # the thread that waits for progress raises it
             self._error = error
 
     def _sum(self, index: int, words: NDArray[np.int64]) -> None:
@@ -283,11 +279,11 @@ class Readers:
 
 
 def host_buffer(size_bytes: int, notes: list[str]) -> torch.Tensor:
-    """A touched, private, anonymous mapping with huge pages, as a uint8 tensor that keeps it alive.
+    """A private, anonymous mapping with huge pages, all of it written once, as a uint8 tensor that keeps it alive.
 
     Every piece of 16 MiB holds the same random bytes.
     """
-    # Python maps anonymous memory as shared, which mostly gets no huge pages: ask for private.
+    # Python maps anonymous memory as shared by default, which mostly gets no huge pages.
     mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -299,7 +295,7 @@ def host_buffer(size_bytes: int, notes: list[str]) -> torch.Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the rates as one line of JSON."""
+    """Print the rates as one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rates", description=main.__doc__)
     parser.add_argument("--toy", action="store_true", help="64 MiB and short readings, to try the code")
     parser.add_argument("--size-bytes", type=int, help="host buffer (default: 8 GiB, half of the RAM at most)")

@@ -1,8 +1,8 @@
 """Rates that need a CUDA GPU: the link from pageable or registered memory, registration, GPU memory.
 
-Every piece of the host buffer holds the same bytes, so a copy is checked by spoiling the first piece at its
-destination and comparing it afterwards. Torch raises on a failed CUDA call; the return codes of `cudart`
-are checked here. See `benchmarks.rates` for how the readings are put together.
+Every piece of the host buffer holds the same bytes, so a copy is checked by overwriting the first piece at its
+destination and comparing it afterwards. Torch raises on a failed CUDA call; the return codes of `cudart` are checked
+here. `benchmarks.rates` puts the readings together.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from moestro.planning.costs import PIECE_BYTES
 CUDA: Any = torch.cuda  # parts of it are untyped, which mypy --strict refuses to call
 GPU = "cuda"
 SLOTS = 16  # destinations on the GPU, used in turn
-IN_FLIGHT = 4  # queued pieces: at 50 GB/s 1.3 ms of work, longer than the host takes to wake up
+IN_FLIGHT = 4  # pieces enqueued at once: 1.3 ms of work at 50 GB/s, longer than the host takes to wake up
 REGISTER_BYTES = 4 << 30  # at most this much in one cudaHostRegister
 MEMORY_BYTES = 4 << 30  # of a copy within the GPU: far past its L2 cache
 WARM_UP = 2
 
 
 class Link:
-    """Copies pieces between host memory and the GPU on a stream of its own."""
+    """Copies pieces between host memory and the GPU on a stream of its own.
+
+    Args:
+        pieces: uint8 [pieces, PIECE_BYTES] in host memory.
+    """
 
     def __init__(self, pieces: torch.Tensor) -> None:
         self._host = pieces  # [pieces, PIECE_BYTES]
@@ -37,24 +41,30 @@ class Link:
         CUDA.synchronize()
 
     def gbps(self, to_gpu: bool, window_s: float, repeats: int) -> float:
-        """Median over windows of copying one way, with the bytes compared once before and after."""
+        """Copy one way for some windows and return the median GB/s, after comparing the bytes at the destination.
+
+        Raises:
+            RuntimeError: the bytes did not arrive.
+        """
         self.spoil(to_gpu)
         readings = [self.copy_for(to_gpu, window_s) for _ in range(repeats)]
         self.verify(to_gpu)
         return median(readings)
 
     def spoil(self, to_gpu: bool) -> None:
+        """Overwrite the first destination with zeros."""
         target, _ = self._ends(0, to_gpu)
         target.zero_()
         CUDA.synchronize()
 
     def verify(self, to_gpu: bool) -> None:
+        """Raise a RuntimeError if the first destination does not hold its source's bytes."""
         target, source = self._ends(0, to_gpu)
         if not torch.equal(target.to(GPU), source.to(GPU)):
             raise RuntimeError(f"a copy {'to' if to_gpu else 'from'} the GPU did not bring its bytes")
 
     def copy_for(self, to_gpu: bool, window_s: float) -> float:
-        """GB/s of copying piece after piece for about `window_s`, the last copy's end included."""
+        """Copy piece after piece for about `window_s` seconds; return GB/s, measured to the end of the last copy."""
         waiting: deque[Any] = deque()
         copied = 0
         start_s = time.perf_counter()
@@ -80,7 +90,11 @@ class Link:
 
 @contextmanager
 def registered(buffer: torch.Tensor) -> Iterator[float]:
-    """Registers a page-aligned host buffer with CUDA; yields the seconds it took; always unregisters."""
+    """Register a page-aligned host buffer with CUDA inside the block; yields the seconds that this took.
+
+    Raises:
+        RuntimeError: CUDA refused to register or to unregister it.
+    """
     cudart = CUDA.cudart()
     done: list[int] = []
     try:
@@ -100,14 +114,18 @@ def registered(buffer: torch.Tensor) -> Iterator[float]:
 def _check(cudart: Any, code: Any, what: str) -> None:
     if int(code) == 0:
         return
-    # CUDA would report the error once more at the next kernel launch; let that be this one.
+    # CUDA reports the error once more at the next kernel launch, so launch one here.
     with suppress(RuntimeError):
         torch.ones(1, device=GPU)
     raise RuntimeError(f"{what} failed: {cudart.cudaGetErrorString(code)} (error {int(code)})")
 
 
 def gpu_memory_gbps(most_bytes: int, repeats: int) -> float:
-    """GB/s of a copy within the GPU, counting bytes read and bytes written, timed by events."""
+    """GB/s of a copy within the GPU, bytes read plus bytes written, timed by events.
+
+    Raises:
+        RuntimeError: the bytes did not arrive.
+    """
     free_bytes, _ = CUDA.mem_get_info()
     words = max(PIECE_BYTES, min(most_bytes, MEMORY_BYTES, free_bytes // 4)) // 8
     source = torch.randint(1 << 62, (words,), dtype=torch.int64, device=GPU)

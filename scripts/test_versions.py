@@ -4,8 +4,8 @@
     python scripts/test_versions.py oldest -- -k fuse                                  # what follows -- goes to pytest
     python scripts/test_versions.py --python python3.12 --pin torch==2.11.0            # one combination of your own
 
-oldest: the least Python, and each dependency at the least version that pyproject.toml names.
-newest: the newest Python that wheels are built for and that is found here, and what pip takes of itself.
+oldest: the oldest Python and the oldest version of each dependency that pyproject.toml names.
+newest: the newest Python that wheels are built for and that is found here, with the versions that pip chooses.
 
 Each combination gets a clone of the committed tree and a virtual environment under build/versions, some GB with
 torch's CUDA packages, which are removed unless --keep is given. Prints one line for each; the full output is in
@@ -41,19 +41,21 @@ class Combination:
 
 
 def oldest() -> Combination:
+    """The oldest versions that pyproject.toml names."""
     least_python = PROJECT["project"]["requires-python"].removeprefix(">=")
     floors = [re.match(r"([\w-]+)>=([\w.]+)", need) for need in PROJECT["project"]["dependencies"]]
     return Combination("oldest", (f"python{least_python}",), tuple(f"{f[1]}=={f[2]}" for f in floors if f))
 
 
 def newest() -> Combination:
+    """The newest Python that wheels are built for, without pins."""
     builds = PROJECT["tool"]["cibuildwheel"]["build"]  # like "cp313-*"
     minors = sorted((int(build.removeprefix("cp3").removesuffix("-*")) for build in builds), reverse=True)
     return Combination("newest", tuple(f"python3.{minor}" for minor in minors), ())
 
 
 def find_python(names: tuple[str, ...]) -> str | None:
-    """The first of these interpreters that is there and starts: a version manager's stand-in may not."""
+    """The path of the first of these interpreters that starts, which a version manager's shim may not; else None."""
     for name in names:
         path = shutil.which(name)
         if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
@@ -62,7 +64,7 @@ def find_python(names: tuple[str, ...]) -> str | None:
 
 
 def run_tests(combination: Combination, pytest_arguments: list[str], keep: bool) -> bool:
-    """Test one combination and print its line; False where it failed."""
+    """Test one combination and print its line; return False if it failed."""
     python = find_python(combination.pythons)
     if python is None:
         print(f"{combination.name}: skipped, no {' or '.join(combination.pythons)} here", flush=True)
@@ -100,7 +102,7 @@ def run_tests(combination: Combination, pytest_arguments: list[str], keep: bool)
 
 
 def describe(python: str) -> str:
-    """The versions in an environment, as its own interpreter tells them."""
+    """The versions that the interpreter of an environment finds, in one line."""
     if not Path(python).exists():
         return "no environment"
     code = (
@@ -112,12 +114,13 @@ def describe(python: str) -> str:
 
 
 def closing_line(log: Path) -> str:
-    """What pytest or whatever ended the run said last."""
+    """The last line of a log, which says how the run ended."""
     lines = [line.strip("= \n") for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1]
 
 
 def main() -> int:
+    """Test the combinations that the command line names; return 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", metavar="oldest|newest", help="which to test [default: both]")
     parser.add_argument("--python", help="an interpreter: tests one combination of your own instead")

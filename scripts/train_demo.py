@@ -56,12 +56,12 @@ transformers_logging.set_verbosity_error()
 
 
 class UserError(Exception):
-    """Something the caller can put right: printed as one line, exit status 2."""
+    """An error that the user can correct. It is printed as one line, and the exit status is 2."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights; a checkpoint resumes only under the settings that it was begun with."""
+    """What the weights depend on; training resumes from a checkpoint only with the settings that it was begun with."""
 
     corpus: str  # SHA-256 of the text
     tokens: int
@@ -77,7 +77,7 @@ class Settings:
 
 
 class RouterTap:
-    """Keeps what each layer's router gave in the last pass: logits [T, E] and chosen experts [T, K]."""
+    """Keeps the output of each layer's router in the last pass: logits [T, E] and chosen experts [T, K]."""
 
     def __init__(self, model: MixtralForCausalLM) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -88,15 +88,15 @@ class RouterTap:
         self.layers[layer] = (output[0], output[2])
 
     def counts(self) -> Tensor:
-        """How often each layer chose each expert, [layers, E]."""
+        """How often each layer's router chose each expert: [layers, E]."""
         layers = self.layers.values()
         return torch.stack([torch.bincount(chosen.flatten(), minlength=x.shape[-1]) for x, chosen in layers])
 
     def balance_loss(self) -> Tensor:
-        """The sum over layers of E * sum_e share_e * probability_e, which is 1 for a layer in balance."""
-        # Not the library's own (output_router_logits=True): it averages shares and probabilities over all
-        # layers first, so it is content once the layers favour different experts, however few each uses.
-        # With it, 2-4 of the 8 experts of each layer came to do most of the work.
+        """The sum over layers of E * sum_e share_e * probability_e; a balanced layer adds 1."""
+        # Transformers' own loss (output_router_logits=True) averages shares and probabilities over all layers first,
+        # so it is low when layers favour different experts, however few each layer uses. With it, 2-4 of the 8 experts
+        # of each layer did most of the work in the end.
         shares = self.counts().float() / self.layers[0][1].numel()  # [layers, E]
         probabilities = torch.stack([x.float().softmax(-1).mean(0) for x, _ in self.layers.values()])
         return shares.shape[-1] * (shares * probabilities).sum()
@@ -131,7 +131,7 @@ class Training:
         self.step += 1
 
     def save(self, out: Path) -> None:
-        """Writes the checkpoint whole or not at all."""
+        """Write the checkpoint whole or not at all."""
         state = {
             "settings": asdict(self.settings),
             "tokenizer": self.tokenizer.to_str(),
@@ -155,7 +155,7 @@ class Training:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % (200 steps at most), then a cosine down to 5 % of the peak."""
+    """The learning rate: linear warm-up over 5 % of the steps (200 at most), then a cosine to 5 % of the peak."""
     warmup = max(1, min(200, steps // 20))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -202,7 +202,7 @@ def read_text(path: Path) -> str:
 
 
 def read_checkpoint(out: Path, settings: Settings, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if any; refuses one of other settings and a directory of other things."""
+    """The checkpoint to resume from; None if there is none. Refuses other settings, and a folder of other files."""
     path = out / CHECKPOINT
     if not path.exists() and out.is_dir() and any(not x.name.startswith(CHECKPOINT) for x in out.iterdir()):
         raise UserError(f"{out} has files but no {CHECKPOINT}; choose an empty or new directory for --out")
@@ -222,7 +222,7 @@ def read_checkpoint(out: Path, settings: Settings, resume: bool) -> dict[str, An
 
 
 def begin(settings: Settings, text: str, state: dict[str, Any] | None, device: torch.device) -> Training:
-    """A new training, or the one of `state` where it stood."""
+    """A new training, or the one that `state` was saved from."""
     torch.manual_seed(settings.seed)
     shape = dict(zip(SHAPE, SIZES[settings.size], strict=True))
     saved = state["tokenizer"] if state else None
@@ -244,10 +244,10 @@ def begin(settings: Settings, text: str, state: dict[str, Any] | None, device: t
 
 
 def run_steps(training: Training, tokens: Tensor, out: Path, minutes: float) -> bool:
-    """Trains to the last step or the time limit and saves; False if Ctrl-C cut it short."""
+    """Train to the last step or the time limit, and save; return False if Ctrl-C ended it early."""
     settings, first = training.settings, training.step
     count = settings.batch_tokens // settings.context
-    stopped: list[int] = []  # Ctrl-C is only noted, so that the step ends and is saved
+    stopped: list[int] = []  # Ctrl-C is only noted, so that the step is finished and saved
     before = signal.signal(signal.SIGINT, lambda number, _frame: stopped.append(number))
     begun = saved = now = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -274,7 +274,7 @@ def run_steps(training: Training, tokens: Tensor, out: Path, minutes: float) -> 
 
 
 def export(training: Training, out: Path) -> None:
-    """Writes the Hugging Face format, each file whole or not at all; leaves the model in bf16."""
+    """Write the Hugging Face format, each file whole or not at all. Turns the model to bf16."""
     special = {"bos_token": BOOK, "eos_token": BOOK, "pad_token": PAD, "unk_token": UNKNOWN}
     bare = training.tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, model_max_length=MAX_CONTEXT, **special)
@@ -327,7 +327,7 @@ def figures(folder: Path, heldout: str, context: int, device: torch.device) -> l
 def train(
     settings: Settings, text: str, heldout: str, out: Path, *, minutes: float, resume: bool, on: torch.device
 ) -> None:
-    """Trains into `out` and writes the model there; leaves with status 130 after Ctrl-C."""
+    """Train into `out` and write the model there; exit with status 130 after Ctrl-C."""
     state = read_checkpoint(out, settings, resume)
     out.mkdir(parents=True, exist_ok=True)
     with console.status("reading the corpus"):

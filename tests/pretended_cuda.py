@@ -20,7 +20,7 @@ LATE_S = 0.002
 
 
 class Event:
-    """Over a while after it was recorded."""
+    """Over a while after it was captured."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.at_s: float | None = None
@@ -43,7 +43,7 @@ class Event:
 
 
 class Stream:
-    """Takes events that were recorded, and lets the host go on."""
+    """Takes events that were captured, and lets the host go on."""
 
     def __init__(self, device: Any = None) -> None:
         pass

@@ -26,6 +26,7 @@ from moestro.planning.contract import (
     Outcome,
     Placement,
     Step,
+    StepInfo,
     View,
 )
 from moestro.planning.policies import BasePolicy
@@ -50,7 +51,7 @@ class Drawn(BasePolicy):
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
         raise NotImplementedError
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
@@ -112,7 +113,7 @@ class Fixed(BasePolicy):
     def __init__(self, decision: Decision) -> None:
         self.decision = decision
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
@@ -158,7 +159,7 @@ def reference_of(parts: list[dict[str, Tensor]], x: Tensor, index: Tensor, weigh
 
 
 class ByPort:
-    """Layer steps as a recorded step does them; its graphs are the calls themselves where there is no GPU."""
+    """Layer steps as a captured step does them; its graphs are the calls themselves where there is no GPU."""
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor

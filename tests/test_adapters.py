@@ -1,4 +1,4 @@
-"""LoRA adapters of the PEFT library on a loaded model: as on Transformers' own, also after steps were recorded."""
+"""LoRA adapters of the PEFT library on a loaded model: as on Transformers' own, also after steps were captured."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from moestro import load
 from moestro.errors import CheckpointError
 from moestro.text.answer import AnswerStream, StopText
 from moestro.text.channels import find_channels
-from moestro.text.generation import TextOptions, generate_text
+from moestro.text.generation import generate_text
+from moestro.text.options import TextOptions
 from test_text_stream import cut, token_ids, tokenizer_of, whole_text
 from toy_tokenizers import KINDS, chatting
 

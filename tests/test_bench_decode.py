@@ -14,7 +14,7 @@ from moestro.bench.decode import PROMPTS, measure_decode
 from moestro.bench.models import ALONE, OURS, ModelWorker, _transformers_alone
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
-from moestro.errors import RequestError
+from moestro.errors import BudgetError, RequestError
 from moestro.loading.random_model import shape_config
 from moestro.planning.shapes import SHAPES
 
@@ -87,5 +87,5 @@ def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RequestError, match="no shape 'huge'; there are: mixtral-8x7b"):
         measure_decode("huge", 4)
     monkeypatch.setattr(decode, "available_ram_bytes", lambda: 9 * 2**30)
-    with pytest.raises(RequestError, match=r"engines with 16 layers of olmoe-1b-7b need .*; --layers \d would fit"):
+    with pytest.raises(BudgetError, match=r"engines with 16 layers of olmoe-1b-7b needs .*; --layers \d would fit"):
         measure_decode("olmoe-1b-7b", 4)

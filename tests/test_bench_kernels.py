@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from moestro.bench import kernels
+from moestro.bench import report as reports
 from moestro.bench.kernels import measure_kernels, plausible_weights
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import CpuExperts, best_level, levels
-from moestro.errors import RequestError
+from moestro.errors import BudgetError, RequestError
 from moestro.machine.probe import last_level_cache_bytes
+from moestro.planning.shapes import REAL_SHAPES
 
 TOY_BYTES = 256 * 2**20
 AMX_FLOPS = 16  # of a core's bf16 tiles, for each that its two AVX-512 units do: 1,024 and 64 a cycle
@@ -60,7 +62,7 @@ def test_full_measures_all(
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", *arguments])
     with pytest.raises(SystemExit):
         cli()
-    assert asked == [{"shapes": tuple(kernels.SHAPES), "tokens": tokens, "rounds": rounds, "threads": None}]
+    assert asked == [{"shapes": REAL_SHAPES, "tokens": tokens, "rounds": rounds, "threads": None}]
 
 
 @pytest.mark.parametrize("level", [name for name, usable in levels().items() if usable and name != "amx"])
@@ -81,10 +83,10 @@ def test_weights_are_plausible_in_every_format(dtype: torch.dtype) -> None:
 
 def test_too_little_memory_and_no_kernels_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert last_level_cache_bytes() > 2**20
-    monkeypatch.setattr(kernels, "levels", dict)
+    monkeypatch.setattr(reports, "levels", dict)
     with pytest.raises(RequestError, match="built without its kernels"):
         measure_kernels()
-    monkeypatch.setattr(kernels, "levels", lambda: {"scalar": True})
+    monkeypatch.setattr(reports, "levels", lambda: {"scalar": True})
     monkeypatch.setattr(kernels, "available_ram_bytes", lambda: 2**30)
-    with pytest.raises(RequestError, match="of weights to pass the caches; free some RAM"):
+    with pytest.raises(BudgetError, match=r"weights that no cache holds needs .* but 819\.2 MiB are free; free some"):
         measure_kernels()

@@ -15,30 +15,29 @@ from benchmarks.rivals.layer_engines import OurLayer, TorchExperts
 from benchmarks.rivals.layers import measure_rivals
 from benchmarks.rivals.steps import FORWARDS, draw_steps
 from moestro.bench import kernels
-from moestro.bench.kernels import MoeLayer
-from moestro.cli.bench import KERNEL_SHAPES
+from moestro.bench import report as reports
+from moestro.bench.kernels import moe_layer
 from moestro.compute.cpu import levels
 from moestro.compute.experts import ExpertWork, run_experts
-from moestro.errors import RequestError
-from moestro.memory.formats import ExpertShape
-from moestro.planning.shapes import SHAPES
+from moestro.errors import BudgetError, RequestError
+from moestro.planning.shapes import REAL_SHAPES, SHAPES
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
-TOY = MoeLayer(ExpertShape(256, 512), 8, 2)
+TOY = SHAPES["tiny"] | {"hidden_size": 256, "intermediate_size": 512}  # 8 experts, top-2
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.SHAPES, "toy", TOY)
+    monkeypatch.setitem(SHAPES, "toy", TOY)
     monkeypatch.setattr(layers, "last_level_cache_bytes", lambda: 2**20)
     monkeypatch.setattr(layers, "KT_BITS", {"int4": 4})  # a worker takes seconds of importing torch
     monkeypatch.setattr(layers, "TORCH_FORMATS", ("fp32",))
 
 
 def test_the_shapes_are_those_that_models_are_built_of() -> None:
-    assert tuple(kernels.SHAPES) == KERNEL_SHAPES
-    for name, (expert, experts, top_k) in kernels.SHAPES.items():
-        config = SHAPES[name]
+    assert {*REAL_SHAPES, "tiny"} == SHAPES.keys()
+    for name, config in SHAPES.items():
+        expert, experts, top_k = moe_layer(name)
         assert expert.hidden == config["hidden_size"]
         assert expert.neurons == config.get("moe_intermediate_size", config["intermediate_size"])
         assert experts == (config.get("num_experts") or config["num_local_experts"])
@@ -113,11 +112,11 @@ def test_torch_alone_is_measured_without_kt_kernel(monkeypatch: pytest.MonkeyPat
 
 def test_what_cannot_be_measured_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for measure in (measure_rivals, kernels.measure_kernels):
-        with pytest.raises(RequestError, match="no shape 'tiny'; there are: mixtral-8x7b"):
-            measure(shapes=["tiny"])
+        with pytest.raises(RequestError, match="no shape 'huge'; there are: mixtral-8x7b"):
+            measure(shapes=["huge"])
     monkeypatch.setattr(layers, "available_ram_bytes", lambda: 2**30)
-    with pytest.raises(RequestError, match=r"beside a rival needs .* but 1\.0 GiB are free; .*--shape"):
+    with pytest.raises(BudgetError, match=r"beside a rival needs .* but 1\.0 GiB are free; .*--shape"):
         measure_rivals()
-    monkeypatch.setattr(layers, "levels", dict)
+    monkeypatch.setattr(reports, "levels", dict)
     with pytest.raises(RequestError, match="built without its kernels"):
         measure_rivals()

@@ -137,16 +137,16 @@ def test_tensors_of_a_cache_that_is_gone_or_has_others(models: Any, what: str, v
 def test_the_next_cache_still_takes_over_what_nothing_holds(models: Any) -> None:
     model, _, kind = models
     if kind == "cpu":
-        pytest.skip("there are no recordings")
+        pytest.skip("there are no captures")
     for _ in range(3):
         cache = _cache(model, kind)
         _step(model, cache, [5, 6, 7])
         for token in (9, 10, 11):
             _step(model, cache, [token])
-        recordings = model.forward.figures.recordings
+        captures = model.forward.figures.captures
         del cache
     cache = _cache(model, kind)
     _step(model, cache, [5, 6, 7])
     for token in (9, 10, 11):
         _step(model, cache, [token])
-    assert model.forward.figures.recordings == recordings
+    assert model.forward.figures.captures == captures

@@ -17,7 +17,8 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFas
 from moestro import load, load_tokenizer
 from moestro.errors import RequestError
 from moestro.text.chat import ChatSession
-from moestro.text.generation import TextOptions, generate_text
+from moestro.text.generation import generate_text
+from moestro.text.options import TextOptions
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

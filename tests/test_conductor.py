@@ -29,7 +29,7 @@ from moestro.errors import ContractError, CopyError
 from moestro.memory.formats import ExpertFormat
 from moestro.memory.slots import SlotPool
 from moestro.memory.store import ExpertStore
-from moestro.planning.contract import GPU0, Costs, Decision, Lane, Move, Phase, View
+from moestro.planning.contract import GPU0, Costs, Decision, Lane, Move, Phase, StepInfo, View
 from moestro.planning.timeline import Timeline
 from pretended_cuda import pretended_cuda
 from small_conductor import (
@@ -93,7 +93,7 @@ def test_any_lawful_decision_gives_the_reference_result_on_cuda(
         _check_drawn(device, seed, slots, tokens, by_port)
 
 
-@pytest.mark.parametrize("by_port", [False, True], ids=["eagerly", "as recorded"])
+@pytest.mark.parametrize("by_port", [False, True], ids=["eagerly", "as captured"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
     """Interpreted where there is no GPU."""
@@ -102,12 +102,12 @@ def test_cuda_computes_by_the_kernels(seed: int, by_port: bool) -> None:
         return
     replays: list[int] = []
 
-    def recorded(graphs: object, work: Callable[[], None]) -> object:
+    def captured(graphs: object, work: Callable[[], None]) -> object:
         return SimpleNamespace(replay=lambda: (replays.append(1), work()))
 
     with (
         pretended_cuda() as (device, _),
-        mock.patch("moestro.devices.cuda_slots.recorded", recorded),
+        mock.patch("moestro.devices.cuda_slots.captured", captured),
         mock.patch("moestro.devices.cuda.CudaGraphs"),
     ):
         _check_drawn(device, seed, 3, 3, by_port)
@@ -131,14 +131,14 @@ def test_a_held_layer_waits_for_nobody(tokens: int) -> None:
             stack.enter_context(mock.patch.object(device, name, side_effect=AssertionError("the host waited")))
         x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
         index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))
-        conductor.begin(tokens, Phase.DECODE)
+        conductor.begin(StepInfo.alike(Phase.DECODE, tokens))
         at = device.torch_device
         out = conductor.run_layer(1, x.to(at), index.to(at), weights.to(at)).cpu()
         torch.testing.assert_close(out, reference_of(parts[1], x, index, weights), rtol=1e-4, atol=1e-5)
         ours = index[index < EXPERTS]
         assert (conductor.counters.hits, conductor.counters.tokens) == (len(ours.unique()), len(ours))
         assert conductor.held_op(0, torch.float32) is None
-        conductor.recorder = mock.Mock(lookahead=0)
+        conductor.listener = mock.Mock(lookahead=0)
         assert conductor.held_op(1, torch.float32) is None  # it wants to hear of it
         conductor.close()
 
@@ -151,7 +151,7 @@ def _check_drawn(device: Any, seed: int, slots: int, tokens: int, by_port: bool)
     run_layer = ByPort(conductor).run_layer if by_port else conductor.run_layer
     try:
         for step in range(2):
-            conductor.begin(tokens, Phase.PREFILL if step == 0 else Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.PREFILL if step == 0 else Phase.DECODE, tokens))
             for layer in range(LAYERS):
                 x, weights = torch.randn(tokens, SHAPE.hidden), torch.rand(tokens, TOP_K)
                 index = torch.randint(0, EXPERTS + 1, (tokens, TOP_K))  # EXPERTS is the sentinel
@@ -174,7 +174,7 @@ def test_a_kept_expert_is_a_hit_next_time_and_is_not_copied_again() -> None:
         Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, EmulatedDevice(link_gbps=None)
     )
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
-    conductor.begin(1, Phase.DECODE)
+    conductor.begin(StepInfo.alike(Phase.DECODE, 1))
     first = conductor.run_layer(0, x, index, weights)
     conductor.policy.decision = Decision(gpu={2: FULL})  # type: ignore[attr-defined]
     second = conductor.run_layer(0, x, index, weights)
@@ -213,7 +213,7 @@ def test_a_second_request_joins_a_copy_in_flight() -> None:
     device = _SlowLink()
     conductor, parts = small_conductor(Fixed(Decision(cpu={1: FULL}, moves=(Move((1, 4), urgent=False),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[1]]), torch.ones(1, 1)
-    conductor.begin(1, Phase.DECODE)
+    conductor.begin(StepInfo.alike(Phase.DECODE, 1))
     conductor.run_layer(0, x, index, weights)  # starts a guess for layer 1 and does not wait for it
     assert not conductor.slots.ready((1, 4))
     assert not conductor.slots.evictable()
@@ -273,13 +273,13 @@ def test_where_a_copy_fails_the_cpu_computes_and_the_slot_is_usable_again(caplog
     conductor, parts = small_conductor(Fixed(Decision(gpu={2: FULL}, moves=(Move((0, 2)),))), 1, device)
     x, index, weights = torch.randn(1, SHAPE.hidden), torch.tensor([[2]]), torch.ones(1, 1)
     for device.broken in (True, False):
-        conductor.begin(1, Phase.DECODE)
+        conductor.begin(StepInfo.alike(Phase.DECODE, 1))
         assert conductor.slots.find((0, 2)) is None
         out = conductor.run_layer(0, x, index, weights)
         torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
         assert conductor.slots.ready((0, 2)) is not device.broken
     says = "layer 0: the copy of expert (0, 2) failed: the link is down; the CPU computes [2] instead"
-    assert [record.message for record in caplog.records] == [says]
+    assert [capture.message for capture in caplog.captures] == [says]
     conductor.close()
 
 
@@ -292,7 +292,7 @@ def test_a_failed_guess_does_not_poison_its_slot() -> None:
     joins, copies = Decision(gpu={4: FULL}), Decision(gpu={4: FULL}, moves=(Move((1, 4)),))
     for device.broken, policy.decision in ((True, joins), (False, copies)):
         if not device.broken:
-            conductor.begin(1, Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.DECODE, 1))
         out = conductor.run_layer(1, x, torch.tensor([[4]]), weights)
         torch.testing.assert_close(out, reference_of(parts[1], x, torch.tensor([[4]]), weights), rtol=1e-4, atol=1e-5)
     conductor.close()
@@ -311,7 +311,7 @@ def test_a_step_whose_end_is_interrupted_as_well_is_settled_by_the_next_one() ->
         conductor.run_layer(0, x, index, weights)
     assert conductor.slots.find((0, 2)) is not None
     failures = conductor.view.failures
-    conductor.begin(1, Phase.DECODE)
+    conductor.begin(StepInfo.alike(Phase.DECODE, 1))
     assert conductor.slots.find((0, 2)) is None
     assert conductor.view.failures == failures + 1
     out = conductor.run_layer(0, x, index, weights)
@@ -432,7 +432,7 @@ def test_moves_before_the_first_layer_are_checked() -> None:
     class Eager(Fixed):
         moves: tuple[Move, ...] = ()
 
-        def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+        def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
             return self.moves
 
     policy = Eager(Decision(cpu={1: FULL}))
@@ -444,7 +444,7 @@ def test_moves_before_the_first_layer_are_checked() -> None:
     ):
         policy.moves = moves
         with pytest.raises(ContractError, match=says):
-            conductor.begin(1, Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.DECODE, 1))
     conductor.close()
 
 
@@ -584,7 +584,7 @@ def test_a_part_of_an_expert_is_not_kept_for_the_whole() -> None:
 
 def test_threads_have_a_phase_each() -> None:
     conductor, _ = small_conductor(Fixed(Decision(cpu={1: FULL})), 0, EmulatedDevice(link_gbps=None))
-    conductor.begin(1, Phase.DECODE)
+    conductor.begin(StepInfo.alike(Phase.DECODE, 1))
     other = threading.Thread(target=conductor.begin, args=(40, Phase.PREFILL))
     other.start()
     other.join()

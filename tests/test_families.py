@@ -34,7 +34,7 @@ from moestro.engine.families import expert_modules
 from moestro.loading.build import home
 from moestro.memory.formats import ExpertFormat, UnpackedExpert
 from moestro.text.chat import REREAD
-from moestro.text.tracing import recording
+from moestro.text.tracing import listening
 
 DOC = Path(__file__).parents[1] / "docs" / "models.md"
 NEW_TOKENS = 6
@@ -141,7 +141,7 @@ def test_parity(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def _row(model: Any, ids: torch.Tensor) -> tuple[int, str, str]:
     """What docs/models.md says of a model: MoE layers, what computed them, how its gates' rules did."""
     names = list(expert_modules(model))
-    with recording(model) as recorder:
+    with listening(model) as recorder:
         model(ids)
     found = [share for share in recorder.trace(model, "", None).agreement if share is not None]
     gates = "no" if not found else "yes" if min(found) == 1 else f"{min(found):.0%}"

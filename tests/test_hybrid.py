@@ -21,7 +21,7 @@ from moestro.errors import RequestError
 from moestro.planning.contract import Lane
 from moestro.planning.policies import POLICIES
 from moestro.planning.timeline import Timeline
-from moestro.text.tracing import recording
+from moestro.text.tracing import listening
 from tiny_runs import EXPERTS, logits_of, reference
 
 RUNS = ((1, 1), (1, 40), (3, 5), (17, 3))  # batch, tokens of each prompt
@@ -126,7 +126,7 @@ def test_a_prompt_copies_an_expert_once_at_most_and_only_those_that_have_tokens(
     """Layer streaming copies all of them, which is its method."""
     model = _emulated(name, slots, link="1GB/s")
     conductor, timeline = model.moestro, Timeline()
-    with recording(model, 0) as recorder, conductor.note_on(timeline), torch.no_grad():
+    with listening(model, 0) as recorder, conductor.note_on(timeline), torch.no_grad():
         model(input_ids=torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(3)))
     conductor.close()
     (step,) = recorder.trace(model, "tiny", None).passes

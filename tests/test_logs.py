@@ -30,6 +30,14 @@ def test_levels_and_no_prompt_in_the_log(verbose: list[str], level: str) -> None
     for text in (*SECRET.split(), answer):
         assert text not in done.stderr
     assert ("info: loading demo with MoestroConfig(" in done.stderr) == bool(verbose or level)
+    for fact in (
+        "model.safetensors, ",
+        "planning from Facts(",
+        "planned for 512 tokens",
+        "packed model.layers.0.",
+        "fused: {",
+    ):
+        assert (fact in done.stderr) == (verbose == ["-vv"] or level == "debug")
 
 
 def test_a_wrong_level_is_one_line() -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
 from typing import Any, get_origin, get_type_hints
@@ -16,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from moestro import MoestroConfig, MoestroError, load
+from moestro.bench.options import ComparedOptions, ShapeOptions
 from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
@@ -27,6 +28,7 @@ from moestro.planning.options import (
     about,
     check_names,
     flag,
+    name_of,
     needs,
     option,
     shows_options,
@@ -106,6 +108,56 @@ def test_a_wrong_value_gets_the_same_line_whichever_way_it_came(name: str, monke
     assert capsys.readouterr().err == f"error: {of_load.value}\n"
 
 
+def _commands(group: Any, *names: str) -> Iterator[tuple[list[str], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, *names, name)
+        else:
+            yield [*names, name], command
+
+
+COMMANDS = list(_commands(typer.main.get_command(cli.app)))
+KINDS = (Options, ModelOptions, ReplayOptions, TextOptions, ShapeOptions, ComparedOptions)
+
+
+def _shared_options() -> Iterator[Any]:
+    """Each option of each command that has an option's name, with the fields of that name."""
+    of_name: dict[str, list[Any]] = {}
+    for kind in KINDS:
+        for one in fields(kind):
+            of_name.setdefault(flag(name_of(one)), []).append(one)
+    for names, command in COMMANDS:
+        for parameter in command.params:
+            for name in {*parameter.opts} & of_name.keys():
+                yield pytest.param(names, command, parameter, of_name[name], id=" ".join([*names, name]))
+
+
+@pytest.mark.parametrize(("names", "command", "parameter", "known"), list(_shared_options()))
+def test_no_command_has_an_option_of_its_own_under_an_options_name(
+    names: list[str],
+    command: Any,
+    parameter: Any,
+    known: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its help is that of a field, its default too unless the command has another, and wrong values get one line."""
+    assert any((parameter.help or "").startswith(about(one).help) for one in known)
+    assert parameter.metavar in {about(one).metavar for one in known}
+    name = next(each for each in parameter.opts if each.startswith("--"))
+    if (wrong := (WRONG | WRONG_SOURCE | WRONG_TEXT).get(name[2:].replace("-", "_"))) is None:
+        return
+    needed = [part for one in command.params if one.required for part in (*(o for o in one.opts if o[0] == "-"), "x")]
+    monkeypatch.setattr(sys, "argv", ["moestro", *names, *needed, name, str(wrong[0])])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    says = wrong[1].replace("there are 16", "there are 32, 16") if "32" in (parameter.help or "") else wrong[1]
+    assert printed.startswith(f"error: {says}")
+    assert printed.count("\n") == 1
+
+
 ODD = (
     None,
     True,
@@ -129,7 +181,7 @@ ODD = (
 
 
 @pytest.mark.parametrize("value", ODD, ids=repr)
-@pytest.mark.parametrize("kind", [Options, ModelOptions, TextOptions, ReplayOptions])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_value_of_another_type_is_kept_as_its_type_or_refused_in_one_line(kind: type[Checked], value: Any) -> None:
     hints, refused = get_type_hints(kind), []
     for one in fields(kind):

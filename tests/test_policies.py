@@ -18,7 +18,7 @@ from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, BasePolicy, make_policy
 from moestro.simulate.replay import replay
 from moestro.simulate.trace import Trace
-from moestro.text.tracing import recording, trace_ids
+from moestro.text.tracing import listening, trace_ids
 from tiny_runs import EXPERTS, logits_of, reference
 
 MACHINE = "rtx4060-laptop"
@@ -38,7 +38,7 @@ def _on_virtual_clock(policy: str, slots: int, **options: Any) -> Any:
 def test_a_policy_gives_the_reference_logits_and_a_replay_its_counts(name: str, slots: int) -> None:
     expected, spec = reference(RUNS, STEPS)
     model = _on_virtual_clock(name, slots)
-    with recording(model) as recorder:
+    with listening(model) as recorder:
         found = logits_of(model, RUNS, STEPS)
     trace = recorder.trace(model, "tiny", None)
     counters, clock = model.moestro.counters, model.moestro.time

@@ -25,7 +25,7 @@ from moestro.engine.conductor import Conductor
 from moestro.engine.gates import Gate
 from moestro.engine.routing import group_by_expert
 from moestro.memory.slots import SlotPool
-from moestro.planning.contract import Phase
+from moestro.planning.contract import Phase, StepInfo
 from pretended_cuda import pretended_cuda
 from small_conductor import EXPERTS, LAYERS, SHAPE, ByPort, Drawn, reference_of, small_conductor
 
@@ -109,8 +109,8 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
                 conductor.slots[expert].copy_(conductor.store[expert])
         graphs = mock.patch("moestro.devices.cuda.CudaGraphs")
         sorts = mock.patch("moestro.compute.gpu.plan.PAIRS_AT_ONCE", 0) if "sorted" in path else nullcontext()
-        recorded = mock.patch("moestro.devices.cuda_slots.recorded", lambda _, work: mock.Mock(replay=lambda: work()))
-        with graphs, sorts, recorded if pretended[0] is not None else nullcontext():
+        captured = mock.patch("moestro.devices.cuda_slots.captured", lambda _, work: mock.Mock(replay=lambda: work()))
+        with graphs, sorts, captured if pretended[0] is not None else nullcontext():
             yield conductor, parts
             conductor.close()
 
@@ -127,7 +127,7 @@ def test_every_path_skips_and_counts_the_same(path: str) -> None:
         for number, tokens in enumerate(sizes):
             for dtype in (torch.int64, torch.int32):
                 phase = Phase.DECODE if (number + steps) % 3 else Phase.PREFILL
-                conductor.begin(tokens, phase)
+                conductor.begin(StepInfo.alike(phase, tokens))
                 run_layer = ByPort(conductor).run_layer if "port" in path else conductor.run_layer
                 for layer in range(LAYERS):
                     index, weights = _routing(random, tokens, 3, dtype)
@@ -153,7 +153,7 @@ def test_held_layers_count_what_all_threads_choose() -> None:
         index = torch.tensor([[0, 1], [1, -1]], device=at)
 
         def decode() -> None:
-            conductor.begin(2, Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.DECODE, 2))
             conductor.run_layer(0, x, index, weights)
 
         for number in (1, 2):

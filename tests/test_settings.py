@@ -19,7 +19,8 @@ from moestro import load, load_tokenizer
 from moestro.errors import ModelError, MoestroError
 from moestro.text.chat import ChatSession
 from moestro.text.choices import choose
-from moestro.text.generation import TextOptions, generate_text
+from moestro.text.generation import generate_text
+from moestro.text.options import TextOptions
 from moestro.text.settings import FOLLOWED, OURS, REFUSED, SETTINGS
 
 DEMO = Path(moestro.__file__).parent / "demo"
@@ -107,7 +108,7 @@ EXAMPLES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "transformers_version": [("4.0.0", {})],
 }
 CASES = [(key, value, others) for key, values in EXAMPLES.items() for value, others in values]
-# What decides how steps are made, and not only which token they choose: tried with recorded steps too, each time.
+# What decides how steps are made, and not only which token they choose: tried with captured steps too, each time.
 STEPS = {
     *("do_sample", "num_beams", "use_cache", "cache_implementation", "max_cache_len", "output_attentions"),
     *("output_hidden_states", "guidance_scale", "prompt_lookup_num_tokens", "prefill_chunk_size", "stop_strings"),

@@ -7,7 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -17,9 +19,9 @@ from torch import Tensor
 
 from families import random_ids, save_model
 from moestro import load
-from moestro.engine.steps import PREFILL_TOKENS, StepOfThread
+from moestro.engine.steps import PREFILL_TOKENS, StepOfThread, step_info
 from moestro.loading.build import conduct_by
-from moestro.planning.contract import GPU0, Phase
+from moestro.planning.contract import GPU0, Phase, StepInfo
 from moestro.planning.machines import machine_named
 from moestro.planning.policies import POLICIES, make_policy
 from moestro.text.tracing import trace_ids
@@ -226,20 +228,61 @@ def test_first_call(device: str, slots: int, policy: str, folder: Path, expected
                 _same(call(model), expected[name], f"{name}, {policy}, {slots} slots on {device}")
 
 
-def test_generate_batch(folder: Path, reference: Any) -> None:
-    """Transformers' continuous batching, which runs the model in a thread of its own."""
+@pytest.mark.parametrize("policy", ["moestro", "lru", "lru-speculative"])
+def test_generate_batch(policy: str, folder: Path, reference: Any) -> None:
+    """Transformers' continuous batching: rows one behind the other, in a thread of its own, with a cache of its own."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    prompts = [[3, 4, 5], [6, 7, 8, 9]]
+    prompts = [[3, 4, 5], [6, 7, 8, 9], list(range(3, 15)), [5]]
     wanted = [reference.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist() for ids in prompts]
     with _loaded(folder, "emulated") as model:
-        for policy in ("moestro", "lru"):
-            _fresh(model, policy, 9)
-            settings = GenerationConfig(**GREEDY | {"eos_token_id": -1})
-            small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=16)  # else most of the RAM
-            how = {"generation_config": settings, "continuous_batching_config": small, "warmup": False}
-            found = model.generate_batch(prompts, **how)
-            assert sorted(each.generated_tokens for each in found.values()) == sorted(wanted)
+        conductor = _fresh(model, policy, 9)
+        begun: list[StepInfo] = []
+        begin = conductor.policy.begin
+        conductor.policy.begin = lambda info, *rest: begun.append(info) or begin(info, *rest)
+        urgent, copy = set(), conductor.device.copy
+        conductor.device.copy = lambda *given: urgent.add(given[2]) or copy(*given)
+        settings = GenerationConfig(**GREEDY | {"eos_token_id": -1})
+        small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=16)  # else most of the RAM
+        how = {"generation_config": settings, "continuous_batching_config": small, "warmup": False}
+        found = model.generate_batch(prompts, **how)
+        assert sorted(each.generated_tokens for each in found.values()) == sorted(wanted)
+        decode = [info for info in begun if info.phase is Phase.DECODE]
+        assert sum(sum(info.prompt_tokens) for info in begun) == sum(map(len, prompts))
+        assert sum(sum(info.decode_tokens) for info in begun) == len(prompts) * (GREEDY["max_new_tokens"] - 1)
+        assert {info.rows for info in decode} >= {len(prompts)}
+        counters = conductor.counters
+        assert counters.hits + counters.joined > 0
+        used = counters.hits + counters.joined + counters.misses
+        assert len(decode) * 3 * 2 <= used <= len(decode) * 3 * EXPERTS // 3  # top-2 of 8 in each of 3 layers
+        assert (False in urgent) == (policy != "lru")  # the others prefetch
+
+
+def test_rows_behind_each_other_are_told_apart() -> None:
+    """By what came before each: prompts, in one piece or several, and rows that are extended, in any order."""
+    random = Random(torch.initial_seed())
+    for _ in range(200):
+        rows = [(random.choice((0, 0, 3, 40)), random.choice((1, 1, 2, 17))) for _ in range(random.randint(1, 6))]
+        ends = torch.tensor([0, *accumulate(new for _, new in rows)], dtype=torch.int32)
+        padded = torch.cat((ends, ends[-1:].expand(random.randint(0, 3))))  # rows that fill up have no tokens
+        positions = torch.tensor([before + i for before, new in rows for i in range(new)] + [0] * random.randint(0, 2))
+        given = {"input_ids": positions[None], "position_ids": positions[None], "cu_seq_lens_q": padded}
+        info = step_info((), given, stream=7)
+        extends = [before > 0 and new == 1 for before, new in rows]
+        assert info.prompt_tokens == tuple(0 if e else new for e, (_, new) in zip(extends, rows, strict=True))
+        assert info.decode_tokens == tuple(new if e else 0 for e, (_, new) in zip(extends, rows, strict=True))
+        assert (info.rows, info.tokens, info.stream) == (len(rows), sum(new for _, new in rows), 7)
+        assert info.phase is (Phase.DECODE if all(extends) else Phase.PREFILL)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (1, 5), (16, 1), (8, 5), (2, PREFILL_TOKENS), (2, 17)])
+def test_rows_of_a_batch_extend_what_their_cache_has(rows: int, count: int) -> None:
+    ids = torch.zeros(rows, count, dtype=torch.int64)
+    none, some = (mock.Mock(get_seq_length=lambda length=length: length) for length in (0, 3))
+    for cache, phase in ((None, Phase.PREFILL), (none, Phase.PREFILL), (some, Phase.DECODE)):
+        info = step_info((ids,), {"past_key_values": cache})
+        assert (info.rows, info.tokens) == (rows, rows * count)
+        assert info.phase is (Phase.PREFILL if count > PREFILL_TOKENS else phase)
 
 
 @pytest.mark.parametrize("device", ["emulated", "virtual"])
@@ -374,7 +417,7 @@ def test_all_ways_count_the_same(announced: bool, folder: Path) -> None:
     assert set(found.values()) == {(3 * 7, 2 * 3 * (20 + 6), 2 * 3 * 6)}
 
 
-def test_recorded_steps_count_the_same(folder: Path) -> None:
+def test_captured_steps_count_the_same(folder: Path) -> None:
     found = []
     for fuse in (True, False):
         with _loaded(folder, "emulated", fuse=fuse, gpu_memory="480KiB") as model:
@@ -395,7 +438,7 @@ def test_a_step_that_nothing_announced_begins_where_a_layer_does_not_follow() ->
     step, begun = StepOfThread(), []
     for layer in (1, 2, 5, 5, 0, 3, 3, 2):
         if step.begins_at(layer):
-            step.begin(Phase.DECODE, announced=False)
+            step.begin(StepInfo.alike(Phase.DECODE, 1), announced=False)
             begun.append(layer)
         step.layer = layer
     assert begun == [1, 5, 0, 3, 2]
@@ -403,13 +446,13 @@ def test_a_step_that_nothing_announced_begins_where_a_layer_does_not_follow() ->
 
 def test_an_announced_step_lasts_until_its_end() -> None:
     step = StepOfThread()
-    step.begin(Phase.PREFILL, announced=True)
+    step.begin(StepInfo.alike(Phase.PREFILL, 3), announced=True)
     for layer in (0, 1, 1, 0):
         assert not step.begins_at(layer)
         step.layer = layer
     step.end()
     assert step.begins_at(2)
-    assert step.phase is Phase.PREFILL
+    assert step.info.phase is Phase.PREFILL
 
 
 def test_begin_and_end_are_heard_once_a_call(folder: Path) -> None:
@@ -417,9 +460,7 @@ def test_begin_and_end_are_heard_once_a_call(folder: Path) -> None:
         conductor = _fresh(model, "lru", 9)
         begun = []
         begin = conductor.policy.begin
-        conductor.policy.begin = lambda tokens, *rest: (
-            begun.append((tokens, conductor.phase.name)) or begin(tokens, *rest)
-        )
+        conductor.policy.begin = lambda info, *rest: begun.append((info.tokens, info.phase.name)) or begin(info, *rest)
         model(IDS)
         out = model(PROMPT, use_cache=True)
         model(IDS[:1, :2], past_key_values=out.past_key_values, use_cache=True)

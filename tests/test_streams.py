@@ -20,7 +20,7 @@ from moestro.devices import LayerPort
 from moestro.devices.cuda import CudaDevice
 from moestro.engine.conductor import Conductor
 from moestro.errors import CopyError
-from moestro.planning.contract import Costs, Decision, Move, Phase, View
+from moestro.planning.contract import Costs, Decision, Move, Phase, StepInfo, View
 from ordered_cuda import HOST, Order, Stream, ordered_cuda
 from small_conductor import EXPERTS, FULL, LAYERS, SHAPE, TOP_K, Drawn, Fixed, reference_of, small_conductor
 
@@ -28,7 +28,7 @@ from small_conductor import EXPERTS, FULL, LAYERS, SHAPE, TOP_K, Drawn, Fixed, r
 class _Eager(Drawn):
     """Also brings experts before the first layer, into whatever slot may be taken."""
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         everybody = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
         there = [expert for expert in everybody if expert in view.evictable(Move((0, 0)).to, 0)]
         moves = [
@@ -91,7 +91,7 @@ def _watched(device: CudaDevice, order: Order, pool: Tensor) -> Iterator[None]:
 
 
 class _SharedPort:
-    """Layer steps through one port, as replays of a recording do them that two threads share."""
+    """Layer steps through one port, as replays of a capture do them that two threads share."""
 
     def __init__(self, conductor: Conductor, order: Order) -> None:
         self._conductor, self._order = conductor, order
@@ -149,7 +149,7 @@ def test_a_thread_changes_streams(seed: int, slots: int, by_port: bool) -> None:
             turn = turns.randrange(2)
             with torch.cuda.stream(streams[turn]):
                 if at[turn] == 0:
-                    conductor.begin(3, Phase.DECODE)
+                    conductor.begin(StepInfo.alike(Phase.DECODE, 3))
                 if by_port:
                     conductor.begin_unless_announced(3)  # as a replay does before it touches what it shares
                     for layer in range(LAYERS):
@@ -171,7 +171,7 @@ def test_two_threads(seed: int) -> None:
                 with torch.cuda.stream(Stream(order)):
                     for step in range(4):
                         if step % 2:
-                            conductor.begin(2, Phase.DECODE)
+                            conductor.begin(StepInfo.alike(Phase.DECODE, 2))
                         for layer in range(LAYERS):
                             _layer(conductor.run_layer, parts, layer, 2, draw)
                         conductor.end()
@@ -201,7 +201,7 @@ def test_the_guards_are_needed(guard: str) -> None:
             draw = torch.Generator().manual_seed(seed)
             for _ in range(4):
                 with torch.cuda.stream(Stream(order)):
-                    conductor.begin(3, Phase.DECODE)
+                    conductor.begin(StepInfo.alike(Phase.DECODE, 3))
                     for layer in range(LAYERS):
                         with mock.patch("torch.testing.assert_close"):
                             _layer(conductor.run_layer, parts, layer, 3, draw)

@@ -21,7 +21,8 @@ from moestro import load, load_tokenizer
 from moestro.cli import main as cli
 from moestro.errors import MoestroError, RequestError
 from moestro.text.chat import ChatSession
-from moestro.text.generation import TextOptions, generate_text
+from moestro.text.generation import generate_text
+from moestro.text.options import TextOptions
 from moestro.text.templates import answer_message, check_template, render
 from moestro.text.tracing import trace_text
 

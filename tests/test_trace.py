@@ -21,7 +21,7 @@ from moestro.planning.shapes import SHAPES, spec_of_shape
 from moestro.simulate.reshape import BITS_PER_WEIGHT, as_shape, at_bits
 from moestro.simulate.trace import Pass, Trace
 from moestro.simulate.trace_summary import lru_hit_rate, popularity, recall, reuse, summarize
-from moestro.text.tracing import recording, trace_ids, trace_text
+from moestro.text.tracing import listening, trace_ids, trace_text
 
 SPEC = ModelSpec((LayerSpec(8, 64, 1000, hidden=16),) * 3, dense_bytes=100, dense_weights=50)
 TEXT = "Once upon a time there was a king who had a daughter, and she was so beautiful that the sun was glad. " * 12
@@ -165,7 +165,7 @@ def test_a_recorded_text_has_what_the_routers_chose() -> None:
     assert json.loads(json.dumps(summary))["decode_tokens"] == 40
     assert summary["recall"][1][2] > summary["recall"][3][2] > 2 / 8  # better than chance, and worse farther ahead
     # And the recorder was only listening.
-    assert model.moestro.recorder is None
+    assert model.moestro.listener is None
 
 
 def test_recording_changes_no_token_and_sees_layers_that_run_in_one_call() -> None:
@@ -173,7 +173,7 @@ def test_recording_changes_no_token_and_sees_layers_that_run_in_one_call() -> No
     ids = tokenizer("Once upon a time", return_tensors="pt")
     expected = model.generate(**ids, max_new_tokens=12, do_sample=False)
     before = model.moestro.counters.misses
-    with recording(model) as recorder:
+    with listening(model) as recorder:
         found = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(found, expected)
     trace = recorder.trace(model, "demo", None)

@@ -402,7 +402,7 @@ def test_each_note_is_compared(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def _replayed(model: Any) -> Tensor | Exception:
-    """Logits of decoded tokens with a static cache, which a device records and replays."""
+    """Logits of decoded tokens with a static cache, which a device captures and replays."""
     ids, cache = torch.arange(40, 51)[None], StaticCache(config=model.config, max_cache_len=16)
     try:
         parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([6] + [1] * 5, 1)]
@@ -413,7 +413,7 @@ def _replayed(model: Any) -> Tensor | Exception:
 
 @pytest.mark.parametrize("way", ["attributes", "tensors", _wrap_forward, _hook])
 @torch.no_grad()
-def test_recorded_steps_follow_what_is_changed(way: Any, tmp_path: Path) -> None:
+def test_captured_steps_follow_what_is_changed(way: Any, tmp_path: Path) -> None:
     reference = save_model("qwen3_moe", tmp_path, HEADS).requires_grad_(False)
     options: dict[str, Any] = {"device": "emulated", "policy": "lru", "gpu_memory": "450KiB", "context": 32}
     model = load(str(tmp_path), threads=1, dtype="float32", **options)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 
 def installed(module: str, package: str) -> str | None:
-    """The version of `package` if `module` can be imported; nothing is imported to find out."""
+    """The version of `package` if `module` can be found, else None. Does not import the module."""
     if find_spec(module) is None:
         return None
     try:

@@ -1,6 +1,6 @@
-"""Random weights in the blocks that GGUF files store, made at memory speed and not by rounding floats.
+"""Random weights in the blocks that GGUF files store, made at memory speed instead of by rounding floats.
 
-A few MiB are random and repeat, at places that fall together with no row of a matrix.
+A pool of a few MiB is random. It repeats after a prime number of blocks, so that the rows of a matrix differ.
 
     pool = random_blocks(bits=4, size_bytes=2**30, seed=0)
 """
@@ -30,10 +30,10 @@ POOL_BLOCKS = {16: 2097143, 8: 131071, 4: 131071}
 
 
 def random_blocks(bits: int, size_bytes: int, seed: int, std: float = STD) -> NDArray[np.uint8]:
-    """At least `size_bytes` of random weights: one pool of whole blocks, over and over.
+    """At least `size_bytes` of random weights, a pool of whole blocks again and again: uint8 [bytes].
 
-    The weights have mean 0 and about the given deviation, all scales are normal numbers: nothing that
-    a CPU is slow at, such as denormals or infinities.
+    The weights have mean 0 and about the given standard deviation. All scales are normal numbers, since CPUs are slow
+    at denormals and infinities.
     """
     generator = np.random.default_rng(seed)
     count = POOL_BLOCKS[bits]

@@ -1,14 +1,13 @@
-"""KTransformers' CPU kernels beside us: a worker that times one MoE layer of random weights in kt-kernel.
+"""A worker that times one MoE layer of random weights in kt-kernel, the CPU kernels of KTransformers.
 
-It calls the package's extension as the package's own wrappers do, but without their pinned buffers, which
-need a GPU. bf16 runs in the class the package prefers (AMX tiles or AVX512-BF16, as the CPU allows, else
-AVX2), 4 bits in its llamafile backend on Q4_0. The router is not part of it: each token draws its experts
-evenly at random, anew each time.
+It calls the package's extension as the package's own wrappers do, but without their pinned buffers, which need a GPU.
+bf16 runs in the class that the package prefers (AMX tiles or AVX512-BF16 where the CPU has them, else AVX2), 4 bits in
+its llamafile backend on Q4_0. The router is left out: each token draws its experts evenly at random in each step.
 
     pip install gguf==0.19.0 && pip install --no-deps kt-kernel==0.7.2
 
-Without its dependencies, because it pins torch 2.9.1, which it does not need for this. It was tried with 0.7.2
-and on one NUMA node only.
+Install it without its dependencies, because it pins torch 2.9.1, which it does not need for this. It was tried with
+0.7.2 and on one NUMA node only.
 
     with KtKernel(2048, 1024, experts=64, top_k=8, bits=4, threads=2) as rival:
         print(rival.card["backend"], rival.layer_s(1))
@@ -58,12 +57,12 @@ class KtKernel(Worker):
         super().__init__("benchmarks.rivals.kt_kernel", [str(number) for number in numbers])
 
     def layer_s(self, tokens: int, seed: int = 0) -> float:
-        """Seconds of a forward of `tokens` tokens: the median of a few, after one that is not counted."""
+        """Seconds of a forward of `tokens` tokens: the median of a few, after one to warm up."""
         return float(self.ask("layer_s", tokens=tokens, seed=seed))
 
 
 class Layer:
-    """What the worker runs: the extension's own objects."""
+    """The layer that the worker times, made of the extension's own objects."""
 
     def __init__(
         self, hidden: int, neurons: int, experts: int, top_k: int, bits: int, threads: int, max_tokens: int
@@ -108,7 +107,7 @@ class Layer:
         return config
 
     def _bf16(self, config: Any, matrix_bytes: int) -> tuple[Any, Any]:
-        # The experts are copied from windows of one buffer, so that twice the layer is never in RAM.
+        # The experts are copied from windows of one buffer, so that the layer is in RAM only once.
         step = 2 * self._hidden
         source = random_blocks(16, matrix_bytes + step * self._experts, 0)
         generator = np.random.default_rng(0)
@@ -130,7 +129,7 @@ class Layer:
         return self._extension.moe.MOE, sources
 
     def _forward(self, draw: Draw) -> tuple[Callable[[], None], NDArray[np.uint16]]:
-        """A call that computes one step, and where it leaves the output: bfloat16 [tokens, hidden]."""
+        """A function that computes one step, and the array that it writes: bfloat16 as uint16 [tokens, hidden]."""
         count = np.array([len(draw.routes)], np.int32)
         scores = np.full(draw.routes.shape, 1 / self._top_k, np.float32)
         out = np.zeros_like(draw.hidden)

@@ -1,6 +1,6 @@
-"""What the workers of layer_workers.py run: a layer in our kernels, or single experts in torch's own linears.
+"""The layers that layer_workers.py times: all experts in our kernels, or single experts in torch's own linears.
 
-Both read huge pages, as the store does. The weights of all experts are the same numbers at places of their own.
+Both read huge pages, as the store does. All experts have equal weights, each in memory of its own.
 
     OurLayer(2048, 1024, 64, 8, "int4", 2).layer_s(tokens=1, seed=0)
 
@@ -28,7 +28,7 @@ from .steps import FORWARDS, Draw, draw_steps, median_s
 
 
 class OurLayer:
-    """One layer of experts; all of them in one call of the kernels."""
+    """One layer, whose experts are computed in one call of the kernels."""
 
     def __init__(self, hidden: int, neurons: int, experts: int, top_k: int, format_name: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -58,12 +58,12 @@ class OurLayer:
         return median_s(forwards)
 
     def tensors(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [T, D], the router's choice [T, K] and its weights [T, K]."""
+        """Hidden states bfloat16 [T, D], the router's choice int64 [T, K] and its weights float32 [T, K]."""
         x = torch.from_numpy(draw.hidden.view(np.int16)).view(torch.bfloat16)
         return x, torch.from_numpy(draw.routes), torch.full(draw.routes.shape, 1 / self._top_k)
 
     def step(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """[T, D] in the dtype of x, by what the conductor does: group the choices, compute, round the result."""
+        """Compute a step as the conductor does: group the choices, compute, round. Returns [T, D] in the dtype of x."""
         routed = group_by_expert(index, weights, self._experts)
         return self._run(x, [routed.work(expert, self.store[0, expert], self._all) for expert in routed.tokens])
 
@@ -73,7 +73,7 @@ class OurLayer:
         return out.to(x.dtype)
 
     def card(self) -> dict[str, Any]:
-        """The level of its kernels."""
+        """The instruction set of the kernels."""
         return {"backend": best_level()}
 
 
@@ -106,5 +106,5 @@ class TorchExperts:
         linear(h, down.view(self._hidden, self._neurons))
 
     def card(self) -> dict[str, Any]:
-        """The version."""
+        """The version of torch."""
         return {"backend": f"torch {torch.__version__}"}

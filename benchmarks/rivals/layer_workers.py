@@ -25,16 +25,16 @@ class LayerWorker(Worker):
         super().__init__("benchmarks.rivals.layer_workers", [engine, *numbers, format_name, str(threads)])
 
     def layer_s(self, tokens: int, seed: int) -> float:
-        """Seconds of a step of the whole layer, each token with experts of its own. Ours only."""
+        """Seconds of a step of the whole layer, in which each token draws its experts. For "moestro" only."""
         return float(self.ask("layer_s", tokens=tokens, seed=seed))
 
     def expert_s(self, tokens: int) -> float:
-        """Seconds of one expert with so many tokens, another expert each time. torch's is without the gate."""
+        """Seconds of one expert with so many tokens; experts take turns. In torch without the gate."""
         return float(self.ask("expert_s", tokens=tokens))
 
 
 def main() -> None:
-    """Make the layer that the arguments name, then answer."""
+    """Make the layer that the command line names, then answer questions."""
     engine, *sizes, format_name, threads = sys.argv[1:]
     hidden, neurons, experts, top_k = map(int, sizes)
 

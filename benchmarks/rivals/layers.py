@@ -1,9 +1,9 @@
-"""Our kernels beside kt-kernel's and torch's, engine by engine in turns, each in a process of its own (A B A B ...).
+"""Time our kernels beside kt-kernel's and torch's. Each engine has a process of its own; they take turns (A B A B ...).
 
-kt-kernel, where it is installed, and ours run the same steps of a whole layer: its real number of experts, each
-token with top-k of them drawn evenly at random. torch runs the three products of one expert, without the gate,
-and ours that expert with it; experts take turns, enough of them to pass 8 last-level caches. A row holds medians
-over the rounds, its ratio is the median of the rounds' ratios.
+kt-kernel, where it is installed, and our kernels run the same steps of a whole layer: its real number of experts, of
+which each token draws top-k evenly at random. torch runs the three products of one expert without the gate, and our
+kernels that expert with the gate; experts take turns, and fill 8 last-level caches. A row holds medians over the
+rounds; its ratio is the median of the rounds' ratios.
 
     python -m benchmarks.rivals kernels --shape olmoe-1b-7b
 """
@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
-
-from moestro.bench.kernels import CACHES, SHAPES, MoeLayer, check_shapes
-from moestro.compute.cpu import core_cpus, levels
-from moestro.errors import RequestError
+from moestro.bench.kernels import CACHES, MoeLayer, moe_layer
+from moestro.bench.report import check_kernels, print_table
+from moestro.compute.cpu import core_cpus
 from moestro.machine.probe import available_ram_bytes, last_level_cache_bytes
 from moestro.memory.formats import FORMATS
-from moestro.planning.budget import format_bytes
+from moestro.planning.budget import check_ram
+from moestro.planning.shapes import REAL_SHAPES
 
 from . import kt_kernel
 from .layer_workers import OURS, TORCH, LayerWorker
@@ -40,9 +38,9 @@ Clock = Callable[[int, int], float]  # tokens, seed -> seconds
 class RivalRow:
     """One case. ratio: how many times faster ours is.
 
-    format: of our weights; the rival's take as many bits. backend: the kernels that the rival chose.
-    caches: how many last-level caches the weights fill. in_cache: too few of them, so both engines may have read
-    some weights from there.
+    format: of our weights; the rival's take as many bits. seconds: of the rival's step. backend: the kernels that the
+    rival chose. caches: how many last-level caches the weights fill. in_cache: whether these are so few that both
+    engines may have read some weights from a cache.
     """
 
     shape: str
@@ -59,22 +57,20 @@ class RivalRow:
 
 def measure_rivals(
     *,
-    shapes: Sequence[str] = tuple(SHAPES),
+    shapes: Sequence[str] = REAL_SHAPES,
     tokens: Sequence[int] | None = None,
     rounds: int = 5,
     threads: int | None = None,
 ) -> tuple[RivalRow, ...]:
-    """Measure ours beside each rival at the given shapes.
+    """Measure our kernels beside each rival at the given shapes.
 
     Args:
-        tokens: instead of `KT_TOKENS` and `TORCH_TOKENS`.
+        tokens: numbers of tokens to measure; None for `KT_TOKENS` and `TORCH_TOKENS`.
 
     Raises:
-        RequestError: no kernels, no such shape, too little RAM for two engines, or a rival that fails.
+        RequestError: no kernels, no such shape, or a rival that fails. BudgetError: too little RAM for two engines.
     """
-    if not levels():
-        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
-    check_shapes(shapes)
+    check_kernels()
     _check_ram(shapes)
     count = threads or len(core_cpus())
     rows: list[RivalRow] = []
@@ -90,8 +86,8 @@ def measure_rivals(
 def _beside_kt_kernel(
     name: str, format_name: str, tokens: Sequence[int], rounds: int, threads: int
 ) -> Iterator[RivalRow]:
-    """A whole layer."""
-    layer = SHAPES[name]
+    """Rows of a whole layer."""
+    layer = moe_layer(name)
     sizes = {"experts": layer.experts, "top_k": layer.top_k, "threads": threads}
     hidden, neurons = layer.expert.hidden, layer.expert.neurons
     most = max(kt_kernel.MAX_TOKENS, *tokens)
@@ -105,9 +101,9 @@ def _beside_kt_kernel(
 
 
 def _beside_torch(name: str, format_name: str, tokens: Sequence[int], rounds: int, threads: int) -> Iterator[RivalRow]:
-    """Single experts, each with all the tokens."""
-    expert = SHAPES[name].expert
-    experts = _torch_experts(SHAPES[name], format_name)
+    """Rows of single experts, each of which computes all the tokens."""
+    expert = moe_layer(name).expert
+    experts = _torch_experts(moe_layer(name), format_name)
 
     def start(engine: str) -> LayerWorker:
         sizes = {"experts": experts, "top_k": 1, "threads": threads}
@@ -124,7 +120,7 @@ def _take_turns(case: tuple[str, str, str, str, int], tokens: int, rounds: int, 
     pairs = [(ours(tokens, seed), theirs(tokens, seed)) for seed in range(rounds)]
     our_median, their_median = (median(seconds) for seconds in zip(*pairs, strict=True))
     ratio = median(b / a for a, b in pairs)
-    caches = experts * _expert_bytes(SHAPES[name], format_name) / last_level_cache_bytes()
+    caches = experts * _expert_bytes(moe_layer(name), format_name) / last_level_cache_bytes()
     figures = (their_median, our_median, ratio)
     return RivalRow(name, engine, format_name, tokens, *figures, backend, caches, caches < CACHES)
 
@@ -134,33 +130,29 @@ def _expert_bytes(layer: MoeLayer, format_name: str) -> int:
 
 
 def _torch_experts(layer: MoeLayer, format_name: str) -> int:
-    """So many that no cache holds them."""
+    """How many experts it takes so that no cache holds them."""
     return -(-CACHES * last_level_cache_bytes() // _expert_bytes(layer, format_name))
 
 
 def _check_ram(shapes: Sequence[str]) -> None:
-    """Before the first measurement, since some of them take minutes."""
+    """Refuse shapes that do not fit in RAM before the first measurement, since a measurement takes minutes."""
     for name in shapes:
-        layer = SHAPES[name]
+        layer = moe_layer(name)
         sizes = [_torch_experts(layer, fmt) * _expert_bytes(layer, fmt) for fmt in TORCH_FORMATS]
         if kt_kernel.available() is not None:
             sizes.append(layer.experts * _expert_bytes(layer, "bf16"))
-        need = 2 * (max(sizes) + PROCESS_BYTES)
-        if need > available_ram_bytes():
-            raise RequestError(
-                f"{name} beside a rival needs {format_bytes(need)} of RAM, but {format_bytes(available_ram_bytes())} "
-                "are free; take another --shape"
-            )
+        need_bytes = 2 * (max(sizes) + PROCESS_BYTES)
+        check_ram(f"{name} beside a rival", need_bytes, available_ram_bytes(), "take another --shape")
 
 
 def print_rivals(rows: Sequence[RivalRow]) -> None:
-    """A table of the rows, and what its figures mean."""
-    table = Table("shape", "rival", "tokens", "theirs ms", "ours ms", "ratio", "caches")
+    """Print a table of the rows, and what its figures mean."""
+    lines = []
     for row in rows:
         rival = row.engine if row.engine.endswith(row.format) else f"{row.engine} {row.format}"
         figures = (f"{row.seconds * 1e3:.2f}", f"{row.ours_seconds * 1e3:.2f}", f"{row.ratio:.2f}")
-        table.add_row(row.shape, rival, str(row.tokens), *figures, f"{row.caches:.1f}{' *' if row.in_cache else ''}")
-    Console().print(table)
+        lines.append((row.shape, rival, str(row.tokens), *figures, f"{row.caches:.1f}{' *' if row.in_cache else ''}"))
+    print_table(("shape", "rival", "tokens", "theirs ms", "ours ms", "ratio", "caches"), lines)
     print("kt-kernel: a whole layer, experts drawn at random; torch: the products of one expert, without the gate")
     print("ratio: how many times faster ours is")
     print("caches: how many last-level caches the weights fill" + _cache_note(rows))

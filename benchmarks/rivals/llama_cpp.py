@@ -1,4 +1,4 @@
-"""llama.cpp beside us: a random model of one of our shapes as a GGUF, and a worker that times it.
+"""llama.cpp as a rival: a random model of one of our shapes as a GGUF file, and a worker that times it.
 
 The worker is a process of its own (see moestro.bench.worker) with the library of `llama-cpp-python` and no sampling:
 `llama_decode` alone, on the CPU, with the library's defaults where they are not named here (f16 KV cache,
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moestro.bench.worker import EngineWorker, Handlers, serve
 from moestro.errors import RequestError
-from moestro.planning.shapes import SHAPES
+from moestro.planning.shapes import SHAPES, spec_of_shape
 
 from . import installed
 from .blocks import PACKINGS, POOL_BLOCKS, STD, random_blocks
@@ -53,7 +53,7 @@ def available() -> str | None:
 
 
 def write_gguf(path: Path, shape: str, bits: int, layers: int | None = None, seed: int = 0) -> None:
-    """Write a random model of a shape in planning/shapes.py, cut to `layers` layers, about as fast as the disk.
+    """Write a random model of a shape in planning/shapes.py, about as fast as the disk writes.
 
     All matrices, embedding and head too, are BF16 (16 bits), Q8_0 (8) or Q4_0 (4), cut from one repeated
     pool at random places; norms are 1. Routers are random float32, so a token's experts depend on its
@@ -109,7 +109,7 @@ def _describe_model(gguf: Any, path: Path, shape: str, bits: int, layers: int | 
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config.get("rope_parameters", {}).get("rope_theta", 1e4))
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(_experts(config))
+    writer.add_expert_count(spec_of_shape(shape).layers[0].experts)
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -121,15 +121,11 @@ def _head_dim(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _experts(config: dict[str, Any]) -> int:
-    return int(config.get("num_experts") or config["num_local_experts"])
-
-
 def _tensors(shape: str, layers: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and dimensions, the longest stride first (llama.cpp prints them the other way round)."""
+    """Name and dimensions of each tensor, the longest stride first (llama.cpp prints them the other way round)."""
     config = SHAPES[shape]
-    hidden, vocabulary, experts = config["hidden_size"], config["vocab_size"], _experts(config)
-    neurons = config.get("moe_intermediate_size", config["intermediate_size"])
+    hidden, vocabulary, layer_spec = config["hidden_size"], config["vocab_size"], spec_of_shape(shape).layers[0]
+    experts, neurons = layer_spec.experts, layer_spec.neurons
     head_dim = _head_dim(config)
     q_rows, kv_rows = head_dim * config["num_attention_heads"], head_dim * config["num_key_value_heads"]
     # olmoe norms all heads of a token together, qwen3 each head, mixtral none.
@@ -163,7 +159,7 @@ def _tensor_bytes(name: str, dimensions: tuple[int, ...], bits: int) -> int:
 
 
 def _contents(tensors: list[tuple[str, tuple[int, ...]]], bits: int, seed: int) -> Iterator[NDArray[Any]]:
-    """The tensors' data in their order. In RAM are the embedding, then as much as the largest other tensor."""
+    """The tensors' data in their order. Takes the RAM of the embedding, then that of the largest other tensor."""
     generator = np.random.default_rng(seed)
     block_bytes = PACKINGS[bits].block_bytes
     (name, dimensions), *others = tensors
@@ -194,16 +190,16 @@ class LlamaCpp(EngineWorker):
 
 
 class Engine:
-    """What the worker runs: the library's own calls."""
+    """The model that the worker times, through the library's own calls."""
 
     def __init__(self, path: str, threads: int, context: int) -> None:
         self._api: Any = import_module("llama_cpp")
         self._complaint = "it did not say why"
-        self._listener = self._api.llama_log_callback(self._listen)  # kept: C calls it for as long as we live
+        self._listener = self._api.llama_log_callback(self._listen)  # kept: C may call it until the process ends
         self._api.llama_log_set(self._listener, None)
         self._api.llama_backend_init()
         model_options = self._api.llama_model_default_params()
-        # Not mapped: weights in memory of their own cannot be pushed out by what others read.
+        # Not mapped: weights of a mapped file could be dropped when other engines read theirs.
         _set(model_options, n_gpu_layers=0, load_mode=self._api.LLAMA_LOAD_MODE_NONE)
         self._model = self._api.llama_model_load_from_file(os.fsencode(path), model_options)
         if not self._model:
@@ -266,14 +262,14 @@ class Engine:
 
 def _set(options: Any, **values: Any) -> None:
     for name, value in values.items():
-        if not hasattr(options, name):  # ctypes would take it, and change nothing
+        if not hasattr(options, name):  # ctypes would accept the name and ignore it
             raise RequestError(f"llama-cpp-python {available()} has no option {name}; install 0.3.36")
         setattr(options, name, value)
 
 
 @contextmanager
 def random_model(shape: str, bits: int, layers: int, threads: int) -> Iterator[LlamaCpp]:
-    """A worker with a random model of a shape, whose file is gone once it is loaded."""
+    """A worker with a random model of a shape; the model's file is removed once it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, shape, bits, layers)

@@ -1,7 +1,4 @@
-"""What goes into a step of a layer, drawn for all engines alike, and how an answer's seconds are taken.
-
-The same seed gives kt-kernel the same hidden states and routes as ours.
-"""
+"""Random input of a layer's steps, equal for all engines with one seed, and the timing of an answer."""
 
 from __future__ import annotations
 
@@ -13,19 +10,19 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-FORWARDS = 5  # that an answer is the median of
+FORWARDS = 5  # an answer is the median of so many
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What goes into one step. routes: [T, K], distinct in a row. hidden: bfloat16 [T, D], as integers."""
+    """The input of one step. routes: [T, K], distinct in each row. hidden: the bits of bfloat16 [T, D]."""
 
     routes: NDArray[np.int64]
     hidden: NDArray[np.uint16]
 
 
 def draw_steps(tokens: int, hidden: int, experts: int, top_k: int, seed: int) -> list[Draw]:
-    """For one answer: each token draws its experts evenly at random, anew in each step."""
+    """The steps of one answer; each token draws its experts evenly at random in each step."""
     generator = np.random.default_rng(seed)
 
     def draw() -> Draw:
@@ -37,7 +34,7 @@ def draw_steps(tokens: int, hidden: int, experts: int, top_k: int, seed: int) ->
 
 
 def median_s(forwards: Sequence[Callable[[], object]]) -> float:
-    """Of their seconds, one right after the other; the first is not counted."""
+    """The median seconds of functions called one right after the other; the first one warms up."""
     forwards[0]()
     seconds = []
     for forward in forwards[1:]:

@@ -1,8 +1,10 @@
 """Moestro: Mixture-of-Experts models larger than the GPU's memory, conducted expert by expert.
 
-    import moestro
-    model = moestro.load("mistralai/Mixtral-8x7B-Instruct-v0.1", gpu_memory="12GiB")
-    tokenizer = moestro.load_tokenizer("mistralai/Mixtral-8x7B-Instruct-v0.1")
+    >>> import moestro
+    >>> model = moestro.load("demo")  # or "mistralai/Mixtral-8x7B-Instruct-v0.1", gpu_memory="12GiB"
+    >>> tokenizer = moestro.load_tokenizer("demo")
+    >>> model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=4).shape
+    torch.Size([1, 8])
 
 The names below are loaded when they are first used, so that `moestro --help` imports no torch.
 

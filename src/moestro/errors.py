@@ -67,7 +67,7 @@ def faults_as(kind: type[MoestroError], found: str, remedy: str) -> Iterator[Non
 
 
 def refuse_gradients(x: Any) -> None:
-    """Refuse a tensor through which somebody means to learn: nothing of ours gives gradients.
+    """Refuse a tensor that wants gradients: nothing of ours gives them.
 
     Raises:
         ModelError: it wants a gradient.

@@ -1,8 +1,10 @@
 """What Moestro logs: lines of the logger "moestro" on standard error, without tracebacks.
 
-Warnings are logged by default. `moestro -v` adds INFO and `-vv` DEBUG; the environment variable MOESTRO_LOG names a
-level for the command line and for programs that import moestro. A program that has set up logging itself, so that the
-root logger has a handler, gets the records there instead. Prompts and generated text are never logged.
+Warnings are logged by default. `moestro -v` adds INFO: what is loaded, with which options, and what did not go as
+planned. `-vv` adds DEBUG: each file of weights, the facts that a plan was made from, the plan, and what was fused. The
+environment variable MOESTRO_LOG names a level for the command line and for programs that import moestro. A program
+that has set up logging itself, so that the root logger has a handler, gets the records there instead. Prompts and
+generated text are never logged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A whole random-weight model of a real shape: prefill and decode, beside Transformers alone.
+"""Time prefill and decode of a whole random-weight model of a real shape, beside Transformers alone.
 
 Each engine loads in a process of its own, and they take turns (A B C A B C ...): one prompt of each length and
-`NEW_TOKENS` decoded tokens a turn. A figure is the median of the turns. The machine's read limit is measured in
-the same run, between turns; the limit of decode is that speed over the bytes that a token reads.
+`NEW_TOKENS` decoded tokens a turn. A figure is the median of the turns. The speed at which this machine reads memory
+is measured between turns; that speed divided by the bytes that a token reads is the limit of decode.
 
     moestro bench decode --shape olmoe-1b-7b --bits 4
 """
@@ -11,23 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from ..compute.cpu import best_level, core_cpus, levels, read_gbps
-from ..errors import RequestError
+from ..compute.cpu import best_level, core_cpus, read_gbps
 from ..machine.probe import available_ram_bytes, cpu_model
-from ..planning.budget import format_bytes
-from ..planning.shapes import shape_named
+from ..planning.budget import check_ram
+from ..planning.shapes import spec_of_shape
 from .kernels import PREFETCH_FLOATS, one_torch_thread
-from .machine_card import git_commit
 from .models import ALONE, OURS, ModelWorker
+from .report import Report, check_kernels, print_table
 from .worker import EngineWorker
 
 PROMPTS = (128, 512)
@@ -39,7 +35,7 @@ _RAM_SHARE = 0.92  # of what is free, for all engines together
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """Medians of the turns. share: of the limit of decode; None where the bytes of a token are not known."""
+    """Medians of one engine's turns. share: of the limit of decode; None where a token's bytes are not known."""
 
     engine: str
     bits: int
@@ -49,35 +45,31 @@ class EngineFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeReport:
-    """One run."""
+class DecodeReport(Report):
+    """One run. level: the instruction set that our kernels used."""
 
     shape: str
     layers: int
     threads: int
     level: str
     read_limit_gbps: float
-    outside_us: float  # a layer of a token that we decode, all that is not in our kernels; embedding to head
+    outside_us: float  # of a decoded token outside our kernels, embedding and head too, divided by the layers
     engines: tuple[EngineFigures, ...]
     ratios: dict[str, dict[str, float]]  # ours over each other engine's: the median of the turns' ratios
 
-    def to_json(self) -> dict[str, Any]:
-        """All figures, the machine and the commit."""
-        return asdict(self) | {"cpu": cpu_model(), "commit": git_commit()}
-
     def print(self) -> None:
-        """A table of the engines."""
+        """Print a table of the engines."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads; {self.shape}, {self.layers} layers")
         print(
             f"read limit {self.read_limit_gbps:.1f} GB/s; decode outside our kernels {self.outside_us:.0f} us a layer"
         )
-        table = Table("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit")
+        rows = []
         for row in self.engines:
             ratios = self.ratios.get(row.engine, {})
             speeds = {f"prefill_{n}": row.prefill_tok_s[n] for n in PROMPTS} | {"decode": row.decode_tok_s}
             cells = [f"{value:.1f}" + (f" ({ratios[key]:.2f})" if ratios else "") for key, value in speeds.items()]
-            table.add_row(row.engine, str(row.bits), *cells, "" if row.share is None else f"{row.share:.2f}")
-        Console().print(table)
+            rows.append((row.engine, str(row.bits), *cells, "" if row.share is None else f"{row.share:.2f}"))
+        print_table(("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit"), rows)
         print("tokens per second (and how many times as fast we are)")
 
 
@@ -94,16 +86,17 @@ def measure_decode(
     """Measure a shape at so many bits.
 
     Args:
-        layers: cut the depth, so that all engines fit in RAM together.
-        alone: Transformers alone beside ours, in bfloat16.
-        others: what starts other engines, at the same bits, by their names.
+        layers: the depth to cut the model to, so that all engines fit in RAM together; None for all layers.
+        rounds: turns of each engine.
+        threads: of each engine; None for one on each physical core.
+        alone: also measure Transformers alone, in bfloat16.
+        others: by their names, functions that start other engines at the same bits.
 
     Raises:
-        RequestError: no kernels, no such shape, or too little RAM.
+        RequestError: no kernels, or no such shape. BudgetError: too little RAM.
     """
-    if not levels():
-        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
-    depth = layers or shape_named(shape)["num_hidden_layers"]
+    check_kernels()
+    depth = len(spec_of_shape(shape, layers).layers)
     _check_ram(shape, depth, [bits, *(bits for _ in others), *([16] if alone else [])])
     count = threads or len(core_cpus())
     with ExitStack() as stack, one_torch_thread():
@@ -122,12 +115,7 @@ def measure_decode(
 
 
 def _take_turns(
-    shape: str,
-    layers: int,
-    threads: int,
-    ours: ModelWorker,
-    engines: dict[str, tuple[int, EngineWorker]],
-    rounds: int,
+    shape: str, layers: int, threads: int, ours: ModelWorker, engines: dict[str, tuple[int, EngineWorker]], rounds: int
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
     limits: list[float] = []
@@ -169,28 +157,15 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def _check_ram(shape: str, layers: int, bits_of_engines: list[int]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from ..loading.random_model import shape_config
-
-    def weights(depth: int) -> int:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape_config(shape, depth))
-        return sum(p.numel() for p in model.parameters())
-
-    one, two = weights(1), weights(2)
-
-    def need(depth: int) -> float:
-        # 4.5 and 8.5 bits with scales; a twentieth and half a GiB an engine more for caches, activations and what a
-        # load leaves behind.
+    def need_bytes(depth: int) -> float:
+        spec = spec_of_shape(shape, depth)
+        # With scales, 4 and 8 bits take up to 4.5 and 8.5. A twentieth and half a GiB an engine are added for caches,
+        # activations and what loading leaves behind.
         each = sum((bits if bits == 16 else bits + 0.5) / 8 for bits in bits_of_engines)
-        return (one + (depth - 1) * (two - one)) * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
+        return (spec.dense_bytes + spec.expert_bytes) / 2 * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
 
-    free = available_ram_bytes() * _RAM_SHARE
-    if need(layers) > free:
-        fits = max((d for d in range(1, layers) if need(d) <= free), default=0)
-        remedy = f"--layers {fits} would fit" if fits else "no depth would fit"
-        raise RequestError(
-            f"{len(bits_of_engines)} engines with {layers} layers of {shape} need {format_bytes(need(layers))} of RAM, "
-            f"but {format_bytes(free)} are free for them; {remedy}"
-        )
+    free_bytes = available_ram_bytes() * _RAM_SHARE
+    fits = max((depth for depth in range(1, layers) if need_bytes(depth) <= free_bytes), default=0)
+    remedy = f"--layers {fits} would fit" if fits else "no depth would fit"
+    what = f"a comparison of {len(bits_of_engines)} engines with {layers} layers of {shape}"
+    check_ram(what, need_bytes(layers), free_bytes, remedy)

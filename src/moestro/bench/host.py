@@ -1,11 +1,11 @@
-"""What the host takes of a decode step besides computing and waiting: grouping, the policy, checks, copies, books.
+"""Host time of a decode step besides computing and waiting: grouping, the policy, checks, enqueuing, counters.
 
     moestro bench host --shape qwen3-30b-a3b --slots 0.25
 
-A device that does everything at once and nothing in earnest stands for the GPU, and nobody computes experts on the CPU:
-what is left is Moestro's own Python. Not in it are the calls of CUDA and what hands experts to the kernels: checks on
-the CPU, the table of a recorded step's hits. Steps are as recorded ones (decode/capture/), routing is drawn: a few
-experts are much more popular than others, and three in four guesses come true.
+A pretended GPU says at once that its work is done, and the experts of the CPU are left out: what remains is Moestro's
+own Python. Calls of CUDA are not in it, nor is what hands experts to the kernels (checks on the CPU, the table of a
+captured step's hits). Steps run as captured ones do (decode/capture/). Routing is drawn at random: a few experts are
+much more popular than others, and three in four guesses of the next layer's experts come true.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..compute.cpu import CpuExperts
@@ -33,21 +31,22 @@ from ..machine.measure import machine_by_name
 from ..memory.formats import FORMATS, ExpertShape
 from ..memory.slots import SlotPool, SlotUser
 from ..memory.store import ExpertStore
-from ..planning.contract import SCORE, Costs, Expert, ModelSpec, Phase, guesses_kept
+from ..planning.contract import SCORE, Costs, Expert, ModelSpec, Phase, StepInfo, guesses_kept
 from ..planning.policies import POLICIES, make_policy
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
-from .machine_card import git_commit, machine_card
+from .machine_card import machine_card
+from .report import Report, print_table
 
-_HIDDEN = 64  # of the experts in earnest, which nobody computes; policies are told of the shape's own
-_RIGHT = 0.75  # of guesses
-_STEEPNESS = 0.75  # of popularity, by rank: Zipf's exponent
+_HIDDEN = 64  # width of the stored experts, which are never computed; policies see the shape's own width
+_RIGHT = 0.75  # share of the guesses that come true
+_STEEPNESS = 0.75  # Zipf's exponent of the experts' popularity
 
 
 @dataclass(frozen=True, slots=True)
 class HostRow:
-    """One policy. us: of a layer step, the median over tokens. hits, copies: of a layer step, the mean."""
+    """One policy. us: microseconds a layer step, the median over tokens. hits, copies: the mean of a layer step."""
 
     policy: str
     us: float
@@ -56,8 +55,8 @@ class HostRow:
 
 
 @dataclass(frozen=True, slots=True)
-class HostReport:
-    """One run. loop_us: a million turns of an empty loop in Python, for the speed of this machine."""
+class HostReport(Report):
+    """One run. loop_us: microseconds of a million turns of an empty loop in Python, as a measure of this machine."""
 
     shape: str
     machine: str
@@ -67,24 +66,19 @@ class HostReport:
     rows: tuple[HostRow, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self) | {"commit": git_commit(), "card": machine_card()}
+        """All figures, the commit and the machine's card, as `--json` prints them."""
+        return Report.to_json(self) | {"card": machine_card()}
 
     def print(self) -> None:
         """A row for each policy."""
-        console = Console(width=100)
-        console.print(
-            f"{self.shape}'s routing, {self.slots} of {self.experts} experts in slots, costs of {self.machine}"
-        )
-        table = Table("policy", "us a layer", "hits", "copies")
-        for row in self.rows:
-            table.add_row(row.policy, f"{row.us:.0f}", f"{row.hits:.2f}", f"{row.copies:.2f}")
-        console.print(table)
-        console.print(f"a million turns of an empty loop take {self.loop_us / 1e3:.0f} ms here")
+        print(f"{self.shape}'s routing, {self.slots} of {self.experts} experts in slots, costs of {self.machine}")
+        rows = [(row.policy, f"{row.us:.0f}", f"{row.hits:.2f}", f"{row.copies:.2f}") for row in self.rows]
+        print_table(("policy", "us a layer", "hits", "copies"), rows)
+        print(f"a million turns of an empty loop take {self.loop_us / 1e3:.0f} ms here")
 
 
 class _AtOnce(MemoryCarrier):
-    """Copies nothing, and says that it has."""
+    """A carrier that copies nothing and reports each copy as done."""
 
     def queues(self, source: Tensor) -> bool:
         return True
@@ -94,7 +88,7 @@ class _AtOnce(MemoryCarrier):
 
 
 class _Idle(EmulatedDevice):
-    """All that it is asked is done at once."""
+    """A device that does nothing and reports all work as done at once."""
 
     name = "idle"
 
@@ -150,10 +144,11 @@ def measure_host(
     tokens: int = 16,
     rounds: int = 5,
 ) -> HostReport:
-    """Time policies in turns.
+    """Time the host's work of each policy, policies in turns.
 
     Args:
-        slots: the share of the experts that fits on the GPU. tokens: of a round, of which the first is not timed.
+        slots: the share of the experts that fits on the GPU.
+        tokens: decoded in each round; the first one is not timed.
 
     Raises:
         RequestError: no such shape, machine or policy, or no such share.
@@ -209,11 +204,11 @@ class _Run:
         self._port = device.port(x, index, guesses, memory, layer.experts)
 
     def time_round(self) -> None:
-        """All tokens once."""
+        """Decode all tokens once, and note the seconds of each token's layer steps."""
         conductor, port, routing = self.conductor, self._port, self._routing
         for number, (step, guesses) in enumerate(zip(routing.steps, routing.guesses, strict=True)):
             took_s = -time.perf_counter()
-            conductor.begin(1, Phase.DECODE)
+            conductor.begin(StepInfo.alike(Phase.DECODE, 1))
             took_s += time.perf_counter()
             for layer, index in enumerate(step):
                 port.leave(self._x, index, routing.weights, guesses[layer])
@@ -224,7 +219,7 @@ class _Run:
                 self._seconds.append(took_s / len(step))
 
     def row(self) -> HostRow:
-        """What was found."""
+        """The figures of all rounds so far."""
         counters = self.conductor.counters
         copies = counters.moved_bytes / self.conductor.store[0, 0].numel()
         steps = max(1, counters.layer_steps)

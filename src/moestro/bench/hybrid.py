@@ -1,13 +1,16 @@
-"""All policies live on this machine's GPU, a model of real shape with random weights, one after another in one load.
+"""Time all policies on this machine's GPU, one after another, with one load of random weights of a real shape.
 
     moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB
 
-The rates that the limits are reckoned with are measured in the same run, over the same lane and store: what the CPU
-reads and the link copies, both at once. With r = CPU / link and h the hit rate of `moestro`, arithmetic allows it over
-layer streaming (experts / top-k) (1 + r) / (1 - h), over an LRU that copies every miss 1 + r, over CPU or copy by whole
-experts 1 + 1 / r.
+The rates behind the limits are measured in the same run: how fast the CPU reads the store and the link copies from it,
+both at once. Let r = CPU rate / link rate and h be the hit rate of the fastest policy. Arithmetic then allows that
+policy to be faster by these factors:
 
-On the emulated device it only shows that all of it works: two cores cannot be a GPU and a CPU.
+- than layer streaming, (experts / top-k) (1 + r) / (1 - h);
+- than an LRU that copies every miss, 1 + r;
+- than choosing for each whole expert between CPU and copy, 1 + 1 / r.
+
+On the emulated device a run only shows that everything works: its figures say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +19,14 @@ import gc
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from ..compute.cpu import levels, read_gbps
+from ..compute.cpu import read_gbps
 from ..engine.conductor import Conductor
-from ..errors import RequestError
 from ..loading.build import conduct_by
 from ..loading.config import MoestroConfig
 from ..loading.plug import MoestroQuantizer  # noqa: F401  # registers the experts function
@@ -35,12 +35,13 @@ from ..machine.measure import this_machine
 from ..planning.budget import format_bytes
 from ..planning.contract import Costs, Expert
 from ..planning.policies import make_policy
-from ..text.generation import TextOptions, TextResult, generate_text
-from ..text.tracing import recording
+from ..text.generation import TextResult, generate_text
+from ..text.options import TextOptions
+from ..text.tracing import listening
 from .limit import HybridLimit
-from .machine_card import git_commit
+from .report import Report, check_kernels, print_table
 
-POLICIES = (  # what the ratios need comes first: time may end before the list does
+POLICIES = (  # those that the ratios need come first, since the time limit may end the list early
     "moestro",
     "layer-streaming",
     "lru",
@@ -50,21 +51,22 @@ POLICIES = (  # what the ratios need comes first: time may end before the list d
     "cpu-only",
 )
 PROMPTS = (32, 512, 2048)
-# By Fiddler's first preprint, on its two machines, over other people's programs (DeepSpeed-MII, mixtral-offloading).
+# Speedups in Fiddler's first preprint on its two machines, over DeepSpeed-MII and over mixtral-offloading.
 PUBLISHED = {"layer-streaming": "19.4 and 22.5", "lru": "8.2 and 10.1"}
 _TOGETHER_BYTES = 4 * 2**30
 _READ_BYTES = 64 * 2**20
 _PROFILE_PROMPT, _PROMPT = 64, 32  # tokens before the answers that place experts, and before those that are timed
-_MOST_QUEUED = 100  # copies that are queued at once, where experts are tiny
-_LIMIT_TOKENS = 16  # whose hits the hybrid limit is reckoned with
+_MOST_QUEUED = 100  # most copies to queue at once, which bounds their number where experts are tiny
+_LIMIT_TOKENS = 16  # the hybrid limit is computed from the hits of so many tokens
 
 
 @dataclass(frozen=True, slots=True)
 class HybridRow:
     """One policy on one link and routing.
 
-    decoded: tokens, fewer than asked for where the time for a policy was over. share: of the hybrid limit at its hits.
-    host_us: what the host takes of a layer step besides computing and waiting; None where steps were not replayed.
+    decoded: tokens; fewer than asked for where the policy's time was over. share: of the hybrid limit at its hits.
+    host_us: microseconds of host work in a layer step besides computing and waiting; None where no captured step was
+    replayed.
     """
 
     policy: str
@@ -97,8 +99,8 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
-class HybridReport:
-    """One run. rates: (link's pace, CPU GB/s, link GB/s), the last two measured together."""
+class HybridReport(Report):
+    """One run. rates: (pace of the link in GB/s or None, CPU GB/s, link GB/s), the last two measured at once."""
 
     shape: str
     layers: int
@@ -108,43 +110,28 @@ class HybridReport:
     rates: tuple[tuple[float | None, float, float], ...]
     rows: tuple[HybridRow, ...]
     ratios: tuple[Ratio, ...]
-    skipped: tuple[str, ...]  # what there was no time for
-
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self) | {"commit": git_commit()}
+    skipped: tuple[str, ...]  # policies that there was no time for
 
     def print(self) -> None:
-        """Rates, a row for each policy, ratios."""
-        console = Console(width=120)
-        console.print(
-            f"{self.shape}, {self.layers} layers, {self.bits} bits; {format_bytes(self.gpu_bytes)} of {self.device}"
-        )
+        """Print the rates, a row for each policy and the ratios."""
+        print(f"{self.shape}, {self.layers} layers, {self.bits} bits; {format_bytes(self.gpu_bytes)} of {self.device}")
         for pace, cpu, link in self.rates:
-            console.print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
+            print(f"{_link_name(pace)}: CPU {cpu:.1f} GB/s and link {link:.1f} GB/s at once")
         prompts = list(self.rows[0].prefill_tok_s) if self.rows else []
         names = ("policy", "link", "routing", *(f"prefill {n}" for n in prompts), "decode", "tokens", "hits", "moved")
-        table = Table(*names, "share", "host us")
+        rows = []
         for row in self.rows:
             prefill = [f"{row.prefill_tok_s[n]:.1f}" if n in row.prefill_tok_s else "-" for n in prompts]
             figures = [f"{row.decode_tok_s:.2f}", str(row.decoded), f"{row.hit_rate:.1%}"]
-            moved = format_bytes(row.bytes_moved)
-            table.add_row(
-                row.policy,
-                _link_name(row.link_gbps),
-                row.routing,
-                *prefill,
-                *figures,
-                moved,
-                f"{row.share:.2f}",
-                "-" if row.host_us is None else f"{row.host_us:.0f}",
-            )
-        console.print(table)
+            figures += [format_bytes(row.bytes_moved), f"{row.share:.2f}"]
+            host_us = "-" if row.host_us is None else f"{row.host_us:.0f}"
+            rows.append((row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, host_us))
+        print_table((*names, "share", "host us"), rows, width=120)
         for name in self.skipped:
-            console.print(f"no time for {name}")
+            print(f"no time for {name}")
         for ratio in self.ratios:
             beside = f"; published {ratio.published}" if ratio.published else ""
-            console.print(
+            print(
                 f"{ratio.best} over {ratio.over}, {_link_name(ratio.link_gbps)}, {ratio.routing} routing: "
                 f"{ratio.ratio:.2f} x, {ratio.ratio / ratio.allowed:.2f} of the {ratio.allowed:.2f} x that arithmetic "
                 f"allows{beside}"
@@ -159,7 +146,7 @@ def measure_hybrid(
     shape: str,
     *,
     device: str = "auto",
-    gpu_memory: str,
+    gpu_memory: str | int,
     bits: int | None = None,
     layers: int | None = None,
     links: Sequence[float | None] = (None,),
@@ -174,18 +161,20 @@ def measure_hybrid(
     """Load a shape once and run policies on it.
 
     Args:
-        gpu_memory: for all. layers: cut the depth. links: paces in GB/s, None for the link's own.
-        seconds: after which a policy's decode ends, however many tokens it has made.
-        uniform: also with routers that like all experts alike, at the first of the links, decode only.
-        limit_s: from when it is loaded, after which no other policy is begun; those that were not are named.
+        gpu_memory: the most GPU memory to use, in bytes or like "24GiB".
+        bits: of all weights; None for 16.
+        layers: the depth to cut the model to; None for all layers.
+        links: paces of the link in GB/s; None for its own speed.
+        names: of the policies.
+        prompts: lengths of the timed prompts in tokens.
+        seconds: when they have passed, a policy's decode ends with the tokens it has made.
+        uniform: also measure decode with routers that choose all experts alike, at the first of the links.
+        limit_s: seconds after loading from which no further policy is begun; the report names the skipped ones.
 
     Raises:
         RequestError: no accelerator, no kernels, or no such policy. BudgetError: it does not fit.
     """
-    for name in names:
-        make_policy(name)  # refused before the work
-    if not levels():
-        raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
+    check_kernels()
     context = max(_PROFILE_PROMPT, *prompts) + decode_tokens
     config = MoestroConfig(
         device=device, gpu_memory=gpu_memory, context=context, bits=bits, policy="cpu-only", threads=threads
@@ -218,7 +207,7 @@ def measure_hybrid(
 
 
 def rates_together(conductor: Conductor, seconds: float = 2.0) -> tuple[float, float]:
-    """GB/s that the CPU reads and that the lane copies, both at once, from the store, for so long."""
+    """GB/s at which the CPU reads the store and GB/s at which the link copies from it, both at once for `seconds`."""
     assert conductor.device.accelerator is not None
     store, lane, threads = conductor.store, conductor.device.accelerator.link, conductor.cpu.threads
     size = min(_TOGETHER_BYTES, store.n_bytes) // 64 * 64
@@ -250,7 +239,7 @@ def rates_together(conductor: Conductor, seconds: float = 2.0) -> tuple[float, f
 
 
 class _Bench:
-    """A loaded model and what was measured of it so far. The arguments are those of `measure_hybrid`."""
+    """A loaded model and the rows measured so far. The arguments are those of `measure_hybrid`."""
 
     def __init__(
         self,
@@ -274,12 +263,12 @@ class _Bench:
 
     @property
     def conductor(self) -> Conductor:
-        """Of the policy that was measured last."""
+        """The model's present conductor, which has the policy that was measured last."""
         found: Conductor = self._model.moestro
         return found
 
     def measure(self, routing: str, paces: Sequence[float | None]) -> None:
-        """All policies at each pace of the link; all prompts at the first, the first one at the others."""
+        """Measure all policies at each pace of the link: all prompts at the first pace, one prompt at the others."""
         heat = self._profile()
         for pace_index, pace in enumerate(paces):
             assert self.conductor.device.accelerator is not None
@@ -294,16 +283,16 @@ class _Bench:
                 self.rows.append(self._run(name, routing, heat, self.rates[pace], pace_index))
 
     def _profile(self) -> dict[Expert, float]:
-        """How often experts are used in an answer to another prompt than those that are timed."""
+        """How often each expert is used in an answer to a prompt that is not timed."""
         conduct_by(self._model, make_policy("cpu-only"), 0, {}, Costs())
-        with recording(self._model, 0) as recorder:
+        with listening(self._model, 0) as listener:
             self._generate(_PROFILE_PROMPT, self._decode_tokens, seed=1)
-        return dict(recorder.trace(self._model, "profile", None).heat())
+        return dict(listener.trace(self._model, "profile", None).heat())
 
     def _generate(self, prompt: int, new_tokens: int, seed: int) -> TextResult:
         ids = torch.randint(self._vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))
         end_s = time.perf_counter() + self._seconds
-        options = TextOptions(max_new_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0)  # greedy ones go round
+        options = TextOptions(max_new_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0)  # greedy ones repeat
         return generate_text(
             self._model, self._tokenizer, ids, options, should_stop=lambda: time.perf_counter() > end_s
         )
@@ -321,13 +310,13 @@ class _Bench:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        conductor.recorder = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
-        limited = self._generate(_PROMPT, min(_LIMIT_TOKENS, self._decode_tokens), seed=2)  # which also takes buffers
-        conductor.recorder = None  # who listens has each layer pass by it, so the timed run has nobody
-        self._generate(_PROMPT, 4, seed=2)  # records what is replayed
+        conductor.listener = limit = HybridLimit(conductor.spec, replace(costs, cpu_gbps=together[0]))
+        limited = self._generate(_PROMPT, min(_LIMIT_TOKENS, self._decode_tokens), seed=2)  # also allocates buffers
+        conductor.listener = None  # a listener slows each layer, so the timed run has none
+        self._generate(_PROMPT, 4, seed=2)  # captures the steps that are replayed
         prompts = [] if routing != "skewed" else self._prompts if pace_index == 0 else self._prompts[:1]
         if not self.rows:
-            for n in prompts:  # kernels for prompts compiled
+            for n in prompts:  # compiles the kernels for these prompts
                 self._generate(n, 1, seed=2)
         prefill = {n: self._generate(n, 1, seed=3).prefill_tok_s for n in prompts}
         assert conductor.device.accelerator is not None
@@ -347,17 +336,19 @@ class _Bench:
             share=limit.seconds * decode_tok_s / max(1, limited.new_tokens - 1),
             link_busy_s=lane.counters.busy_s - busy_s,
             link_idle_s=lane.counters.idle_s - idle_s,
-            host_us=found.tape.host_us if found.tape is not None and found.tape.cuts else None,
+            host_us=found.capture.host_us if found.capture is not None and found.capture.cuts else None,
             slots=len(conductor.slots),
             peak_gpu_bytes=conductor.device.peak_bytes(),
         )
 
 
 def _ratios(rows: Sequence[HybridRow], rates: Mapping[float | None, tuple[float, float]], spread: float) -> list[Ratio]:
-    """Of the fastest policy over the three that arithmetic compares it with, for each link and routing.
+    """Compare the fastest policy with three others, for each pace of the link and routing.
 
     Args:
-        spread: experts of a layer over those of a token.
+        rows: all that was measured.
+        rates: of each pace, GB/s of the CPU and of the link at once.
+        spread: experts of a layer over experts of a token.
     """
     found = []
     for pace, routing in dict.fromkeys((row.link_gbps, row.routing) for row in rows):
@@ -365,11 +356,7 @@ def _ratios(rows: Sequence[HybridRow], rates: Mapping[float | None, tuple[float,
         best = max(group.values(), key=lambda row: row.decode_tok_s)
         cpu_gbps, link_gbps = rates[pace]
         r, hits = cpu_gbps / link_gbps, best.hit_rate
-        allowed = {
-            "layer-streaming": spread * (1 + r) / max(1e-9, 1 - hits),
-            "lru": 1 + r,
-            "fiddler": 1 + 1 / r,
-        }
+        allowed = {"layer-streaming": spread * (1 + r) / max(1e-9, 1 - hits), "lru": 1 + r, "fiddler": 1 + 1 / r}
         for over, most in allowed.items():
             if over in group and group[over].decode_tok_s:
                 ratio = best.decode_tok_s / group[over].decode_tok_s

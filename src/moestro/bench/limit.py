@@ -1,14 +1,14 @@
-"""The hybrid limit of a live run, at the hits that its policy really had."""
+"""The hybrid limit of a live run, computed from the hits that its policy really had."""
 
 from __future__ import annotations
 
-from ..planning.contract import Costs, ModelSpec, Outcome, Phase, Step
+from ..planning.contract import Costs, ModelSpec, Outcome, Phase, Step, StepInfo
 from ..planning.policies.base import hybrid_limit_s
 from ..simulate.virtual import dense_layer_s
 
 
 class HybridLimit:
-    """A recorder for a conductor. `seconds`: the least that the decode steps so far could take at their hits."""
+    """Listens to a conductor. `seconds`: the least time that the decode steps so far could take with their hits."""
 
     lookahead = 0
 
@@ -16,11 +16,11 @@ class HybridLimit:
         self._spec, self._costs = spec, costs
         self.seconds = 0.0
 
-    def begin(self, tokens: int, phase: Phase) -> None:
-        if phase is Phase.DECODE:
-            self.seconds += len(self._spec.layers) * dense_layer_s(self._spec, self._costs, tokens)
+    def begin(self, info: StepInfo) -> None:
+        if info.phase is Phase.DECODE:
+            self.seconds += len(self._spec.layers) * dense_layer_s(self._spec, self._costs, info.tokens)
 
-    def record(self, step: Step, top_k: int) -> None:
+    def asked(self, step: Step, top_k: int) -> None:
         self._step = step
 
     def done(self, outcome: Outcome) -> None:

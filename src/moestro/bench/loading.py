@@ -1,8 +1,8 @@
-"""How much memory loading a checkpoint takes, watched from outside every 10 ms.
+"""Measure the memory that loading a checkpoint takes, by sampling the process every 10 ms.
 
-Writes a random Mixtral checkpoint in that family's own format (one tensor a matrix and expert, one file a
-layer), loads it in a fresh process and samples that process's anonymous memory (RssAnon: what the page
-cache cannot give back). Linux only, since it reads /proc.
+Writes a random Mixtral checkpoint in that family's own format (a tensor for each matrix of each expert, a file for
+each layer), loads it in a fresh process and samples that process's anonymous memory (RssAnon, which leaves out the page
+cache). Runs on Linux only, since it reads /proc.
 
     moestro bench load --size 2GiB
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from ..errors import RequestError
-from ..machine.probe import cpu_model
 from ..planning.budget import format_bytes
-from .machine_card import git_commit
+from .report import Report
 
 SAMPLE_S = 0.010
 PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + three layers' experts
@@ -41,7 +40,7 @@ print("loaded", flush=True)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
+class LoadReport(Report):
     """Bytes of a load: the packed experts, one layer of them, and the peak above the imports."""
 
     packed_bytes: int
@@ -52,21 +51,21 @@ class LoadReport:
 
     @property
     def limit_bytes(self) -> int:
-        """What the peak must stay under."""
+        """Bytes that the peak must stay under."""
         return int(PACKED_FACTOR * self.packed_bytes) + SPARE_LAYERS * self.layer_bytes
 
     @property
     def within_limit(self) -> bool:
-        """Whether it did."""
+        """Whether the peak stayed under the limit."""
         return self.peak_bytes < self.limit_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, the machine and the commit, for `--json`."""
-        where = {"cpu": cpu_model(), "commit": git_commit()}
-        return asdict(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit} | where
+        """All figures, the limit and whether it was kept, the machine and the commit."""
+        return Report.to_json(self) | {"limit_bytes": self.limit_bytes, "within_limit": self.within_limit}
 
-    def __str__(self) -> str:
-        return (
+    def print(self) -> None:
+        """Print the bytes beside their limit."""
+        print(
             f"packed experts   {format_bytes(self.packed_bytes)} ({format_bytes(self.layer_bytes)} a layer)\n"
             f"peak of loading  {format_bytes(self.peak_bytes)} above the imports: "
             f"{self.peak_bytes / self.packed_bytes:.3f} x packed\n"
@@ -77,7 +76,7 @@ class LoadReport:
 
 
 def measure_load(expert_bytes: int) -> LoadReport:
-    """Load a checkpoint of at least `expert_bytes` of experts and watch the memory.
+    """Load a checkpoint with at least `expert_bytes` bytes of experts and sample the memory.
 
     Raises:
         RequestError: there is no /proc here, or the load failed.
@@ -101,7 +100,7 @@ def measure_load(expert_bytes: int) -> LoadReport:
 
 
 def write_mixtral(folder: Path, config: MixtralConfig) -> None:
-    """Write a random bf16 checkpoint as Mixtral's authors did: w1, w2, w3 for each expert, in shards."""
+    """Write a random bf16 checkpoint under the names that Mixtral's authors use: w1, w2, w3 of each expert."""
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv_rows = d // heads * config.num_key_value_heads
     weight_map: dict[str, str] = {}
@@ -163,4 +162,4 @@ def _anonymous_bytes(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    return 0  # it ended between two samples
+    return 0  # the process has ended

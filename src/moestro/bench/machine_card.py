@@ -1,4 +1,4 @@
-"""What a machine and a checkout are: hardware, versions, commit."""
+"""Describe a machine and a checkout: hardware, versions, commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUERY_LIMIT_S = 20.0
 
 
 def machine_card() -> dict[str, Any]:
-    """What stands still: hardware and versions. None where there is no such thing here."""
+    """Hardware and versions; a value is None where the machine has no such part. Sizes are in bytes."""
     card: dict[str, Any] = {
         "cpu": cpu_model(),
         "physical_cores": len(core_cpus()),
@@ -43,6 +43,7 @@ def machine_card() -> dict[str, Any]:
 
 
 def card_lines(machine: dict[str, Any], commit: str | None) -> Iterator[tuple[str, str]]:
+    """A card and a commit as (label, text), a line each."""
     yield "CPU", f"{machine['cpu']}, {machine['physical_cores']} cores ({machine['logical_cpus']} logical)"
     yield "RAM", f"{machine['ram_bytes'] / GIB:.1f} GiB, {machine['ram_available_bytes'] / GIB:.1f} available"
     if machine["gpu"]:

@@ -1,8 +1,8 @@
-"""Worker for `moestro bench decode`: a random model of a real shape, ours or Transformers' own, timed in its process.
+"""The worker of `moestro bench decode`: a random model of a real shape, by Moestro or by Transformers alone.
 
-    python -m moestro.bench.models moestro olmoe-1b-7b 4 16 2      engine, shape, bits, layers, threads
+    python -m moestro.bench.models ENGINE SHAPE BITS LAYERS THREADS
 
-Speaks the protocol of worker.py. Plain forward passes with a cache and random tokens: no sampling.
+It answers by the protocol of worker.py, and times forward passes with a cache and random tokens; it does not sample.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ OURS, ALONE = "moestro", "transformers"
 
 
 class ModelWorker(EngineWorker):
-    """A model in its own process; `engine` is "moestro" or "transformers" (alone, in bfloat16)."""
+    """A model in its own process. engine: "moestro" or "transformers" (alone, in bfloat16). python: its interpreter."""
 
-    def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
-        super().__init__("moestro.bench.models", [engine, shape, str(bits), str(layers), str(threads)])
+    def __init__(
+        self, engine: str, shape: str, *, bits: int, layers: int, threads: int, python: str = sys.executable
+    ) -> None:
+        numbers = map(str, (bits, layers, threads))
+        super().__init__("moestro.bench.models", [engine, shape, *numbers], python=python)
 
     def outside_s(self) -> float:
-        """Seconds a token, of the last `decode_s`, in which our kernels were not called."""
+        """Seconds a token that the last `decode_s` spent outside our kernels."""
         return float(self.ask("outside_s"))
 
 
 class Engine:
-    """What the worker runs."""
+    """The model that the worker times."""
 
     def __init__(self, engine: str, shape: str, bits: int, layers: int, threads: int) -> None:
         import torch
@@ -47,7 +50,7 @@ class Engine:
             self._model = _transformers_alone(shape, layers)
         self._runner = runner(threads)
         self._cache: Any = None
-        self.outside_s = 0.0  # a token, of the last decode_s
+        self.outside_s = 0.0  # seconds a token outside our kernels, in the last decode_s
         self.decode_s(16, 2)
 
     def card(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def _transformers_alone(shape: str, layers: int) -> Any:
 
 
 def main() -> None:
-    """Load the model that the arguments name, then answer."""
+    """Load the model that the command line names, then answer questions."""
 
     engine, shape, *numbers = sys.argv[1:]
 

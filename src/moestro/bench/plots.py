@@ -1,4 +1,4 @@
-"""Drawing with matplotlib, which is not installed with the package."""
+"""Drawing with matplotlib, an optional package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import RequestError
 
 
 def plotting() -> Any:
-    """Matplotlib's pyplot, drawing SVG files that are the same for the same picture.
+    """Matplotlib's pyplot, set up so that equal pictures make equal SVG files.
 
     Raises:
         RequestError: it is not installed.

@@ -1,9 +1,9 @@
-"""All policies on one model's routing: by replay on any machine, or live.
+"""Compare policies on one model's routing, by replay on any machine or live.
 
     moestro bench policies demo --text story.txt --machine rtx4090 --as-shape mixtral-8x7b
 
-One trace is recorded and cut in two: policies that place by popularity get the first half as their profile, and all are
-run on the second, so nobody is judged by what it was told.
+One trace is made and cut in two. Policies that place experts by popularity get the first half as their profile; all
+are run on the second half, so that no policy is judged on what its profile has told it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import RequestError
 from ..loading.load import load, load_tokenizer
 from ..machine.measure import machine_by_name
-from ..planning.budget import format_bytes, parse_bytes
+from ..planning.budget import format_bytes
 from ..planning.contract import Lane, Phase
+from ..planning.options import ModelOptions, ReplayOptions
 from ..planning.policies import make_policy
 from ..planning.timeline import Timeline
 from ..simulate.replay import replay
@@ -34,13 +33,14 @@ from ..text.generation import encode
 from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
 from .plots import plotting
+from .report import Report, print_table
 
 _DRAWN_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """One policy's figures. share: of the hybrid limit of decode at its own hit rate; the last four only by replay."""
+    """One policy's figures. share: of the hybrid limit of decode at its own hits. Only a replay has the last four."""
 
     policy: str
     prefill_tok_s: float
@@ -54,41 +54,25 @@ class PolicyRow:
     belady_hit_rate: float | None = None
     belady_share: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
-class PoliciesReport:
-    """One run; `where` says what was run on what."""
+class PoliciesReport(Report):
+    """One run. where: in words, which model ran, or whose trace was replayed, and on what machine."""
 
     where: str
     rows: tuple[PolicyRow, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return {"where": self.where, "rows": [row.to_json() for row in self.rows]}
-
     def print(self) -> None:
-        """One row a policy, the slow ones too."""
-        table = Table()
-        for name in ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady"):
-            table.add_column(name, justify="left" if name == "policy" else "right")
+        """Print a row for each policy."""
+        rows = []
         for row in self.rows:
-            table.add_row(
-                row.policy,
-                f"{row.prefill_tok_s:.1f}",
-                f"{row.decode_tok_s:.2f}",
-                f"{row.hit_rate:.1%}",
-                format_bytes(row.bytes_moved),
-                str(row.slots),
-                *(("-" if share is None else f"{share:.2f}") for share in (row.share, row.own_share, row.belady_share)),
-            )
-        console = Console(width=110)
-        console.print(self.where)
-        console.print(table)
-        console.print(
+            speeds = (f"{row.prefill_tok_s:.1f}", f"{row.decode_tok_s:.2f}", f"{row.hit_rate:.1%}")
+            shares = ["-" if of is None else f"{of:.2f}" for of in (row.share, row.own_share, row.belady_share)]
+            rows.append((row.policy, *speeds, format_bytes(row.bytes_moved), str(row.slots), *shares))
+        print(self.where)
+        names = ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady")
+        print_table(names, rows, width=110)
+        print(
             "share: of the hybrid limit of decode at the policy's own hit rate; own: of what the method's arithmetic\n"
             "allows; Belady: of the hybrid limit at the best hit rate that so many slots can have"
         )
@@ -97,7 +81,15 @@ class PoliciesReport:
 def compare(
     trace: Trace, machine: str, gpu_bytes: int | None, names: Sequence[str], plot: Path | None = None
 ) -> list[PolicyRow]:
-    """Replay policies on the second half of a trace, with the first as their profile; draw their lanes if asked."""
+    """Replay policies on the second half of a trace, with the first as their profile; draw their lanes if asked.
+
+    Args:
+        machine: its name. gpu_bytes: the GPU memory to use; None for all that the machine has.
+        plot: the SVG file to draw.
+
+    Raises:
+        RequestError: the second half has no prompt.
+    """
     middle = len(trace.passes) // 2
     heat = replace(trace, passes=trace.passes[:middle]).heat()
     rest = replace(trace, passes=trace.passes[middle:])
@@ -129,7 +121,7 @@ def compare(
 
 
 def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
-    """What each policy's lanes do in a few layers of one token, half-way through.
+    """Draw what each policy's lanes do in a few layers of one token, half-way through the trace.
 
     Raises:
         RequestError: matplotlib is not installed.
@@ -160,91 +152,88 @@ def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A model and what it reads: a text file, or random tokens from the seed; the options of that name."""
+    """A model and what it reads.
+
+    text: a file; None for random tokens from the source's seed. tokens: to decode in all. prompt_tokens, decode_tokens:
+    of each piece of the text.
+    """
 
     model: str | None
-    shape: str | None
+    source: ModelOptions
     text: str | None
     tokens: int
     prompt_tokens: int
     decode_tokens: int
-    seed: int
-    trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
-        return self.model or self.shape or ""
+        """The model's name, or its shape's."""
+        return self.model or self.source.shape or ""
 
     @property
     def pieces(self) -> dict[str, Any]:
-        """As `read_pieces` takes them."""
+        """The lengths of a piece as `read_pieces` takes them."""
         return {"prompt_tokens": self.prompt_tokens, "decode_tokens": self.decode_tokens}
 
     def load(self, **options: Any) -> Any:
-        """The model, with options of `moestro.load`."""
-        trusted = self.trust_remote_code
-        return load(self.model, shape=self.shape, seed=self.seed, trust_remote_code=trusted, **options)
+        """Load the model with options of `moestro.load`."""
+        return load(self.model, **self.source.to_dict(), **options)
 
     def ids(self, loaded: Any) -> tuple[torch.Tensor, str | None]:
-        """What to read, and its text where there is one."""
+        """The tokens to read, int64 [tokens], and their text where there is one."""
         if self.text is None:
             pieces = -(-self.tokens // self.decode_tokens) + 2  # the two halves may each end within one
             size = pieces * (self.prompt_tokens + self.decode_tokens)
-            random = torch.Generator().manual_seed(self.seed)
+            random = torch.Generator().manual_seed(self.source.seed)
             return torch.randint(loaded.config.get_text_config().vocab_size, (size,), generator=random), None
         words = read_text(self.text)
-        tokenizer = load_tokenizer(self.model, shape=self.shape, trust_remote_code=self.trust_remote_code)
+        trusted = self.source.trust_remote_code
+        tokenizer = load_tokenizer(self.model, shape=self.source.shape, trust_remote_code=trusted)
         return encode(tokenizer, words), words
 
     def record(self, lookahead: int = LOOKAHEAD) -> Trace:
-        """A trace of the model on the CPU."""
+        """Run the model on the CPU and record a trace, with guesses for `lookahead` later layers."""
         loaded = self.load(device="cpu")
         ids, words = self.ids(loaded)
         return trace_ids(loaded, self.name, ids, words, tokens=self.tokens, lookahead=lookahead, **self.pieces)
 
 
 def compare_by_replay(
-    reading: Reading,
-    trace_path: str | None,
-    *,
-    machine: str,
-    gpu_memory: str | int | None,
-    as_shape: str | None,
-    bits: int | None,
-    names: Sequence[str],
-    plot: Path | None,
+    reading: Reading, trace_path: str | None, options: ReplayOptions, names: Sequence[str], plot: Path | None
 ) -> PoliciesReport:
-    """What `moestro bench policies` is asked for without `--live`; all of them as its options are."""
-    for name in names:
-        make_policy(name)  # refused before the work
-    if plot is not None:
+    """Replay policies on a virtual machine: `moestro bench policies` without `--live`.
+
+    Args:
+        trace_path: a trace; None to make one of `reading`.
+        plot: where to draw what each policy's lanes do.
+
+    Raises:
+        RequestError: both a trace and a model or text, no such file, or no matplotlib to draw with.
+    """
+    if plot is not None:  # refused before the work
         plotting()
         writable(str(plot))
-    gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     if trace_path is None:
         trace = reading.record()
     elif reading.name or reading.text is not None:
         raise RequestError("--trace has its own model and text; leave MODEL, --shape and --text out")
     else:
         trace = Trace.load(Path(trace_path))
-    trace = resized(trace, as_shape, bits)
-    rows = compare(trace, machine, gpu_bytes, names, plot)
-    return PoliciesReport(f"replay of {trace.model} on {machine}", tuple(rows))
+    trace = resized(trace, options.as_shape, options.bits)
+    rows = compare(trace, options.machine, options.gpu_bytes, names, plot)
+    return PoliciesReport(f"replay of {trace.model} on {options.machine}", tuple(rows))
 
 
-def compare_live(
-    reading: Reading, *, machine: str, gpu_memory: str | int | None, bits: int | None, names: Sequence[str]
-) -> PoliciesReport:
+def compare_live(reading: Reading, options: ReplayOptions, names: Sequence[str]) -> PoliciesReport:
     """Run the model under each policy on the same tokens: on the GPU there is, or on the machine's virtual clock."""
-    for name in names:
-        make_policy(name)  # refused before the work
     on_gpu = torch.cuda.is_available()
     how: dict[str, Any] = (
         {"device": "cuda", "context": sum(reading.pieces.values())}
         if on_gpu
-        else {"device": "emulated", "clock": "virtual", "machine": machine}
+        else {"device": "emulated", "clock": "virtual", "machine": options.machine}
     )
-    loaded = reading.load(device="cpu", bits=bits)
+    how |= {"gpu_memory": options.gpu_memory, "bits": options.bits}
+    loaded = reading.load(device="cpu", bits=options.bits)
     ids, _ = reading.ids(loaded)
     half = reading.tokens // 2
     profile = trace_ids(loaded, reading.name, ids, tokens=half, **reading.pieces)
@@ -255,22 +244,22 @@ def compare_live(
         path = Path(folder) / "profile.trace"
         profile.save(path)
         for name in names:
-            running = reading.load(policy=name, gpu_memory=gpu_memory, bits=bits, profile=str(path), **how)
+            running = reading.load(policy=name, profile=str(path), **how)
             rows.append(_live_row(name, running, rest, reading.tokens - half, reading.pieces))
             running.moestro.close()
             del running
-            if on_gpu:  # what torch keeps would count as taken
+            if on_gpu:  # memory that torch keeps would count as taken
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-    where = torch.cuda.get_device_name() if on_gpu else f"{machine}'s virtual clock"
+    where = torch.cuda.get_device_name() if on_gpu else f"{options.machine}'s virtual clock"
     return PoliciesReport(f"{reading.name} live on {where}", tuple(rows))
 
 
 def _live_row(name: str, model: Any, ids: torch.Tensor, tokens: int, pieces: dict[str, Any]) -> PolicyRow:
     seconds, counted = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0)
     conductor = model.moestro
-    conductor.recorder = limit = HybridLimit(conductor.spec, conductor.costs)
+    conductor.listener = limit = HybridLimit(conductor.spec, conductor.costs)
     for phase, count, took_s in read_pieces(model, ids.to(model.device), tokens=tokens, **pieces):
         seconds[phase] += took_s
         counted[phase] += count

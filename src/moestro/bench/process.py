@@ -1,4 +1,4 @@
-"""A process with a limit of time, and what it said."""
+"""Run a command with a time limit and keep its output."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-GRACE_S = 8.0  # between asking a late process to stop and ending it
+GRACE_S = 8.0  # between interrupting a late process and killing it
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a process ended. `limit_s` is set when it was stopped for being late."""
+    """How a process ended. wall_s: seconds it ran. limit_s: its time limit, if it was stopped there, else None."""
 
     code: int
     out: str
@@ -28,7 +28,7 @@ class Finished:
     limit_s: float | None = None
 
     def last_words(self) -> str:
-        """Why it failed: its limit, or the last line with words in it, without this machine's paths."""
+        """Why it failed: the time limit, or its last line with words in it, without this machine's paths."""
         lines = [line.strip(" │╭╮╰╯─!=") for line in (self.err.strip() or self.out).splitlines()]
         spoken = [scrub(line)[:300] for line in lines if re.search(r"\w", line)]
         if self.limit_s is not None:
@@ -37,11 +37,11 @@ class Finished:
 
 
 def finish(argv: Sequence[str], limit_s: float) -> Finished:
-    """Runs a command to its end or its limit; there it is interrupted, and killed if it stays."""
+    """Run a command until it ends. At its time limit interrupt it, and kill it if it has not ended after `GRACE_S`."""
     start_s = time.monotonic()
     late = False
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        # Files, not pipes: a grandchild that holds a pipe open would keep us waiting for its end.
+        # Files, not pipes: a grandchild that holds a pipe open would make this wait for its end.
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True, start_new_session=True
         )
@@ -49,7 +49,7 @@ def finish(argv: Sequence[str], limit_s: float) -> Finished:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
             late = True
-            os.killpg(process.pid, signal.SIGINT)  # pytest then still writes its counts
+            os.killpg(process.pid, signal.SIGINT)  # so that pytest still writes its counts
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         finally:

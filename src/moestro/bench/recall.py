@@ -1,30 +1,30 @@
-"""Figure 2 of Eliseev and Mazur (arXiv 2312.17238), re-measured: LRU hits against k, recall of guesses against their
-number.
+"""Measure Figure 2 of Eliseev and Mazur (arXiv 2312.17238): LRU hits by slots a layer, recall by experts guessed.
 
     moestro bench recall demo --text data/stories/heldout.txt --plot docs/recall.svg
 
-Guesses 1, 2 and 10 layers ahead, or as many as the model has layers for.
+Guesses are taken 1, 2 and 10 layers ahead, or as far as the model's depth allows.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from ..simulate.trace import Trace
 from ..simulate.trace_summary import lru_hit_rate, recall
 from .plots import plotting
+from .report import Report, print_table
 
 FARTHEST = 10  # layers ahead, as in the paper
 
 
 @dataclass(frozen=True, slots=True)
-class RecallReport:
-    """hits: k -> LRU hit ratio. recall: layers ahead -> experts guessed -> share of those used that are among them."""
+class RecallReport(Report):
+    """One run.
+
+    hits: hit ratio of an LRU by k, its slots a layer. recall: by layers ahead, then by how many experts are guessed,
+    the share of the experts used that were guessed.
+    """
 
     model: str
     experts: int
@@ -34,33 +34,19 @@ class RecallReport:
     hits: dict[int, float]
     recall: dict[int, dict[int, float]]
 
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self)
-
     def print(self) -> None:
-        """Two tables."""
-        console = Console(width=100)
-        hits = Table(title=f"{self.model}: LRU hit ratio, k of {self.experts} experts a layer", title_justify="left")
-        hits.add_column("k")
-        hits.add_column("LRU", justify="right")
-        hits.add_column("random", justify="right")
-        for k, rate in self.hits.items():
-            hits.add_row(str(k), f"{rate:.3f}", f"{k / self.experts:.3f}")
-        console.print(hits)
-        table = Table(
-            title=f"recall of the next gates' guesses, top-{self.top_k} of {self.experts}", title_justify="left"
-        )
-        table.add_column("guessed")
-        for ahead in self.recall:
-            table.add_column(f"{ahead} ahead", justify="right")
-        for count in next(iter(self.recall.values()), {}):
-            table.add_row(str(count), *(f"{rates[count]:.3f}" for rates in self.recall.values()))
-        console.print(table)
-        console.print(f"{self.decode_tokens} decoded tokens")
+        """Print hits and recall as two tables."""
+        print(f"{self.model}: LRU hit ratio, k of {self.experts} experts a layer")
+        hits = [(str(k), f"{rate:.3f}", f"{k / self.experts:.3f}") for k, rate in self.hits.items()]
+        print_table(("k", "LRU", "random"), hits)
+        print(f"recall of the next gates' guesses, top-{self.top_k} of {self.experts}")
+        counts = next(iter(self.recall.values()), {})
+        found = [(str(n), *(f"{rates[n]:.3f}" for rates in self.recall.values())) for n in counts]
+        print_table(("guessed", *(f"{ahead} ahead" for ahead in self.recall)), found)
+        print(f"{self.decode_tokens} decoded tokens")
 
     def plot(self, path: Path) -> None:
-        """Draw both as an SVG.
+        """Draw hits and recall as an SVG.
 
         Raises:
             RequestError: matplotlib is not installed.
@@ -82,7 +68,7 @@ class RecallReport:
 
 
 def measure_recall(trace: Trace) -> RecallReport:
-    """Hits of an LRU in a trace, and recall of its guesses."""
+    """Find an LRU's hits in a trace, and the recall of the guesses that it holds."""
     lookahead = sorted({1, 2, min(trace.lookahead, FARTHEST, len(trace.spec.layers) - 1)})
     experts = max(layer.experts for layer in trace.spec.layers)
     kept = max((len(g) for step in trace.passes[-1].steps for g in step.guesses.values()), default=0)

@@ -3,9 +3,6 @@
 `Worker` is the parent's half and `serve` the child's. What the engine prints goes to a file and never among
 the answers. A child that dies, or is silent for longer than its limit, is one RequestError with its last
 words; and a child ends when its standard input does, so none outlives its parent.
-
-    with Worker("moestro.bench.models", ["moestro", "tiny", "4", "4", "2"]) as worker:
-        seconds = worker.ask("prefill_s", tokens=512)
 """
 
 from __future__ import annotations
@@ -37,6 +34,9 @@ class Worker:
     """A child process `python -m module arguments`, ready when its constructor returns.
 
     `card` is what the child said of itself: versions, the kernels it chose.
+
+    Raises:
+        RequestError: the child could not start, or did not answer within `start_limit_s` seconds.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Worker:
         module: str,
         arguments: Sequence[str] = (),
         *,
+        python: str = sys.executable,
         start_limit_s: float = START_LIMIT_S,
         limit_s: float = LIMIT_S,
     ) -> None:
@@ -51,8 +52,8 @@ class Worker:
         self._limit_s = limit_s
         self._unread = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
-        command = [sys.executable, "-m", module, *arguments]
-        # No pipe for what it prints: a pipe that nobody reads fills, and the child then waits forever.
+        command = [python, "-m", module, *arguments]
+        # A file for what the child prints: a pipe that is not read fills up, and the child then waits forever.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0
         )
@@ -63,7 +64,7 @@ class Worker:
             raise
 
     def ask(self, question: str, **arguments: Any) -> Any:
-        """The child's answer.
+        """Send a question with its arguments; return the child's answer, which is JSON.
 
         Raises:
             RequestError: the child refused, died, was silent for too long or had been closed.
@@ -76,7 +77,7 @@ class Worker:
         return self._answer(self._limit_s)
 
     def close(self) -> None:
-        """End the child, by force if it does not end by itself."""
+        """End the child; kill it if it does not end by itself within `GRACE_S` seconds."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -142,26 +143,27 @@ class Worker:
 
 
 class EngineWorker(Worker):
-    """A whole model in a worker, ours or a rival's: all are timed by these two questions."""
+    """A worker with a whole model, of Moestro or of another engine: all engines answer these two questions."""
 
     def prefill_s(self, tokens: int) -> float:
-        """Seconds to read a prompt of random tokens into an empty cache, up to the logits of its last."""
+        """Seconds of a prefill: a prompt of random tokens into an empty cache, with the logits of its last token."""
         return float(self.ask("prefill_s", tokens=tokens))
 
     def decode_s(self, context: int, tokens: int) -> float:
-        """Seconds a token, of `tokens` random tokens one by one after a context of that length."""
+        """Seconds a token: the mean of `tokens` random tokens, decoded one by one after `context` cached tokens."""
         return float(self.ask("decode_s", context=context, tokens=tokens))
 
 
 def serve(start: Callable[[], tuple[dict[str, Any], Handlers]], *, ours: bool = False) -> None:
-    """The child's life: start, send the card, then answer questions until the standard input ends.
+    """Run in the child: start, send the card, then answer questions until the standard input ends.
 
-    An exception is an answer too, so a request that a rival refuses does not cost the loaded model. An answer
-    is given only when all threads of the process sleep, so that engines can be measured in turns.
+    An exception is an answer too, so the loaded model stays when an engine refuses a request. The child answers only
+    when all its threads sleep, so that engines can be measured in turns.
 
     Args:
-        start: loads what is measured; only in it may a library with OpenMP be imported.
-        ours: keep the OpenMP wait policy that Moestro sets for its own torch; a rival gets its own default.
+        start: loads what is measured; returns the card and a function for each question. Libraries that use OpenMP
+            must be imported in it, not before.
+        ours: keep the OpenMP wait policy that Moestro sets for its own torch; another engine gets its own default.
     """
     if not ours:
         os.environ.pop("OMP_WAIT_POLICY", None)  # here, since importing this package has set it
@@ -194,7 +196,7 @@ def settle(limit_s: float = SETTLE_LIMIT_S) -> None:
     Idle threads spin for a while and then sleep: libgomp's (llama.cpp) for 10 ms, kt-kernel's for 40 ms.
 
     Raises:
-        RequestError: they do not sleep, so that they would take time from whoever is measured next.
+        RequestError: they do not sleep, so they would take CPU time from the engine that is measured next.
     """
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
@@ -206,6 +208,6 @@ def settle(limit_s: float = SETTLE_LIMIT_S) -> None:
 
 
 def describe(error: Exception) -> str:
-    """An exception in one line; its type too, unless it is ours."""
+    """An exception in one line, with its type unless it is one of Moestro's own."""
     text = " ".join(str(error).split()) or "without a word"
     return text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}"

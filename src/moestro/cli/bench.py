@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..bench.options import ComparedOptions, ShapeOptions
 from ..errors import RequestError
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
-from ..planning.shapes import SHAPES
-from .options import DecodeTokens, Json, Model, PromptTokens, TraceTokens, takes_options
+from ..planning.shapes import REAL_SHAPES
+from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
+from .terminal import show
 
-TextSource = Annotated[
-    str | None,
-    typer.Option("--text", metavar="FILE", help="The text to read. [default: random tokens]", show_default=False),
-]
-Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Draw it as an SVG. [default: no]", show_default=False)]
-Policies = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help=f"Only this one; may be given several times. [default: {', '.join(POLICIES)}]",
-        show_default=False,
-    ),
-]
-KERNEL_SHAPES = tuple(name for name in SHAPES if name != "tiny")
+TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
+Plot = Annotated[str | None, unset("FILE", "Draw it as an SVG.", "no")]
 
 bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -42,41 +31,21 @@ def bench_load(
     from ..planning.budget import parse_bytes
 
     report = measure_load(parse_bytes(size, "--size"))
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        print(report)
+    show(report, as_json)
     if not report.within_limit:
         raise typer.Exit(1)
 
 
 @bench.command("kernels", epilog="Example: moestro bench kernels --shape olmoe-1b-7b --tokens 1 --rounds 3")
-@takes_options(only=("threads",))
+@takes_options(only=("shapes", "threads"))
 def bench_kernels(
+    measured: ShapeOptions,
     options: Options,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Only this shape; may be given several times. [default: {', '.join(KERNEL_SHAPES)}]",
-            show_default=False,
-        ),
-    ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Only so many tokens; may be given several times. [default: 1, 64; with --full 1, 4, 16, 64, 256]",
-            show_default=False,
-        ),
+        unset("N", "Only so many tokens; may be given several times.", "1, 64; with --full 1, 4, 16, 64, 256", min=1),
     ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Rounds to take medians of. [default: 3; with --full 5]", show_default=False
-        ),
-    ] = None,
+    rounds: Annotated[int | None, unset("N", "Rounds to take medians of.", "3; with --full 5", min=1)] = None,
     full: Annotated[bool, typer.Option("--full", help="All numbers of tokens, more rounds.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -88,24 +57,19 @@ def bench_kernels(
 
     counts = tokens or (FULL_TOKENS if full else TOKENS)
     times = rounds or (FULL_ROUNDS if full else ROUNDS)
-    report = measure_kernels(shapes=shape or KERNEL_SHAPES, tokens=counts, rounds=times, threads=options.threads)
-    if as_json:
-        print(json.dumps(report.to_json()))
-        return
-    report.print()
-    if left_out := sorted(set(FULL_TOKENS) - set(counts)):
+    shapes = measured.shapes or REAL_SHAPES
+    report = measure_kernels(shapes=shapes, tokens=counts, rounds=times, threads=options.threads)
+    show(report, as_json)
+    if (left_out := sorted(set(FULL_TOKENS) - set(counts))) and not as_json:
         print(f"left out: {', '.join(map(str, left_out))} tokens; --full has them, and {FULL_ROUNDS} rounds")
 
 
 @bench.command("decode", epilog="Example: moestro bench decode --shape olmoe-1b-7b --bits 4")
-@takes_options(only=("threads",))
+@takes_options(only=("shape", "bits", "threads"), bits=4)
 def bench_decode(
+    measured: ShapeOptions,
     options: Options,
-    shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "olmoe-1b-7b",
-    bits: Annotated[int, typer.Option(metavar="N", help="Bits of all weights: 16, 8 or 4.")] = 4,
-    layers: Annotated[
-        int | None, typer.Option(help="Cut the depth, to fit in RAM. [default: all]", show_default=False)
-    ] = None,
+    layers: Layers = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns to take medians of.")] = 5,
     alone: Annotated[bool, typer.Option(help="Also Transformers alone, in bfloat16.")] = True,
     as_json: Json = False,
@@ -113,27 +77,22 @@ def bench_decode(
     """Time a whole random-weight model beside Transformers alone."""
     from ..bench.decode import measure_decode
 
-    report = measure_decode(shape, bits, layers=layers, rounds=rounds, threads=options.threads, alone=alone)
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        report.print()
+    assert options.bits is not None
+    report = measure_decode(
+        measured.shape, options.bits, layers=layers, rounds=rounds, threads=options.threads, alone=alone
+    )
+    show(report, as_json)
 
 
 @bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
-@takes_options(leave_out=("dtype", "policy", "profile"))
+@takes_options(leave_out=("dtype", "policy", "profile", "links"))
 def bench_policies(
     source: ModelOptions,
     options: ReplayOptions,
+    compared: ComparedOptions,
     model: Model = None,
     text: TextSource = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="A recorded trace instead of a model and a text. [default: none]", show_default=False
-        ),
-    ] = None,
-    policy: Policies = None,
+    trace: Annotated[str | None, unset("FILE", "A trace instead of a model and a text.", "none")] = None,
     live: Annotated[
         bool,
         typer.Option(
@@ -149,90 +108,52 @@ def bench_policies(
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
     from ..bench.policies import Reading, compare_by_replay, compare_live
 
-    reading = Reading(
-        model, source.shape, text, tokens, prompt_tokens, decode_tokens, source.seed, source.trust_remote_code
-    )
-    names = tuple(policy or POLICIES)
+    reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
+    names = tuple(compared.policies or POLICIES)
     if not live:
-        found = compare_by_replay(
-            reading,
-            trace,
-            machine=options.machine,
-            gpu_memory=options.gpu_memory,
-            as_shape=options.as_shape,
-            bits=options.bits,
-            names=names,
-            plot=None if plot is None else Path(plot),
-        )
+        found = compare_by_replay(reading, trace, options, names, None if plot is None else Path(plot))
     elif trace is not None or options.as_shape is not None or plot is not None:
         raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
     else:
-        found = compare_live(
-            reading, machine=options.machine, gpu_memory=options.gpu_memory, bits=options.bits, names=names
-        )
-    if as_json:
-        print(json.dumps(found.to_json()))
-    else:
-        found.print()
+        found = compare_live(reading, options, names)
+    show(found, as_json)
 
 
 @bench.command("hybrid", epilog="Example: moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB --link 12GB/s")
-@takes_options(only=("device", "threads"))
+@takes_options(
+    only=("shape", "gpu_memory", "bits", "links", "policies", "device", "threads"),
+    shape="mixtral-8x7b",
+    gpu_memory="24GiB",
+    bits=16,
+)
 def bench_hybrid(
+    measured: ShapeOptions,
+    compared: ComparedOptions,
     options: Options,
-    shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "mixtral-8x7b",
-    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="The most GPU memory to use.")] = "24GiB",
-    bits: Annotated[
-        int | None, typer.Option(metavar="N", help="Bits of the experts' weights. [default: 16]", show_default=False)
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Cut the depth, to fit in RAM. [default: all]", show_default=False)
-    ] = None,
-    link: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RATE",
-            help="Also with the link paced so, like 12GB/s; may be given several times. [default: no]",
-            show_default=False,
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Only this one; may be given several times. [default: seven]", show_default=False
-        ),
-    ] = None,
+    layers: Layers = None,
     prompt: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Tokens of a prompt; may be given several times; a paced link has the first. [default: 32, 512, 2048]",
-            show_default=False,
-        ),
+        unset("N", "Tokens of a prompt; may be given several times; a paced link has one.", "32, 512, 2048", min=1),
     ] = None,
-    decode_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="To decode, at most.")] = 64,
-    seconds: Annotated[float, typer.Option(metavar="S", help="After which a policy's decode ends.")] = 8.0,
+    decode_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="The most tokens to decode.")] = 64,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Seconds after which a policy's decode ends.")] = 8.0,
     uniform: Annotated[bool, typer.Option(help="Also with routers that like all experts alike, decode only.")] = True,
-    limit_s: Annotated[
-        float | None,
-        typer.Option(metavar="S", help="After which no policy is begun. [default: none]", show_default=False),
-    ] = None,
+    limit_s: Annotated[float | None, unset("S", "Seconds after loading from which no policy is begun.", "none")] = None,
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
     from ..bench.hybrid import POLICIES as COMPARED
     from ..bench.hybrid import PROMPTS, measure_hybrid
-    from ..planning.budget import parse_gbps
 
+    assert options.gpu_memory is not None
     report = measure_hybrid(
-        shape,
+        measured.shape,
         device=options.device,
-        gpu_memory=gpu_memory,
-        bits=bits,
+        gpu_memory=options.gpu_memory,
+        bits=options.bits,
         layers=layers,
-        links=(None, *(parse_gbps(rate, "--link") for rate in link or ())),
-        names=tuple(policy or COMPARED),
+        links=(None, *map(float, compared.links)),
+        names=compared.policies or COMPARED,
         prompts=tuple(prompt or PROMPTS),
         decode_tokens=decode_tokens,
         seconds=seconds,
@@ -240,35 +161,27 @@ def bench_hybrid(
         limit_s=float("inf") if limit_s is None else limit_s,
         threads=options.threads,
     )
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        report.print()
+    show(report, as_json)
 
 
 @bench.command("host", epilog="Example: moestro bench host --shape olmoe-1b-7b --slots 0.5")
-@takes_options(only=("machine",))
+@takes_options(only=("shape", "machine", "bits", "policies"), shape="qwen3-30b-a3b", bits=16)
 def bench_host(
+    measured: ShapeOptions,
+    compared: ComparedOptions,
     options: ReplayOptions,
-    shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SHAPES)}.")] = "qwen3-30b-a3b",
-    slots: Annotated[float, typer.Option(metavar="SHARE", help="Of the experts, that fit on the GPU.")] = 0.25,
-    bits: Annotated[
-        int | None, typer.Option(metavar="N", help="Bits of the experts' weights. [default: 16]", show_default=False)
-    ] = None,
-    policy: Policies = None,
+    slots: Annotated[float, typer.Option(metavar="SHARE", help="Share of the experts that fits on the GPU.")] = 0.25,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of 16 tokens, policies in turns.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Time what the host itself takes of a layer of a decode step, on a device that does nothing."""
     from ..bench.host import measure_host
 
+    names = compared.policies or tuple(POLICIES)
     report = measure_host(
-        shape, slots=slots, bits=bits, machine=options.machine, names=policy or tuple(POLICIES), rounds=rounds
+        measured.shape, slots=slots, bits=options.bits, machine=options.machine, names=names, rounds=rounds
     )
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        report.print()
+    show(report, as_json)
 
 
 @bench.command("recall", epilog="Example: moestro bench recall demo --text story.txt --plot recall.svg")
@@ -292,13 +205,8 @@ def bench_recall(
     if plot is not None:  # refused before the work
         plotting()
         writable(plot)
-    reading = Reading(
-        model, source.shape, text, tokens, prompt_tokens, decode_tokens, source.seed, source.trust_remote_code
-    )
+    reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        report.print()
+    show(report, as_json)

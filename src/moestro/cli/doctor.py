@@ -13,23 +13,12 @@ from ..machine.probe import available_ram_bytes, cpu_features, cpu_model, total_
 from ..planning.budget import format_bytes
 from ..planning.policies import DEFAULT_POLICY
 
-# The instruction sets that expert kernels care about, strongest last.
-_FEATURES = (
-    "f16c",
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-)
+# The instruction sets that matter to the expert kernels.
+_FEATURES = ("f16c", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
 def examine() -> dict[str, str]:
-    """Finding -> what was found, in the order to print."""
+    """What was found, by what was looked for, in the order to print."""
     features = cpu_features()
     return {
         "moestro": metadata.version("moestro"),

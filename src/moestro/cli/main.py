@@ -16,7 +16,7 @@ from ..logs import keep_traceback, set_up_logging
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
-from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options
+from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
 from .terminal import (
     AnswerPrinter,
     print_figures,
@@ -44,7 +44,10 @@ app.add_typer(bench, name="bench")
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more; -vv logs all there is.")
+        int,
+        typer.Option(
+            "--verbose", "-v", count=True, show_default=False, help="Log what is loaded; -vv also files and the plan."
+        ),
     ] = 0,
 ) -> None:
     set_up_logging(verbose)
@@ -63,10 +66,7 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
     ] = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Record what the routers choose. [default: no]", show_default=False),
-    ] = None,
+    trace: Annotated[str | None, unset("FILE", "Record what the routers choose.", "no")] = None,
     timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
@@ -77,16 +77,16 @@ def run(
         model, prompt = None, model
     from ..text.files import writable
     from ..text.generation import encode, generate_text
-    from .replay import recorded, timed
+    from .replay import timed, traced
 
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
     text = read_prompt(prompt)
     loaded, tokenizer = _load(model, source, engine)
-    encode(tokenizer, text)  # before it is printed: it may be no text that a tokenizer takes
+    encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
     if not as_json:
         print(text, end="", flush=True)
-    with recorded(loaded, target, model or source.shape or "", text), timed(loaded, spans):
+    with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):
         on_text = None if as_json else print_piece
         result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
     if as_json:
@@ -103,9 +103,7 @@ def chat(
     options: TextOptions,
     engine: Options,
     model: Model = None,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told first. [default: nothing]", show_default=False)
-    ] = None,
+    system: Annotated[str | None, unset(None, "What the model is told first.", "nothing")] = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
     from ..text.chat import ChatSession
@@ -143,12 +141,7 @@ def trace_command(
     engine: Options,
     text: TextFile,
     model: Model = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Where to keep the trace. [default: nowhere]", show_default=False
-        ),
-    ] = None,
+    output: Annotated[str | None, unset("FILE", "Where to keep the trace.", "nowhere", "--output", "-o")] = None,
     tokens: TraceTokens = 1024,
     prompt_tokens: PromptTokens = 64,
     decode_tokens: DecodeTokens = 192,
@@ -215,7 +208,7 @@ def doctor(
 def _load(
     model: str | None, source: ModelOptions, options: Options, check: Callable[[Any], None] = lambda tokenizer: None
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer, which is checked first."""
+    """The model and its tokenizer, on which `check` is called before the model loads."""
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
 

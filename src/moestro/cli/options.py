@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..planning.options import Checked, about, flag
+from ..planning.options import Checked, about, flag, name_of
 
 Command = Callable[..., None]
 
@@ -23,9 +23,9 @@ def takes_options(
     option, which both receive.
 
     Args:
-        only: the fields to take; None for all.
-        leave_out: fields not to take, which keep their default.
-        defaults: of this command, where it has others.
+        only: names of the fields to take, in any of the dataclasses; None for all.
+        leave_out: names of fields not to take, which keep their defaults.
+        defaults: by field name, this command's own defaults.
     """
 
     def wrap(command: Command) -> Command:
@@ -63,9 +63,9 @@ def takes_options(
 
 
 def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Parameter:
-    """A dataclass's field as typer reads a parameter."""
+    """The parameter that typer reads, for a field of a dataclass of options."""
     what, hint = about(field), get_type_hints(kind)[field.name]
-    name = flag(field.name)
+    name, shows_default = flag(name_of(field)), what.unset is None or default != field.default
     flags = [f"{name}/--no-{name[2:]}" if default is True else name, *([what.short] if what.short else [])]
     if get_origin(hint) is Sequence:
         value: Any = list[get_args(hint)[0]]  # type: ignore[misc]
@@ -73,25 +73,23 @@ def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Paramete
     else:
         value = next(iter(get_args(hint)), hint)  # of a union, what the command line can write
         value = value | None if default is None else value
-    given = typer.Option(*flags, metavar=what.metavar, help=what.text, show_default=what.unset is None)
+    text = what.help if shows_default else what.text
+    given = typer.Option(*flags, metavar=what.metavar, help=text, show_default=shows_default)
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[value, given])
 
 
+def unset(metavar: str | None, help: str, default: str, *flags: str, **more: Any) -> Any:
+    """An option that is None where it is not given, whose help says in words what that stands for."""
+    return typer.Option(*flags, metavar=metavar, help=f"{help} [default: {default}]", show_default=False, **more)
+
+
 Model = Annotated[
-    str | None,
-    typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False),
+    str | None, typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
+Layers = Annotated[int | None, unset("N", "Cut the depth to so many layers.", "all", min=1)]
 TextFile = Annotated[str, typer.Option("--text", metavar="FILE", help="The text to read.", show_default=False)]
 TraceTokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode in all.")]
-PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece of the text, read at once.")]
-DecodeTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of each piece, one by one after its prompt.")]
-TimelineFile = Annotated[
-    str | None,
-    typer.Option(
-        "--timeline",
-        metavar="FILE",
-        help="Keep what each lane did, as a Chrome trace. [default: no]",
-        show_default=False,
-    ),
-]
+PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens of each piece of the text.")]
+DecodeTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each piece to decode after its prompt.")]
+TimelineFile = Annotated[str | None, unset("FILE", "Keep what each lane did, as a Chrome trace.", "no", "--timeline")]

@@ -1,4 +1,4 @@
-"""What `moestro trace` and `moestro replay` do behind their options, and how they print it."""
+"""Replay a trace and print its figures, record what a run does: behind `moestro run`, `trace` and `replay`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from ..bench.report import print_table
 from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes
 from ..planning.options import ReplayOptions
@@ -21,7 +21,11 @@ from ..simulate.trace import Trace
 
 
 def run_replay(path: str, options: ReplayOptions, timeline: Path | None) -> Replay:
-    """Replay a trace file, and keep what each lane did if there is a file for it."""
+    """Replay a trace file.
+
+    Args:
+        timeline: the file to write what each lane did; None for no such file.
+    """
 
     def load_trace(path: str) -> Trace:
         return resized(Trace.load(Path(path)), options.as_shape, options.bits)
@@ -38,7 +42,7 @@ def run_replay(path: str, options: ReplayOptions, timeline: Path | None) -> Repl
 
 
 def print_replay(found: Replay) -> None:
-    """Speeds, hits and lanes."""
+    """Print speeds, hits and lanes."""
     console = Console(width=100)
     console.print(f"{found.policy} on {found.machine}, {found.slots} experts in GPU memory")
     for name, phase in (("prefill", found.prefill), ("decode", found.decode)):
@@ -46,13 +50,11 @@ def print_replay(found: Replay) -> None:
     console.print(
         f"Belady's hit rate with these slots {found.belady_rate:.1%}; {found.belady_share:.2f} of the limit there"
     )
-    table = Table()
-    for column in ("lane", "busy", "idle", "moved or read"):
-        table.add_column(column, justify="left" if column == "lane" else "right")
-    for lane, (busy_s, n_bytes) in found.lanes.items():
-        idle_s = max(0.0, found.seconds - busy_s)
-        table.add_row(lane.value, f"{busy_s:.3f} s", f"{idle_s:.3f} s", format_bytes(n_bytes))
-    console.print(table)
+    rows = [
+        (lane.value, f"{busy_s:.3f} s", f"{max(0.0, found.seconds - busy_s):.3f} s", format_bytes(n_bytes))
+        for lane, (busy_s, n_bytes) in found.lanes.items()
+    ]
+    print_table(("lane", "busy", "idle", "moved or read"), rows)
 
 
 def _line(name: str, phase: PhaseFigures) -> str:
@@ -65,7 +67,7 @@ def _line(name: str, phase: PhaseFigures) -> str:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """What `moestro trace` prints without --json."""
+    """Print the summary of a trace."""
     console = Console(width=100)
     console.print(
         f"{summary['model']}: {summary['layers']} layers of {summary['experts']} experts, top-{summary['top_k']}; "
@@ -94,7 +96,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 @contextmanager
 def timed(model: Any, target: Path | None) -> Iterator[None]:
-    """Keep what GPU, link and CPU do within it as a Chrome trace, if there is a file for it."""
+    """Write what GPU, link and CPU do inside the block to a file as a Chrome trace; without a file do nothing."""
     if target is None:
         yield
         return
@@ -105,13 +107,13 @@ def timed(model: Any, target: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(model: Any, target: Path | None, name: str, text: str) -> Iterator[None]:
-    """Record what the model's routers choose within it, if there is a file for it."""
+def traced(model: Any, target: Path | None, name: str, text: str) -> Iterator[None]:
+    """Write what the model's routers choose inside the block to a file as a trace; without a file do nothing."""
     if target is None:
         yield
         return
-    from ..text.tracing import recording
+    from ..text.tracing import listening
 
-    with recording(model) as recorder:
+    with listening(model) as listener:
         yield
-    recorder.trace(model, name, text).save(target)
+    listener.trace(model, name, text).save(target)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..planning.budget import format_bytes
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
 
 
 def use_any_bytes() -> None:
-    """Have input that is no text come to the tokenizer, which refuses it, and output that cannot be written be "?"."""
+    """Pass input that is no valid text on to the tokenizer, which refuses it; print "?" for what cannot be written."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, TextIOWrapper):  # not where a test or a notebook has put another
             stream.reconfigure(errors=errors)
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The prompt of a command, or standard input for it."""
+    """The prompt of a command, read from standard input where it is "-" or missing.
+
+    Raises:
+        RequestError: it is missing, and standard input is a terminal.
+    """
     if prompt is None and sys.stdin.isatty():
         raise RequestError('no prompt; write it behind the model, like "Once upon a time", or - to read it from a pipe')
     return sys.stdin.read() if prompt in (None, "-") else str(prompt)
@@ -45,7 +50,7 @@ def read_line() -> str | None:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Event]:
-    """Within it, the first Ctrl-C sets an event; the second raises, should a long prompt still be read."""
+    """Inside the block, the first Ctrl-C sets an event; the second one raises, to leave a long prefill too."""
     stopped = Event()
 
     def interrupt(*_: object) -> None:
@@ -61,7 +66,7 @@ def stop_on_interrupt() -> Iterator[Event]:
 
 
 def print_piece(text: str) -> None:
-    """A piece of the text, as soon as it is there."""
+    """Print a piece of the text at once."""
     print(text, end="", flush=True)
 
 
@@ -72,12 +77,12 @@ class AnswerPrinter:
         self._is_thinking = False
 
     def on_reasoning(self, text: str) -> None:
-        """Print a piece of what is thought."""
+        """Print a piece of the reasoning."""
         self._is_thinking = True
         print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
 
     def on_text(self, text: str) -> None:
-        """Print a piece of the answer, apart from what was thought before."""
+        """Print a piece of the answer, after empty lines if reasoning came before it."""
         if self._is_thinking:
             self._is_thinking = False
             say("\n")
@@ -85,7 +90,7 @@ class AnswerPrinter:
 
 
 def print_figures(result: TextResult) -> None:
-    """The closing figures, on standard error so that standard output is the text alone."""
+    """Print the closing figures on standard error, so that standard output is the text alone."""
     new_prompt_tokens = result.prompt_tokens - result.reused_tokens
     kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
     decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
@@ -93,16 +98,24 @@ def print_figures(result: TextResult) -> None:
     experts = ""
     if result.hit_rate is not None:
         experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
-    tape = "" if result.tape is None else f"tape    {result.tape.describe()}\n"
+    capture = "" if result.capture is None else f"capture {result.capture.describe()}\n"
     memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
     say(
         f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
         f"first token after {result.ttft_s:.3f} s\n"
         f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{tape}peak memory   {memory}"
+        f"{experts}{capture}peak memory   {memory}"
     )
 
 
+def show(report: Any, as_json: bool) -> None:
+    """Print a report: as a line of JSON, or as it prints itself."""
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.print()
+
+
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     print(text, file=sys.stderr)

@@ -4,8 +4,6 @@ Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run
 norms (`rms_norm`); what goes together for a single token is in one_token.py. A layer's experts run in the kernels when
 these have their format and their family's gate (activations.py), else in the torch twin.
 
-    CpuExperts(threads=8).run(math, x, work, out)
-
 Legend: T tokens, D model width, n tokens of one expert, f neurons of a share.
 """
 

@@ -118,6 +118,9 @@ class Device(DeviceMemory, Traced, Protocol):
     def accelerator(self) -> Accelerator | None:
         """The device itself where it has slots and a link to fill them; None where the host does everything."""
 
+    def stream_id(self) -> int:
+        """Tells apart the streams of work that callers are on: work of one stream is done in order."""
+
     def follow(self) -> None:
         """Let the caller's stream wait for what was asked of the device on another one: two threads may share a model,
         each on a stream of its own, while buffers, slots and captured graphs are there once."""

@@ -1,6 +1,6 @@
 """A CUDA GPU, by torch's streams and events.
 
-Who blocks where: the caller's stream computes; a side stream carries the link lane's pieces. Experts that are in slots
+What waits where: the caller's stream computes; a side stream carries the link lane's pieces. Experts that are in slots
 are launched at once, and so are those whose copy is all on its way, behind the event of its last piece. The others are
 launched by a thread of this device, while the caller computes on the CPU. A copy into a slot that is still read waits
 on the side stream for the event of that work. The host waits for the device once a layer, in `read_router` or a port's
@@ -30,7 +30,7 @@ from ..planning.slots import Expert, Transfer
 from ..planning.timeline import Timeline
 from .base import Accelerator
 from .cuda_memory import HostBuffers, PinnedMemory, pinned_bytes
-from .cuda_slots import RecordedSum
+from .cuda_slots import CapturedSum
 from .cuda_timeline import GpuSpans
 from .graphs import CudaGraphs
 from .link import MOST_IN_FLIGHT, LaneCopy, LinkLane
@@ -164,6 +164,9 @@ class CudaDevice:
     ) -> LaneCopy:
         return self.link.submit(source, target, urgent, label, after)
 
+    def stream_id(self) -> int:
+        return int(torch.cuda.current_stream().cuda_stream)
+
     def follow(self) -> None:
         stream = torch.cuda.current_stream()
         if stream != self._stream:
@@ -191,21 +194,21 @@ class CudaDevice:
 
     def port(self, x: Tensor, index: Tensor, guesses: Tensor | None, pool: Tensor, experts: int) -> LayerPort:
         port = LayerPort(x, index, guesses, pool, pinned_bytes, self._wait)
-        port.total = RecordedSum(port, experts)
+        port.total = CapturedSum(port, experts)
         return port
 
     def capture_slots(self, port: LayerPort, math: ExpertMath) -> None:
         total = port.total
         kernel = self._kernel(math, total.x.dtype) if len(total.pool) else None
-        if kernel is not None and isinstance(total, RecordedSum):
-            total.record(kernel, self._slot_graphs)
+        if kernel is not None and isinstance(total, CapturedSum):
+            total.capture(kernel, self._slot_graphs)
 
     def graphs(self) -> CudaGraphs:
         return CudaGraphs(self.torch_device)
 
     @functools.cached_property
     def _slot_graphs(self) -> CudaGraphs:
-        """With memory of their own: they run between the graphs of a step, whose memory is in use then."""
+        """Graphs with memory of their own: they run between the graphs of a step, whose memory is in use then."""
         return CudaGraphs(self.torch_device)
 
     def host_output(self, x: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ class CudaDevice:
         """What runs the experts, with the memory that it needs."""
         kernel, x = self._kernel(math, total.x.dtype), total.x
         if kernel is not None:
-            if isinstance(total, RecordedSum) and (ready := total.prepared(kernel, work)) is not None:
+            if isinstance(total, CapturedSum) and (ready := total.prepared(kernel, work)) is not None:
                 return ready
             plan = gpu.plan_of(kernel, total.pool, work, len(x))
             workspace = torch.empty(gpu.workspace_bytes(kernel, plan), dtype=torch.uint8, device=x.device)

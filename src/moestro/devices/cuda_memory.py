@@ -68,7 +68,7 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Tensor] = {}
-        self._latest: dict[str, Tensor] = {}  # as it was asked for last, which most steps do again
+        self._latest: dict[str, Tensor] = {}  # of the shape of the latest step, which the next one mostly has too
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer of that shape; what it held is lost."""

@@ -1,4 +1,4 @@
-"""Experts in slots as one recorded piece of work: the host writes a small table and replays a graph.
+"""Experts in slots as one captured piece of work: the host writes a small table and replays a graph.
 
 Launched one by one, the kernels of a decode step's hits would take the host longer than they take the GPU.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from ..compute import gpu
 from ..compute.experts import ExpertWork
 from .cuda_memory import pinned_bytes
-from .graphs import Graph, Graphs, recorded
+from .graphs import Graph, Graphs, captured
 from .port import LayerPort
 from .work import StepSum
 
 _ENTRY_BYTES = 12  # of the table of `gpu.plan_on_device`
 
 
-class RecordedSum(StepSum):
+class CapturedSum(StepSum):
     """The sum of a port's steps, with graphs that add to it.
 
     They read the routing that the port's `leave` wrote, and from a table which experts are where.
@@ -44,13 +44,13 @@ class RecordedSum(StepSum):
         super().begin()
         self._unused = iter(self._tables)
 
-    def record(self, kernel: gpu.GpuKernel, graphs: Graphs) -> None:
+    def capture(self, kernel: gpu.GpuKernel, graphs: Graphs) -> None:
         """Prepare for experts that this kernel computes."""
         if kernel in self._graphs:
             return
         self._table.zero_()
         self._launch(kernel)  # compiles, and computes nothing
-        self._graphs[kernel] = recorded(graphs, lambda: self._launch(kernel))
+        self._graphs[kernel] = captured(graphs, lambda: self._launch(kernel))
 
     def _launch(self, kernel: gpu.GpuKernel) -> None:
         assert self.out is not None
@@ -58,7 +58,7 @@ class RecordedSum(StepSum):
         gpu.run_grouped(kernel, self.pool, plan, self.x, self.out)
 
     def prepared(self, kernel: gpu.GpuKernel, work: Sequence[ExpertWork]) -> Callable[[Tensor], None] | None:
-        """What adds the work, in one call of the device; None where that was not recorded."""
+        """What adds the work, in one call of the device; None where that was not captured."""
         graph, found = self._graphs.get(kernel), next(self._unused, None)
         if graph is None or found is None:
             return None

@@ -1,11 +1,17 @@
-"""Work of a device that is recorded once and then done again by one call: CUDA graphs, and pretended ones.
+"""Work of a device that is captured once and then done again by one call: CUDA graphs, and pretended ones.
 
-A recording notes what a thread asks of the device and does none of it. Then each `replay` does it all, in the same
-order, from and to the memory that was used at the recording, and what the host computed in between stays as it was. So
-who records must give inputs in buffers that stay, and may not read a tensor on the host.
+A capture notes what a thread asks of the device and does none of it. Then each `replay` does it all, in the same
+order, from and to the memory that was used at the capture, and what the host computed in between stays as it was. So
+a captured call must take inputs from buffers that stay, and may not read a tensor on the host.
 
-    graphs.begin(); y = f(x); graph = graphs.end()
-    x.copy_(other); graph.replay()        # now y is f(other)
+    >>> graphs, x = PretendedGraphs(), torch.ones(2)
+    >>> graphs.begin()
+    >>> y = x + 1
+    >>> graph = graphs.end()
+    >>> x = x.fill_(5)
+    >>> graph.replay()
+    >>> y
+    tensor([6., 6.])
 """
 
 from __future__ import annotations
@@ -22,38 +28,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CUDA: Any = torch.cuda  # parts of it are untyped, which mypy --strict refuses to call
-_ONE_AT_A_TIME = threading.Lock()  # torch records in one thread of a process at a time
+_ONE_AT_A_TIME = threading.Lock()  # torch captures in one thread of a process at a time
 
 
-class CannotRecordError(RuntimeError):
-    """Something that a graph cannot do again; the message completes "cannot be recorded: "."""
+class CannotCaptureError(RuntimeError):
+    """Something that a graph cannot do again; the message completes "cannot be captured: "."""
 
 
 class Graph(Protocol):
-    """What was recorded."""
+    """What was captured."""
 
     def replay(self) -> None:
         """Do it, behind what was asked of the device before."""
 
 
 class Graphs(Protocol):
-    """Records one thread's work at a time.
+    """Captures one thread's work at a time.
 
-    What it records shares memory: graphs run one at a time, and in the order in which they were recorded unless nothing
-    that one makes is needed after another.
+    What it captures shares memory: graphs run one at a time, and in the order in which they were captured, unless
+    nothing that one makes is needed after another.
     """
 
     def begin(self) -> None:
-        """Record from now on."""
+        """Capture from now on."""
 
     def end(self) -> Graph:
-        """Up to here; raises what the recording found wrong."""
+        """Up to here; raises what the capture found wrong."""
 
     def drop(self) -> None:
-        """Forget what is being recorded, if anything is."""
+        """Forget what is being captured, if anything is."""
 
 
-def recorded(graphs: Graphs, work: Callable[[], None]) -> Graph:
+def captured(graphs: Graphs, work: Callable[[], None]) -> Graph:
     """Some work, which is not done."""
     graphs.begin()
     try:
@@ -79,7 +85,7 @@ class CudaGraphs:
 
     def begin(self) -> None:
         if self._anchor is None:
-            CUDA.empty_cache()  # what a prompt left is not given to graphs while they are recorded
+            CUDA.empty_cache()  # what a prompt left is not given to graphs while they are captured
             self._begin()
             with warnings.catch_warnings():  # that it is empty
                 warnings.simplefilter("ignore")
@@ -109,8 +115,8 @@ class CudaGraphs:
             raise
         finally:
             self._leave()
-        recorded: Graph = graph
-        return recorded
+        captured: Graph = graph
+        return captured
 
     def drop(self) -> None:
         if self._graph is not None:
@@ -120,7 +126,7 @@ class CudaGraphs:
                 return
 
     def _give_up(self, graph: Any) -> None:
-        """torch 2.13 does not tell its allocator that a recording ended that failed: the pool can have no other one."""
+        """torch 2.13 does not tell its allocator that a capture ended that failed: the pool can have no other one."""
         self._failed.append(graph)
         end_allocation = getattr(torch._C, "_cuda_endAllocateToPool", None)
         if end_allocation is not None:
@@ -149,15 +155,15 @@ class _PretendedGraph:
     def replay(self) -> None:
         for function, args, kwargs, made in self._calls:
             outputs = tree_leaves(function(*args, **kwargs))
-            for place, recorded in made:
-                recorded.copy_(outputs[place])
+            for place, captured in made:
+                captured.copy_(outputs[place])
 
 
 class PretendedGraphs:
-    """The same on the CPU, for the emulated device and for tests: torch's operations are noted and called again.
+    """Captures on the CPU, for the emulated device and for tests: torch's operations are noted and called again.
 
-    A recording leaves nothing behind, as with CUDA: what it changed is put back, and what it made is filled with
-    nonsense. So who uses its values without a replay, or a Python value of an earlier step, gets a wrong result.
+    A capture leaves nothing behind, as with CUDA: what it changed is put back, and what it made is filled with
+    nonsense. So a test that uses its values without a replay, or a Python value of an earlier step, fails.
     """
 
     def __init__(self) -> None:
@@ -235,19 +241,19 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 
 def _refuse(func: Any, args: Any) -> None:
-    """What CUDA refuses while it records: whatever lets the host wait for the device.
+    """What CUDA refuses while it captures: whatever lets the host wait for the device.
 
     Raises:
-        CannotRecordError: it is that.
+        CannotCaptureError: it is that.
     """
     if torch.Tag.data_dependent_output in func.tags:
-        raise CannotRecordError(f"the host reads a tensor in the middle of a step ({func})")
+        raise CannotCaptureError(f"the host reads a tensor in the middle of a step ({func})")
     packet = func.overloadpacket
     if packet is torch.ops.aten.lift_fresh and args[0].dim():
-        raise CannotRecordError("a tensor is made of values of the host in the middle of a step")
+        raise CannotCaptureError("a tensor is made of values of the host in the middle of a step")
     if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
         masked = any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
         if masked and not (len(args) > 2 and args[2].numel() == 1):  # one value is filled in where the mask is
-            raise CannotRecordError(f"a mask chooses elements, of which the host must know how many ({func})")
+            raise CannotCaptureError(f"a mask chooses elements, of which the host must know how many ({func})")
     elif torch.Tag.dynamic_output_shape in func.tags:
-        raise CannotRecordError(f"the size of a result depends on values, which the host must know ({func})")
+        raise CannotCaptureError(f"the size of a result depends on values, which the host must know ({func})")

@@ -1,14 +1,10 @@
 """The link lane carries copies from RAM to the device, piece by piece, by priority.
 
-A thread of its own sends pieces and sees them arrive. Where sending takes no time, who asks for a copy sends at once
-what fits, since waking a thread takes longer than a small expert takes to cross. Between two pieces an urgent copy
-overtakes; a copy that has not begun can be dropped. At most two pieces, or eight small ones, are on their way at once,
-so that the link does not wait for the host and what is urgent waits for no more.
-Knows neither devices nor experts: a `Carrier` moves a piece, by a stream or by hand.
-
-    lane = LinkLane(carrier, gbps=12.0)             # None: as fast as it goes
-    copy = lane.submit(source, target, urgent=True, label=(3, 5))
-    copy.wait()                                     # the device's next work waits for the bytes
+A thread of its own sends pieces and sees them arrive. Where sending takes no time, the thread that asks for a copy
+sends at once what fits, since waking a thread takes longer than a small expert takes to cross. Between two pieces an
+urgent copy overtakes; a copy that has not begun can be dropped. At most two pieces, or eight small ones, are on their
+way at once, so that the link does not wait for the host and what is urgent waits for no more. Knows neither devices
+nor experts: a `Carrier` moves a piece, by a stream or by hand.
 """
 
 from __future__ import annotations
@@ -53,7 +49,7 @@ class Carrier(Protocol):
     """What moves bytes. Its pieces arrive in the order in which they are sent."""
 
     def queues(self, source: Tensor) -> bool:
-        """Whether to send this returns at once, so that whoever asks for a copy may begin it."""
+        """Whether to send this returns at once, so that the thread that asks for a copy may begin it."""
 
     def send(self, source: Tensor, target: Tensor, behind: Sequence[SlotUser]) -> Piece:
         """Begin to copy a piece, behind work that is launched."""
@@ -198,7 +194,7 @@ class LinkLane:
         self._is_sending = False  # the thread, without holding the condition, since it takes a while
         self._free_s = 0.0  # when the paced link has carried what was sent
         self._ended_s = 0.0  # when the last piece arrived
-        # A daemon, so that a program may end while copies are queued that nobody will read.
+        # A daemon, so that a program may end while copies are queued that will not be read.
         self._thread = threading.Thread(target=self._work, name="moestro-link", daemon=True)
         self._thread.start()
 
@@ -292,7 +288,7 @@ class LinkLane:
         try:
             while self._go_on():
                 pass
-        except Exception as error:  # the device is broken: whoever waits hears of it
+        except Exception as error:  # the device is broken: the thread that waits raises it
             with self.changed:
                 self._closed = True
                 for copy in [*self._queue, *(flying.copy for flying in self._flying)]:
@@ -312,7 +308,7 @@ class LinkLane:
                 return True
             self._is_sending = copy is not None
             if copy is not None:
-                copy.state = _State.BEGUN  # before anybody can drop it
+                copy.state = _State.BEGUN  # before another thread can drop it
         if copy is None:
             self._land()
             return True

@@ -1,11 +1,7 @@
-"""Where a recorded step and the host meet at the experts of a layer: memory that keeps its place.
+"""Where a captured step and the host meet at the experts of a layer: memory that keeps its place.
 
 The graph before the experts ends with `leave`, and the one behind begins with `enter`, so what the host must see comes
-to it, and what it made goes back, without a call of its own. Layers of a recorded step that are alike share a port.
-
-    port.leave(x, index, weights, guesses)      # recorded
-    batch = port.read()                         # waits; experts are added to port.total and port.host_output()
-    out = port.enter()                          # recorded
+to it, and what it made goes back, without a call of its own. Layers of a captured step that are alike share a port.
 
 Legend: T tokens, K top-k, D model width, G guesses.
 """
@@ -53,7 +49,7 @@ class LayerPort:
         self._batch = HostBatch(chosen, masses, self._host_x, marks)
 
     def leave(self, x: Tensor, index: Tensor, weights: Tensor, guesses: Tensor | None) -> None:
-        """Bring the routing and hidden states to their places here and on the host; begin the sum. Can be recorded.
+        """Bring the routing and hidden states to their places here and on the host; begin the sum. Can be captured.
 
         Args:
             x: [T, D]. index: int [T, K]. weights: float [T, K]. guesses: int32 [ahead, 2, G] or None.
@@ -83,7 +79,7 @@ class LayerPort:
         return self._host_output
 
     def enter(self) -> Tensor:
-        """Both parts added in float32: [T, D] in the dtype of x. Can be recorded."""
+        """Both parts added in float32: [T, D] in the dtype of x. Can be captured."""
         assert self.total.out is not None
         here = self._host_output.to(self.total.out.device, non_blocking=True)
         return (self.total.out + here).to(self.total.x.dtype)

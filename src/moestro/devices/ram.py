@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ class InRam:
     margin = Margin(0, 0)
     dense_on_gpu = False
     waited_s = 0.0
+
+    def stream_id(self) -> int:
+        return threading.get_ident()  # a thread's work is done in order
 
     def follow(self) -> None:
         pass  # there are no streams

@@ -22,7 +22,7 @@ HeldLayer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class HostBatch:
     """What the host must see of a layer step: index int [T, K], weights float32 [T, K], x [T, D].
 
-    guesses: int32 [ahead, 2, G], as `routers.guess_next` makes them; None where nobody asked.
+    guesses: int32 [ahead, 2, G], as `gates.guess_next` makes them; None where none were asked for.
     Valid until the next `read_router`, or the next `read` of its port.
     """
 
@@ -86,7 +86,7 @@ class Queued(SlotUser, Protocol):
         """
 
     def cancel(self) -> bool:
-        """Do not launch it, if nobody has begun to; False when somebody has."""
+        """Cancel the launch; False when it has begun."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,23 @@
-"""What a conductor counts of its work, and who may listen to it."""
+"""What a conductor counts of its work, and what may listen to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..planning.contract import Outcome, Phase, Step
+import torch
+from torch import Tensor
+
+from ..devices import Device
+from ..planning.contract import Outcome, Phase, Step, StepInfo
 
 
 @dataclass(slots=True)
 class Counters:
     """What was done so far. Hits, joins and misses count (expert, step) pairs of decode.
 
-    cpu_s: the CPU computed experts. waited_s: the host waited for copies and launches; for the device see
-    `Device.waited_s`.
+    cpu_s: seconds in which the CPU computed experts. waited_s: in which the host waited for copies and launches; for
+    the device see `Device.waited_s`.
     """
 
     layer_steps: int = 0
@@ -25,27 +29,66 @@ class Counters:
     cpu_s: float = 0.0
     waited_s: float = 0.0
 
+
+class Accounts:
+    """Where every layer step is accounted for, however it was computed.
+
+    Layers that are held on the device choose experts that the host never sees. They are counted there, in a tensor of
+    each phase and stream, so that no two streams add to one; reading the counters waits for the device.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.counters = Counters()
+        self._device = device
+        self._chosen: dict[tuple[Phase, int], Tensor] = {}
+        self._known: dict[tuple[Phase, int], tuple[int, int]] = {}  # how much of these is in the counters
+
     def add(
-        self, phase: Phase, *, layer_steps: int = 0, tokens: int = 0, hits: int = 0, joined: int = 0, misses: int = 0
+        self, phase: Phase, layer_steps: int = 0, tokens: int = 0, hits: int = 0, joined: int = 0, misses: int = 0
     ) -> None:
-        """Account for layer steps, however they were computed; hits, joins and misses count in decode alone."""
-        self.layer_steps += layer_steps
-        self.tokens += tokens
+        """Account for layer steps; hits, joins and misses count in decode alone."""
+        counters = self.counters
+        counters.layer_steps += layer_steps
+        counters.tokens += tokens
         if phase is Phase.DECODE:
-            self.hits += hits
-            self.joined += joined
-            self.misses += misses
+            counters.hits += hits
+            counters.joined += joined
+            counters.misses += misses
+
+    def chosen(self, info: StepInfo) -> Tensor:
+        """Where held layers of such a step count what they choose: int64 [2], as `new_counts` makes it."""
+        key = info.phase, info.stream
+        if key not in self._chosen:
+            self._chosen[key] = new_counts(self._device.torch_device)
+        return self._chosen[key]
+
+    def total(self) -> Counters:
+        """The counters, with what the device has counted since the last time."""
+        if self._chosen:
+            self._device.finish()
+        for key, chosen in self._chosen.items():
+            choices, experts = chosen.tolist()
+            known_choices, known_experts = self._known.get(key, (0, 0))
+            self._known[key] = choices, experts
+            self.add(key[0], tokens=choices - known_choices, hits=experts - known_experts)
+        return self.counters
 
 
-class Recorder(Protocol):
-    """Listens to what the routers choose; text/tracing.py has one."""
+def new_counts(device: torch.device) -> Tensor:
+    """Zeros for held layers to count in: int64 [2], choices (token, expert), and experts that a step chose."""
+    with torch.inference_mode(False):  # steps outside of it write to it as well
+        return torch.zeros(2, dtype=torch.int64, device=device)
+
+
+class Listener(Protocol):
+    """What hears each layer step of a conductor; text/tracing.py has one."""
 
     lookahead: int  # for how many later layers it wants guesses
 
-    def begin(self, tokens: int, phase: Phase) -> None:
+    def begin(self, info: StepInfo) -> None:
         """A step begins."""
 
-    def record(self, step: Step, top_k: int) -> None:
+    def asked(self, step: Step, top_k: int) -> None:
         """One layer of it is to be done, for a router that gives each token so many experts."""
 
     def done(self, outcome: Outcome) -> None:

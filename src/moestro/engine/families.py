@@ -2,7 +2,7 @@
 
 Every family that calls its experts through Transformers' interface marks its experts class with what it
 has (a gate, biases, transposed weights ...). This file turns the marks into one `FamilyLayout`. Knows
-Transformers' conventions; does not know where experts live or who computes them.
+Transformers' conventions; does not know where experts live or what computes them.
 
 Legend: E experts, D model width, F expert neurons, f neurons of a share.
 """

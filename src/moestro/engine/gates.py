@@ -4,8 +4,6 @@ A router is a module beside the experts, not inside them, with a matrix of one r
 family; says None where nothing, or more than one thing, looks like a router. How its logits become a choice is found
 by comparing a few such rules with what the model chose.
 
-    Gate(find_router(model, "model.layers.1.mlp.experts")).guess(hidden states of layer 0)
-
 Legend: T tokens, K top-k, D model width, E experts, G guesses.
 """
 

@@ -1,4 +1,4 @@
-"""A router's choice, sorted by expert: whose tokens an expert computes, with which weights, and what a policy sees.
+"""A router's choice, sorted by expert: which tokens an expert computes, with which weights, and what a policy sees.
 
 Legend: T tokens, K top-k, E experts, G guesses.
 """
@@ -74,7 +74,7 @@ def group_by_expert(index: Tensor, weights: Tensor, experts: int) -> Routed:
 
 
 def _group_one_token(index: Tensor, weights: Tensor, experts: int) -> Routed | None:
-    """The same without sorting tensors, which costs more than the step itself; None if it chose an expert twice."""
+    """Sort one token's choice without tensors, which cost more than the step itself; None if an expert comes twice."""
     (chosen,), (masses,) = index.tolist(), weights.tolist()
     rows, each = _one_token(len(chosen))
     choices = sorted(zip(chosen, range(len(chosen)), strict=True))

@@ -8,8 +8,11 @@ Not noted is what tensors contain: kernels read weights where they lie, each tim
 edited in place (`decode/cpu/dense.py`). Of classes, the methods of `_METHODS` are noted; functions of Python modules
 are not.
 
-    watch = Watch(router)
-    watch.holds()             # True, until somebody sets router.top_k
+    >>> norm = torch.nn.RMSNorm(8, eps=1e-5)
+    >>> watch = Watch(norm)
+    >>> norm.eps = 1e-6
+    >>> watch.holds()
+    False
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Plans for a model that has no weights yet (`plan_for`), and carries the plan out (`build`).
+"""Plan for a model that has no weights yet (`plan_for`), and carry the plan out (`build`).
 
-`plan_for` gathers what a plan is made from: sizes off the model, free memory, what a generation needs besides weights
-(`gpu_need.py`); `planning/plan.py` decides. `build` only allocates the store and the slots and tells the expert
-modules. Does not load: `plug.py` fills the homes from a checkpoint, `random_model.py` with random weights.
+`plan_for` gathers the facts: sizes of the model, free memory, and what a generation needs besides weights
+(`gpu_need.py`); `planning/plan.py` decides. `build` only allocates the store and the slots and gives each experts
+module its conductor. It loads nothing: `plug.py` fills store and slots from a checkpoint, `random_model.py` with random
+weights.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +21,10 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts, first_touch
 from ..compute.experts import ExpertMath
-from ..decode.capture import forget_steps, record_steps
+from ..decode.capture import capture_steps, forget_steps
 from ..decode.cpu import fuse
 from ..decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
+from ..decode.hooks import Fused
 from ..devices import Device
 from ..engine.conductor import Conductor
 from ..engine.families import (
@@ -32,7 +36,7 @@ from ..engine.families import (
     why_no_experts,
 )
 from ..engine.gates import find_gate
-from ..engine.steps import PREFILL_TOKENS, size_of
+from ..engine.steps import begin_step, end_step
 from ..engine.watch import Watch
 from ..errors import ModelError, RequestError
 from ..machine.measure import this_machine
@@ -40,7 +44,7 @@ from ..machine.probe import available_ram_bytes
 from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
-from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Phase, Placement, Policy
+from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
 from ..planning.machines import THIS, machine_named
 from ..planning.plan import Facts, Formats, Plan, make_plan, planned_context
 from ..simulate.trace import Trace
@@ -50,12 +54,14 @@ from .context import model_context
 from .gpu_need import Need
 from .methods import give_methods
 
+logger = logging.getLogger("moestro")
+
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class ExpertLayer:
-    """What our experts function finds on an experts module: its number and its conductor.
+    """What our experts function finds on an experts module: its layer number and its conductor.
 
-    watch: of the module as its experts were packed and its activation recognized; None until it has loaded.
+    watch: notes of the module from when its experts were packed and its activation was recognized; None until then.
     """
 
     index: int
@@ -64,14 +70,14 @@ class ExpertLayer:
     watch: Watch | None = None
 
     def note(self, module: Any) -> None:
-        """Note what the module computes now."""
+        """Note the module's present state, by which a later change is recognized."""
         self.watch = Watch(*module.modules(), hooks=True)
 
     def follow(self, module: Any) -> None:
-        """Where the module was changed since, compute what it computes now.
+        """Where the module was changed since it was noted, compute as it does now.
 
         Raises:
-            ModelError: it describes weights of another kind, and these are packed.
+            ModelError: it now describes other weights than those that are packed.
         """
         if self.watch is None or self.watch.holds():
             return
@@ -91,11 +97,12 @@ def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
 
 
 def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
-    """The plan for a Transformers model on the meta device, from what it is and what the machine has free.
+    """The plan for a Transformers model on the meta device, from its sizes and the machine's free memory.
 
     Raises:
-        ModelError: no experts that we could take. BudgetError: it does not fit. RequestError: a GPU
-        budget without a GPU, a context longer than the model's, or a profile of another model.
+        ModelError: it has no experts that Moestro can store.
+        BudgetError: it does not fit.
+        RequestError: a GPU budget without a GPU, a context longer than the model's, or a profile of another model.
     """
     longest = model_context(model.config)
     planned_context(longest, config.context)  # refused before the work
@@ -106,14 +113,17 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
     virtual = config.clock == "virtual"
     machine = None if config.machine in (None, THIS) else machine_named(config.machine)
     free_gpu_bytes = None if device.accelerator is None else device.memory_bytes()
-    if free_gpu_bytes is not None and device.is_pretended:  # it has what is asked of it
+    if free_gpu_bytes is not None and device.is_pretended:  # a pretended GPU has as much memory as is asked for
         free_gpu_bytes = max(free_gpu_bytes, config.budget.gpu_bytes or 0)
     facts = Facts(
-        free_ram_bytes=available_ram_bytes() if config.budget.ram_bytes is None else config.budget.ram_bytes,
+        free_ram_bytes=available_ram_bytes(),
         free_gpu_bytes=free_gpu_bytes,
         margin=device.margin,
         dense_on_gpu=device.dense_on_gpu,
         machine=this_machine(device, config.threads) if virtual and machine is None else machine,
+    )
+    logger.debug(
+        "planning from %s; the dense part has %d bytes, the experts %d", facts, spec.dense_bytes, spec.expert_bytes
     )
     decide = partial(
         make_plan,
@@ -131,6 +141,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
     plan = decide(footprint=need.measured)
     if plan.gpu is not None:
         need.say_if_changed(decide(footprint=need.estimated), plan)
+    logger.debug("planned for %d tokens with policy %s: %s", plan.context, plan.policy, plan.in_words())
     if plan.check().machine is None and plan.placement.slots:
         plan = replace(plan, machine=this_machine(device, config.threads))
     return plan
@@ -142,6 +153,7 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
     Decides and measures nothing.
 
     Args:
+        plan: what to build; it fits.
         threads: of the CPU's kernels; None for one on each physical core.
     """
     layouts, spec, placement = _layouts_of(model), plan.spec, plan.placement
@@ -164,20 +176,22 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)
-        module._is_hf_initialized = True  # there is nothing in it for Transformers to initialize
-    model.register_forward_pre_hook(_begin_step, with_kwargs=True)
-    model.register_forward_hook(_end_step, always_call=True)
+        module._is_hf_initialized = True  # Transformers has no weights to initialize here
+    model.register_forward_pre_hook(begin_step, with_kwargs=True)
+    model.register_forward_hook(end_step, always_call=True)
     model.moestro = conductor
     return conductor
 
 
 def conduct_by(model: Any, policy: Policy, room_bytes: int, heat: Mapping[Expert, float], costs: Costs) -> Conductor:
-    """Give a model whose experts are all in RAM another policy and other slots; it keeps its store and its device.
+    """Give a model whose experts are all in RAM another policy and other slots; store and device stay.
 
-    For comparisons: held experts stay in RAM as well, so that the next policy finds them there.
+    This is for comparisons: experts that the policy holds on the GPU stay in RAM too, where the next policy finds them.
 
     Args:
         room_bytes: device memory for experts.
+        heat: how often each expert is used.
+        costs: the rates that the policy decides by.
     """
     old: Conductor = model.moestro
     placement = policy.place(old.spec, room_bytes, heat)
@@ -203,19 +217,19 @@ def _slots(spec: ModelSpec, placement: Placement, store: ExpertStore, device: De
 
 
 def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
-    """The bytes where an expert lives from the start: uint8 in RAM, or in the slot that holds it."""
+    """The bytes to pack an expert into, uint8 [bytes of the expert]: in the store, or in the slot that holds it."""
     if (layer, expert) in conductor.store:
         return conductor.store[layer, expert]
     return conductor.slots[layer, expert][: conductor.spec.layers[layer].expert_bytes]
 
 
 def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool = False) -> None:
-    """When all weights are there: pack the dense layers and fuse small operations, where they are on the CPU.
+    """Finish a model whose weights have loaded: on the CPU pack its dense layers and fuse small operations.
 
-    Where they are on a device, have its decode steps recorded.
+    On a device, have its decode steps captured.
 
     Args:
-        fast: as in `MatrixFormat.pack`.
+        fast: find scales at once rather than fit them, as in `MatrixFormat.pack`.
     """
     formats = dense_formats(model, config, device)
     threads = model.moestro.cpu.threads
@@ -226,18 +240,20 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
         keep_in_store(module, module._moestro.layout)
     give_methods(model)
     if config.fuse and device.accelerator is not None:
-        record_steps(model, device.accelerator.graphs())
+        capture_steps(model, device.accelerator.graphs())
     elif config.fuse:
         fuse(model, threads)
+        fused = Counter(type(each.forward).__name__ for each in model.modules() if isinstance(each.forward, Fused))
+        logger.debug("of %d MoE layers and what is around them, fused: %s", len(modules), dict(fused))
     for module in modules:
         module._moestro.note(module)
 
 
 def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:
-    """How the dense layers will be packed; None where they stay as Transformers has them: on a GPU, or as asked.
+    """The formats of the dense layers; None where they stay in torch: on a GPU, or with --no-pack-dense.
 
     Raises:
-        RequestError: bits for dense layers that are not on the CPU.
+        RequestError: bits below 16 for dense layers that are not on the CPU.
     """
     if not device.dense_is_packable:
         for option, value in {"--dense-bits": config.dense_bits, "--head-bits": config.head_bits}.items():
@@ -256,10 +272,10 @@ def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFor
 
 
 def _layouts_of(model: Any) -> dict[str, FamilyLayout]:
-    """By the name of each experts module, how it writes its weights down.
+    """The layout of each experts module's weights, by the module's name.
 
     Raises:
-        ModelError: there are none, or none that we could take.
+        ModelError: there are no experts, or none that Moestro can store.
     """
     modules = expert_modules(model)
     if not modules:
@@ -296,19 +312,6 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat,
         dense_bytes=dense,
         dense_weights=dense_weights(model),
     )
-
-
-def _begin_step(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """A hook that tells the conductor that a step begins, and whether it reads a prompt."""
-    rows, count = size_of(args, kwargs)
-    cache = kwargs.get("past_key_values")
-    reads_prompt = cache is None or cache.get_seq_length() == 0 or count > PREFILL_TOKENS
-    model.moestro.begin(rows * count, Phase.PREFILL if reads_prompt else Phase.DECODE)
-
-
-def _end_step(model: Any, args: Any, output: Any) -> None:
-    """A hook that tells it that the step is over."""
-    model.moestro.end()
 
 
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:

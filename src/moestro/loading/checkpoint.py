@@ -1,14 +1,15 @@
-"""What stands in a checkpoint's folder or hub repository, before a model is built: its config, files and names.
+"""Read a checkpoint's folder or hub repository before a model is built: its config, its files, its tensors' names.
 
-    source = resolve("org/name")
-    config = read_config("org/name", source)       # a Transformers config, or one line on what is wrong
+    >>> read_config("demo", resolve("demo")).model_type
+    'mixtral'
 
-Code that a checkpoint brings is run only where it is trusted, and nothing here asks on standard input.
+Code that a checkpoint brings is run only with --trust-remote-code; nothing here asks on standard input.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -25,11 +26,17 @@ from transformers.utils import cached_file
 from ..errors import CheckpointError, ModelError, first_line
 from ..planning.options import METHOD
 
+logger = logging.getLogger("moestro")
+
 DEMO = "demo"
 
 
 def resolve(model: str) -> str:
-    """The folder or hub id that a model's name stands for."""
+    """The folder or hub id that a model's name stands for.
+
+    Raises:
+        ModelError: there is no such folder, and it is no hub id.
+    """
     if model == DEMO:
         return str(files("moestro") / "demo")
     path = Path(model).expanduser()
@@ -47,7 +54,7 @@ def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any
     """The checkpoint's Transformers config.
 
     Raises:
-        ModelError: it has none that Transformers can use, or it is of something that Moestro does not run.
+        ModelError: it has none that Transformers can use, or it describes a model that Moestro does not run.
     """
     _refuse_adapter(model, Path(source))
     try:
@@ -64,7 +71,7 @@ def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any
     text_config = config.get_text_config()
     own = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
     method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
-    if method == METHOD:  # how a model of ours was run; its weights are as they always were
+    if method == METHOD:  # a MoestroConfig says how a model was run; its weights are not quantized
         del config.quantization_config
     elif own is not None:
         raise ModelError(
@@ -79,10 +86,10 @@ def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any
 
 
 def refuse_code(model: str, error: BaseException) -> None:
-    """Say in one line that a checkpoint brings code, where that is what Transformers' error is about.
+    """Say in one line that a checkpoint needs code of its own, where Transformers' error is about that.
 
     Raises:
-        ModelError: it is.
+        ModelError: the error is about it.
     """
     if "trust_remote_code" in str(error):
         raise ModelError(
@@ -92,10 +99,10 @@ def refuse_code(model: str, error: BaseException) -> None:
 
 
 def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
-    """Refuse an attention that a config.json asks for and that is code from the hub, or that no plain generation has.
+    """Refuse an attention implementation that is code from the hub, or that only a server runs.
 
     Raises:
-        ModelError: the config, or that of a part, asks for one.
+        ModelError: the config, or that of a part, asks for such a one.
     """
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         attention = getattr(part, "_attn_implementation", None)
@@ -113,14 +120,15 @@ def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Open each weights file far enough to know that it is whole.
+    """Open each file of weights to find out whether it is whole.
 
     Raises:
-        CheckpointError: naming the file that is absent or cut short.
+        CheckpointError: a line that names a file that is absent or cut short.
     """
     for path in _weight_files(folder):
         if not path.exists():
             raise CheckpointError(f"{folder} lacks {path.name}, which its index names; download it again")
+        logger.debug("weights in %s, %d bytes", path, path.stat().st_size)
         if path.suffix != ".safetensors":
             continue
         try:
@@ -134,7 +142,7 @@ def check_files(folder: Path) -> None:
 
 
 def tensor_names(source: str) -> list[str]:
-    """The names of all tensors in the files of a folder, or of a hub id that was loaded before."""
+    """The names of all tensors in the files of a folder, or of a hub repository that was downloaded before."""
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
@@ -142,7 +150,7 @@ def tensor_names(source: str) -> list[str]:
 
 
 def wrong_prefix(found: Iterable[str], wanted: Iterable[str]) -> tuple[str, str] | None:
-    """The prefix that most tensors of a checkpoint have, and the one that they should have; None if it is right.
+    """The prefix that most of a checkpoint's tensors have and the one they should have; None if these are equal.
 
     Args:
         found, wanted: tensor names of the checkpoint and of the model. Names that a family's conversion changes

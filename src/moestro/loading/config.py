@@ -1,4 +1,4 @@
-"""What a user sets, and how it rides through `from_pretrained`.
+"""The options of a run in the form in which Transformers' `from_pretrained` hands them to our quantizer.
 
 AutoModelForCausalLM.from_pretrained(path, quantization_config=MoestroConfig(ram="48GiB"),
                                      experts_implementation="moestro")

@@ -1,20 +1,18 @@
-"""What a generation needs in GPU memory besides weights, measured on a model that has none yet.
+"""Measure the GPU memory that a generation needs besides weights, on a model that has no weights yet.
 
 The model's own forward runs on the meta device, where tensors have sizes and no bytes: once for a prompt that fills
 the context, once for the token after it. A dispatch mode follows each storage from the operation that makes it to the
-end of its last tensor, so the peak is what the operations ask for, not an estimate. Three things are stood in for:
+end of its last tensor, so the peak is what the operations allocate, not an estimate. Three parts are replaced:
 
-- the experts, by what our own need (`experts_need`), since theirs would run each family's own loop;
-- scaled dot product attention, by its output and the small things that a fused kernel keeps beside it: on meta it would
-  make the scores, tokens x tokens, which a fused kernel never does. Families with attention in plain operations run it
-  as they do on a GPU, scores and all;
+- the experts, by the memory that Moestro's kernels need (`experts_need`), since the family's own loop is not run;
+- scaled dot product attention, by its output and the small tensors that a fused kernel keeps beside it: on meta it
+  would make the scores, tokens x tokens, which a fused kernel never does. Families with attention in plain operations
+  run these as on a GPU, with all their scores;
 - the choice of a token, by Transformers' own samplers.
 
-What it does not see: what a kernel allocates inside itself, and what the allocator loses to fragments; `Margin` is for
-these. Where a forward cannot run without values (it asks for an element, or counts what is nonzero), the closed form of
-`planning/text_shape.py` is taken instead, and said to be.
-
-    measure(model, math, 4096).kv_bytes
+Memory that a kernel allocates inside itself and memory that the allocator loses to fragments are not seen; `Margin`
+keeps room for both. Where a forward needs values (it reads an element, or counts nonzero ones), the closed form of
+`planning/text_shape.py` is taken instead, and a log line says so.
 
 Legend: T tokens, D model width, K top-k.
 """
@@ -49,49 +47,49 @@ from ..planning.text_shape import Footprint, text_shape
 
 logger = logging.getLogger("moestro")
 
-MOST_CALLS = 100_000  # of operations, some 3 s; beyond, shorter contexts are measured and a line is drawn through them
-_SHORT = (64, 128)  # their lengths: one and two chunks of a recurrent layer
+MOST_CALLS = 100_000  # operations, about 3 s; a forward with more is measured at two shorter contexts and extrapolated
+_SHORT = (64, 128)  # lengths of those two contexts: one and two chunks of a recurrent layer
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What contexts of a model on the meta device need: by the closed form of its config, or measured."""
+    """What contexts of a model on the meta device need: estimated by the closed form of its config, or measured."""
 
     model: Any
     math: Sequence[ExpertMath]
     device: torch.device
 
     def measured(self, context: int) -> Footprint:
-        """As `measure` finds it."""
+        """The measured need of so many tokens."""
         return measure(self.model, self.math, context, self.device)
 
     def estimated(self, context: int) -> Footprint:
-        """By arithmetic on the config."""
+        """The need of so many tokens by arithmetic on the config."""
         with META:
             return _estimate(self.model, self.math, context, self.device)
 
     @staticmethod
     def say_if_changed(estimated: Plan, measured: Plan) -> None:
-        """Log it where measuring changed whether a plan fits, or how long its context is."""
+        """Log a line if measuring changed whether the plan fits or how long its context is."""
         if (before := estimated.verdict()) != (after := measured.verdict()):
             logger.info("by the config alone %s on the GPU; measured, %s", before, after)
 
 
 def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
-    """What a generation of `context` tokens by a model on the meta device needs besides its weights.
+    """The memory that a generation of `context` tokens by a model on the meta device needs besides its weights.
 
     Args:
         math: what the experts of each MoE layer compute, in model order.
         context: tokens of the prompt and of the answer, in one sequence.
-        device: where it will run, whose attention kernels decide what is never made.
+        device: where the model will run; its attention kernels decide which tensors are made.
     """
     attention = _Attention(device)
     try:
         try:
             return _measured(model, math, context, attention, MOST_CALLS)
-        except TooLong:  # a layer that goes through a prompt token by token
+        except TooLong:  # a layer reads the prompt token by token
             return _extrapolated([_measured(model, math, tokens, attention, None) for tokens in _SHORT], context)
-    except Exception as error:  # whatever a family's code makes of tensors without values
+    except Exception as error:  # of any kind, from a family's code that needs values
         line = next(iter(str(error).splitlines()), type(error).__name__)
         logger.info("GPU memory is estimated: the forward of %s needs values (%s)", model.config.model_type, line[:80])
     with META:
@@ -99,7 +97,7 @@ def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.
 
 
 def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
-    """Where the line through two leads."""
+    """The need of `context` tokens on a straight line through two measured needs."""
     a, b = two
 
     def at(name: str) -> int:
@@ -110,14 +108,14 @@ def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
 
 
 def experts_need(math: ExpertMath, x: Tensor, device: torch.device) -> int:
-    """Bytes that a device takes while it computes any number of experts of x [T, D] on meta.
+    """Bytes that a device takes at most while it computes experts for x [T, D] on meta.
 
-    Where the GPU kernels cover the experts, their workspace. Else what `run_experts` takes: the worst case is that two
-    experts are given all tokens, and of the second, a chunk of `TOKENS_AT_ONCE` tokens is computed while what is left
-    of the one before is still there; each is unpacked to float32 first.
+    Where the GPU kernels can compute the experts, these are their workspace, else the peak of `run_experts`. Its worst
+    case is that two experts get all tokens: tensors of the first are still alive while the second computes a chunk of
+    `TOKENS_AT_ONCE` tokens. Each expert is unpacked to float32 first.
     """
     if device.type == "cuda":
-        with torch.device("cpu"):  # where it tries the gate on numbers
+        with torch.device("cpu"):  # it tries the gate on numbers there
             kernel = gpu.kernel_of(math, x.dtype, device)
         if kernel is not None:
             return gpu.workspace_at_most(kernel, x.shape[0])
@@ -158,7 +156,7 @@ def _measured(
             mask = torch.empty(1, context, dtype=torch.long)
             out = model(input_ids=ids, past_key_values=cache, **takes)
             _choose(ids, out.logits)
-            del mask, positions  # not given, since their values would be looked at; they take room all the same
+            del mask, positions  # not passed on, since the model would read their values; a real step has them
             return out.past_key_values
 
         empty = None if own_cache else DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -173,8 +171,11 @@ def _measured(
 
 @contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Restore afterwards what a forward notes in its modules: RoPE that depends on length keeps the longest yet seen
-    and its frequencies, which on meta have no values."""
+    """Restore on exit all that a forward notes in its modules.
+
+    For example, RoPE that depends on the length keeps the longest one and its frequencies, which have no values on
+    meta.
+    """
     before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     try:
         yield
@@ -187,7 +188,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
 
 
 def _choose(ids: Tensor, logits: Tensor) -> Tensor:
-    """One token from the last logits [1, T, V], with all of Transformers' common samplers."""
+    """Choose a token by the last of the logits [1, T, V] with all common samplers of Transformers; returns [1, 1]."""
     scores = logits[:, -1].to(dtype=torch.float32, copy=True)
     samplers = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(50), TopPLogitsWarper(0.95), MinPLogitsWarper(0.05))
     scores = LogitsProcessorList(samplers)(ids, scores)
@@ -196,14 +197,15 @@ def _choose(ids: Tensor, logits: Tensor) -> Tensor:
 
 @contextmanager
 def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Within it the model is in eval mode and its experts only allocate; both is undone after.
+    """Inside the block the model is in eval mode and its experts only allocate; both is undone on exit.
 
     Args:
-        lengths: of the steps to come; what experts need for them is found here, before anything is followed.
+        lengths: tokens of the steps to come. What experts need for them is found on entry, where nothing is followed
+            yet.
     """
     modules = list(expert_modules(model).values())
     was_training = model.training
-    known: dict[Any, int] = {}  # layers are alike
+    known: dict[Any, int] = {}  # by what distinguishes layers, since most are alike
     model.eval()
     try:
         for module, of in zip(modules, math, strict=True):
@@ -221,13 +223,13 @@ def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int], de
 
 
 def _allocating(needs: Mapping[int, int]) -> Callable[..., Tensor]:
-    """An experts function that allocates what a layer step does on a device, in the order of the conductor.
+    """An experts function that allocates what a layer step allocates on a device, in the conductor's order.
 
-    That is the routing in float32, the rows of each expert, one float32 sum [T, D] of the device's experts and one of
-    the CPU's, what the experts need, and the result.
+    That is the routing in float32, the rows of each expert, two float32 sums [T, D] for the experts of the device and
+    of the CPU, the experts' workspace, and the result.
 
     Args:
-        needs: of so many tokens.
+        needs: bytes of workspace, by the number of tokens.
     """
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -244,11 +246,11 @@ def _allocating(needs: Mapping[int, int]) -> Callable[..., Tensor]:
 
 
 class _Attention(TorchFunctionMode):
-    """Stands in for scaled dot product attention where a device has a fused kernel for it; elsewhere it stays.
+    """Replaces scaled dot product attention where the device has a fused kernel for it, and leaves it elsewhere.
 
-    By torch's own rules: on the CPU heads must have one width. On CUDA flash attention wants two-byte numbers, one
-    width up to 256, no mask and an Ampere card or newer; the memory-efficient kernel wants as many key heads as query
-    heads and rows of whole 16 bytes.
+    It follows torch's own rules: on the CPU, heads must have one width. On CUDA, flash attention needs numbers of two
+    bytes, one width up to 256, no mask and an Ampere card or newer; the memory-efficient kernel needs as many key heads
+    as query heads and rows of a multiple of 16 bytes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -273,9 +275,10 @@ class _Attention(TorchFunctionMode):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """[B, H, T, D] -> [B, H, T, D of value], laid out by tokens; beside it the log of each row's sum.
+    """Allocate what fused attention does: [B, H, T, D] -> [B, H, T, D of value], and the log of each row's sum.
 
-    A mask of bools becomes numbers, and is copied again where its rows are no multiple of 16.
+    The result is laid out by tokens. A mask of bools becomes numbers, and is copied again where its rows are no
+    multiple of 16.
     """
     *batch, heads, tokens, _width = query.shape
     sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -305,7 +308,7 @@ def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _estimate(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
-    """The closed form of `planning/text_shape.py`, with what our experts were found to need."""
+    """The need by the closed form of `planning/text_shape.py`, with the experts' memory from `experts_need`."""
     shape = text_shape(model.config.to_dict(), model.dtype.itemsize)
 
     def experts_bytes(tokens: int) -> int:

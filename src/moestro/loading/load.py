@@ -1,10 +1,7 @@
-"""From a name to a model that runs: a checkpoint's folder, a hub id, `demo`, or a random shape.
+"""Load a model by its name: a checkpoint's folder, a hub id, `demo`, or a random shape.
 
-    model = moestro.load("mistralai/Mixtral-8x7B-Instruct-v0.1", gpu_memory="12GiB", ram="96GiB")
-    model.generate(...)                   # Transformers' own model; model.moestro is its conductor
-
-Turns what Transformers and safetensors raise about a bad checkpoint into one line each. Knows neither
-placement nor policies.
+Errors of Transformers and safetensors about a bad checkpoint become one line each. Knows neither placement nor
+policies.
 """
 
 from __future__ import annotations
@@ -26,10 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
@@ -44,7 +38,7 @@ logger = logging.getLogger("moestro")
 
 @shows_options(ModelOptions, Options)
 def load(model: str | None = None, **options: Any) -> PreTrainedModel:
-    """Load a Mixture-of-Experts model with its experts in Moestro's hands.
+    """Load a Mixture-of-Experts model whose experts Moestro stores and computes.
 
     Args:
         model: a folder, a hub id, or "demo", the small model that ships with the package.
@@ -80,10 +74,11 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
 def load_tokenizer(
     model: str | None = None, *, shape: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model, or one that spells out ids for a random shape.
+    """The tokenizer of a model, or one that writes ids as text for a random shape.
 
     Args:
-        trust_remote_code: run code that the checkpoint brings for it. Without it none is run and nothing asks.
+        model: a folder, a hub id, or "demo". shape: the name of a random shape, instead of a model.
+        trust_remote_code: run code that the checkpoint brings for it. Without it, no such code is run.
 
     Raises:
         CheckpointError: the checkpoint has none. ModelError: it needs code that is not trusted.
@@ -92,10 +87,10 @@ def load_tokenizer(
         return shape_tokenizer(shape)
     assert model is not None
     source = resolve(model)
-    read_config(model, source, trust_remote_code)  # first, since a model that is not there has no tokenizer either
+    read_config(model, source, trust_remote_code)  # first, since it says in one line that there is no such model
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raise all kinds
+    except Exception as error:  # tokenizers raise all kinds of exceptions
         refuse_code(model, error)
         raise CheckpointError(
             f"{model} has no tokenizer that Transformers can read; put its tokenizer.json beside the weights "
@@ -125,7 +120,7 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
             raise
         except MoestroError:
             raise
-        except Exception as error:  # whatever Transformers and its file formats make of a damaged checkpoint
+        except Exception as error:  # of any kind: Transformers has none of its own for damaged checkpoints
             refuse_code(model, error)
             raise CheckpointError(_explain(model, report, error)) from error
     if missing := sorted(info["missing_keys"]):
@@ -138,13 +133,13 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
 
 
 def _auto_class(config: Any) -> Any:
-    """The auto class of Transformers that finds, by `model_type`, what generates text from such a config.
+    """Transformers' auto class that has, for the config's `model_type`, a model that generates text.
 
-    `architectures` decides only between the text model and the whole of a family that has both; a checkpoint's
-    own code is asked for by the name that its `auto_map` uses.
+    A family may have both a text model and one around it, for images or sound: there the config's `architectures`
+    decides. A checkpoint with code of its own names the auto class in its `auto_map`.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no such class.
     """
     autos = {
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -164,10 +159,10 @@ def _auto_class(config: Any) -> Any:
 
 
 def _check_prefix(model: str, source: str, auto: Any, config: Any, trust_remote_code: bool) -> None:
-    """Say so where a checkpoint has what was missed, under names that all begin otherwise.
+    """Refuse a checkpoint that has the missing tensors under names with another prefix.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: a line with the two prefixes.
     """
     with torch.device("meta"):
         empty = auto.from_config(config, trust_remote_code=trust_remote_code)
@@ -184,14 +179,14 @@ def _check_prefix(model: str, source: str, auto: Any, config: Any, trust_remote_
 
 @contextmanager
 def _loading_report() -> Iterator[list[str]]:
-    """Catch the table that Transformers logs about a load, instead of printing it."""
+    """Collect the lines that Transformers logs about a load inside the block, instead of printing them."""
     report: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: report.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers.modeling_utils")
     propagate, level = logger.propagate, logger.level
     logger.propagate = False
-    logger.setLevel(logging.INFO)  # at WARNING, Transformers also warns of parallel plans that nobody asked for
+    logger.setLevel(logging.INFO)  # at WARNING, Transformers also warns of parallel plans
     logger.addHandler(handler)
     try:
         yield report
@@ -202,7 +197,7 @@ def _loading_report() -> Iterator[list[str]]:
 
 
 def _explain(model: str, report: list[str], error: Exception) -> str:
-    """One line from a loading report of many, or from the error where there is none."""
+    """One line on why a load failed, from Transformers' report or, where it names no tensor, from the error."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(report))
     broken = re.findall(r"^(\S.*?)\s*\|\s*(CONVERSION|MISMATCH)", text, re.MULTILINE)
     if not broken:

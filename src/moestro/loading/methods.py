@@ -1,9 +1,8 @@
-"""What a loaded model does with the public methods of Transformers' and torch's models: a table, and what differs.
+"""Adapt the public methods of Transformers' and torch's models to packed weights.
 
-Most work as they are. Those that would copy, move, convert or write weights that are packed are refused in one line,
-and those that count or show weights know the packed ones too. A test fails on a method that has no row.
-
-    give_methods(model)          # the class of the model becomes a subclass of what it was
+Most methods work unchanged. Those that would copy, move, convert or write packed weights are refused in one line, and
+those that count or show weights include the packed ones. The table has a row for each method; a test fails on a method
+without one.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What is our own, since it concerns packed weights.
+# Methods that `_Conducted` overrides, since they concern packed weights.
 OURS = _names(
     """
     cpu cuda from_pretrained get_memory_footprint get_parameter get_parameter_or_buffer ipu mtia num_parameters
@@ -50,7 +49,7 @@ OURS = _names(
     """
 )
 
-# What works as Transformers and torch have it.
+# Methods that work as in Transformers and torch.
 SAME = _names(
     """
     activation_checkpointing_disable active_adapters add_adapter add_model_tags add_module adjust_generation_fn
@@ -76,7 +75,7 @@ SAME = _names(
 
 
 def give_methods(model: Any) -> None:
-    """Have a loaded model, and the models inside that have experts, answer their public methods as the table says."""
+    """Give a loaded model, and the models inside it that have experts, the methods that the table says."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and expert_modules(module):
             family: Any = type(module)
@@ -85,7 +84,7 @@ def give_methods(model: Any) -> None:
 
 @functools.cache
 def _conducted(family: Any) -> Any:
-    """The class of a family's models that are in Moestro's hands; its name stays, which Transformers goes by."""
+    """The class of a family's loaded models. It has the family's name, by which Transformers looks things up."""
     refusals = {name: _refusal(name, why) for name, why in REFUSED.items() if hasattr(family, name)}
     return type(family.__name__, (_Conducted, family), {"__module__": family.__module__, "_family": family, **refusals})
 
@@ -103,17 +102,17 @@ def _refuse(name: str, why: str) -> NoReturn:
 
 
 class _Conducted(nn.Module):
-    """The methods that differ from a family's own; each has that one's arguments."""
+    """The methods that differ from a family's own; each takes the arguments of the method it overrides."""
 
     _family: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Another model of the family, which is in no hands yet."""
+        """Make a plain model of the family, without Moestro."""
         return cls._family(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Another model of the family, in whose hands it will be."""
+        """Load a model by the family's own `from_pretrained`."""
         return cls._family.from_pretrained(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -129,7 +128,11 @@ class _Conducted(nn.Module):
                 _refuse(f"the adapter {name!r} of {found[0]}", "its experts' weights are packed in the store")
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing, where it is there already and of that dtype."""
+        """Do nothing where the model is on that device and has that dtype already.
+
+        Raises:
+            ModelError: it is elsewhere, or has another dtype.
+        """
         model: Any = self
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         there = device is None or (device.type == model.device.type and device.index in (None, model.device.index))
@@ -138,29 +141,29 @@ class _Conducted(nn.Module):
         return model
 
     def cpu(self) -> Any:
-        """As `to`."""
+        """Call `to` with "cpu"."""
         return self.to("cpu")
 
     def cuda(self, device: Any = None) -> Any:
-        """As `to`."""
+        """Call `to` with a CUDA device."""
         return self.to(
             "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
         )
 
     def ipu(self, device: Any = None) -> Any:
-        """As `to`."""
+        """Call `to` with "ipu"."""
         return self.to("ipu")
 
     def mtia(self, device: Any = None) -> Any:
-        """As `to`."""
+        """Call `to` with "mtia"."""
         return self.to("mtia")
 
     def xpu(self, device: Any = None) -> Any:
-        """As `to`."""
+        """Call `to` with "xpu"."""
         return self.to("xpu")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The weights that torch holds: neither packed layers nor experts. It cannot be saved."""
+        """The weights that are torch tensors: neither packed layers nor experts. It refuses to be saved."""
         found = super().state_dict(*args, **kwargs)
         if args or kwargs.get("destination") is not None:
             return found
@@ -169,23 +172,23 @@ class _Conducted(nn.Module):
         return part
 
     def get_parameter(self, target: str) -> Any:
-        """A parameter by name; of a packed layer an unpacked copy."""
+        """A parameter by name; for a packed layer an unpacked copy."""
         owner, _, leaf = target.rpartition(".")
         module = self.get_submodule(owner)
         is_packed = isinstance(module, Packed) and leaf in ("weight", "bias")
         if is_packed or leaf in getattr(type(module), "_stored", ()):
-            return getattr(module, leaf)  # which says where the weights of experts are
+            return getattr(module, leaf)  # for experts, this raises an error that says where their weights are
         return super().get_parameter(target)
 
     def get_parameter_or_buffer(self, target: str) -> Any:
-        """As `get_parameter`."""
+        """A parameter as `get_parameter` gives it, or a buffer."""
         owner, _, leaf = target.rpartition(".")
         if leaf in getattr(type(self.get_submodule(owner)), "_stored", ()):
             return self.get_parameter(target)
         return super().get_parameter_or_buffer(target)  # type: ignore[misc]
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many weights there are, experts and packed layers too; none of them is trained."""
+        """The number of weights, experts and packed layers included; none of these is trained."""
         count: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
         if only_trainable:
             return count
@@ -198,7 +201,7 @@ class _Conducted(nn.Module):
         return count + experts
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of all weights as they are: in torch, packed, in the store in RAM, and in slots on the device."""
+        """Bytes of all weights: in torch, in packed layers, in the store in RAM, and in slots on the device."""
         used: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
         for layers in self._packed():
             used += layers[0].matrix.packed.numel()
@@ -207,20 +210,28 @@ class _Conducted(nn.Module):
         return used + int(conductor.store.n_bytes) + int(conductor.slots.memory.numel())
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers', where the embedding is torch's."""
+        """Resize by Transformers where the embedding is not packed.
+
+        Raises:
+            ModelError: it is packed.
+        """
         model: Any = self
         if isinstance(model.get_input_embeddings(), Packed) and (args or kwargs):
             _refuse("resize_token_embeddings", "its embedding is packed; load it with pack_dense=False")
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def set_experts_implementation(self, experts_implementation: Any) -> None:
-        """Nothing, for our own; there are no weights here for another."""
+        """Do nothing for "moestro".
+
+        Raises:
+            ModelError: another implementation, for which there are no weights.
+        """
         wanted = experts_implementation
         if any(name != METHOD for name in (wanted.values() if isinstance(wanted, dict) else (wanted,))):
             _refuse("set_experts_implementation", f"its experts' weights are packed for {METHOD!r} alone")
 
     def _packed(self) -> Iterator[list[Any]]:
-        """The packed layers, those that share their bytes together."""
+        """The packed layers; those that share their bytes are in one list."""
         found: dict[int, list[Any]] = {}
         for module in self.modules():
             if isinstance(module, Packed):
@@ -235,7 +246,7 @@ class _Conducted(nn.Module):
 
 
 class _Part(OrderedDict[str, Any]):
-    """A state dict without the experts, which must not be taken for the model."""
+    """A state dict without the experts, which refuses to be pickled: it is not the whole model."""
 
     _metadata: Any
 

@@ -1,14 +1,15 @@
-"""The Transformers side: a quantizer that takes experts while a model loads, and the experts function.
+"""Moestro's plug-ins for Transformers: a quantizer that takes experts while a model loads, and an experts function.
 
-`from_pretrained` builds the model without weights, and we plan for it; each expert tensor that loads is
-packed into its home and leaves nothing behind in the model; a forward pass then calls `experts_forward`
-for each MoE layer. Importing this file registers both under the name "moestro".
+`from_pretrained` builds the model without weights, and the quantizer has it planned for. Each expert tensor that loads
+is packed into the store or a slot, and the model keeps nothing of it. A forward pass then calls `experts_forward` for
+each MoE layer. Importing this file registers both under the name "moestro".
 
 Legend: D model width, T tokens, K top-k.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..compute.eager import outside_of_graphs
-from ..decode.capture import current_recording
+from ..decode.capture import current_capture
 from ..devices import Device, make_device
 from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError, refuse_gradients
@@ -26,13 +27,15 @@ from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
 from .config import MoestroConfig
 
+logger = logging.getLogger("moestro")
+
 
 @outside_of_graphs
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Transformers' experts interface: [..., D], [T, K], [T, K] -> [..., D].
 
     Raises:
-        ModelError: the model was loaded without a `MoestroConfig`, so its experts are not ours.
+        ModelError: the model was loaded without a `MoestroConfig`, so its experts are not in a store.
     """
     layer: ExpertLayer | None = getattr(module, "_moestro", None)
     if layer is None:
@@ -46,11 +49,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, D]
     index = top_k_index[:, None] if top_k_index.dim() == 1 else top_k_index.flatten(0, -2)  # [T, K]
     weights = top_k_weights.reshape(index.shape)
-    recording = current_recording()
-    if recording is None:
+    capture = current_capture()
+    if capture is None:
         combined = layer.conductor.run_layer(layer.index, x, index, weights)
     else:
-        combined = recording.run_layer(layer.conductor, layer.index, x, index, weights)
+        combined = capture.run_layer(layer.conductor, layer.index, x, index, weights)
     return combined if hidden_states.dim() == 2 else combined.view(hidden_states.shape)
 
 
@@ -65,7 +68,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
 
     def __init__(self, quantization_config: MoestroConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.pre_quantized = False  # a saved config says how a model was run; its weights are as they always were
+        self.pre_quantized = False  # a saved config says how a model was run; its weights are not quantized
         self._device: Device = make_device(quantization_config.device, quantization_config.link_gbps)
         self._layers: dict[str, ExpertLayer] = {}  # by the name of the experts module
         self._not_loaded: set[str] = set()  # expert parameters
@@ -91,7 +94,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             if isinstance(converter, WeightConverter):
                 targets = tuple(target.replace("\\", "") for target in converter.target_patterns)
                 converter.force_cpu |= any(name.endswith(targets) for name in names)
-        # Where a checkpoint has them as the model does, no converter of the family's would match.
+        # Where a checkpoint's tensors have the model's own names, no converter of the family matches them.
         leaves = sorted({".".join(name.split(".")[-2:]) for name in names})
         # The lookbehind keeps `experts.down_proj` from matching `shared_experts.down_proj.weight`.
         own = [WeightConverter(rf"(?<!\w){leaf}", leaf, [_AsItIs()], force_cpu=True) for leaf in leaves]
@@ -116,13 +119,17 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             for part in layer.layout.parameters:
                 del module._parameters[part]
         pack_rest(model, self.quantization_config, self._device)
-        return model.requires_grad_(False)  # experts give no gradients, so no other weight's would be right
+        return model.requires_grad_(False)  # experts give no gradients, so gradients of other weights would be wrong
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Pack one parameter of all experts of a layer into their homes.
+        """Pack one parameter of all experts of a layer into the store or slots.
 
-        What is wrong with it is kept for `_process_model_after_weight_loading`: an error raised here would
-        reach the user inside Transformers' loading report.
+        A wrong shape is noted for `_process_model_after_weight_loading`: an error raised here would reach the user
+        inside Transformers' loading report.
+
+        Args:
+            name: of the parameter in the model.
+            tensor: [experts, ...], as loaded.
         """
         owner = self._owner(name)
         assert owner is not None
@@ -136,9 +143,10 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             packed = home(layer.conductor, layer.index, expert)
             math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
         self._not_loaded.discard(name)
+        logger.debug("packed %s of %d experts, %d bytes as loaded", name, layer.layout.experts, tensor.nbytes)
 
     def _owner(self, param_name: str) -> tuple[ExpertLayer, str] | None:
-        """The layer that an expert parameter belongs to, and the parameter's own name; None for others."""
+        """The layer that an expert parameter belongs to, and the parameter's name in it; None for other parameters."""
         module_name, _, part = param_name.rpartition(".")
         layer = self._layers.get(module_name)
         return None if layer is None or part not in layer.layout.parameters else (layer, part)

@@ -1,15 +1,16 @@
-"""Models of real shapes with random weights, built in memory straight into the store.
+"""Build models of real shapes with random weights straight into the store, to measure speed; their text is noise.
 
-No state dict and no checkpoint: the dense part is initialized where it will run, and one random layer of
-experts is packed and then copied with changes into all layers. For measuring speed; the text is noise.
+There is no state dict and no checkpoint: the dense part is initialized where it will run, and one random layer of
+experts is packed and then copied with changes into all layers.
 
-Routing is skewed as measured on Mixtral (Fiddler's published popularity profiles: most popular expert
-1.35 x the mean, least popular 0.25 x). A random router would not do: its choice would follow whatever
-direction random hidden states share. So the embedding is given one shared direction and a part of each
-token's own, and each router row a component along the shared one, solved so that the top-k of
-bias + noise has the wanted frequencies.
+Routing is skewed as measured on Mixtral (Fiddler's published popularity profiles: the most popular expert has 1.35 x
+the mean, the least popular 0.25 x). A purely random router would not do, since its choice would follow the direction
+that random hidden states happen to share. So each token's embedding is the sum of one shared direction and a part of
+its own, and each router row has a component along the shared direction, solved so that the top-k of bias + noise has
+the wanted frequencies.
 
-    model = build_random_model("olmoe-1b-7b", MoestroConfig(), dtype=torch.bfloat16, seed=0)
+    >>> build_random_model("tiny", MoestroConfig(), dtype=torch.bfloat16, seed=0).moestro.phase
+    <Phase.DECODE: 'decode'>
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def build_random_model(
     """A random model of a real shape, its experts in the store.
 
     Args:
+        name: of the shape.
         dtype: a torch dtype, or "auto" for bfloat16.
-        layers: cut the depth.
+        seed: of all weights.
+        layers: the depth to cut the model to; None for all layers.
 
     Raises:
         RequestError: no such shape. BudgetError: it does not fit.
@@ -77,7 +80,7 @@ def build_random_model(
 
 
 def shape_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Bytes are the first 256 tokens; the others are written as <id>, since they mean nothing."""
+    """A tokenizer for a shape: the first 256 tokens are bytes, the others are written as <id>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = shape_config(name).vocab_size
     vocab = {char: i for i, char in enumerate(alphabet)} | {f"<{i}>": i for i in range(len(alphabet), size)}
@@ -88,7 +91,7 @@ def shape_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def shape_config(name: str, layers: int | None = None) -> Any:
-    """Transformers' config of a shape, cut to so many layers.
+    """Transformers' config of a shape, cut to so many layers; None for all.
 
     Raises:
         RequestError: no such shape.
@@ -98,10 +101,10 @@ def shape_config(name: str, layers: int | None = None) -> Any:
 
 
 def _fill_experts(conductor: Conductor) -> None:
-    """Pack one random layer; expert e of layer l is its expert e + l with its blocks rotated by l.
+    """Pack one random layer; expert e of layer l is that layer's expert e + l with its blocks rotated by l.
 
-    Rotating blocks reorders neurons, which changes bytes and no result; equal bytes come back after as many
-    layers as an expert has blocks.
+    Rotating blocks reorders neurons, which changes the bytes but no result. The bytes repeat after as many layers as an
+    expert has blocks.
     """
     math, count = conductor.math[0], conductor.spec.layers[0].experts
     fmt, shape = math.format, math.shape
@@ -129,10 +132,10 @@ def _random_expert(math: ExpertMath) -> Tensor:
 
 
 def set_routing(model: PreTrainedModel, *, skewed: bool, seed: int = 0) -> None:
-    """Draw a random model's embedding and routers anew, on an accelerator, where they are as Transformers has them.
+    """Draw the embedding and routers of a random model on an accelerator anew; on the CPU they are packed.
 
     Args:
-        skewed: experts are as unevenly popular as in a real model; else all alike.
+        skewed: whether experts are as unevenly popular as in a real model; else all are equally popular.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

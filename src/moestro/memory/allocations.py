@@ -1,8 +1,9 @@
 """Follows the memory that operations ask for: each storage from the operation that makes it to its last tensor's end.
 
-    with StorageFollower() as follower:
-        model(ids)
-    follower.peak_bytes
+    >>> with StorageFollower() as follower:
+    ...     total = torch.ones(1024, device="meta") + 1
+    >>> follower.peak_bytes
+    8192
 
 Knows neither models nor plans.
 """

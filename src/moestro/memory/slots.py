@@ -35,7 +35,7 @@ class SlotPool(SlotTable):
 
     Args:
         memory: uint8 [slots, slot_bytes] on the device.
-        held, warm: as in `SlotTable`. Whoever makes the pool fills the memory of the held ones.
+        held, warm: as in `SlotTable`. The caller that makes the pool fills the memory of the held ones.
     """
 
     def __init__(self, memory: Tensor, held: Iterable[Expert] = (), warm: Iterable[Expert] = ()) -> None:

@@ -4,8 +4,9 @@ Decides where in the mapping an expert's bytes are. Knows neither formats nor de
 out. Weights never change once loaded, so there is no dirty state and nothing is ever written back.
 Experts that are held on the GPU for good have no bytes here.
 
-    store = ExpertStore([[4096] * 8] * 2, absent={(0, 3)})
-    store[1, 5]        # uint8 [4096], a view
+    >>> store = ExpertStore([[4096] * 8] * 2, absent={(0, 3)})
+    >>> store[1, 5].shape
+    torch.Size([4096])
 """
 
 from __future__ import annotations

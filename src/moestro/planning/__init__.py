@@ -1,1 +1,1 @@
-"""DECIDES: who computes an expert and when it moves. Pure Python: no torch, no other wing, any clock."""
+"""DECIDES: where an expert is computed and when it moves. Pure Python: no torch, no other wing, any clock."""

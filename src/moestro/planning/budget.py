@@ -1,6 +1,7 @@
 """Amounts of memory as people write them.
 
-    Budget.parse(gpu_memory="12GiB", ram="48GiB")
+    >>> Budget.parse(gpu_memory="12GiB", ram="48GiB")
+    Budget(gpu_bytes=12884901888, ram_bytes=51539607552)
 
 Sizes are ints in bytes everywhere inside; GiB = 2**30, GB = 10**9. Knows nothing of the machine: what
 it has is passed in.
@@ -12,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..errors import RequestError
+from ..errors import BudgetError, RequestError
 
 LEAST_CONTEXT = 2  # a token of a prompt and one of an answer
 
@@ -58,6 +59,18 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.0f} B"
 
 
+def check_ram(what: str, need_bytes: float, free_bytes: float, remedy: str) -> None:
+    """Refuse what takes more RAM than is free.
+
+    Raises:
+        BudgetError: one line with what is needed, what there is and what to do.
+    """
+    if need_bytes > free_bytes:
+        raise BudgetError(
+            f"{what} needs {format_bytes(need_bytes)} of RAM, but {format_bytes(free_bytes)} are free; {remedy}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The memory that Moestro may use, in bytes; None means all that the machine has to give."""
@@ -75,7 +88,7 @@ class Budget:
 
 
 class Margin(NamedTuple):
-    """What a budget keeps back for what nobody measures: a share of it and so many bytes."""
+    """What a budget keeps back for what is not measured: a share of it and so many bytes."""
 
     share: float
     fixed_bytes: int

@@ -4,8 +4,6 @@ A policy sees a `Step` (what one MoE layer was asked for), a read-only `View` (w
 `Costs` (what this machine was measured to do), and returns a `Decision`. It imports neither torch nor
 anything that moves weights, so the same object runs live and in a replay. It does not know which.
 
-    check(policy.decide(step, view, costs), step, view, spec)  # check.py
-
 To write a policy, derive from `policies.BasePolicy`; docs/policies.md shows one of 40 lines.
 """
 
@@ -38,6 +36,7 @@ __all__ = [
     "Placement",
     "Policy",
     "Step",
+    "StepInfo",
     "View",
     "guesses_kept",
 ]
@@ -58,6 +57,41 @@ class Phase(Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What one step of a model reads, row by row; a row is a sequence.
+
+    prompt_tokens, decode_tokens: how many new tokens of each row belong to its prompt, and how many extend it; one of
+        the two is 0 for each row.
+    stream: tells apart the streams of work that callers run steps on, as `Device.stream_id` does.
+    """
+
+    prompt_tokens: tuple[int, ...]
+    decode_tokens: tuple[int, ...]
+    stream: int = 0
+
+    @classmethod
+    def alike(cls, phase: Phase, tokens: int, rows: int = 1, stream: int = 0) -> StepInfo:
+        """Rows of so many tokens each, all in one phase."""
+        some, none = (tokens,) * rows, (0,) * rows
+        return cls(some, none, stream) if phase is Phase.PREFILL else cls(none, some, stream)
+
+    @property
+    def rows(self) -> int:
+        """How many sequences."""
+        return len(self.prompt_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens over all rows."""
+        return sum(self.prompt_tokens) + sum(self.decode_tokens)
+
+    @property
+    def phase(self) -> Phase:
+        """Prefill as soon as one row reads its prompt: its many tokens decide what such a step costs."""
+        return Phase.PREFILL if any(self.prompt_tokens) else Phase.DECODE
 
 
 class Lane(Enum):
@@ -107,7 +141,7 @@ class Step(NamedTuple):
     tokens: expert -> tokens routed to it (only experts with at least one; the sentinel is removed).
     mass: expert -> sum of its routing weights over the tokens.
     guesses: later layer -> expert -> the share of the tokens' attention that its gate would give it, the likeliest
-        first, from the next blocks' gates on this layer's hidden states; empty where nobody asked or there are none.
+        first, from the next blocks' gates on this layer's hidden states; empty where there are none.
     """
 
     layer: int
@@ -161,7 +195,7 @@ class Move(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Who computes which neurons of which active expert of the step's layer, and what moves meanwhile.
+    """Whether GPU or CPU computes which neurons of each active expert of a layer, and what moves meanwhile.
 
     `gpu` and `cpu` together tile each active expert's neurons [0, F) exactly once.
     drop: experts that are no longer wanted on the GPU, before anything moves; a copy that has begun goes on.
@@ -223,8 +257,8 @@ class Policy(Protocol):
     def place(self, spec: ModelSpec, gpu_bytes: int, heat: Mapping[Expert, float]) -> Placement:
         """Choose the experts to hold within `gpu_bytes`, and slots. `heat`: how often each is used, if known."""
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
-        """Before the first layer of a step of `tokens` tokens."""
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
+        """Before the first layer of a step."""
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
         """Split the work of one layer step."""

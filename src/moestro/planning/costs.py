@@ -1,6 +1,7 @@
 """What a machine can do, as the rates that policies and the simulation reckon with. Pure arithmetic.
 
-    Costs(cpu_gbps=30, link_gbps=12).link_s(2**20)
+    >>> Costs(cpu_gbps=30, link_gbps=12).link_s(12 * 10**9)
+    1.0
 
 A rate is in GB/s (1e9 bytes a second) or GFLOP/s; None where nothing was measured. Two rates bound each piece of
 work: how fast its weights are read, and how fast they are multiplied; the slower one counts.
@@ -63,7 +64,7 @@ class Costs:
         return _roofline_s(layer, tokens, neurons, gbps, self.cpu_gflops)
 
     def gpu_s(self, layer: LayerSpec, tokens: int, neurons: int | None = None) -> float:
-        """The same for the GPU, the weights being there."""
+        """Seconds of an expert on the GPU, its weights being there."""
         return _roofline_s(layer, tokens, neurons, self.gpu_gbps, self.gpu_gflops)
 
     def link_s(self, n_bytes: float) -> float:

@@ -1,6 +1,7 @@
 """Machines as data: what the papers' hardware and common cards can do, with sources (machines.json).
 
-    machine_named("rtx4090").costs.link_gbps
+    >>> round(machine_named("rtx4090").costs.link_gbps, 1)
+    25.2
 
 A rate is a peak from a data sheet times the share of it that good code reaches. While the link copies, the CPU has
 what the RAM gives beyond that: both read the same memory, and the link keeps its rate.

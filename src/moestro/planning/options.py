@@ -2,7 +2,9 @@
 
 A new option is one new field here. The commands, `moestro.load` and `MoestroConfig` read the fields.
 
-    Options(bits=5)    # RequestError: --bits 5: there are 16, 8, 4
+    >>> Options(bits=5)
+    Traceback (most recent call last):
+    moestro.errors.RequestError: --bits 5: there are 16, 8, 4
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is known of an option besides its name, type and default.
+    """What is known of an option besides its field's name, type and default.
 
-    unset: what None stands for, in words. short: a short flag, like "-t". check: refuses or converts a value.
+    unset: what None stands for, in words. short: a short flag, like "-t". check: refuses or converts a value. named:
+    the option's name, where it is not the field's.
     """
 
     help: str
@@ -50,6 +53,7 @@ class About:
     unset: str | None = None
     short: str | None = None
     check: Check | None = None
+    named: str | None = None
 
     @property
     def text(self) -> str:
@@ -72,6 +76,11 @@ def option_like(kind: type[Checked], name: str, **changes: Any) -> Any:
 def about(one: Field[Any]) -> About:
     """What a field's option says of itself."""
     return one.metadata["about"]  # type: ignore[no-any-return]
+
+
+def name_of(one: Field[Any]) -> str:
+    """The name of a field's option."""
+    return about(one).named or one.name
 
 
 def flag(name: str) -> str:
@@ -155,9 +164,9 @@ class Checked:
         kind: Any = type(self)
         hints = _hints(kind)
         for one in fields(self):
-            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], flag(one.name))
+            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], flag(name_of(one)))
             if check is not None and value is not None:
-                value = check(value, flag(one.name))
+                value = check(value, flag(name_of(one)))
             object.__setattr__(self, one.name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,7 +216,7 @@ def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Where a model's experts may live, who decides about them, and how its weights are kept."""
+    """Where a model's experts may live, which policy decides about them, and how its weights are kept."""
 
     gpu_memory: str | int | None = option(
         None,

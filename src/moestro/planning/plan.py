@@ -1,8 +1,10 @@
 """The plan of a run: what goes where and whether it fits, decided before there are weights. A value, no side effects.
 
-    need = partial(shape.footprint, experts_bytes=expert_workspace(spec))
-    plan = make_plan(spec, need, Facts(free_ram_bytes=2**35), formats=Formats("bf16"), policy="moestro")
-    plan.check(); print(plan.in_words())
+    >>> spec = ModelSpec((LayerSpec(experts=8, neurons=64, expert_bytes=2**20),), dense_bytes=2**20)
+    >>> facts = Facts(free_ram_bytes=2**20)
+    >>> make_plan(spec, lambda tokens: Footprint(0, 0), facts, formats=Formats("bf16"), policy="cpu-only").in_words()
+    'does not fit: the model needs 9.0 MiB of RAM (experts 8.0 MiB), but this machine has free 1.0 MiB; free memory or \
+choose a smaller model'
 
 Every fact of the machine is an argument. `loading/build.py` gathers them and carries a plan out.
 """

@@ -72,6 +72,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+REAL_SHAPES = tuple(name for name in SHAPES if name != "tiny")
+
 
 def shape_named(name: str) -> dict[str, Any]:
     """What a shape's config.json says.
@@ -85,14 +87,18 @@ def shape_named(name: str) -> dict[str, Any]:
 
 
 def top_k_of_shape(name: str) -> int:
-    """Experts a token."""
+    """To how many experts a router sends each token."""
     return int(shape_named(name)["num_experts_per_tok"])
 
 
-def spec_of_shape(name: str) -> ModelSpec:
-    """A shape as the planner sees it, in bf16: attention, norms, routers, embedding and head are its dense part."""
+def spec_of_shape(name: str, layers: int | None = None) -> ModelSpec:
+    """A shape as the planner sees it, in bf16: attention, norms, routers, embedding and head are its dense part.
+
+    Args:
+        layers: the depth to cut the model to; None for all layers.
+    """
     shape = shape_named(name)
-    width, vocab, layers = shape["hidden_size"], shape["vocab_size"], shape["num_hidden_layers"]
+    width, vocab, layers = shape["hidden_size"], shape["vocab_size"], layers or shape["num_hidden_layers"]
     heads, key_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     head = shape.get("head_dim", width // heads)
     experts = shape.get("num_local_experts") or shape["num_experts"]

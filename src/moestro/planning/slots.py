@@ -1,4 +1,4 @@
-"""Who is in which slot of the device, and who is on the way there. Pure bookkeeping: no bytes, no clock.
+"""Which expert is in which slot of the device or on its way there. Pure bookkeeping: no bytes, no clock.
 
 One table of equal slots over all layers. A slot is empty, filling (its copy is in flight) or ready, so nothing reads
 a half-filled one, and a second request for an expert in flight joins the first. Eviction forgets: the weights are
@@ -29,7 +29,7 @@ class Transfer(Protocol):
         """Drop the copy if it has not begun; False when it has."""
 
     def hasten(self) -> None:
-        """A step waits for it now: it goes before what nobody waits for."""
+        """A step waits for it now: it goes before copies that no step waits for."""
 
     def left_bytes(self) -> int:
         """How much of it has not crossed yet; 0 where that is not known."""
@@ -49,7 +49,7 @@ class Slot:
 
 
 class SlotTable:
-    """Who is where.
+    """Which expert is in which slot.
 
     Args:
         slots: how many there are. held: experts that occupy the first of them for good.
@@ -67,7 +67,7 @@ class SlotTable:
         self.find = self._where.get  # the slot of an expert that is here or on its way, or None; asked most of all
         self._empty = [Slot(i) for i in reversed(range(len(there), slots))]
         self.moved_bytes = 0  # queued so far, without what was dropped before it began
-        self.failures = 0  # after which slots may be empty that nobody decided to empty
+        self.failures = 0  # after which slots may be empty that no policy emptied
         self._borrowed: dict[int, set[Expert]] = {}  # by layer
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class SlotTable:
         self._empty.append(slot)
 
     def drop(self, expert: Expert) -> None:
-        """Empty the slot of an expert that nobody wants, unless it is held or its copy has begun."""
+        """Empty the slot of an expert that is not wanted, unless it is held or its copy has begun."""
         slot = self._where.get(expert)
         if slot is None or expert in self.held:
             return
@@ -160,13 +160,13 @@ class SlotTable:
                 self.drop(expert)  # one that is still coming goes after the layer's next step
 
     def forget_all(self) -> None:
-        """After a step that failed nobody knows what a policy has in its books: empty all slots but those held."""
+        """Empty all slots but those held, after a step that failed: what a policy has noted of them is unknown."""
         self.forget_unfinished()
         for expert in self._where.keys() - self.held:
             self.forget(expert)
 
     def forget_unfinished(self) -> None:
-        """After a failure nobody knows what arrived: empty the slots of all that is not there, once it is still."""
+        """Empty the slots of all copies that have not arrived, once they are still: a failure leaves that unknown."""
         self.failures += 1
         for expert, slot in list(self._where.items()):
             if slot.filling is None or self.ready(expert):
@@ -175,7 +175,7 @@ class SlotTable:
                 self.moved_bytes -= slot.n_bytes
             else:
                 with suppress(Exception):  # its failure is being told already
-                    slot.filling.wait()  # it would write into whoever has the slot next
+                    slot.filling.wait()  # it would write into the slot's next expert
             self.forget(expert)
 
 

@@ -1,7 +1,8 @@
 """What a text model keeps and allocates beside its weights, by arithmetic on the numbers of its config.json.
 
-    shape = text_shape(json.loads(Path("config.json").read_text()))
-    shape.footprint(4096, experts_bytes=expert_workspace(spec)).kv_bytes
+    >>> config = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
+    >>> text_shape(config).footprint(1024, experts_bytes=lambda tokens: 0).kv_bytes
+    1048576
 
 The cache is exact for full, grouped, sliding and latent attention. Linear attention, state space layers and compressed
 caches are bounded from above, as are the activations. `loading/gpu_need.py` measures both on a model without weights.

@@ -1,6 +1,9 @@
 """Runs a policy over a recorded trace on a virtual machine: the policy objects that run live, without a GPU.
 
-    replay(trace, make_policy("lru"), machine_named("t4-colab"), gpu_bytes=12 * 2**30).decode_tok_s
+    >>> from moestro.planning.policies import make_policy
+    >>> from moestro.planning.machines import machine_named
+    >>> replay(trace, make_policy("lru"), machine_named("t4-colab"), gpu_bytes=12 * 2**30).decode.tokens
+    3
 
 A conductor without tensors: it asks, checks and carries out in the same order as the live one (dispatch.py), on a
 virtual clock. What the model would have computed is not known here, and nothing depends on it.
@@ -17,7 +20,7 @@ from ..errors import BudgetError
 from ..planning.budget import format_bytes
 from ..planning.check import check, check_moves
 from ..planning.clock import Share
-from ..planning.contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step
+from ..planning.contract import Decision, Expert, Lane, ModelSpec, Move, Outcome, Phase, Policy, Step, StepInfo
 from ..planning.costs import Costs
 from ..planning.dispatch import Found, classify, dispatch
 from ..planning.machines import Machine
@@ -137,7 +140,7 @@ def replay(
     """
     run = _Run(trace.spec, policy, machine, gpu_bytes, heat or {}, timeline)
     for one in trace.passes:
-        run.begin(one.tokens, one.phase)
+        run.begin(StepInfo.alike(one.phase, one.tokens))
         for step in one.steps:
             run.layer(step, one.tokens)
         run.end()
@@ -173,11 +176,11 @@ class _Run:
         self._limits: dict[Any, tuple[float, float, float]] = {}  # which depend on counts alone
         self._begun_s = self._link_s = 0.0
 
-    def begin(self, tokens: int, phase: Phase) -> None:
+    def begin(self, info: StepInfo) -> None:
         self._begun_s, self._link_s = self.clock.now_s, self.clock.link.busy_s
-        self._now = self.figures[phase]
-        self._now.tokens += tokens
-        moves = self.policy.begin(tokens, self.view, self.costs)
+        self._now = self.figures[info.phase]
+        self._now.tokens += info.tokens
+        moves = self.policy.begin(info, self.view, self.costs)
         if moves:
             check_moves(moves, self.view, self.spec, "before the first layer")
             for move in moves:

@@ -22,7 +22,7 @@ BITS_PER_WEIGHT = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.5}
 
 
 def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
-    """The same model with experts of so many bits, scales included. The dense part stays as it is.
+    """A model with experts of so many bits, scales included. The dense part stays as it is.
 
     Raises:
         RequestError: no such bits.

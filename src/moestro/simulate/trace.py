@@ -1,6 +1,7 @@
 """A routing trace: what the routers of one model chose for one text, and what the next gates would have guessed.
 
-    trace = Trace.load("demo.trace"); trace.summary()
+    >>> trace.tokens(Phase.DECODE), trace.top_k
+    (3, 2)
 
 The file, version 1, is one line of JSON (the header), a line feed, and a zlib stream of little-endian columns:
 

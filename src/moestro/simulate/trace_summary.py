@@ -1,6 +1,7 @@
 """What a trace says of a model's routing: popularity, reuse, recall of guesses, hits of an LRU.
 
-    summarize(Trace.load("demo.trace"))["recall"]
+    >>> summarize(trace)["decode_tokens"]
+    3
 
 All of it is of decode steps, but popularity, which is of all tokens.
 """

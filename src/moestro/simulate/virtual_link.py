@@ -68,7 +68,7 @@ class VirtualCopy:
         """Whether the bytes are there, for which a live run waits; False if they could not come."""
         try:
             self.wait()
-        except Exception:  # who needs them will hear of it
+        except Exception:  # the step that needs them will raise it
             return False
         return True
 
@@ -81,7 +81,7 @@ class VirtualCopy:
         if not self._machine.link.drop(self):
             return self.done_s <= self._machine.now_s and not self._really_done()
         if self.real is not None and not self.real.cancel():
-            self.real.wait()  # it would write into whoever has the slot next
+            self.real.wait()  # it would write into the slot's next expert
         return True
 
     def hasten(self) -> None:

@@ -1,1 +1,1 @@
-"""Text in, text out: decoding token by token, generation settings, chat templates, and channels of an answer."""
+"""Generate text from text: settings, chat templates, and the answer's text while its tokens are made."""

@@ -1,4 +1,4 @@
-"""One answer while it is made: its text, cut at the first stop string, each piece in its channel.
+"""An answer while it is made: its text up to the first stop string, each piece in the channel it belongs to.
 
 answer = AnswerStream(tokenizer, prompt_ids, stop=["END"], on_text=print)
 model.generate(..., streamer=answer)
@@ -24,8 +24,12 @@ OnText = Callable[[str], None]
 class AnswerStream(BaseStreamer):  # type: ignore[misc]  # transformers is not typed
     """Takes an answer's tokens and passes its text on as it becomes final.
 
-    text: the pieces that went to `on_text`, together. reasoning: the same of `on_reasoning`; None where the model
-    did not think aloud, or `channels` is None: then all is text.
+    Args:
+        tokenizer: of the model.
+        prompt: token ids of the prompt.
+        stop: texts that end the answer and do not belong to it.
+        on_text, on_reasoning: called with each new piece of the answer, and of what the model thinks aloud.
+        channels: the marks by which the two are told apart; None where all is text.
     """
 
     def __init__(
@@ -48,12 +52,12 @@ class AnswerStream(BaseStreamer):  # type: ignore[misc]  # transformers is not t
 
     @property
     def text(self) -> str:
-        """The answer so far."""
+        """The answer so far: all pieces that went to `on_text`."""
         return "".join(self._said[Channel.ANSWER])
 
     @property
     def reasoning(self) -> str | None:
-        """What was thought aloud so far."""
+        """What was thought aloud so far; None where there was nothing."""
         has_reasoned = self._splitter is not None and self._splitter.has_reasoned
         return "".join(self._said[Channel.REASONING]) if has_reasoned else None
 
@@ -70,10 +74,10 @@ class AnswerStream(BaseStreamer):  # type: ignore[misc]  # transformers is not t
         self.add(value.flatten().tolist())
 
     def add(self, ids: Sequence[int]) -> None:
-        """Take tokens of the answer."""
+        """Take token ids of the answer."""
         begin = 0
         for at, token in enumerate(ids):
-            if token in self._marks:  # what was before it is not changed by what comes behind it
+            if token in self._marks:  # the text before a mark does not change any more
                 self._pass_on(self._cutter.feed(self._stream.put(ids[begin : at + 1]) + self._stream.flush()))
                 self._pass_on(self._cutter.flush())
                 if not self.is_stopped:
@@ -83,7 +87,7 @@ class AnswerStream(BaseStreamer):  # type: ignore[misc]  # transformers is not t
             self._pass_on(self._cutter.feed(self._stream.put(ids[begin:])))
 
     def end(self) -> None:
-        """Pass the rest on."""
+        """Pass the rest of the text on, at the end of the answer."""
         self._pass_on(self._cutter.feed(self._stream.flush()) + self._cutter.flush())
         if self._splitter is not None:
             self._say(self._splitter.end())
@@ -101,7 +105,7 @@ class AnswerStream(BaseStreamer):  # type: ignore[misc]  # transformers is not t
 
 
 class StopCutter:
-    """Passes text on up to the first stop string and without it, however the text comes in pieces."""
+    """Passes on the text before the first stop string, in whatever pieces the text comes."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.is_stopped = False
@@ -109,7 +113,7 @@ class StopCutter:
         self._held = ""  # may be the beginning of a stop string
 
     def feed(self, text: str) -> str:
-        """The text that is certain not to belong to a stop string."""
+        """Take a piece; return the text that is certain not to belong to a stop string."""
         if self.is_stopped:
             return ""
         pending = self._held + text
@@ -121,7 +125,7 @@ class StopCutter:
         return pending[:open_at]
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return what was held back, at the end of the text."""
         held, self._held = self._held, ""
         found = self._find(held)
         self.is_stopped |= found is not None
@@ -131,7 +135,7 @@ class StopCutter:
         return min((at for word in self._words if (at := text.find(word)) >= 0), default=None)
 
     def _opened(self, text: str) -> int:
-        """Where the longest end of a text begins that may be the beginning of a stop string."""
+        """The position from which on a text may be the beginning of a stop string; its length if there is none."""
         longest = max(map(len, self._words), default=1) - 1
         for at in range(max(0, len(text) - longest), len(text)):
             if any(word.startswith(text[at:]) for word in self._words):
@@ -140,20 +144,20 @@ class StopCutter:
 
 
 class StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
-    """Ends a generation at a stop string, as the tokenizer writes it.
+    """Ends a generation at a stop string in the decoded text.
 
-    Transformers' own criterion reckons with each token of the vocabulary alone: it takes seconds to prepare, fails
-    where the tokenizer cannot write "abcdef", and does not know what a decoder makes of two tokens together.
+    Transformers' own criterion looks at each token of the vocabulary alone: it takes seconds to prepare, fails where
+    the tokenizer cannot encode "abcdef", and does not know what a decoder makes of two tokens together.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_tokens: int) -> None:
         self._tokenizer, self._words = tokenizer, [word for word in stop if word]
         self._seen = prompt_tokens
-        # A character takes 4 tokens at most, and a few may say nothing.
+        # A character takes 4 tokens at most; a few more tokens may add no text.
         self._reach = 4 * max(map(len, self._words), default=0) + 16
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether each row has come to a stop string with its newest tokens."""
+        """Whether each row has come to a stop string with its newest tokens: bool [rows] for int64 [rows, tokens]."""
         new, self._seen = input_ids.shape[1] - self._seen, input_ids.shape[1]
         if not self._words or new <= 0:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -161,7 +165,7 @@ class StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not t
         return torch.tensor([self._ends(row, new) for row in rows], dtype=torch.bool, device=input_ids.device)
 
     def _ends(self, ids: Sequence[int], new: int) -> bool:
-        for skips in (True, False):  # a stop string may be a special token, or go on behind one
+        for skips in (True, False):  # a stop string may be a special token, or continue after one
             text, before = (decode(self._tokenizer, part, skip_special_tokens=skips) for part in (ids, ids[:-new]))
             begin = shared_length(text, before)
             if any(text.find(word, max(0, begin - len(word) + 1)) >= 0 for word in self._words):

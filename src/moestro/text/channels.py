@@ -1,12 +1,7 @@
-"""What a model thinks aloud, told apart from its answer.
+"""Tell what a model thinks aloud apart from its answer.
 
-Finds the marks by which a tokenizer's family does so: the tokenizer's own response template, Harmony's channels
-(gpt-oss), or a pair like <think> and </think> that the vocabulary or the chat template has. Transformers'
-`ResponseParser` does the parsing.
-
-    channels = find_channels(tokenizer)                         # None for most tokenizers
-    splitter = Splitter(channels, channels.opening(prompt_ids))
-    splitter.feed("<think>Hm.</think>Hello!")                   # "Hm." in Channel.REASONING, "Hello!" in Channel.ANSWER
+The marks come from the tokenizer's own response template, from Harmony's channels (gpt-oss), or are a pair like <think>
+and </think> that the vocabulary or the chat template has. Transformers' `ResponseParser` does the parsing.
 """
 
 from __future__ import annotations
@@ -56,7 +51,7 @@ _HARMONY = {
 
 
 class Channel(Enum):
-    """Where a piece of text belongs."""
+    """What a piece of text belongs to."""
 
     REASONING = "reasoning"
     ANSWER = "answer"
@@ -64,19 +59,24 @@ class Channel(Enum):
 
 @dataclass(frozen=True)
 class Channels:
-    """How a tokenizer's family marks them.
+    """How a tokenizer's family marks reasoning and answer.
 
-    tokens: special tokens that are such marks, or parts of them: id -> what it says.
+    tokens: the special tokens that are such marks or parts of them, by id. marks: the pairs that the template was made
+    of; empty where the template is the tokenizer's own.
     """
 
     template: Any  # Transformers' ResponseTemplate
     tokens: dict[int, str]
     tokenizer: PreTrainedTokenizerBase
-    marks: tuple[tuple[str, str], ...] = ()  # pairs, where the template was made of them
+    marks: tuple[tuple[str, str], ...] = ()
     is_harmony: bool = False
 
     def opening(self, prompt: Sequence[int]) -> str:
-        """What of a prompt belongs to the answer already, such as a <think> that the chat template ends with."""
+        """The end of a prompt that belongs to the answer already, such as a <think> from the chat template.
+
+        Args:
+            prompt: token ids.
+        """
         text = decode(self.tokenizer, prompt, skip_special_tokens=False)
         if self.is_harmony:
             last = text[text.rfind("<|start|>") :] if "<|start|>" in text else ""
@@ -117,28 +117,31 @@ def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
 
 
 def _as_text(template: Any) -> Any:
-    """A response template that only tells regions apart: what is in one, such as a tool call, stays text."""
+    """A response template that only tells regions apart and keeps their content, such as a tool call, as text."""
     plain = {"content": "text", "content_args": {}, "repeats": True, "join": None, "optional": True, "transform": None}
     fields = {name: replace(field, transform_each=False, **plain) for name, field in template.fields.items()}
     return replace(template, fields=fields, defaults={})
 
 
 class Splitter:
-    """Splits an answer's text into channels as it comes.
+    """Splits an answer's text into channels, piece by piece.
 
-    The white space around what is thought, and between that and the answer, is dropped; an answer without any mark
-    comes out as it went in.
+    White space around the reasoning, and between it and the answer, is dropped. An answer without marks is not changed.
+
+    Args:
+        channels: the marks.
+        opening: the end of the prompt that belongs to the answer already.
     """
 
     def __init__(self, channels: Channels, opening: str) -> None:
         self._tokens = sorted(channels.tokens.values(), key=len, reverse=True)
         self._implicit = channels.template.implicit
         self._channel = Channel.ANSWER
-        self._space = ""  # white space that is passed on once text follows in the same region
-        self._joint = ""  # between two regions of one channel
+        self._space = ""  # white space that is passed on if text follows in the same region
+        self._joint = ""  # what separates two regions of one channel
         self._is_marked = False  # whether a mark has opened a region
         self._said = {Channel.REASONING: False, Channel.ANSWER: False}
-        self._unclaimed = ""  # by any region, of which a template may have none for the beginning of an answer
+        self._unclaimed = ""  # text before any region, since a template may have none for the beginning of an answer
         self._is_claimed = False
         self.has_reasoned = False
         self._parser = ResponseParser(channels.template, prefix=opening)
@@ -146,22 +149,22 @@ class Splitter:
         self.has_reasoned = is_open and self._channel is Channel.REASONING
 
     def feed(self, text: str) -> list[tuple[Channel, str]]:
-        """The pieces that became certain with this text."""
+        """Take a piece of text; return the pieces that became final with it."""
         pieces = list(self._split(self._parser.feed(text)))
         self._unclaimed = "" if self._is_claimed else self._unclaimed + text
         return pieces
 
     def end(self) -> list[tuple[Channel, str]]:
-        """The rest."""
+        """Return the remaining pieces, at the end of the answer."""
         pieces = list(self._split(self._parser.finalize()[1]))
-        if not self._is_claimed:  # else all that was said would be lost
+        if not self._is_claimed:  # no region had the text, which would be lost otherwise
             return [(Channel.ANSWER, self._without_marks(self._unclaimed))] if self._unclaimed else []
         if self._space and not self._is_marked:
             pieces.append((self._channel, self._space))
         return pieces
 
     def _without_marks(self, text: str) -> str:
-        """Leave out special tokens that stand where they mark nothing."""
+        """The text without special tokens that stand where they mark nothing."""
         for token in self._tokens:
             text = text.replace(token, "")
         return text
@@ -190,7 +193,7 @@ class Splitter:
         self._space, self._joint = "", "\n" if self._said[self._channel] else ""
 
     def _spaced(self, text: str) -> str:
-        """The text with white space only between what is said: what ends it may be the end of its region."""
+        """The text without white space at the ends of its region; white space at its end waits for more text."""
         text = self._space + text
         body = text.rstrip()
         if not body:
@@ -219,7 +222,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, patterns: str) -> dict[i
 
 
 def _think_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
-    """Pairs like <think> and </think>, of which the vocabulary or the chat template has one."""
+    """Pairs like <think> and </think> of which the vocabulary or the chat template has at least one mark."""
     template = tokenizer.chat_template
     texts = list(template.values()) if isinstance(template, dict) else [template]
     seen = "\n".join([*(text for text in texts if isinstance(text, str)), *tokenizer.get_added_vocab()])
@@ -233,6 +236,6 @@ def _think_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], .
         pairs[_GEMMA] = None
     if _has_token(tokenizer, "<think>"):
         pairs[("<think>", "</think>")] = None
-    # A mark that the vocabulary has without its counterpart opens or switches something else.
+    # An opening mark whose counterpart appears nowhere marks something else.
     vocabulary = tokenizer.get_added_vocab()
     return tuple(pair for pair in pairs if pair[0].strip() not in vocabulary or pair[1].strip() in seen)

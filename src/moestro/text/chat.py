@@ -1,11 +1,8 @@
 """A conversation of several turns over one KV cache.
 
-Each turn renders the whole conversation and reuses the cache for the tokens that did not change, so a
-turn costs its own tokens and not the history's. Uses the tokenizer's chat template; without one, the
-conversation is a plain text that the model continues.
-
-    chat = ChatSession(model, tokenizer, TextOptions(), system="Answer briefly.")
-    chat.ask("Who wrote Heidi?", on_text=print)
+Each turn renders the whole conversation and reuses the cache for the tokens that did not change, so that only new
+tokens are computed. It uses the tokenizer's chat template; without one, the conversation is a plain text that the
+model continues.
 """
 
 from __future__ import annotations
@@ -16,17 +13,19 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .answer import OnText
 from .choices import choose
-from .generation import OnText, TextOptions, TextResult, embedding_rows, encode, generate_text
+from .generation import TextResult, embedding_rows, encode, generate_text
+from .options import TextOptions
 from .templates import Message, answer_message, check_template, has_template, render
 
-# Families that give wrong logits in Transformers 5.23 itself when several tokens are appended to a filled cache
-# (mistral_large4 from 20 tokens on): their history is read again each turn. The family tests try them all.
+# Families for which Transformers 5.23 itself gives wrong logits when several tokens are appended to a filled cache
+# (mistral_large4 from 20 tokens on). Their history is read again in each turn. The family tests try all families.
 REREAD = frozenset({"jamba", "mistral_large4", "unlimited_ocr"})
 
 
 class ChatSession:
-    """The turns so far and the KV cache that has read them.
+    """A conversation: the turns so far and the KV cache of their tokens.
 
     Raises:
         RequestError: the chat template cannot write such a conversation.
@@ -60,7 +59,12 @@ class ChatSession:
         on_reasoning: OnText | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> TextResult:
-        """Answer one message. A turn that fails or is refused leaves the conversation as it was.
+        """Answer one message. A turn that fails or is refused does not change the conversation.
+
+        Args:
+            text: the message.
+            on_text, on_reasoning: called with each new piece of the answer, and of what the model thinks aloud.
+            should_stop: called after each step; True ends the answer there.
 
         Raises:
             RequestError: the conversation no longer fits the model's context, or the chat template refuses the message.
@@ -92,7 +96,7 @@ class ChatSession:
         return encode(self._tokenizer, render(self._tokenizer, messages), add_special_tokens=False)
 
     def _usable_cache(self, ids: Tensor) -> Any:
-        """The cache, cut to the tokens that it shares with `ids`; None where it cannot be used."""
+        """The cache, cut to the first tokens that it shares with `ids`; None where it cannot be used."""
         if self._cache is None or self._cached_ids is None or self._model.config.model_type in REREAD:
             return None
         length = min(len(ids) - 1, len(self._cached_ids))  # at least one token is left to compute
@@ -102,6 +106,6 @@ class ChatSession:
             try:
                 self._cache.crop(shared - len(self._cached_ids))  # negative: how many to drop
             except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-                # Recurrent states and full sliding windows cannot go back, so the history is read again.
+                # Recurrent states and full sliding windows cannot be cut, so the history is read again.
                 return None
         return self._cache

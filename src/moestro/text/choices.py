@@ -1,7 +1,7 @@
-"""How a request's options and the checkpoint's own settings become Transformers' arguments.
+"""Turn a request's options and the checkpoint's own settings into arguments of Transformers' `generate`.
 
-What a request says wins. What it leaves open is the checkpoint's, from its generation_config.json. Where that does
-not say to sample either, a request without a temperature samples in our way.
+A request's option wins. What it leaves out is taken from the checkpoint's generation_config.json. Where that does not
+say whether to sample either, a request without a temperature samples with Moestro's defaults.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SAMPLING_TEMPERATURE, SAMPLING_TOP_P, SAMPLING_TOP_K = 0.7, 0.95, 50
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """A request's options over a checkpoint's settings: what generation does.
+    """How to generate: a request's options over a checkpoint's settings.
 
-    keeps_cache: whether the KV cache is one of ours, a plain one that holds what it was given and no more.
-    goes_back: whether tokens are taken back that were tried, as assisted decoding does.
-    can_continue: whether a later generation may go on with that cache.
+    keeps_cache: whether the KV cache is one of Moestro's, which holds exactly the tokens that were computed.
+    goes_back: whether generation drops tokens from the cache again, as assisted decoding does.
+    can_continue: whether a later generation may continue with that cache.
     """
 
     num_beams: int
@@ -40,10 +40,10 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
 
     Args:
         own: the checkpoint's settings.
-        rows: of the model's embedding; a token id is below that.
+        rows: of the model's embedding; token ids are below it.
 
     Raises:
-        ModelError: the checkpoint's settings are not to be followed.
+        ModelError: the checkpoint has settings that cannot be followed.
     """
     check_settings(own, rows)
     num_beams = options.num_beams or own.num_beams or 1
@@ -51,13 +51,13 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
     keeps_cache = own.use_cache is not False and own.cache_implementation in (None, "dynamic", "hybrid")
     goes_back = own.prompt_lookup_num_tokens is not None
     arguments: dict[str, Any] = {
-        "max_length": None,  # the number of new tokens is always said
+        "max_length": None,  # max_new_tokens is always given
         "num_beams": num_beams,
         "num_return_sequences": 1,
         "return_dict_in_generate": True,
-        # Nothing here reads them, and layers that are asked for them go the long way.
+        # Nothing here reads them, and layers that must return them cannot be fused.
         **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
-        "stop_strings": None,  # ours end it
+        "stop_strings": None,  # answer.py ends the text at them
         **_sampling(options, own, num_beams),
     }
     if keeps_cache:

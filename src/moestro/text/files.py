@@ -1,4 +1,4 @@
-"""Files that a user names: read whole, or found writable before the work is done."""
+"""Files that a user names: read them, or find out before the work whether they can be written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from ..errors import RequestError
 
 
 def read_text(path: str) -> str:
-    """A text file's text."""
+    """The text of a file in UTF-8.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -16,7 +20,11 @@ def read_text(path: str) -> str:
 
 
 def writable(path: str) -> Path:
-    """A file that will be written, refused before the work is done."""
+    """The path of a file that will be written later.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
     found = Path(path)
     try:
         existed = found.exists()

@@ -1,8 +1,9 @@
-"""Text in, text out, with its speeds: what `run` and `chat` share.
+"""Continue a text and measure the speed, as `run` and `chat` do.
 
-Generation itself is Transformers'. This file tokenizes, checks the context, streams, stops and times.
+Transformers generates. This file tokenizes, checks the context, streams, stops and times.
 
-    result = generate_text(model, tokenizer, "Once upon a time", TextOptions(), on_text=print)
+    >>> generate_text(model, tokenizer, "Once upon a time", TextOptions(max_new_tokens=4)).new_tokens
+    4
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from ..decode.capture import TapeFigures, cache_for, figures_of
+from ..decode.capture import CaptureFigures, cache_for, figures_of
 from ..engine.counters import Counters
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
 from ..loading.context import model_context
@@ -28,18 +29,6 @@ from .choices import choose
 from .options import TextOptions
 from .settings import unusual_settings
 
-__all__ = [
-    "OnText",
-    "TextOptions",
-    "TextResult",
-    "check_context",
-    "check_ids",
-    "embedding_rows",
-    "encode",
-    "generate_text",
-    "peak_bytes",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class TextResult:
@@ -49,7 +38,7 @@ class TextResult:
     was nothing of the kind. reused_tokens: tokens of the prompt that the KV cache had from before; they are not in
     prefill_tok_s. decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
-    bytes_moved: of experts, over the link. tape: of steps that were recorded; None where
+    bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where
     none can be. Times are the conductor's clock's, which may be a virtual one.
     """
 
@@ -65,7 +54,7 @@ class TextResult:
     peak_bytes: dict[str, int]
     hit_rate: float | None
     bytes_moved: int
-    tape: TapeFigures | None
+    capture: CaptureFigures | None
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)  # only one that a later generation may go on with
 
@@ -83,8 +72,8 @@ class TextResult:
             "prompt_tokens",
             "new_tokens",
         )
-        tape = None if self.tape is None else self.tape.to_json()
-        return {name: getattr(self, name) for name in names} | {"tape": tape}
+        capture = None if self.capture is None else self.capture.to_json()
+        return {name: getattr(self, name) for name in names} | {"capture": capture}
 
 
 def generate_text(
@@ -99,17 +88,17 @@ def generate_text(
     should_stop: Callable[[], bool] = lambda: False,
     cache: Any = None,
 ) -> TextResult:
-    """Generate from a prompt, streaming where there is one sequence to stream.
+    """Continue a prompt; without beams, stream the text as it is made.
 
     The text is what the tokenizer makes of prompt and answer together, without the prompt, up to the first stop string:
-    see `moestro.text.stream`. What `on_text` gets adds up to `text`.
+    see `moestro.text.stream`. The pieces that `on_text` gets add up to `text`.
 
     Args:
         prompt: text, or token ids int64 [tokens].
         on_text: called with each new piece of text.
         on_reasoning: called with each new piece of what the model thinks aloud.
-        splits_channels: tell the two apart, where the tokenizer's family has marks for it; False: all is text.
-        should_stop: asked after each step; True ends the answer there.
+        splits_channels: tell reasoning and answer apart by the marks of the tokenizer's family; False: all is text.
+        should_stop: called after each step; True ends the answer there.
         cache: a KV cache that holds the first tokens of the prompt.
 
     Raises:
@@ -125,11 +114,11 @@ def generate_text(
     tokens = len(ids) + max_new_tokens
     cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
     if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
-        cache = None  # a full window of ours cannot go back; Transformers' own can
+        cache = None  # our caches cannot take tokens back from a full window; Transformers' own can
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
-    before, tape_before = replace(conductor.counters), figures_of(model)
+    before, capture_before = replace(conductor.counters), figures_of(model)
     stream = AnswerStream(
         tokenizer,
         ids.tolist(),
@@ -162,7 +151,7 @@ def generate_text(
         new_tokens=new_tokens,
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
-        **_costs(model, before, tape_before),
+        **_costs(model, before, capture_before),
         sequence=sequence,
         cache=_continued(output, len(sequence)) if choices.can_continue else None,
     )
@@ -172,11 +161,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     """Token ids of a text: int64 [tokens].
 
     Raises:
-        RequestError: there is nothing to start from.
+        RequestError: the tokenizer cannot encode the text, or it gives no token to start from.
     """
     remedy = "change the prompt, or use the tokenizer that belongs to the model"
     with faults_as(RequestError, "the tokenizer cannot encode the prompt", remedy):
-        # Not verbose: it would warn of a text longer than the context, which is checked elsewhere.
+        # Not verbose: the tokenizer would warn of a text longer than the context, which `check_context` refuses.
         ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
@@ -186,17 +175,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """For how many tokens the model has an embedding."""
+    """The number of tokens that the model has an embedding for."""
     embedding = model.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
     return int(model.config.get_text_config().vocab_size if rows is None else rows)
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor, rows: int) -> None:
-    """Refuse a prompt that no embedding has rows for, before a kernel reads beside it.
+    """Refuse a prompt with tokens that the embedding has no rows for, before a kernel reads outside of it.
+
+    Args:
+        ids: int64 [tokens].
+        rows: of the embedding.
 
     Raises:
-        RequestError: naming the first such token.
+        RequestError: a line that names the first such token, or the shape or dtype of ids that are none.
     """
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not len(ids):
         shape = "x".join(map(str, ids.shape)) or "a single"
@@ -213,10 +206,10 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor, rows: int) -> Non
 
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int, num_beams: int = 1) -> int:
-    """How many new tokens the model's context has room for, at most `max_new_tokens`.
+    """The number of new tokens that the model's context has room for, at most `max_new_tokens`.
 
     Raises:
-        RequestError: the prompt alone fills the context, or all of it is more than GPU memory was planned for.
+        RequestError: the prompt alone fills the context, or prompt and answer are more than GPU memory was planned for.
     """
     context = model_context(model.config)
     if context is not None and prompt_tokens >= context:
@@ -228,12 +221,12 @@ def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: in
 
 
 def peak_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Tier -> the most memory used at once so far, in bytes."""
+    """The most bytes used at once so far, by tier: "ram" and "gpu"."""
     return {"ram": peak_ram_bytes(), "gpu": model.moestro.device.peak_bytes()}
 
 
 def _speeds(prompt_tokens: int, start_s: float, times_s: Sequence[float]) -> dict[str, Any]:
-    """Of a result, from when it began and when each of its steps ended."""
+    """Speeds, named as in `TextResult`, from the time of the start and of the end of each step, all in seconds."""
     return {
         "prefill_tok_s": prompt_tokens / (times_s[0] - start_s),
         "decode_tok_s": (len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None,
@@ -241,19 +234,19 @@ def _speeds(prompt_tokens: int, start_s: float, times_s: Sequence[float]) -> dic
     }
 
 
-def _costs(model: PreTrainedModel, before: Counters, tape_before: TapeFigures | None) -> dict[str, Any]:
-    """What the text took, named as in `TextResult`."""
-    conductor, tape = model.moestro, figures_of(model)
+def _costs(model: PreTrainedModel, before: Counters, capture_before: CaptureFigures | None) -> dict[str, Any]:
+    """Memory, hits and copies of a generation, named as in `TextResult`."""
+    conductor, capture = model.moestro, figures_of(model)
     return {
         "peak_bytes": peak_bytes(model),
         "hit_rate": _hit_rate(before, conductor.counters) if conductor.slots else None,
         "bytes_moved": conductor.counters.moved_bytes - before.moved_bytes,
-        "tape": None if tape is None or tape_before is None else tape.since(tape_before),
+        "capture": None if capture is None or capture_before is None else capture.since(capture_before),
     }
 
 
 def _hit_rate(before: Counters, after: Counters) -> float | None:
-    """Hits of all (expert, step) pairs of decode in between; None where there were none."""
+    """The share of expert uses in decode that were hits, between two readings of counters; None without decode."""
     hits = after.hits - before.hits
     used = hits + after.joined - before.joined + after.misses - before.misses
     return hits / used if used else None
@@ -261,7 +254,7 @@ def _hit_rate(before: Counters, after: Counters) -> float | None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of a seed within, those of before after."""
+    """Seed the global random generators inside the block and restore their state on exit."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -269,7 +262,11 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _explained(model: PreTrainedModel) -> Iterator[None]:
-    """One line for what damaged weights make of sampling, and for settings that Transformers itself refuses."""
+    """Turn into one line what sampling raises with damaged weights, and what Transformers raises about settings.
+
+    Raises:
+        CheckpointError: the model's output is not a number. ModelError: settings that Transformers cannot follow.
+    """
     try:
         yield
     except MoestroError:
@@ -290,16 +287,16 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _continued(output: Any, tokens: int) -> Any:
-    """The KV cache after a generation, if it holds all tokens of the text but the last and nothing else; else None."""
+    """The KV cache after a generation, if it holds exactly all tokens but the last; else None."""
     cache = getattr(output, "past_key_values", None)
     try:
         return cache if cache is not None and int(cache.get_seq_length()) == tokens - 1 else None
-    except (AttributeError, ValueError):  # one without attention layers does not know how long it is
+    except (AttributeError, ValueError):  # a cache without attention layers has no length
         return None
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A padding token, so that Transformers need not warn that it picks one."""
+    """A padding token; without one, Transformers would choose one and warn of it."""
     for token in (model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -307,7 +304,7 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
-    """Notes when each step ended; asked last in a step, so it also ends the answer on request."""
+    """Notes the time in seconds at which each step ended, and ends the answer when `should_stop` returns True."""
 
     def __init__(self, should_stop: Callable[[], bool], clock: Clock) -> None:
         self.times_s: list[float] = []

@@ -1,4 +1,4 @@
-"""What a request asks of generation: names, defaults, help and checks, without torch or Transformers."""
+"""The options of a request for text: names, defaults, help and checks. Imports neither torch nor Transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..planning.options import Checked, ModelOptions, needs, option, option_like
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Checked):
-    """How to choose tokens and when to end. Named as Transformers names them; None leaves it to the checkpoint.
+    """How to choose tokens and when to end, named as in Transformers. None leaves an option to the checkpoint.
 
     Raises:
         RequestError: one line that names the option, the value and what is possible.

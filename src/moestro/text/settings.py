@@ -1,8 +1,8 @@
-"""Every setting of generation that a checkpoint may bring, and what becomes of it.
+"""A table of every generation setting that a checkpoint may have, and whether it is followed.
 
 `SETTINGS` has a row for each key of Transformers' `GenerationConfig`; a test fails on a key without one.
 
-    check_settings(model.generation_config, rows=32000)     # or one line that names the key, its value and what to do
+    >>> check_settings(model.generation_config, rows=model.config.vocab_size)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FOLLOWED, OURS, REFUSED = "Transformers follows it", "Moestro follows it", "refu
 class Setting:
     """A row of the table.
 
-    how: FOLLOWED, which passes it through; OURS, as `note` says; or REFUSED unless it is unset or does nothing.
-    holds: whether a value (with the rows of the embedding) is one that can be followed. needs: the same in words.
+    how: FOLLOWED, so that it is passed on; OURS, as `note` says; or REFUSED unless it is unset or has no effect.
+    holds: takes a value and the rows of the embedding; whether that value can be followed. needs: such values in words.
     """
 
     how: str
@@ -204,10 +204,13 @@ SETTINGS: dict[str, Setting] = {
 
 
 def check_settings(own: GenerationConfig, rows: int) -> None:
-    """Refuse what a checkpoint's settings ask for and would not get.
+    """Refuse a checkpoint's settings that would not be followed.
+
+    Args:
+        rows: of the model's embedding; token ids are below it.
 
     Raises:
-        ModelError: naming the setting, its value and what to do.
+        ModelError: a line that names the setting, its value and what to do.
     """
     for name, setting in SETTINGS.items():
         value = getattr(own, name, None)
@@ -220,7 +223,7 @@ def check_settings(own: GenerationConfig, rows: int) -> None:
 
 
 def unusual_settings(own: GenerationConfig) -> list[str]:
-    """The settings that Transformers follows and a checkpoint has changed, `name value` each."""
+    """The settings that Transformers follows and that differ from its defaults, each as "name value"."""
     usual = GenerationConfig._get_default_generation_params()
     skipped = {"bos_token_id", "eos_token_id", "pad_token_id", "disable_compile"}
     return [

@@ -1,15 +1,12 @@
 """An answer's text, token by token, equal to what the tokenizer makes of the whole sequence.
 
-The text of an answer is the decoded sequence (prompt and answer, special tokens skipped) behind the longest beginning
-that it shares with the decoded prompt. Mostly that beginning is the decoded prompt itself. It is shorter where the
+The text of an answer is the decoded sequence (prompt and answer, special tokens skipped) after the longest beginning
+that it shares with the decoded prompt. Mostly that beginning is the whole decoded prompt. It is shorter where the
 answer changes how the prompt ends: a character that the prompt began and the answer completed belongs to the answer,
-and so does what a decoder that cleans up spaces rewrote.
+and so do spaces that the decoder cleaned up.
 
-    stream = TextStream(tokenizer, prompt_ids)
-    pieces = [stream.put([token]) for token in answer_ids] + [stream.flush()]     # "".join(pieces) is the text
-
-A piece is passed on once no token to come can change it. Decoding the whole sequence for each token would cost more
-and more, so a window of the last tokens is decoded; it begins where that makes no difference to the text at its end.
+A piece is passed on once no later token can change it. Decoding the whole sequence for each token would cost more and
+more, so only a window of the last tokens is decoded. It begins where this does not change the text at its end.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from transformers.tokenization_python import PythonBackend
 from ..errors import CheckpointError, faults_as
 
 _WINDOW = 64  # tokens, before a shorter window is tried
-_CONTEXT = 24  # characters at least, of a window in front of the text that is not passed on yet
+_CONTEXT = 24  # the least characters of a window before the text that is not passed on yet
 _SEAM = (
     8  # characters at the beginning of a window that may differ from the whole text: a decoder strips or cleans them
 )
@@ -36,7 +33,11 @@ _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, 
 
 
 class TextStream:
-    """Decodes an answer as its tokens come. Knows nothing of stop strings and channels."""
+    """Decodes an answer as its tokens come. Knows nothing of stop strings and channels.
+
+    Args:
+        prompt: token ids of the prompt.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -47,7 +48,7 @@ class TextStream:
         self._shorten()
 
     def put(self, ids: Sequence[int]) -> str:
-        """Append tokens; returns the text that became final."""
+        """Append token ids; return the text that became final."""
         self._ids.extend(ids)
         if self._changeable is None:
             return ""
@@ -57,13 +58,13 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Return the rest of the text, as if nothing followed."""
+        """Return the rest of the text, at the end of the answer."""
         if self._changeable is None:
             self._text = self._decode(self._ids)
         return self._pass_on(len(self._text))
 
     def _pass_on(self, characters: int) -> str:
-        """The text up to so many characters of the window, without what was passed on."""
+        """The first `characters` of the window's text, without what was passed on before."""
         final = self._text[:characters]
         if self._done.startswith(final):  # nothing new, or a prompt whose end may still change
             return ""
@@ -72,16 +73,16 @@ class TextStream:
         return final[shared:]
 
     def _final_characters(self) -> int:
-        """How many characters of the window no token to come can change."""
+        """How many characters of the window no later token can change."""
         if self._ends_in_bytes():
             return 0
         text = self._text[: len(self._text) - (self._changeable or 0)]
         return len(text.rstrip(_REPLACEMENT))
 
     def _ends_in_bytes(self) -> bool:
-        """Whether the last token that leaves a trace spells a byte.
+        """Whether the last token that adds text stands for a byte.
 
-        A run of such tokens is text only as a whole: one more byte can make all of it invalid.
+        A run of such tokens is decoded as a whole: one more byte can make all of it invalid.
         """
         for token in reversed(self._ids):
             if _BYTE.fullmatch(self._token(token)):
@@ -91,14 +92,14 @@ class TextStream:
         return False
 
     def _leaves_a_trace(self, token: int) -> bool:
-        """Whether a token alone is text; one that cannot be decoded alone is taken for none."""
+        """Whether a token alone decodes to text; False where it cannot be decoded alone."""
         try:
             return bool(self._decode([token]))
         except CheckpointError:
             return False
 
     def _shorten(self) -> None:
-        """Try a shorter window where this one has grown: it must say the same behind its first characters."""
+        """Where the window has grown, take a shorter one if it decodes to equal text after its first characters."""
         if len(self._ids) < self._limit:
             return
         pending = self._text[len(self._done) :] if self._text.startswith(self._done) else None
@@ -121,13 +122,13 @@ class TextStream:
 
 
 def shared_length(a: str, b: str) -> int:
-    """How many characters two texts share from their beginning."""
+    """The number of characters that two texts share at their beginning."""
     shorter = min(len(a), len(b))
     return next((at for at in range(shorter) if a[at] != b[at]), shorter)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """The text of tokens.
+    """The text of token ids.
 
     Raises:
         CheckpointError: the tokenizer cannot decode them.
@@ -140,9 +141,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
 
 
 def _changeable_characters(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many of the last characters of a decoded text what follows may change; None for all.
+    """How many of the last characters of a decoded text later tokens may change; None for all.
 
-    Apart from bytes that are no character yet, which are seen in the text.
+    Bytes that are no character yet are not counted, since they are seen in the text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)

@@ -1,4 +1,4 @@
-"""A conversation as the tokenizer's chat template writes it, or one line on why it does not.
+"""Write a conversation by the tokenizer's chat template, or say in one line why the template cannot.
 
 render(tokenizer, [{"role": "user", "content": "Hello"}])      # "user: Hello\\nassistant: "
 """
@@ -16,8 +16,8 @@ from .channels import REASONING_FIELDS
 
 Message = dict[str, Any]
 
-_ASKED, _PROBE = "How deep is the sea?", "What is the tallest mountain?"  # which no template has in it
-_LISTED = re.compile(r"""['"]type['"]:\s*['"]text['"]""")  # parts that are written as a list is in Python or JSON
+_ASKED, _PROBE = "How deep is the sea?", "What is the tallest mountain?"  # texts that no template contains
+_LISTED = re.compile(r"""['"]type['"]:\s*['"]text['"]""")  # a list of parts that was printed as Python or JSON
 _READS_REASONING = re.compile(rf"\b({'|'.join(REASONING_FIELDS)})\b")
 
 
@@ -41,7 +41,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
             if not _LISTED.search(text) and _has_said(tokenizer, messages, len(messages) - 1, text, shape):
                 return text
             reasons.append("it leaves out what the user says")
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program that may raise anything
             reasons.append(_reason(error))
     raise RequestError(
         f"the tokenizer's chat template cannot write this conversation: {reasons[0]}; {_advice(messages)}"
@@ -68,7 +68,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> No
 
 
 def answer_message(tokenizer: PreTrainedTokenizerBase, text: str, reasoning: str | None) -> Message:
-    """An answer as the history holds it: its reasoning goes only to a template that reads it, and may drop it."""
+    """An answer as a message of the history; with its reasoning only if the template reads that."""
     message: Message = {"role": "assistant", "content": text}
     template = tokenizer.chat_template
     if reasoning and template and _READS_REASONING.search(str(template)):
@@ -89,13 +89,13 @@ def _has_said(
     text: str,
     shape: Callable[[Message], Message],
 ) -> bool:
-    """Whether a message is in the text, or another one would be in its place: a template may rewrite what is said."""
+    """Whether a message is in the text, or would be if it were another one: a template may rewrite a message."""
     if str(messages[at]["content"]).strip() in text:
         return True
     probe = [*messages[:at], messages[at] | {"content": _PROBE}, *messages[at + 1 :]]
     try:
         return _PROBE in _apply(tokenizer, probe, shape)
-    except Exception:  # whatever a template raises
+    except Exception:  # a template is a program that may raise anything
         return False
 
 

@@ -1,8 +1,9 @@
 """Records what a loaded model's routers choose, and what the next gates guess, as a trace (simulate/trace.py).
 
-    with recording(model) as recorder:
-        model.generate(...)
-    recorder.trace(model, "demo", ids).save(Path("demo.trace"))
+    >>> with listening(model) as listener:
+    ...     ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+    >>> listener.trace(model, "demo", None).tokens(Phase.PREFILL)
+    3
 
 It only listens: policy, tokens and speed of a device are as without it, but for the time that guessing takes. Layers
 are then no longer computed in one call (decode/cpu/stretch.py).
@@ -22,14 +23,14 @@ from transformers import DynamicCache
 from ..decode.capture import cache_for
 from ..errors import RequestError
 from ..loading.context import model_context
-from ..planning.contract import Outcome, Phase, Step
+from ..planning.contract import Outcome, Phase, Step, StepInfo
 from ..simulate.trace import Pass, Trace
 from .generation import check_ids, embedding_rows, encode
 
 LOOKAHEAD = 3
 
 
-class Recorder:
+class TraceListener:
     """Collects the passes of a model."""
 
     def __init__(self, lookahead: int = LOOKAHEAD) -> None:
@@ -39,11 +40,11 @@ class Recorder:
         self._steps: list[Step] = []
         self._tokens, self._phase = 0, Phase.PREFILL
 
-    def begin(self, tokens: int, phase: Phase) -> None:
+    def begin(self, info: StepInfo) -> None:
         self._end()
-        self._tokens, self._phase = tokens, phase
+        self._tokens, self._phase = info.tokens, info.phase
 
-    def record(self, step: Step, top_k: int) -> None:
+    def asked(self, step: Step, top_k: int) -> None:
         self.top_k = max(self.top_k, top_k)
         self._steps.append(step)
 
@@ -56,7 +57,7 @@ class Recorder:
         self._steps = []
 
     def trace(self, model: Any, name: str, text: str | None) -> Trace:
-        """What was recorded so far, of a text or of no text."""
+        """The trace of all steps so far, of a text or of no text."""
         self._end()
         conductor = model.moestro
         return Trace(
@@ -71,14 +72,14 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: Any, lookahead: int = LOOKAHEAD) -> Iterator[Recorder]:
+def listening(model: Any, lookahead: int = LOOKAHEAD) -> Iterator[TraceListener]:
     """Listen to a loaded model."""
-    recorder = Recorder(lookahead)
-    model.moestro.recorder = recorder
+    listener = TraceListener(lookahead)
+    model.moestro.listener = listener
     try:
-        yield recorder
+        yield listener
     finally:
-        model.moestro.recorder = None
+        model.moestro.listener = None
 
 
 def trace_text(model: Any, tokenizer: Any, name: str, text: str, **pieces: int) -> Trace:
@@ -108,11 +109,11 @@ def trace_ids(
     Raises:
         RequestError: too few tokens, or a piece that is longer than the model's context.
     """
-    with recording(model, lookahead) as recorder:
+    with listening(model, lookahead) as listener:
         pieces = {"tokens": tokens, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
         for _ in read_pieces(model, ids.to(model.device), **pieces):
             pass
-    return recorder.trace(model, name, text)
+    return listener.trace(model, name, text)
 
 
 @torch.no_grad()

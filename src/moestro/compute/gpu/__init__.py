@@ -3,9 +3,6 @@
 What the kernels do not cover, and everything where Triton is missing, is computed by their twin,
 `experts.run_experts`. Nothing here knows of policies or copies.
 
-    kernel = kernel_of(math, x.dtype, x.device)
-    run_grouped(kernel, pool, plan_of(kernel, pool, work, len(x)), x, out)
-
 The number of programs depends on shapes alone and nothing waits for the host: with `plan_on_device` a layer fits
 in a CUDA graph whose routing changes from replay to replay.
 """

@@ -181,7 +181,7 @@ def _by_one_program(
 
 
 def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor) -> PlanPart:
-    """The same by torch's operations, all of fixed shape."""
+    """Make the plan by torch's operations, all of fixed shape."""
     pairs, experts, k, device = index.numel(), table.shape[0], index.shape[1], index.device
     rows = tile_rows(kernel, pairs, min(pairs, experts))
     expert, order = torch.sort(_ours(index, weights, table).flatten(), stable=True)  # [P]

@@ -1,4 +1,4 @@
-"""What a step is given and returns: which of it a recording depends on, and copies of its tensors."""
+"""What a step is given and returns: which of it a capture depends on, and copies of its tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ...devices.graphs import CannotRecordError
+from ...devices.graphs import CannotCaptureError
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -19,7 +19,7 @@ def collect(value: Any, tensors: list[Tensor], rest: list[Any]) -> None:
     """Split the arguments of a step into tensors and what the others are.
 
     Raises:
-        CannotRecordError: something that is neither.
+        CannotCaptureError: something that is neither.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -35,7 +35,7 @@ def collect(value: Any, tensors: list[Tensor], rest: list[Any]) -> None:
     elif isinstance(value, _PLAIN):
         rest.append((type(value), value))
     elif not isinstance(value, Cache | PreTrainedTokenizerBase):  # generation gives its tokenizer, which no model reads
-        raise CannotRecordError(f"it is given a {type(value).__name__}")
+        raise CannotCaptureError(f"it is given a {type(value).__name__}")
 
 
 class Put:
@@ -55,16 +55,16 @@ class Put:
 
 
 class _TheCache:
-    """Stands for the step's cache in a recorded output, which would keep that alive."""
+    """Stands for the step's cache in a captured output, which would keep that alive."""
 
 
 def without_cache(output: Any) -> Any:
-    """What a model returned, for a tape to hold."""
+    """What a model returned, without its cache, for a captured step to hold."""
     return _mapped(output, lambda tensor: tensor, _TheCache())
 
 
 def copied(output: Any, cache: Any) -> Any:
-    """The same in memory of its own and with this cache."""
+    """What a model returned, in memory of its own and with this cache."""
     return _mapped(output, torch.clone, cache)
 
 

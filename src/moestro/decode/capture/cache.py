@@ -1,10 +1,13 @@
-"""The KV cache under a recorded step: a static one, whose tensors keep their places.
+"""The KV cache under a captured step: a static one, whose tensors keep their places.
 
-Decides which caches can be under a recording and what a recording depends on. A full-attention layer keeps its length
+Decides which caches can be under a capture and what a capture depends on. A full-attention layer keeps its length
 in a tensor, which a replay advances. A sliding-window layer also counts in Python and treats a full window otherwise
-than one that fills: `advance` counts after a replay, and the two are different recordings.
+than one that fills: `advance` counts after a replay, and the two are different captures.
 
-    cache = StepCache(model.config, 512)      # Transformers' static cache, which can also go back and grow
+    >>> cache = StepCache(model.config, 500)
+    >>> cache.grow(600)
+    >>> cache.tokens
+    768
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-ROUND = 256  # tokens: requests of about one length share a size, and with it a recording
+ROUND = 256  # tokens: requests of about one length share a size, and with it a capture
 _SHAPES = ("dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")  # what a layer learns first
 
 
@@ -78,9 +81,9 @@ class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
 
 
 class _Window(StaticSlidingWindowLayer):  # type: ignore[misc]  # transformers is not typed
-    """Transformers' own makes a tensor on the host for each token in a full window, which CUDA does not record."""
+    """Transformers' own makes a tensor on the host for each token in a full window, which CUDA does not capture."""
 
-    _layer_type = None  # it is nobody's default
+    _layer_type = None  # it is no model's default
 
     @classmethod
     def of(cls, layer: StaticSlidingWindowLayer) -> _Window:
@@ -103,7 +106,7 @@ _LAYERS = (StaticLayer, StaticSlidingWindowLayer, _Window)
 
 
 def why_not(cache: Any) -> str | None:
-    """Why a cache cannot be under a recording; None if it can."""
+    """Why a cache cannot be under a capture; None if it can."""
     if type(cache) not in (StaticCache, StepCache):
         return f"its cache is a {type(cache).__name__}"
     if cache.offloading:
@@ -124,8 +127,8 @@ def stage(cache: Any, tokens: int) -> tuple[bool, ...] | None:
     return tuple(full)
 
 
-class Bound:
-    """The tensors of one cache, which recordings write to.
+class CacheTensors:
+    """The tensors of one cache, which captures write to.
 
     When that cache is gone, the next of its size is given its tensors; when it replaces them (a beam search does so in
     each step), what they hold is brought back. Both write to tensors that the cache no longer has, so neither is done
@@ -142,17 +145,17 @@ class Bound:
         """How many references to each tensor and to its memory there are, the bound's own included."""
         return _holders(self._layers)
 
-    def _is_held_elsewhere(self, cache: Any, by_recordings: list[int]) -> bool:
-        """Whether anything but the cache, these notes and the recordings holds one of the tensors."""
+    def _is_held_elsewhere(self, cache: Any, by_captures: list[int]) -> bool:
+        """Whether anything but the cache, these notes and the captures holds one of the tensors."""
         layers = [] if cache is None else cache.layers
         by_cache = [
             int(layer.keys is keys) + int(layer.values is values) + int(layer.cumulative_length is length)
             for layer, (keys, values, length) in zip(layers, self._layers, strict=False)
         ] or [0] * len(self._layers)
         return any(
-            found > alone + cached + recorded
-            for found, alone, cached, recorded in zip(
-                self.holders(), [_ALONE] * len(self._layers), by_cache, by_recordings, strict=True
+            found > alone + cached + captured
+            for found, alone, cached, captured in zip(
+                self.holders(), [_ALONE] * len(self._layers), by_cache, by_captures, strict=True
             )
         )
 
@@ -164,16 +167,16 @@ class Bound:
         """Whether that cache is gone."""
         return self._owner() is None
 
-    def adopt(self, cache: Any, rows: int, by_recordings: list[int]) -> bool:
+    def adopt(self, cache: Any, rows: int, by_captures: list[int]) -> bool:
         """Give its tensors to a cache that has none yet, for so many sequences; False where they do not fit.
 
         Args:
-            by_recordings: of each layer, how many of its `holders` are recordings.
+            by_captures: of each layer, how many of its `holders` are captures.
         """
         sizes = [(type(layer), layer.max_cache_len) for layer in cache.layers]
         if sizes != self._sizes or any(shape["batch_size"] != rows for shape in self._shapes):
             return False
-        if self._is_held_elsewhere(None, by_recordings):
+        if self._is_held_elsewhere(None, by_captures):
             return False
         for layer, tensors, shape in zip(cache.layers, self._layers, self._shapes, strict=True):
             for tensor in tensors:
@@ -185,14 +188,14 @@ class Bound:
         self._owner = ref(cache)
         return True
 
-    def restore(self, cache: Any, by_recordings: list[int]) -> bool:
+    def restore(self, cache: Any, by_captures: list[int]) -> bool:
         """Make the cache use its tensors again, with what it holds; False where its sizes are others now."""
         replaced = [
             (layer, tensors)
             for layer, tensors in zip(cache.layers, self._layers, strict=True)
             if not all(getattr(layer, name) is tensor for name, tensor in zip(_TENSORS, tensors, strict=True))
         ]
-        if replaced and self._is_held_elsewhere(cache, by_recordings):
+        if replaced and self._is_held_elsewhere(cache, by_captures):
             return False
         for layer, tensors in replaced:
             pairs = [(tensor, getattr(layer, name)) for name, tensor in zip(_TENSORS, tensors, strict=True)]
@@ -240,7 +243,7 @@ class Kept:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """As it was."""
+        """Bring the cache back to how it was."""
         for layer, length in zip(self._cache.layers, self._lengths, strict=True):
             layer.cumulative_length.copy_(length)
         for index, (count, keys, values) in self._windows.items():

@@ -37,7 +37,7 @@ class FusedNorm(Fused):
         return self.run(args[0])
 
     def run(self, x: Tensor) -> Tensor:
-        """The same, for x that fits."""
+        """The norm of an x that fits."""
         return rms_norm(x.contiguous(), *self.norm, threads=self._threads)
 
     def _fits(self, x: Any) -> bool:

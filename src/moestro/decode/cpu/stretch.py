@@ -108,7 +108,7 @@ class Stretch:
             return None
         if self._hooks.found_in(self._modules):
             return None
-        if self._conductor.recorder is not None or self._conductor.timeline is not None:  # which want each layer
+        if self._conductor.must_see_layers:
             return None
         cache = given["past_key_values"]
         if not all(can_grow(cache, attention.layer, attention.cache_kind) for attention in self._attentions):

@@ -13,7 +13,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 
-from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Phase, Placement, Step, View
+from ..contract import (
+    GPU0,
+    Bound,
+    Costs,
+    Decision,
+    Expert,
+    ModelSpec,
+    Move,
+    Outcome,
+    Phase,
+    Placement,
+    Step,
+    StepInfo,
+    View,
+)
 from .base import BasePolicy, here, sides_s
 
 
@@ -27,7 +41,7 @@ class BandwidthSplit(BasePolicy):
         self._order: dict[Expert, None] = {}  # oldest first
         return Placement(slots=self.slots)
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         for expert in self.lost(self._order, view):
             del self._order[expert]
         return ()

@@ -8,7 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from ..contract import GPU0, Bound, Costs, Decision, Expert, LayerSpec, ModelSpec, Move, Outcome, Placement, Step, View
+from ..contract import (
+    GPU0,
+    Bound,
+    Costs,
+    Decision,
+    Expert,
+    LayerSpec,
+    ModelSpec,
+    Move,
+    Outcome,
+    Placement,
+    Step,
+    StepInfo,
+    View,
+)
 
 
 class BasePolicy:
@@ -28,7 +42,7 @@ class BasePolicy:
         self.spec, self.slots = spec, count_slots(spec, gpu_bytes)
         return Placement()
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         return ()
 
     def decide(self, step: Step, view: View, costs: Costs) -> Decision:
@@ -112,7 +126,7 @@ def _divided_s(layer: LayerSpec, tokens: tuple[int, ...], costs: Costs) -> float
 
 
 def whole_experts_limit_s(layer: LayerSpec, step: Step, done: Outcome, costs: Costs) -> float:
-    """The same where an expert is computed in one place: the best number of misses to copy, the rest on the CPU."""
+    """The hybrid limit where an expert is computed in one place: the best number of misses is copied."""
     gpu_s = sum(costs.gpu_s(layer, step.tokens[e]) for e in done.hits)
     tokens = tuple(sorted((step.tokens[e] for e in done.misses), reverse=True))
     return max(gpu_s, sides_s(layer, tokens, best_copies(layer, tokens, costs), costs))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
+from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, StepInfo, View
 from .base import BasePolicy
 
 
@@ -26,7 +26,7 @@ class LayerStreaming(BasePolicy):
         self._loaded: dict[Expert, None] = {}  # in the order in which they came
         return Placement(slots=self.slots)
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         for expert in self.lost(self._loaded, view):
             del self._loaded[expert]
         return () if self._loaded else tuple(self._moves(self._layer(0), view.free_slots(GPU0, 0), [], False))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, View
+from ..contract import GPU0, Bound, Costs, Decision, Expert, ModelSpec, Move, Outcome, Placement, Step, StepInfo, View
 from .base import BasePolicy, through_ring
 
 
@@ -39,7 +39,7 @@ class Lru(BasePolicy):
         self._order: list[dict[int, None]] = [{} for _ in spec.layers]  # experts of each layer, oldest first
         return Placement(slots=self.slots)
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         cached = ((layer, e) for layer, order in enumerate(self._order) for e in order)
         for layer, expert in self.lost(cached, view):
             del self._order[layer][expert]

@@ -49,7 +49,7 @@ class LruSpeculative(Lru):
         return [Move(expert, keep=False, urgent=False) for expert in missing[: max(0, empty - unfilled)]]
 
     def bound(self, step: Step, done: Outcome, costs: Costs, dense_s: float) -> Bound:
-        """What nobody guessed in time is waited for: misses, and what had not crossed of guesses that came true."""
+        """What was not guessed in time is waited for: misses, and what had not crossed of guesses that came true."""
         if not self.k[step.layer]:
             return super().bound(step, done, costs, dense_s)
         layer = self.spec.layers[step.layer]

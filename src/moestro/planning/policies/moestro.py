@@ -38,6 +38,7 @@ from ..contract import (
     Phase,
     Placement,
     Step,
+    StepInfo,
     View,
 )
 from .base import BasePolicy, best_copies, hottest, sides_s
@@ -86,12 +87,12 @@ class Moestro(BasePolicy):
         kept = 2 / (1 - 1 / self._growth)  # the sum of the ages' weights, of two experts a token
         return {(layer, e): kept * uses / of_layer[layer] for (layer, e), uses in heat.items()}
 
-    def begin(self, tokens: int, view: View, costs: Costs) -> tuple[Move, ...]:
+    def begin(self, info: StepInfo, view: View, costs: Costs) -> tuple[Move, ...]:
         if self._weight > _REBASE:
             self._uses = {e: uses / self._weight for e, uses in self._uses.items()}
             self._least = [(uses / self._weight, e) for uses, e in self._least]
             self._weight = 1.0
-        self._weight *= min(self._growth ** min(tokens, 10**5), _REBASE)  # beyond it nothing from before counts
+        self._weight *= min(self._growth ** min(info.tokens, 10**5), _REBASE)  # beyond it nothing from before counts
         for expert in self.lost(self._cached, view):
             del self._cached[expert]
         return ()
@@ -146,7 +147,7 @@ class Moestro(BasePolicy):
         heapq.heappush(self._least, (self._uses[key], key))
 
     def _reachable(self, step: Step, view: View, costs: Costs) -> tuple[dict[int, range], list[int], list[int], float]:
-        """What the GPU has, or will have sooner than the CPU; the rest; who is waited for, and until when."""
+        """What the GPU has, or will have sooner than the CPU; the rest; which copies are waited for, and until when."""
         of = self.spec.layers[step.layer]
         gpu: list[int] = []
         rest: list[int] = []
@@ -201,7 +202,7 @@ class Moestro(BasePolicy):
             moves.append(Move((step.layer, expert), evict=evict, neurons=share, keep=False))
 
     def _cache(self, step: Step, missed: list[int], gpu: Mapping[int, range], view: View) -> list[Move]:
-        """Copies of experts that are used more than the least used cached one; nobody waits for them."""
+        """Copies of experts that are used more than the least used cached one; no step waits for them."""
         moves: list[Move] = []
         pool = self.slots - self._staging
         for expert in missed:

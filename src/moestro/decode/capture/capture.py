@@ -1,4 +1,4 @@
-"""One recorded step: graphs, with the experts between them, and how one is made while the step runs."""
+"""One captured step: graphs, with the experts between them, and how one is made while the step runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...devices import LayerPort
-from ...devices.graphs import CannotRecordError, Graph, Graphs
+from ...devices.graphs import CannotCaptureError, Graph, Graphs
 from ...engine.conductor import Conductor
-from ...engine.held import new_counts
+from ...engine.counters import new_counts
 from ...engine.steps import size_of
 from .arguments import without_cache
 
@@ -27,16 +27,16 @@ class Cut(NamedTuple):
 
 
 @dataclass(slots=True)
-class TapeFigures:
-    """What a model's recordings cost and save.
+class CaptureFigures:
+    """What a model's captures cost and save.
 
-    graphs: of the latest recording. replay_s, cpu_s, waited_s: of all replays, on the host: the model's whole forward,
+    graphs: of the latest capture. replay_s, cpu_s, waited_s: of all replays, on the host: the model's whole forward,
     of which the CPU computed experts, and waited for the device or the link.
     """
 
-    recordings: int = 0
+    captures: int = 0
     graphs: int = 0
-    record_s: float = 0.0  # of all recordings, with the step itself
+    capture_s: float = 0.0  # of all captures, with the step itself
     replays: int = 0
     cuts: int = 0  # in all replays
     replay_s: float = 0.0
@@ -62,29 +62,29 @@ class TapeFigures:
         """One line."""
         if not self.replays:
             return "no step was replayed"
-        recorded = f"recorded in {self.record_s:.2f} s; " if self.recordings else ""
+        captured = f"captured in {self.capture_s:.2f} s; " if self.captures else ""
         if not self.cuts:
-            return f"{self.replays} steps replayed from {self.graphs} graphs each; {recorded}no layer needs the host"
+            return f"{self.replays} steps replayed from {self.graphs} graphs each; {captured}no layer needs the host"
         return (
-            f"{self.replays} steps replayed from {self.graphs} graphs each; {recorded}"
+            f"{self.replays} steps replayed from {self.graphs} graphs each; {captured}"
             f"a layer {self.host_us:.0f} us of the host, {self.cpu_us:.0f} us of experts on the CPU and "
             f"{self.wait_us:.0f} us of waiting"
         )
 
     def to_json(self) -> dict[str, float]:
         """As `--json` prints them."""
-        names = ("recordings", "graphs", "record_s", "replays", "host_us", "cpu_us", "wait_us")
+        names = ("captures", "graphs", "capture_s", "replays", "host_us", "cpu_us", "wait_us")
         return {name: getattr(self, name) for name in names}
 
-    def since(self, before: TapeFigures) -> TapeFigures:
+    def since(self, before: CaptureFigures) -> CaptureFigures:
         """What came after."""
         spent = {name: getattr(self, name) - getattr(before, name) for name in self.__slots__}
-        return TapeFigures(**(spent | {"graphs": self.graphs if spent["recordings"] + spent["replays"] else 0}))
+        return CaptureFigures(**(spent | {"graphs": self.graphs if spent["captures"] + spent["replays"] else 0}))
 
 
 @dataclass(slots=True)
-class Tape:
-    """One recorded step.
+class CapturedStep:
+    """One captured step.
 
     output: what the model returned, in memory that a replay writes. references: of each layer of the cache, how many
     holders of its tensors the graphs are.
@@ -103,8 +103,8 @@ class Tape:
         """Layers between graphs."""
         return sum(isinstance(part, Cut) for part in self.parts)
 
-    def replay(self, conductor: Conductor, given: list[Tensor], figures: TapeFigures) -> None:
-        """The step with other inputs, into `output`."""
+    def replay(self, conductor: Conductor, given: list[Tensor], figures: CaptureFigures) -> None:
+        """Do the step with other inputs, into `output`."""
         conductor.begin_unless_announced(self.tokens)
         cpu_s, waited_s = conductor.host_s
         for buffer, tensor in zip(self.inputs, given, strict=True):
@@ -127,11 +127,11 @@ class Tape:
             conductor.count_held(self.held, self.chosen)
 
 
-class Recording:
-    """A tape that is being made. The graphs so far have been replayed, so that the step goes on with real numbers."""
+class Capture:
+    """A step that is being captured. The graphs so far have been replayed, so that it goes on with real numbers."""
 
     def __init__(self, graphs: Graphs, conductor: Conductor) -> None:
-        self.tape, self.experts_failed = Tape(new_counts(conductor.device.torch_device)), False
+        self.captured, self.experts_failed = CapturedStep(new_counts(conductor.device.torch_device)), False
         self.done: list[tuple[int, Tensor]] = []  # layers whose experts have run, and what these gave
         self._graphs, self._conductor = graphs, conductor
         device = conductor.device.accelerator
@@ -140,12 +140,12 @@ class Recording:
         self._ports: dict[Any, LayerPort] = {}
 
     def run_layer(self, conductor: Conductor, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """In the place of `Conductor.run_layer`: a cut, unless the layer can be recorded with what is around it."""
+        """Called in the place of `Conductor.run_layer`: a cut, unless the layer can be captured with its neighbours."""
         if conductor is not self._conductor:
-            raise CannotRecordError("it runs another model within")
+            raise CannotCaptureError("it runs another model within")
         if (op := conductor.held_op(layer, x.dtype)) is not None:
-            self.tape.held += 1
-            return op(x, index, weights, self.tape.chosen)
+            self.captured.held += 1
+            return op(x, index, weights, self.captured.chosen)
         guesses = conductor.guess_next(layer, x, index.shape[1])
         port = self._port(x, index, guesses)
         port.leave(x, index, weights, guesses)
@@ -157,7 +157,7 @@ class Recording:
         except BaseException:
             self.experts_failed = True
             raise
-        self.tape.parts.append(Cut(layer, port))
+        self.captured.parts.append(Cut(layer, port))
         self._graphs.begin()
         return port.enter()
 
@@ -177,26 +177,26 @@ class Recording:
         return self._ports[key]
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Record a step. Raises what the step, its experts or the device raised."""
+        """Capture a step. Raises what the step, its experts or the device raised."""
         sequences, tokens = size_of(args, kwargs)
-        self.tape.tokens = sequences * tokens
-        self._conductor.begin_unless_announced(self.tape.tokens)
+        self.captured.tokens = sequences * tokens
+        self._conductor.begin_unless_announced(self.captured.tokens)
         self._graphs.begin()
-        _OF_THREAD.recording = self
+        _OF_THREAD.capture = self
         try:
-            self.tape.output = without_cache(forward(*args, **kwargs))
+            self.captured.output = without_cache(forward(*args, **kwargs))
             self._close()
-            self.tape.count_held(self._conductor)
+            self.captured.count_held(self._conductor)
         except BaseException:
             self._graphs.drop()
             raise
         finally:
-            _OF_THREAD.recording = None
+            _OF_THREAD.capture = None
 
     def _close(self) -> None:
         graph = self._graphs.end()
         graph.replay()
-        self.tape.parts.append(graph)
+        self.captured.parts.append(graph)
 
 
 class _Resumption:
@@ -206,7 +206,7 @@ class _Resumption:
         self._done = deque(done)
 
     def run_layer(self, conductor: Conductor, layer: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """In the place of `Conductor.run_layer`."""
+        """Called in the place of `Conductor.run_layer`."""
         if self._done and self._done[0][0] == layer:
             return self._done.popleft()[1]
         self._done.clear()
@@ -214,21 +214,21 @@ class _Resumption:
 
 
 class _OfThread(threading.local):
-    recording: Recording | _Resumption | None = None
+    capture: Capture | _Resumption | None = None
 
 
 _OF_THREAD = _OfThread()
 
 
-def current_recording() -> Recording | _Resumption | None:
+def current_capture() -> Capture | _Resumption | None:
     """What this thread's layers are to ask instead of the conductor, if anything."""
-    return _OF_THREAD.recording
+    return _OF_THREAD.capture
 
 
 def resume(done: list[tuple[int, Tensor]], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A step that could not be recorded, the long way; the conductor, and who listens to it, see each layer once."""
-    _OF_THREAD.recording = _Resumption(done)
+    """Run a step that could not be captured eagerly; the conductor and its listener see each layer once."""
+    _OF_THREAD.capture = _Resumption(done)
     try:
         return forward(*args, **kwargs)
     finally:
-        _OF_THREAD.recording = None
+        _OF_THREAD.capture = None

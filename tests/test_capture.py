@@ -1,4 +1,4 @@
-"""Recorded decode steps: the same numbers as Transformers' own code, which then does not run.
+"""Captured decode steps: the same numbers as Transformers' own code, which then does not run.
 
 On the CPU with pretended graphs, and on a GPU where there is one.
 """
@@ -27,23 +27,23 @@ from transformers.cache_utils import StaticLayer
 from families import FAMILIES as EVERY_FAMILY
 from families import INSTALLED, VOCABULARY, Family, save_model
 from moestro import load, load_tokenizer
-from moestro.decode.capture import StepCache, StepTape, cache_for
-from moestro.decode.capture.recording import Cut
-from moestro.devices.graphs import CannotRecordError, CudaGraphs, PretendedGraphs
+from moestro.decode.capture import CapturedSteps, StepCache, cache_for
+from moestro.decode.capture.capture import Cut
+from moestro.devices.graphs import CannotCaptureError, CudaGraphs, PretendedGraphs
 from moestro.loading.build import conduct_by
 from moestro.planning.contract import Step
 from moestro.planning.policies import make_policy
 from moestro.planning.timeline import Timeline
 from moestro.text.chat import ChatSession
 from moestro.text.generation import TextOptions, generate_text
-from moestro.text.tracing import recording
+from moestro.text.tracing import listening
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 FULL = {"sliding_window": None}
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 # With recurrent or indexed layers, or without a static cache in Transformers.
 # fmt: off
-NOT_RECORDED = frozenset((
+NOT_CAPTURED = frozenset((
     "aria", "aria_text", "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note",
     "dots3_note_text", "ernie4_5_vl_moe", "glm5_next", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling",
     "inkling_text", "inkling2", "inkling2_text", "jamba", "kimi_linear", "lfm2_moe", "minimax", "minimax_m3_vl",
@@ -80,7 +80,7 @@ def _loaded(folder: Path | str, device: str, *, fuse: bool, policy: str = "lru",
     model = load(
         str(folder), device=device, policy=policy, gpu_memory=memory, threads=1, dtype="float32", fuse=fuse, seed=0
     )
-    assert isinstance(model.forward, StepTape) == fuse
+    assert isinstance(model.forward, CapturedSteps) == fuse
     try:
         yield model
     finally:
@@ -129,7 +129,7 @@ def test_families(family: str, sizes: dict[str, Any], device: str, folders: Any)
         ids, results = _ids(batch, 5), []
         for fuse in (True, False):
             with _loaded(folders(family, sizes), device, fuse=fuse) as model:
-                cache = StepCache(model.config, 32)  # in which a full window can be recorded on a GPU
+                cache = StepCache(model.config, 32)  # in which a full window can be captured on a GPU
                 results.append(_generate(model, ids, past_key_values=cache))
                 if fuse:
                     assert model.forward.figures.replays >= 9
@@ -137,7 +137,7 @@ def test_families(family: str, sizes: dict[str, Any], device: str, folders: Any)
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_every_family_is_recorded_or_says_why_not(
+def test_every_family_is_captured_or_says_why_not(
     family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(family.name, tmp_path)
@@ -147,19 +147,19 @@ def test_every_family_is_recorded_or_says_why_not(
         caplog.at_level(logging.WARNING, "moestro"),
     ):
         cache = cache_for(model, None, 16)
-        assert (cache is None) == (family.name in NOT_RECORDED)
-        assert any("cannot be recorded" in record.getMessage() for record in caplog.records) == (cache is None)
+        assert (cache is None) == (family.name in NOT_CAPTURED)
+        assert any("cannot be captured" in capture.getMessage() for capture in caplog.captures) == (cache is None)
         if cache is not None:
-            recorded = _generate(model, ids, past_key_values=cache, max_new_tokens=12)
+            captured = _generate(model, ids, past_key_values=cache, max_new_tokens=12)
             assert model.forward.figures.replays >= 7
             eager = _generate(model, ids, past_key_values=None, max_new_tokens=12)
-            assert torch.equal(recorded[0], eager[0])
-            torch.testing.assert_close(recorded[1], eager[1], rtol=1e-3, atol=1e-4)
+            assert torch.equal(captured[0], eager[0])
+            torch.testing.assert_close(captured[1], eager[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(Version("5.23") > INSTALLED, reason="an older Transformers has fewer families")
 def test_the_readme_counts_them() -> None:
-    assert (len(EVERY_FAMILY), len(EVERY_FAMILY) - len(NOT_RECORDED)) == (72, 39)
+    assert (len(EVERY_FAMILY), len(EVERY_FAMILY) - len(NOT_CAPTURED)) == (72, 39)
 
 
 @pytest.mark.parametrize("gpu", [FEW, HALF])
@@ -174,7 +174,7 @@ def test_policies(policy: str, gpu: str, device: str, folders: Any) -> None:
     assert counted[0] == counted[1]
 
 
-def test_transformers_code_runs_only_until_it_is_recorded(device: str, folders: Any) -> None:
+def test_transformers_code_runs_only_until_it_is_captured(device: str, folders: Any) -> None:
     with _loaded(folders("olmoe", {}), device, fuse=True) as model:
         calls, phases = [], []
         attention, begin = model.model.layers[1].self_attn, model.moestro.begin
@@ -183,11 +183,11 @@ def test_transformers_code_runs_only_until_it_is_recorded(device: str, folders: 
         model.moestro.begin = lambda tokens, phase: phases.append((tokens, phase.name)) or begin(tokens, phase)
         _generate(model, _ids(1, 6), max_new_tokens=12)
         figures = model.forward.figures
-        assert len(calls) == 3  # the prompt, the first step, the recording
-        assert (figures.recordings, figures.replays) == (1, 9)
+        assert len(calls) == 3  # the prompt, the first step, the capture
+        assert (figures.captures, figures.replays) == (1, 9)
         assert figures.graphs == len(model.model.layers) + 2  # one is cut where the experts' memory was made
         assert figures.cuts == 9 * len(model.model.layers)
-        assert 0 < figures.record_s < 5
+        assert 0 < figures.capture_s < 5
         assert 0 < figures.cpu_s + figures.waited_s < figures.replay_s
         assert phases == [(6, "PREFILL"), *[(1, "DECODE")] * 11]
 
@@ -236,7 +236,7 @@ def test_assisted_decoding(device: str, folders: Any) -> None:
             output = model.generate(ids.to(model.device), past_key_values=cache, **GREEDY, **options)
             texts.append(output.cpu())
             if fuse:
-                assert model.forward.figures.recordings >= 2  # of several lengths
+                assert model.forward.figures.captures >= 2  # of several lengths
                 assert model.forward.figures.replays >= 5
     assert torch.equal(*texts)
 
@@ -260,28 +260,28 @@ def test_steps_of_several_tokens_and_a_cache_that_goes_back(device: str, folders
                     read -= 2
             results.append((torch.tensor(int(cache.get_seq_length())), torch.cat(logits)))
             if fuse:
-                assert model.forward.figures.replays == 4  # and a recording of each length
+                assert model.forward.figures.replays == 4  # and a capture of each length
     _same(*results, device)
 
 
-def test_the_next_cache_of_a_size_takes_over_the_recording(device: str, folders: Any) -> None:
+def test_the_next_cache_of_a_size_takes_over_the_capture(device: str, folders: Any) -> None:
     with _loaded(folders("olmoe", {}), device, fuse=True) as model:
         figures, plain = model.forward.figures, []
         prompts = [_ids(1, 6), _ids(1, 5), _ids(1, 7)]
         ours = [_generate(model, ids, max_new_tokens=20 - ids.shape[1]) for ids in prompts]
-        assert figures.recordings == 1
+        assert figures.captures == 1
         assert figures.replays == 11 + 14 + 12
         _generate(model, _ids(1, 6), max_new_tokens=30)  # a larger one
-        assert figures.recordings == 2
+        assert figures.captures == 2
         kept = StaticCache(model.config, max_cache_len=35)
         ids = _ids(1, 6).to(model.device)
         _generate(model, ids, max_new_tokens=8, past_key_values=kept)
         before = [layer.keys.clone() for layer in kept.layers]
         _generate(model, _ids(1, 6), max_new_tokens=30)  # while the other is still held
-        assert figures.recordings == 3
+        assert figures.captures == 3
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(kept.layers, before, strict=True))
         _generate(model, _ids(2, 6), max_new_tokens=30)  # two sequences
-        assert figures.recordings == 4
+        assert figures.captures == 4
     with _loaded(folders("olmoe", {}), device, fuse=False) as model:
         plain = [_generate(model, ids, max_new_tokens=20 - ids.shape[1]) for ids in prompts]
     for a, b in zip(ours, plain, strict=True):
@@ -307,22 +307,22 @@ def test_a_conversation(sizes: dict[str, Any], device: str, folders: Any) -> Non
                 assert result.reused_tokens == (0 if not turn else len(ids) - 51)
                 cache, ids = result.cache, torch.cat([result.sequence, _ids(1, 50)[0]])
                 texts.append(result.sequence)
-                assert (result.tape is not None) == fuse
-                if result.tape is not None:
-                    assert result.tape.replays >= 35
+                assert (result.capture is not None) == fuse
+                if result.capture is not None:
+                    assert result.capture.replays >= 35
                     # 240 tokens, 330 in a larger cache with a window that becomes full, 420.
-                    assert result.tape.recordings == (1, 1 if sizes is FULL else 2, 0)[turn]
+                    assert result.capture.captures == (1, 1 if sizes is FULL else 2, 0)[turn]
             answers.append(torch.cat(texts))
     assert torch.equal(*answers)
 
 
 def test_a_cache_that_grows_is_never_there_twice(device: str, folders: Any) -> None:
-    """Layer by layer, and what was recorded with it lets it go."""
+    """Layer by layer, and what was captured with it lets it go."""
     with _loaded(folders("olmoe", {}), device, fuse=True) as model, torch.no_grad():
         cache = cache_for(model, None, 200)
         for _ in range(3):
             model(**_next_step(model, cache))
-        assert model.forward.figures.recordings == 1
+        assert model.forward.figures.captures == 1
         keys = [layer.keys[..., :3, :].clone() for layer in cache.layers]
         old, alive = [ref(layer.keys) for layer in cache.layers], []
         lazy = StaticLayer.lazy_initialization
@@ -366,7 +366,7 @@ class _ReadsOnTheHost(nn.Module):
         return self.norm(x) * (1.0 if x.sum().item() > 0 else 0.5)
 
 
-def test_what_cannot_be_recorded_runs_and_says_so_once(
+def test_what_cannot_be_captured_runs_and_says_so_once(
     device: str, folders: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids, results = _ids(1, 5), []
@@ -376,16 +376,16 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(
             last.input_layernorm = _ReadsOnTheHost(last.input_layernorm)
             results.append([_generate(model, ids)[1], _generate(model, ids, past_key_values=None)[1]])
             if fuse:
-                assert (model.forward.figures.recordings, model.forward.figures.replays) == (0, 0)
+                assert (model.forward.figures.captures, model.forward.figures.replays) == (0, 0)
     for ours, theirs in zip(*results, strict=True):
         _same((ids, ours), (ids, theirs), device)
-    lines = [record.getMessage() for record in caplog.records if "cannot be recorded" in record.getMessage()]
+    lines = [capture.getMessage() for capture in caplog.captures if "cannot be captured" in capture.getMessage()]
     assert len(lines) == 1
-    assert lines[0].startswith("OlmoeForCausalLM cannot be recorded: ")
+    assert lines[0].startswith("OlmoeForCausalLM cannot be captured: ")
     assert lines[0].endswith("; it runs eagerly")
 
 
-def test_recurrent_layers_are_not_recorded(device: str, folders: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_recurrent_layers_are_not_captured(device: str, folders: Any, caplog: pytest.LogCaptureFixture) -> None:
     with (
         _loaded(folders("qwen3_next", {}), device, fuse=True) as model,
         caplog.at_level(logging.WARNING, "moestro"),
@@ -394,8 +394,8 @@ def test_recurrent_layers_are_not_recorded(device: str, folders: Any, caplog: py
             assert cache_for(model, None, 20) is None
         _generate(model, _ids(1, 5))
         assert model.forward.figures.replays == 0
-    assert [r.getMessage() for r in caplog.records].count(
-        "Qwen3NextForCausalLM cannot be recorded: its cache has a LinearAttentionLayer; it runs eagerly"
+    assert [r.getMessage() for r in caplog.captures].count(
+        "Qwen3NextForCausalLM cannot be captured: its cache has a LinearAttentionLayer; it runs eagerly"
     ) == 1
 
 
@@ -415,7 +415,7 @@ def _interrupted(model: Any, ids: Tensor, at: int) -> None:
         _generate(model, ids)
 
 
-@pytest.mark.parametrize("at", [3, 14, 40])  # layer steps: in the first step, the recording and a replay
+@pytest.mark.parametrize("at", [3, 14, 40])  # layer steps: in the first step, the capture and a replay
 def test_an_interrupt_leaves_a_model_that_works(at: int, device: str, folders: Any) -> None:
     """To the bit where the same experts are in slots: experts that are there already are added first, so that another
     order of the same sum is a rounding error away."""
@@ -427,12 +427,12 @@ def test_an_interrupt_leaves_a_model_that_works(at: int, device: str, folders: A
         wanted = [_generate(model, ids) for _ in range(2)]
     with _loaded(folders("olmoe", {}), device, fuse=True) as model:
         _interrupted(model, ids, at)
-        recordings = model.forward.figures.recordings
+        captures = model.forward.figures.captures
         for of_same_slots in wanted:
             ours = _generate(model, ids)
             _same(ours, of_same_slots, device)
             _same(ours, untouched, device, exact=False)
-        assert model.forward.figures.recordings == recordings + 1
+        assert model.forward.figures.captures == captures + 1
 
 
 def test_a_failed_copy_in_a_replay_is_the_cpus_work(folders: Any) -> None:
@@ -452,13 +452,13 @@ def test_a_failed_copy_in_a_replay_is_the_cpus_work(folders: Any) -> None:
         tokens, logits = _generate(model, ids)
         assert torch.equal(tokens, wanted[0])
         torch.testing.assert_close(logits, wanted[1], rtol=1e-3, atol=1e-4)
-        assert (figures.recordings, figures.replays) == (1, 11)
+        assert (figures.captures, figures.replays) == (1, 11)
         carrier.send = send
         assert torch.equal(_generate(model, ids)[0], wanted[0])
         assert figures.replays >= 11 + 11  # an exception that is still held may hold the first cache
 
 
-def test_a_failed_copy_in_a_recording_is_told_and_the_cache_is_as_before(folders: Any) -> None:
+def test_a_failed_copy_in_a_capture_is_told_and_the_cache_is_as_before(folders: Any) -> None:
     with _loaded(folders("gpt_oss", {}), "emulated", fuse=True) as model, torch.no_grad():
         cache, policy = StepCache(model.config, 32), model.moestro.policy
         steps, decide = list[int](), policy.decide
@@ -485,7 +485,7 @@ def test_a_failed_copy_in_a_recording_is_told_and_the_cache_is_as_before(folders
         )
         policy.decide = decide
         model(**given)
-        assert model.forward.figures.recordings == 1
+        assert model.forward.figures.captures == 1
 
 
 def _next_step(model: Any, cache: Any) -> dict[str, Any]:
@@ -511,28 +511,28 @@ def test_who_listens_to_a_part_is_told(device: str, folders: Any) -> None:
         assert model.forward.figures.replays == 2
 
 
-def test_a_recorder_hears_of_each_layer_once(folders: Any) -> None:
+def test_a_listener_hears_of_each_layer_once(folders: Any) -> None:
     class Heard:
         lookahead = 1
 
         def __init__(self) -> None:
             self.layers: list[int] = []
 
-        def begin(self, tokens: int, phase: Any) -> None: ...
+        def begin(self, info: Any) -> None: ...
 
-        def record(self, step: Any, top_k: int) -> None:
+        def asked(self, step: Any, top_k: int) -> None:
             self.layers.append(step.layer)
 
         def done(self, outcome: Any) -> None: ...
 
     with _loaded(folders("olmoe", {}), "emulated", fuse=True) as model:
-        model.moestro.recorder = heard = Heard()
+        model.moestro.listener = heard = Heard()
         _generate(model, _ids(1, 5))
         assert heard.layers == [0, 1, 2] * 14
         assert model.forward.figures.replays == 11
         last = model.model.layers[2]  # found when the layers before it have run
         last.input_layernorm = _ReadsOnTheHost(last.input_layernorm)
-        model.moestro.recorder = heard = Heard()
+        model.moestro.listener = heard = Heard()
         _generate(model, _ids(1, 5), max_new_tokens=30)  # in a cache of another size
         assert heard.layers == [0, 1, 2] * 30
         assert model.moestro.counters.layer_steps == 3 * (14 + 30)
@@ -558,9 +558,9 @@ def test_a_recorder_gets_the_guesses_that_it_wants(before: str, folders: Any) ->
             if before == "a timeline":
                 stack.enter_context(model.moestro.note_on(Timeline()))
             elif before != "nobody":
-                stack.enter_context(recording(model, 1))
+                stack.enter_context(listening(model, 1))
             _generate(model, ids)
-        with recording(model, 3) as recorder:
+        with listening(model, 3) as recorder:
             _generate(model, ids)
         trace = recorder.trace(model, "small", None)
         assert all(len(one.steps[0].guesses) == 3 for one in trace.passes)
@@ -575,7 +575,7 @@ def test_another_policy_takes_over(device: str, folders: Any) -> None:
         _same(_generate(model, ids), wanted, device, exact=False)
         assert model.moestro is not before
         assert model.moestro.counters.layer_steps == 14 * 3
-        assert model.forward.figures.recordings == 2
+        assert model.forward.figures.captures == 2
 
 
 def test_two_threads_share_a_model(device: str, folders: Any) -> None:
@@ -614,14 +614,16 @@ def test_a_layer_whose_experts_need_no_cut_stays_in_the_graph(device: str, folde
 
 
 def test_the_tape_itself_costs_the_host_little(folders: Any) -> None:
-    """Below 100 us a layer beside the conductor, with graphs that do nothing: what is left is the tape's own."""
+    """Below 100 us a layer beside the conductor, with graphs that do nothing: what is left is the captured's own."""
     with _loaded(folders("olmoe", {"num_hidden_layers": 8}), "emulated", fuse=True) as model, torch.no_grad():
         cache = StepCache(model.config, 32)
         for _ in range(3):
             model(**_next_step(model, cache))
-        (tape,) = model.forward._taped[0].tapes.values()
+        (captured,) = model.forward._of_caches[0].steps.values()
         figures = model.forward.figures
-        tape.parts = [part if isinstance(part, Cut) else SimpleNamespace(replay=lambda: None) for part in tape.parts]
+        captured.parts = [
+            part if isinstance(part, Cut) else SimpleNamespace(replay=lambda: None) for part in captured.parts
+        ]
         model.moestro.run_port = lambda *given: None
         given, best_us = _next_step(model, cache), float("inf")
         for _ in range(5):
@@ -654,7 +656,7 @@ def test_a_model_gives_its_memory_back(folders: Any) -> None:
 
 
 class _FakeCuda:
-    """Notes what is asked of torch.cuda; a recording can be made to fail at its end."""
+    """Notes what is asked of torch.cuda; a capture can be made to fail at its end."""
 
     def __init__(self) -> None:
         self.stream, self.log, self.is_broken = "main", [], False
@@ -664,7 +666,7 @@ class _FakeCuda:
         self.Stream = lambda device: SimpleNamespace(wait_stream=lambda other: self.log.append(f"wait {other}"))
 
     def empty_cache(self) -> None:
-        assert self.stream == "main"  # not while something is recorded
+        assert self.stream == "main"  # not while something is captured
 
     def set_stream(self, stream: Any) -> None:
         self.stream = stream if stream == "main" else "side"
@@ -683,7 +685,7 @@ class _FakeCuda:
         return SimpleNamespace(capture_begin=begin, capture_end=end, replay=lambda: self.log.append("replay"))
 
 
-def test_cuda_graphs_are_recorded_beside_the_stream_and_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_are_captured_beside_the_stream_and_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _FakeCuda()
     monkeypatch.setattr("moestro.devices.graphs.CUDA", fake)
     ended: list[Any] = []
@@ -719,7 +721,7 @@ def _replayed(x: Tensor, f: Any) -> Any:
 
 
 @torch.no_grad()
-def test_a_recording_does_nothing_until_it_is_replayed() -> None:
+def test_a_capture_does_nothing_until_it_is_replayed() -> None:
     x, state = torch.arange(6.0).view(2, 3), torch.zeros(3)
 
     def step(x: Tensor) -> Tensor:
@@ -766,10 +768,10 @@ def test_what_the_host_did_in_between_stays_as_it_was() -> None:
     ids=["item", "branch", "mask", "nonzero", "host data"],
 )
 @torch.no_grad()
-def test_what_waits_for_the_device_cannot_be_recorded(step: Any) -> None:
+def test_what_waits_for_the_device_cannot_be_captured(step: Any) -> None:
     graphs, x = PretendedGraphs(), torch.ones(2)
     graphs.begin()
-    with pytest.raises(CannotRecordError):
+    with pytest.raises(CannotCaptureError):
         step(x)
     graphs.drop()
     graphs.drop()
