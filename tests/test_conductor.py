@@ -494,7 +494,7 @@ def test_an_expert_of_which_a_part_came_is_not_taken_for_a_whole_one() -> None:
 @pytest.mark.parametrize("edge", [32, 96])
 def test_an_expert_is_split_at_the_blocks_of_its_own_format(edge: int) -> None:
     """Blocks of 32 neurons, which no kernel takes, and 96 is no edge of the others' blocks of 64."""
-    narrow = ExpertFormat(FORMAT.matrix, block=32)
+    narrow = ExpertFormat(FORMAT.matrices["down"], block=32)
     decision = Decision(
         gpu={2: range(edge)},
         cpu={2: range(edge, SHAPE.neurons)},

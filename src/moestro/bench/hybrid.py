@@ -190,7 +190,7 @@ def measure_hybrid(
         set_routing(model, skewed=routing == "skewed")
         bench.measure(routing, paces)
     conductor = bench.conductor
-    matrix = conductor.math[0].format.matrix
+    matrix = conductor.math[0].format.matrices["down"]
     report = HybridReport(
         shape=shape,
         layers=len(conductor.spec.layers),

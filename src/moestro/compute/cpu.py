@@ -68,7 +68,8 @@ class CpuExperts:
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        if kernel_format(math.format.matrix) is None or math.format.block != _kernels.block:
+        matrices = {*math.format.matrices.values()}
+        if len(matrices) > 1 or kernel_format(matrices.pop()) is None or math.format.block != _kernels.block:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -92,7 +93,7 @@ class _Known:
 
 def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
     name, alpha, limit, offset = kernel
-    fmt = kernel_format(math.format.matrix)
+    fmt = kernel_format(math.format.matrices["down"])
     assert fmt is not None
     return _kernels.Shape(
         hidden=math.shape.hidden,

@@ -84,8 +84,8 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
     """
     if triton_kernels() is None or math.post_norm is not None:
         return None
-    shape, fmt = math.shape, math.format
-    if fmt.name not in _WORD_BYTES or x_dtype not in _DTYPES or (fmt.block, fmt.matrix.group) != (_SIDE, _SIDE):
+    shape, fmt, matrix = math.shape, math.format, math.format.matrices["down"]
+    if fmt.name not in _WORD_BYTES or x_dtype not in _DTYPES or (fmt.block, matrix.group) != (_SIDE, _SIDE):
         return None
     gate = recognize(math.activation, shape.has_gate)
     if gate is None:
@@ -96,7 +96,7 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
         shape.hidden,
         fmt.blocks(shape),
         fmt.block,
-        fmt.matrix.group,
+        matrix.group,
         fmt.name,
         _product_dtype(fmt.name, _DTYPES[x_dtype], device),
         *gate,
@@ -105,8 +105,8 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
         word_bytes=word_bytes,
         planes=_PLANES[fmt.name],
         block_words=fmt.block_bytes(shape) // word_bytes,
-        row_panel_words=fmt.matrix.panel_bytes(shape.hidden) // word_bytes,
-        column_panel_words=fmt.matrix.panel_bytes(fmt.block) // word_bytes,
+        row_panel_words=matrix.panel_bytes(shape.hidden) // word_bytes,
+        column_panel_words=matrix.panel_bytes(fmt.block) // word_bytes,
         up_at=starts["up"] // word_bytes,
         down_at=starts["down"] // word_bytes,
         gate_bias_at=starts.get("gate_bias", 0) // 4,

@@ -1,31 +1,23 @@
-"""How weights are written down in bytes: one class a number format, by name.
+"""How weights are written down in bytes: number formats as values, and experts in blocks of neurons.
 
 A format packs, unpacks (the torch reference that kernels are tested against) and counts bytes, for a matrix
-(`MATRIX_FORMATS`, dense layers) or for an expert in blocks of neurons (`FORMATS`).
+(`format_named`, dense layers) or for an expert in blocks of neurons (`ExpertFormat`). `MATRIX_FORMATS` and `FORMATS`
+have those that weights of any checkpoint can be put in; the others are kept as a checkpoint has them.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .base import PANEL, MatrixFormat
+from .codes import Coded
+from .descriptor import PANEL
 from .experts import ExpertFormat, ExpertShape, UnpackedExpert
-from .floats import FloatFormat
-from .quantized import Int4Format, Int8Format
+from .matrix import MatrixFormat, format_named, format_names, uniform
 
 MATRIX_FORMATS: dict[str, MatrixFormat] = {
-    fmt.name: fmt
-    for fmt in (
-        FloatFormat("fp32", torch.float32),
-        FloatFormat("fp16", torch.float16),
-        FloatFormat("bf16", torch.bfloat16),
-        Int8Format(),
-        Int4Format(),
-    )
+    name: format_named(name) for name in ("fp32", "fp16", "bf16", "int8", "int4")
 }
-FLOAT_FORMATS: dict[torch.dtype, str] = {
-    fmt.dtype: name for name, fmt in MATRIX_FORMATS.items() if isinstance(fmt, FloatFormat)
-}
+FLOAT_FORMATS: dict[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}
 
 __all__ = [
@@ -33,8 +25,12 @@ __all__ = [
     "FORMATS",
     "MATRIX_FORMATS",
     "PANEL",
+    "Coded",
     "ExpertFormat",
     "ExpertShape",
     "MatrixFormat",
     "UnpackedExpert",
+    "format_named",
+    "format_names",
+    "uniform",
 ]

@@ -3,9 +3,9 @@
 Legend: D model width, F expert neurons, B neurons a block, N = ceil(F / B) blocks.
 
 Block b holds neurons [b*B, (b+1)*B): gate rows [B, D], up rows [B, D] and the matching down columns as
-[D, B], each as a packed matrix, then gate and up biases [B] in float32 where the family has them. After the
-last block comes the down bias [D] in float32. So a range of blocks is one run of bytes and a split by
-neurons is one contiguous copy. A last block that is not full is padded with zero neurons, which contribute
+[D, B], each as a packed matrix in a format of its own, then gate and up biases [B] in float32 where the family
+has them. After the last block comes the down bias [D] in float32. So a range of blocks is one run of bytes and
+a split by neurons is one contiguous copy. A last block that is not full is padded with zero neurons, which contribute
 nothing.
 """
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...planning.costs import BLOCK
-from .base import PANEL, MatrixFormat
+from .codes import Coded
+from .descriptor import PANEL
+from .matrix import MatrixFormat
 
 ALIGN_BYTES = 64  # an expert starts on a cache line
 _BIAS_BYTES = 4  # float32, so that no dtype of bias loses a bit
@@ -60,15 +61,25 @@ class UnpackedExpert:
 
 
 class ExpertFormat:
-    """Experts in blocks of neurons, their matrices in one number format.
+    """Experts in blocks of neurons.
 
     Args:
-        block: neurons of a block, B; an expert can be divided between blocks.
+        matrix: the format of all matrices, but for those that `gate` and `up` name: files mix formats.
+        block: neurons of a block, B; an expert can be divided between blocks. None for the least that `down` needs.
     """
 
-    def __init__(self, matrix: MatrixFormat, block: int = BLOCK) -> None:
-        self.matrix, self.block = matrix, block
-        self.name = matrix.name
+    def __init__(
+        self,
+        matrix: MatrixFormat,
+        block: int | None = None,
+        *,
+        gate: MatrixFormat | None = None,
+        up: MatrixFormat | None = None,
+    ) -> None:
+        self.matrices = {"gate": gate or matrix, "up": up or gate or matrix, "down": matrix}
+        self.block = block or matrix.block
+        names = [fmt.name for fmt in self.matrices.values()]
+        self.name = names[0] if len({*names}) == 1 else "+".join(names)
 
     def blocks(self, shape: ExpertShape) -> int:
         """N, the last one possibly padded."""
@@ -93,6 +104,9 @@ class ExpertFormat:
             packed: uint8 [expert_bytes], contiguous, on any device.
             parts: tensors named and shaped as `shape.parts`, of any float dtype and strides.
             fast: as in `MatrixFormat.pack`.
+
+        Raises:
+            ValueError: a format to which nothing here quantizes; see `pack_coded`.
         """
         n, d, size = self.blocks(shape), shape.hidden, self.block
         places = dict(self.places(shape))
@@ -112,7 +126,23 @@ class ExpertFormat:
                 matrices = pad(matrices, (0, 0, 0, -d % PANEL))
             else:
                 matrices = pad(tensor, (0, 0, 0, missing)).view(n, size, d)
-            target.copy_(self.matrix.pack(matrices.flatten(0, 1), fast=fast).view(n, -1))
+            target.copy_(self.matrices[name].pack(matrices.flatten(0, 1), fast=fast).view(n, -1))
+
+    def pack_coded(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Coded]) -> None:
+        """Write matrices that are quantized already into an expert's bytes: the twin of the kernels' repacking.
+
+        Args:
+            parts: "gate" and "up" [F, D], "down" [D, F], in the formats that these have here.
+        """
+        places, blocks = dict(self.places(shape)), self._blocks(packed, shape)
+        for name, coded in parts.items():
+            fmt, place = self.matrices[name], places[name]
+            for number, block in enumerate(blocks):
+                neurons = torch.arange(number * self.block, min((number + 1) * self.block, shape.neurons))
+                part = coded.columns(fmt, neurons) if name == "down" else coded.rows(neurons)
+                panels = fmt.write(part.padded(self.block) if name == "down" else part).flatten()
+                block[place.start : place.start + panels.numel()] = panels
+                block[place.start + panels.numel() : place.stop] = 0
 
     def unpack(self, packed: Tensor, shape: ExpertShape, neurons: range, dtype: torch.dtype) -> UnpackedExpert:
         """The plain tensors of `neurons`, on the device of `packed`, in `dtype`."""
@@ -125,8 +155,10 @@ class ExpertFormat:
                 found[name] = part.view(torch.float32).flatten()[:count].to(dtype)
                 continue
             columns = self.block if name == "down" else shape.hidden
-            panels = part.reshape(-1, self.matrix.panel_bytes(columns))
-            rows = self.matrix.unpack(panels, columns, dtype).unflatten(0, (len(blocks), -1))
+            fmt = self.matrices[name]
+            rows = fmt.unpack(part.reshape(-1, fmt.panel_bytes(columns)), columns, dtype).unflatten(
+                0, (len(blocks), -1)
+            )
             if name == "down":
                 found[name] = rows[:, : shape.hidden].transpose(0, 1).flatten(1)[:, :count]  # [D, f]
             else:
@@ -137,9 +169,9 @@ class ExpertFormat:
 
     def places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
         """Name -> where each part is within a block, in bytes, in this order."""
-        rows = self.matrix.matrix_bytes(self.block, shape.hidden)
-        sizes = {"gate": rows} if shape.has_gate else {}
-        sizes |= {"up": rows, "down": self.matrix.matrix_bytes(shape.hidden, self.block)}
+        parts = ("gate", "up") if shape.has_gate else ("up",)
+        sizes = {part: self.matrices[part].matrix_bytes(self.block, shape.hidden) for part in parts}
+        sizes["down"] = self.matrices["down"].matrix_bytes(shape.hidden, self.block)
         if shape.has_bias:
             sizes |= dict.fromkeys((["gate_bias"] if shape.has_gate else []) + ["up_bias"], self.block * _BIAS_BYTES)
         start = 0

@@ -1,0 +1,124 @@
+"""The formats that there are, by name, each with what packs and unpacks a matrix.
+
+>>> format_named("q4_k").panel_bytes(256)
+2304
+>>> uniform(4, 128).name
+'int4g128'
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
+from .descriptor import ROW, Code, Descriptor, Scale, Zero
+from .quantize import quantize_int4, quantize_int8
+
+
+class MatrixFormat(Descriptor):
+    """One way to write a matrix down."""
+
+    __slots__ = ()
+
+    def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
+        """[R, K] of any float dtype -> uint8 [P, panel_bytes], on the same device.
+
+        Args:
+            fast: find scales at once rather than fit them, where the format fits them.
+
+        Raises:
+            ValueError: weights are not quantized to this format here; a checkpoint has them.
+        """
+        if self.is_float:
+            return pack_floats(self, matrix)
+        if self.name not in ("int8", "int4"):
+            raise ValueError(f"nothing here quantizes to {self.name}: a checkpoint has it")
+        if self.name == "int8":
+            return pack_codes(self, quantize_int8(matrix, self.group))
+        return pack_codes(self, quantize_int4(matrix, self.group, fit=not fast))
+
+    def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """uint8 [P, panel_bytes] -> [P * 16, K] in `dtype`: what the kernels compute with."""
+        return unpack(self, panels, columns, dtype)
+
+    def write(self, coded: Coded) -> Tensor:
+        """The codes and scales of a matrix [R, K] as panels, uint8 [P, panel_bytes]."""
+        return pack_codes(self, coded)
+
+    def read(self, panels: Tensor, columns: int) -> Coded:
+        """The codes and scales [P * 16, K] that panels uint8 [P, panel_bytes] hold."""
+        return read_codes(self, panels, columns)
+
+
+_NAMED = {
+    fmt.name: fmt
+    for fmt in (
+        MatrixFormat("fp32", Code.FP32),
+        MatrixFormat("fp16", Code.FP16),
+        MatrixFormat("bf16", Code.BF16),
+        MatrixFormat("int8", Code.S8, 64, Scale.FP16),
+        MatrixFormat("int4", Code.U4, 64, Scale.FP16, Zero.FP16),
+        MatrixFormat("mxfp4", Code.E2M1, 32, Scale.E8M0),
+        MatrixFormat("nvfp4", Code.E2M1, 16, Scale.E4M3),
+        MatrixFormat("fp8", Code.E4M3, 128, Scale.BLOCK),
+        MatrixFormat("fp8row", Code.E4M3, ROW, Scale.FP32),
+        MatrixFormat("mxfp8", Code.E4M3, 32, Scale.E8M0),
+        MatrixFormat("q8_0", Code.S8, 32, Scale.FP16),
+        MatrixFormat("q4_0", Code.U4, 32, Scale.FP16, Zero.CONSTANT, 8),
+        MatrixFormat("q4_1", Code.U4, 32, Scale.FP16, Zero.ADD),
+        MatrixFormat("q5_0", Code.U5, 32, Scale.FP16, Zero.CONSTANT, 16),
+        MatrixFormat("q5_1", Code.U5, 32, Scale.FP16, Zero.ADD),
+        MatrixFormat("q2_k", Code.U2, 16, Scale.K2, Zero.MIN),
+        MatrixFormat("q3_k", Code.U3, 16, Scale.K3, Zero.CONSTANT, 4),
+        MatrixFormat("q4_k", Code.U4, 32, Scale.K4, Zero.MIN),
+        MatrixFormat("q5_k", Code.U5, 32, Scale.K4, Zero.MIN),
+        MatrixFormat("q6_k", Code.U6, 16, Scale.K6, Zero.CONSTANT, 32),
+        MatrixFormat("iq4_nl", Code.IQ4NL, 32, Scale.FP16),
+        MatrixFormat("iq4_xs", Code.IQ4NL, 32, Scale.IQ4XS),
+    )
+}
+_SCALES = {"fp16": Scale.FP16, "bf16": Scale.BF16, "fp32": Scale.FP32}
+
+
+@functools.cache
+def uniform(bits: int, group: int, scale: str = "fp16", zeros: bool = False) -> MatrixFormat:
+    """Whole numbers with a scale for each group, as AWQ, GPTQ and compressed-tensors have them.
+
+    Args:
+        bits: 2, 3, 4, 5, 6 or 8. group: 16, 32, 64, 128 or ROW. scale: "fp16", "bf16" or "fp32".
+        zeros: whether each group has a zero of its own; without one the middle of the range is zero.
+
+    Returns:
+        One object for equal arguments, named like `int4g128`, `int4g32bf16z` or `int8row`.
+    """
+    name = f"int{bits}{f'g{group}' if group else 'row'}{'' if scale == 'fp16' else scale}{'z' if zeros else ''}"
+    if bits == 8 and not zeros:
+        return MatrixFormat(name, Code.S8, group, _SCALES[scale])
+    zero, constant = (Zero.INT, 0) if zeros else (Zero.CONSTANT, 2 ** (bits - 1))
+    return MatrixFormat(name, Code[f"U{bits}"], group, _SCALES[scale], zero, constant)
+
+
+@functools.cache
+def format_named(name: str) -> MatrixFormat:
+    """The format of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name in _NAMED:
+        return _NAMED[name]
+    for bits in (2, 3, 4, 5, 6, 8):
+        for group in (16, 32, 64, 128, ROW):
+            for scale in _SCALES:
+                for zeros in (False, True):
+                    if (fmt := uniform(bits, group, scale, zeros)).name == name:
+                        return fmt
+    raise KeyError(name)
+
+
+def format_names() -> tuple[str, ...]:
+    """Names of the formats that are no `uniform` ones."""
+    return tuple(_NAMED)
