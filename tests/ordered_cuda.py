@@ -66,6 +66,10 @@ class Order:
 
 
 class Stream:
+    @property
+    def cuda_stream(self) -> int:
+        return id(self)
+
     def __init__(self, order: Order) -> None:
         self.order = order
         with order.lock:

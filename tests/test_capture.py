@@ -148,7 +148,7 @@ def test_every_family_is_captured_or_says_why_not(
     ):
         cache = cache_for(model, None, 16)
         assert (cache is None) == (family.name in NOT_CAPTURED)
-        assert any("cannot be captured" in capture.getMessage() for capture in caplog.captures) == (cache is None)
+        assert any("cannot be captured" in capture.getMessage() for capture in caplog.records) == (cache is None)
         if cache is not None:
             captured = _generate(model, ids, past_key_values=cache, max_new_tokens=12)
             assert model.forward.figures.replays >= 7
@@ -180,7 +180,7 @@ def test_transformers_code_runs_only_until_it_is_captured(device: str, folders: 
         attention, begin = model.model.layers[1].self_attn, model.moestro.begin
         forward = attention.forward
         attention.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-        model.moestro.begin = lambda tokens, phase: phases.append((tokens, phase.name)) or begin(tokens, phase)
+        model.moestro.begin = lambda info: phases.append((info.tokens, info.phase.name)) or begin(info)
         _generate(model, _ids(1, 6), max_new_tokens=12)
         figures = model.forward.figures
         assert len(calls) == 3  # the prompt, the first step, the capture
@@ -379,7 +379,7 @@ def test_what_cannot_be_captured_runs_and_says_so_once(
                 assert (model.forward.figures.captures, model.forward.figures.replays) == (0, 0)
     for ours, theirs in zip(*results, strict=True):
         _same((ids, ours), (ids, theirs), device)
-    lines = [capture.getMessage() for capture in caplog.captures if "cannot be captured" in capture.getMessage()]
+    lines = [capture.getMessage() for capture in caplog.records if "cannot be captured" in capture.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("OlmoeForCausalLM cannot be captured: ")
     assert lines[0].endswith("; it runs eagerly")
@@ -394,7 +394,7 @@ def test_recurrent_layers_are_not_captured(device: str, folders: Any, caplog: py
             assert cache_for(model, None, 20) is None
         _generate(model, _ids(1, 5))
         assert model.forward.figures.replays == 0
-    assert [r.getMessage() for r in caplog.captures].count(
+    assert [r.getMessage() for r in caplog.records].count(
         "Qwen3NextForCausalLM cannot be captured: its cache has a LinearAttentionLayer; it runs eagerly"
     ) == 1
 

@@ -279,7 +279,7 @@ def test_where_a_copy_fails_the_cpu_computes_and_the_slot_is_usable_again(caplog
         torch.testing.assert_close(out, reference_of(parts[0], x, index, weights), rtol=1e-4, atol=1e-5)
         assert conductor.slots.ready((0, 2)) is not device.broken
     says = "layer 0: the copy of expert (0, 2) failed: the link is down; the CPU computes [2] instead"
-    assert [capture.message for capture in caplog.captures] == [says]
+    assert [capture.message for capture in caplog.records] == [says]
     conductor.close()
 
 

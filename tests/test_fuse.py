@@ -106,7 +106,7 @@ def test_one_token_attention(family: str, dtype: str, tmp_path: Path) -> None:
     fused, plain = (load(str(tmp_path), fuse=on, **ON_CPU | {"dtype": dtype}) for on in (True, False))
     assert all(type(layer.self_attn.forward).__name__ == "FusedAttention" for layer in fused.model.layers)
     assert all(type(layer.forward).__name__ == "FusedLayer" for layer in fused.model.layers)
-    assert any(layer.forward._stretch is not None for layer in fused.model.layers)
+    assert any(stretch_of(layer) is not None for layer in fused.model.layers)
     caches = [DynamicCache(), DynamicCache()]
     tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
     for step, count in enumerate([7, 1, 1, 3, 1, 1]):
@@ -200,7 +200,7 @@ def test_who_listens_to_a_part_is_told(tmp_path: Path) -> None:
         assert heard.pop()
         assert not heard
     caches[0].crop(-len(parts))
-    kernel, calls = first.forward._stretch._kernel, []
+    kernel, calls = stretch_of(first)._kernel, []
     run = kernel.run
     kernel.run = lambda *given: calls.append(1) or run(*given)
     asked = {"output_router_logits": True, "output_hidden_states": True}
@@ -224,7 +224,7 @@ def test_layers_that_follow_one_another_go_together(tmp_path: Path) -> None:
     save_model("olmoe", tmp_path, HEADS | {"num_hidden_layers": 4})
     model, plain = (load(str(tmp_path), fuse=on, **ON_CPU) for on in (True, False))
     ids, calls = torch.randint(3, 100, (1, 5)), []
-    stretch = model.model.layers[0].forward._stretch
+    stretch = stretch_of(model.model.layers[0])
     run = stretch._kernel.run
     stretch._kernel.run = lambda *given: calls.append(1) or run(*given)
     for depth in (4, 2):
@@ -316,7 +316,7 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     model(ids, past_key_values=cache)
     wanted = model(ids[:, :1], past_key_values=cache).logits
     cache.crop(-1)
-    kernel = model.model.layers[0].forward._stretch._kernel
+    kernel = stretch_of(model.model.layers[0])._kernel
     run = kernel.run
 
     def interrupt(*given: Any) -> Any:
@@ -328,6 +328,12 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     assert cache.get_seq_length() == 5
     kernel.run = run
     assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, wanted)
+
+
+def stretch_of(layer: Any) -> Any:
+    """The stretch that a fused decoder layer is part of, or None."""
+    together = layer.forward._together
+    return None if together is None else together.func.__self__
 
 
 def _marked(stretch: Any) -> Tensor:
@@ -358,7 +364,7 @@ def test_layers_between_which_something_happens_stay_apart(change: str, tmp_path
     elif change == "loop":
         decoder.forward = loop
     fuse(model, 1)
-    stretches = [vars(layer.forward)["_stretch"] for layer in layers]
+    stretches = [stretch_of(layer) for layer in layers]
     if change == "nothing":
         assert stretches[0] is stretches[1] is stretches[2] is not None
     elif change == "block":

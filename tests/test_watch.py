@@ -368,7 +368,11 @@ def test_each_note_is_compared(tmp_path: Path) -> None:
     """A change of each noted entry is seen, and its way back too."""
     _, model = _models("qwen3_moe", tmp_path)
     layer = model.model.layers[1]
-    watches = [layer.forward._stretch.watch, model.model.rotary_emb.forward.watch, model.model.forward.watch]
+    watches = [
+        layer.forward._together.func.__self__.watch,
+        model.model.rotary_emb.forward.watch,
+        model.model.forward.watch,
+    ]
     for watch in watches:
         for owner, name in list(watch.notes()):
             assert watch.holds()

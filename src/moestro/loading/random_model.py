@@ -9,8 +9,8 @@ that random hidden states happen to share. So each token's embedding is the sum 
 its own, and each router row has a component along the shared direction, solved so that the top-k of bias + noise has
 the wanted frequencies.
 
-    >>> build_random_model("tiny", MoestroConfig(), dtype=torch.bfloat16, seed=0).moestro.phase
-    <Phase.DECODE: 'decode'>
+    >>> build_random_model("tiny", MoestroConfig(), dtype=torch.bfloat16, seed=0).moestro.spec.layers[0].experts
+    8
 """
 
 from __future__ import annotations
