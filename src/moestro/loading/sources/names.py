@@ -40,12 +40,14 @@ class Piece:
     name: the tensor's name, without a matrix's ending ".weight".
     index: which of the experts that the tensor stacks; None where it holds one expert.
     rows: which of its output features are this part's; None where all are.
+    shared: how many parts of an expert share the tensor's output features.
     transposed: whether weights are stored [in, out]; where a checkpoint's shapes say otherwise, they are right.
     """
 
     name: str
     index: int | None = None
-    rows: slice | None = None
+    rows: range | None = None
+    shared: int = 1
     transposed: bool = False
 
 
@@ -140,11 +142,11 @@ def _trace(labels: Mapping[str, Tensor], layout: FamilyLayout) -> Pieces:
                 found = (rows // (_NEURONS * _WIDTH) == code).nonzero().flatten().tolist()
                 name = key if is_bias else key.removesuffix(".weight")
                 where = _rows(found, len(rows), layout.shape.parts[part][0])
-                pieces[expert, part] = Piece(name, index if stacked else None, where, transposed)
+                pieces[expert, part] = Piece(name, index if stacked else None, where, len(rows) // len(found), transposed)
     return pieces
 
 
-def _rows(found: list[int], of: int, size: int) -> slice | None:
+def _rows(found: list[int], of: int, size: int) -> range | None:
     """The rows of a part of `size` rows, from the places that its few have among the `of` rows of a label."""
     count, step = len(found), found[1] - found[0]
     if count == of:
@@ -152,7 +154,7 @@ def _rows(found: list[int], of: int, size: int) -> slice | None:
     if found != list(range(found[0], found[0] + count * step, step)) or step * count not in (count, of):
         raise ModelError("the rows of this family's experts are stored in an order that is not known")
     start = found[0] // count * size if step == 1 else found[0]
-    return slice(start, start + size if step == 1 else of // count * size, step)
+    return range(start, start + size if step == 1 else of // count * size, step)
 
 
 def _candidates(name: str, published: Pieces, own: Pieces, base: str) -> Iterator[Pieces]:

@@ -1,0 +1,220 @@
+"""Folders of safetensors, quantized or not: config.json, tokenizer and one or many files, mapped into memory.
+
+Tensors are views of the mapped files. Matrices are put together from tensors by `layouts`, found by `names`.
+
+Legend: R rows, K columns, F expert neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ...engine.families import FamilyLayout, expert_modules
+from ...errors import CheckpointError, first_line
+from ...memory.formats.raw import dequantize
+from ..checkpoint import read_config, refuse_code, weight_files
+from .base import ExpertWeights, Part, ordered, row_index
+from .layouts import WEIGHTS, Matrix, read_matrix, split_name, stored_shape
+from .names import Piece, Renamer, find_experts
+from .quantization import Quantization
+
+
+class SafetensorsSource:
+    """A checkpoint's folder.
+
+    Args:
+        model: what the user called it, for errors.
+        folder: where it is.
+        config_from, tokenizer_from: a folder or hub id to take the config or the tokenizer from instead.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        *,
+        config_from: str | None = None,
+        tokenizer_from: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._model, self._folder, self._trust = model, folder, trust_remote_code
+        self._tokenizer_from = tokenizer_from or str(folder)
+        own = read_config(model, config_from or str(folder), trust_remote_code, quantized=True)
+        self.quantization = Quantization.of(model, own)
+        for part in (own, own.get_text_config()):
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config
+        self._config = own
+
+    def config(self) -> Any:
+        return self._config
+
+    def tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(self._tokenizer_from, trust_remote_code=self._trust)
+        except Exception as error:  # tokenizers raise all kinds
+            refuse_code(self._model, error)
+            raise CheckpointError(
+                f"{self._model} has no tokenizer that Transformers can read; name another's by --tokenizer ORG/REPO "
+                f"({first_line(error)})"
+            ) from error
+
+    def weights(self, model: Any) -> SafetensorsWeights:
+        return SafetensorsWeights(model, open_tensors(self._folder), self.quantization)
+
+
+def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Each tensor of a folder's files by name, as a function that gives a view of the mapped file.
+
+    Raises:
+        CheckpointError: a file is absent, damaged or cut short, or no safetensors.
+    """
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for path in weight_files(folder):
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is a pickle; save the model as safetensors")
+        try:
+            opened = safe_open(path, framework="pt")
+            tensors |= {name: functools.partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short ({first_line(error)}); download it again") from error
+    if not tensors:
+        raise CheckpointError(f"{folder} has no weights: no model.safetensors and no index of several")
+    return tensors
+
+
+class SafetensorsWeights:
+    """The weights of a folder, under a model's names."""
+
+    def __init__(
+        self, model: Any, tensors: Mapping[str, Callable[[], Tensor]], quantization: Quantization
+    ) -> None:
+        self._model, self._quantization, self._tensors = model, quantization, tensors
+        self._groups = group_names(tensors)
+        modules = expert_modules(model)
+        self._layouts = {name: FamilyLayout.of(name, module) for name, module in modules.items()}
+        self._experts = find_experts(model, self._groups.__contains__)
+
+    def expert(self, module: str, expert: int) -> ExpertWeights:
+        layout, pieces = self._layouts[module], self._experts[module]
+        weights = ExpertWeights()
+        for part, shape in layout.shape.parts.items():
+            piece = pieces[expert, part]
+            stored = (shape[0] * piece.shared, *shape[1:])
+            if part.endswith("_bias"):
+                weights.biases[part] = self._bias(piece, stored)
+                continue
+            matrix = self._matrix(piece, stored, layout.experts)
+            rows = None if piece.rows is None else row_index(piece.rows)
+            weights.matrices[part] = Part(matrix.raw, rows, matrix.columns)
+        return ordered(weights)
+
+    def dense(self) -> Iterator[tuple[str, Tensor | Part]]:
+        renamer = Renamer(self._model)
+        state: dict[str, Tensor] = self._model.state_dict()
+        experts = {piece.name for pieces in self._experts.values() for piece in pieces.values()}
+        missing = {name for name in state if not name.startswith(tuple(f"{module}." for module in self._experts))}
+        missing -= set(getattr(self._model, "all_tied_weights_keys", None) or {})
+        for base, endings in self._groups.items():
+            name = endings.get("weight", f"{base}.weight")
+            found = None if base in experts else renamer.rename(name)
+            if found is None:  # an expert's, or such as layers that predict several tokens at once
+                continue
+            target, pattern = found
+            value = self._tensors[name]() if endings.keys() == {"weight"} else self._quantized(base, state[target], pattern)
+            if pattern is None:
+                missing.discard(target)
+                yield target, _fitting(target, value, state)
+            else:
+                renamer.collect(name, target, pattern, _as_floats(value))
+        for target, converted in renamer.converted():
+            missing.discard(target)
+            yield target, _fitting(target, converted, state)
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            raise CheckpointError(f"the checkpoint has no {min(missing)}{more}; it is incomplete: download it again")
+
+    def _matrix(self, piece: Piece, shape: tuple[int, int], experts: int) -> Matrix:
+        tensors = self._read(piece.name)
+        if piece.index is not None:
+            tensors = {ending: _one(piece.name, one, piece.index, experts) for ending, one in tensors.items()}
+        if piece.transposed and (weight := tensors.get("weight")) is not None and tuple(weight.shape) == shape[::-1]:
+            tensors["weight"] = weight.T
+        return read_matrix(piece.name, tensors, shape, self._quantization)
+
+    def _quantized(self, base: str, parameter: Tensor, pattern: str | None) -> Part | Tensor:
+        tensors = self._read(base)
+        shape = stored_shape(tensors, self._quantization) if pattern is not None else tuple(parameter.shape)
+        if len(shape) != 2:
+            raise CheckpointError(f"{base} is quantized, but its config.json makes it {list(shape)}, no matrix")
+        matrix = read_matrix(base, tensors, shape, self._quantization)
+        return matrix.raw if isinstance(matrix.raw, Tensor) else Part(matrix.raw, None, matrix.columns)
+
+    def _bias(self, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._tensors[self._groups[piece.name]["weight"]]()
+        tensor = tensor if piece.index is None else tensor[piece.index]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{piece.name} is {list(tensor.shape)} an expert, where the model needs {list(shape)}")
+        return tensor if piece.rows is None else tensor[row_index(piece.rows)]
+
+    def _read(self, base: str) -> dict[str, Tensor]:
+        return {ending: self._tensors[name]() for ending, name in self._groups[base].items()}
+
+
+def group_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Tensors' names by the matrix that they belong to: base -> {ending: name}; what is no matrix's stands alone.
+
+    Raises:
+        ModelError: a tensor is of a method that is refused.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        base, ending = split_name(name)
+        groups.setdefault(base, {})[ending] = name
+    alone = [base for base, endings in groups.items() if not endings.keys() & set(WEIGHTS)]
+    for base in alone:  # parameters that only sound like scales
+        groups |= {name: {"weight": name} for name in groups.pop(base).values()}
+    return groups
+
+
+def _one(name: str, tensor: Tensor, index: int, experts: int) -> Tensor:
+    """One expert's of a stacked tensor; what holds one number is every expert's.
+
+    Raises:
+        CheckpointError: it stacks another number of experts.
+    """
+    if tensor.numel() == 1:
+        return tensor
+    if tensor.shape[0] != experts:
+        raise CheckpointError(f"{name} stacks {tensor.shape[0]} experts, but the config.json has {experts}")
+    return tensor[index]
+
+
+def _as_floats(value: Tensor | Part) -> Tensor:
+    """A matrix that a conversion takes apart or joins, as numbers."""
+    if isinstance(value, Tensor):
+        return value
+    assert not isinstance(value.raw, Tensor)
+    floats = dequantize(value.raw)
+    return floats if value.columns is None else floats[:, value.columns.argsort()]
+
+
+def _fitting(name: str, value: Tensor | Part, state: Mapping[str, Tensor]) -> Tensor | Part:
+    """The value, if it is as large as the model's parameter; quantized ones were checked before.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if isinstance(value, Tensor) and value.shape != state[name].shape:
+        raise CheckpointError(
+            f"{name} is {list(value.shape)} in the checkpoint, but its config.json makes it {list(state[name].shape)}; "
+            "they do not belong together"
+        )
+    return value
