@@ -97,7 +97,15 @@ def _gptq(raw: Any) -> Tensor:
     return ((codes - zeros[group]) * scale[group]).T
 
 
+def _gguf(raw: Any) -> Tensor:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[raw.fmt.name.upper()]
+    return torch.from_numpy(gguf.dequantize(raw.tensors["weight"].numpy(), kind))
+
+
 READERS = {
+    "gguf": _gguf,
     "mxfp4": _mxfp4,
     "nibbles": _fp4,
     "fp8": _fp8,
