@@ -1,4 +1,4 @@
-"""An independent reader of stored matrices: RawMatrix -> float32, by each layout's public definition, slow and plain."""
+"""An independent reader of stored matrices: RawMatrix -> float32, by each layout's public definition, slowly."""
 
 from __future__ import annotations
 

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import Family, build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_reader import read_raw
 from safetensors.torch import load_file
-from test_sources_safetensors import compare
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from families import Family, build_model
 from moestro.engine.families import expert_modules
 from moestro.errors import CheckpointError, ModelError, MoestroError
 from moestro.loading.sources import open_source
+from raw_reader import read_raw
+from test_sources_safetensors import compare
 
 gguf = pytest.importorskip("gguf")
 
@@ -33,7 +33,12 @@ SIZES |= {"head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_d
 MLA = {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
 YARN |= {"rope_theta": 150000.0, "beta_fast": 32.0, "beta_slow": 1.0}
-GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_scaling": 6.0}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.25,
+    "logits_scaling": 6.0,
+}
 ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("llama", {"sliding_window": None}),
@@ -281,6 +286,16 @@ def test_split_files_are_one(tmp_path: Path) -> None:
         open_source(str(files[0]))
 
 
+def _open_all(path: Path, model: nn.Module) -> None:
+    source = open_source(str(path))
+    source.config()
+    weights = source.weights(model)
+    for name in expert_modules(model):
+        weights.expert(name, 0)
+    for _ in weights.dense():
+        pass
+
+
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
     path, bad = tmp_path / "m.gguf", tmp_path / "bad.gguf"
     model = _build("mixtral")
@@ -299,9 +314,7 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     ):
         bad.write_bytes(data)
         with pytest.raises(CheckpointError, match=match) as caught:
-            source = open_source(str(bad))
-            source.config()
-            source.weights(model)
+            _open_all(bad, model)
         assert "\n" not in str(caught.value)
 
 
@@ -331,7 +344,7 @@ def test_a_config_that_contradicts_the_tensors_is_one_line(tmp_path: Path) -> No
         weights.expert("model.layers.0.mlp.experts", 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_mutated_files_never_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -344,10 +357,4 @@ def test_mutated_files_never_crash(tmp_path_factory: pytest.TempPathFactory, dat
         whole[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
     bad.write_bytes(whole[: data.draw(st.sampled_from([len(whole), 3000, 700]))])
     with suppress(MoestroError):
-        source = open_source(str(bad))
-        source.config()
-        weights = source.weights(model)
-        for name in expert_modules(model):
-            weights.expert(name, 0)
-        for _ in weights.dense():
-            pass
+        _open_all(bad, model)

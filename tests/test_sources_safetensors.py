@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import Family, build_model
-from raw_reader import AWQ_ORDER, read_raw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from families import FAMILIES, Family, build_model
 from moestro.engine.families import FamilyLayout, expert_modules
 from moestro.errors import CheckpointError, ModelError
 from moestro.loading.sources import open_source
+from raw_reader import AWQ_ORDER, read_raw
 
 LARGE = {"hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 160, "num_hidden_layers": 2}
 LARGE |= {"mlp_layer_types": ["dense", "sparse"]}
@@ -250,7 +250,8 @@ def compare(folder: Path, expected: nn.Module, tolerance: float = 0.0) -> None:
             floats = read_raw(value.raw, value.rows, value.columns)
             floats = floats if back is None else floats[:, back]
         torch.testing.assert_close(floats.float(), state[name].float(), rtol=tolerance, atol=0)
-    assert {name for name in state if not name.startswith(tuple(expert_modules(expected)))} <= seen | {"lm_head.weight"}
+    tied = set(getattr(expected, "all_tied_weights_keys", None) or {})
+    assert {name for name in state if not name.startswith(tuple(expert_modules(expected)))} <= seen | tied
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -259,11 +260,9 @@ def test_quantized_checkpoints_read_as_their_writer_reads_them(family: str, kind
     compare(tmp_path, expected, 2**-20 if kind in ("nvfp4", "modelopt") else 0)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_moe_text"])
-def test_float_checkpoints_are_read_as_they_are(family: str, tmp_path: Path) -> None:
-    from families import FAMILIES
-
-    model = build_model(next(one for one in FAMILIES if one.name == family))
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_each_family_is_read_as_transformers_saves_it(family: Family, tmp_path: Path) -> None:
+    model = build_model(family)
     model.save_pretrained(tmp_path)
     compare(tmp_path, model)
 
@@ -285,4 +284,151 @@ def test_gpt_oss_blocks_are_read_as_transformers_reads_them(tmp_path: Path) -> N
     save_file(tensors, tmp_path / "model.safetensors")
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "mxfp4"}}))
+    compare(tmp_path, model)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], **config: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | config))
+
+
+def read_all(folder: Path, model: nn.Module) -> None:
+    source = open_source(str(folder))
+    source.config()
+    weights = source.weights(model)
+    for name, module in expert_modules(model).items():
+        for expert in range(module.num_experts):
+            weights.expert(name, expert)
+    for _ in weights.dense():
+        pass
+
+
+W1 = "model.layers.1.block_sparse_moe.experts.3.w1."
+Q = "model.layers.0.self_attn.q_proj."
+BAD: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
+    "an expert is missing": ("fp8", lambda t: t.pop(f"{W1}weight"), r"has no .*experts\.3\.w1.*; it is incomplete"),
+    "a scale is missing": ("fp8", lambda t: t.pop(f"{W1}weight_scale_inv"), "float8_e4m3fn"),
+    "scales of another shape": (
+        "fp8",
+        lambda t: t.update({f"{W1}weight_scale_inv": torch.ones(3, 3)}),
+        r"is \[160, 96\] in FP8, but its scales are \[3, 3\]",
+    ),
+    "weights of another shape": (
+        "fp8",
+        lambda t: t.update({f"{W1}weight": t[f"{W1}weight"][:, :64]}),
+        r"FP8 weights of \[160, 64\], where the model needs \[160, 96\]",
+    ),
+    "a shape that is not its own": (
+        "int4g32",
+        lambda t: t.update({f"{W1}weight_shape": torch.tensor([160, 64])}),
+        r"says that it is \[160, 64\]",
+    ),
+    "groups of no size": (
+        "int4g32",
+        lambda t: t.update({f"{W1}weight_scale": torch.ones(160, 7)}),
+        "no groups of 16, 32, 64 or 128",
+    ),
+    "groups that are not equal": (
+        "gptq-act-order",
+        lambda t: t.update({f"{W1}g_idx": torch.zeros(96, dtype=torch.int32)}),
+        "groups are not of 32 columns each",
+    ),
+    "no scale for the tensor": ("modelopt", lambda t: t.pop(f"{W1}weight_scale_2"), "no single scale"),
+    "a dense weight is missing": ("fp8", lambda t: t.pop("model.norm.weight"), "has no model.norm.weight"),
+    "a dense weight of another shape": (
+        "fp8",
+        lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+        r"is \[3\] in the checkpoint, but its config.json makes it \[96\]",
+    ),
+    "numbers as scales": (
+        "mxfp8",
+        lambda t: t.update({f"{W1}weight_scale_inv": torch.ones(160, 3)}),
+        r"its scales are \[160, 3\]",
+    ),
+    "bitsandbytes": ("fp8", lambda t: t.update({f"{W1}weight.absmax": torch.ones(3)}), "is of bitsandbytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_together_is_one_line(case: str, tmp_path: Path) -> None:
+    kind, change, match = BAD[case]
+    model = write_checkpoint(tmp_path, FAMILY["mixtral"], kind)
+    edit(tmp_path, change)
+    with pytest.raises((CheckpointError, ModelError), match=match) as caught:
+        read_all(tmp_path, model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            r"by bitsandbytes .*, which Moestro does not read; use",
+        ),
+        ({"quant_method": "eetq"}, "by EETQ"),
+        ({"quant_method": "vptq"}, "by VPTQ"),
+        ({"quant_method": "aqlm"}, "by AQLM"),
+        ({"quant_method": "hqq"}, "by HQQ"),
+        ({"quant_method": "quip_sharp"}, "by QuIP#"),
+        ({"quant_method": "unheard_of"}, "by 'unheard_of'"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "3-bit GPTQ"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the order 'gemv'"),
+    ],
+)
+def test_methods_that_are_not_read_are_named(config: dict[str, Any], match: str, tmp_path: Path) -> None:
+    build_model(Family("mixtral")).save_pretrained(tmp_path)
+    edit(tmp_path, lambda _: None, quantization_config=config)
+    with pytest.raises(ModelError, match=match):
+        open_source(str(tmp_path))
+
+
+def test_damaged_files_and_pickles_are_one_line(tmp_path: Path) -> None:
+    model = build_model(Family("mixtral"))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        read_all(tmp_path, model)
+    file.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a pickle; save the model as safetensors"):
+        read_all(tmp_path, model)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        read_all(tmp_path, model)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_of_a_fused_family_may_be_stored_one_by_one(stacked: bool, tmp_path: Path) -> None:
+    """As quantizers leave Qwen3.5, whose own checkpoints have them stacked; and stacked with FP8 blocks."""
+    model = build_model(Family("qwen3_5_moe_text", LARGE | {"layer_types": ["linear_attention", "full_attention"]}))
+    model.save_pretrained(tmp_path)
+    write, config = KINDS["fp8"]()
+    state = model.state_dict()
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+        for name in [name for name in state if ".experts." in name]:
+            stored, values = state[name], []
+            halves = [("gate_proj", "up_proj"), ("down_proj",)]["down" in name]
+            for expert, matrix in enumerate(stored):
+                parts, value = write(matrix)
+                values.append(value)
+                for ending, part in parts.items():
+                    if stacked:
+                        key = name if ending == "weight" else f"{name}_scale_inv"
+                        tensors[key] = torch.cat((tensors.get(key, part[:0][None]), part[None]))
+                        continue
+                    for index, half in enumerate(halves):
+                        key = name.replace("gate_up_proj", f"{expert}.{half}").replace(".down", f".{expert}.down")
+                        tensors[f"{key}.{ending}"] = part.chunk(len(halves))[index]
+            state[name].copy_(torch.stack(values))
+
+    edit(tmp_path, change, quantization_config=config)
     compare(tmp_path, model)

@@ -30,7 +30,21 @@ from .base import ExpertWeights, Part, row_index
 from .gguf_config import architecture_of, config_of, tokenizer_of
 from .gguf_file import GgufFile, GgufTensor, gguf_package, read_gguf, split_files
 
-_QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+_QUANTIZED = (
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q2_K",
+    "Q3_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+)
 _PERMUTED = ("llama", "granitemoe")  # architectures whose converter permutes q and k
 _RENAMED = {  # parameters that Transformers has renamed since the package's tables were written
     "block_sparse_moe.router": "block_sparse_moe.router.layer",
@@ -150,7 +164,9 @@ class GgufWeights:
             return None
         k, v = self._floats(keys), self._floats(values)  # [H * K, D], [H * D, K]
         heads = self._tensors[keys].shape[0]
-        return torch.cat((k.view(heads, -1, k.shape[1]).transpose(1, 2), v.view(heads, -1, v.shape[1])), 1).flatten(0, 1)
+        return torch.cat((k.view(heads, -1, k.shape[1]).transpose(1, 2), v.view(heads, -1, v.shape[1])), 1).flatten(
+            0, 1
+        )
 
     def _floats(self, name: str) -> Tensor:
         """A tensor of any form as float32 [rows, K]."""

@@ -38,7 +38,9 @@ class _Keys:
         if not isinstance(value, list):
             return value
         if len(set(value)) != 1:  # one for each layer
-            raise CheckpointError(f"{self._prefix}.{key} differs between layers, which Moestro does not read; {_NAME_CONFIG}")
+            raise CheckpointError(
+                f"{self._prefix}.{key} differs between layers, which Moestro does not read; {_NAME_CONFIG}"
+            )
         return value[0]
 
     def has(self, tensor: str) -> bool:
@@ -56,7 +58,9 @@ def _common(keys: _Keys) -> dict[str, Any]:
         "max_position_embeddings": keys["context_length"],
         "rms_norm_eps": keys.get("attention.layer_norm_rms_epsilon", keys.get("attention.layer_norm_epsilon", 1e-5)),
         "num_experts_per_tok": keys["expert_used_count"],
-        "vocab_size": keys.file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in keys.file.tensors else 0,
+        "vocab_size": keys.file.tensors["token_embd.weight"].shape[0]
+        if "token_embd.weight" in keys.file.tensors
+        else 0,
         "tie_word_embeddings": "output.weight" not in keys.file.tensors,
         "rope_parameters": _rope(keys),
         "attention_bias": keys.has("attn_q.bias"),
@@ -80,7 +84,11 @@ def _rope(keys: _Keys) -> dict[str, Any]:
     if kind == "linear":
         return rope
     rope["original_max_position_embeddings"] = keys["rope.scaling.original_context_length"]
-    for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow"), ("mscale", "yarn_log_multiplier")):
+    for name, key in (
+        ("beta_fast", "yarn_beta_fast"),
+        ("beta_slow", "yarn_beta_slow"),
+        ("mscale", "yarn_log_multiplier"),
+    ):
         if keys.get(f"rope.scaling.{key}") is not None:
             rope[name] = keys[f"rope.scaling.{key}"]
     if "mscale" in rope:  # DeepSeek's two are equal; the file has a tenth of them
@@ -281,7 +289,9 @@ def tokenizer_of(path: Path, file: GgufFile) -> Any:
 
         known = split in GGUF_PRE_TOKENIZER_SPLITS or split in _LIKE_GPT2
         if file.metadata.get("tokenizer.ggml.model") == "gpt2" and not known:
-            raise CheckpointError(f"{path.name} splits text as {split!r}, for which there is no rule; {_NAME_TOKENIZER}")
+            raise CheckpointError(
+                f"{path.name} splits text as {split!r}, for which there is no rule; {_NAME_TOKENIZER}"
+            )
         architecture, values, settings = get_gguf_tokenizer(str(path))
         backend, _ = convert_gguf_tokenizer(architecture, values)
         return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)

@@ -66,7 +66,9 @@ def read_gguf(paths: Sequence[Path]) -> GgufFile:
         whole.tensors |= part.tensors
     count = whole.metadata.get("split.tensors.count")
     if isinstance(count, int) and count not in (0, len(whole.tensors)):
-        raise CheckpointError(f"{paths[0]} and its parts hold {len(whole.tensors)} of {count} tensors; download it again")
+        raise CheckpointError(
+            f"{paths[0]} and its parts hold {len(whole.tensors)} of {count} tensors; download it again"
+        )
     return whole
 
 
@@ -110,7 +112,7 @@ class _Reader:
         if self._size < 24:
             raise CheckpointError(f"{path} is no GGUF file: it has {self._size} bytes")
         self._bytes = torch.from_file(str(path), shared=False, size=self._size, dtype=torch.uint8)
-        self._buffer = memoryview(self._bytes.numpy())
+        self._buffer = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         self._types = {int(kind): (kind.name, sizes) for kind, sizes in gguf_package().GGML_QUANT_SIZES.items()}
 
     def read(self) -> GgufFile:
@@ -120,7 +122,9 @@ class _Reader:
         if version not in (2, 3):
             swapped = version in (2 << 24, 3 << 24)
             what = "big-endian" if swapped else f"version {version}"
-            raise CheckpointError(f"{self._path} is a {what} GGUF file; Moestro reads little-endian ones of versions 2 and 3")
+            raise CheckpointError(
+                f"{self._path} is a {what} GGUF file; Moestro reads little-endian ones of versions 2 and 3"
+            )
         tensors, entries = self._number("Q"), self._number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(self._count(entries, 12)):
@@ -129,16 +133,20 @@ class _Reader:
         infos = [self._info() for _ in range(self._count(tensors, 24))]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-            raise CheckpointError(f"{self._path} says that its tensors begin at multiples of {alignment}; it is damaged")
+            raise CheckpointError(
+                f"{self._path} says that its tensors begin at multiples of {alignment}; it is damaged"
+            )
         start = -(-self._at // alignment) * alignment
-        return GgufFile(metadata, {name: self._tensor(name, start, *rest) for name, *rest in infos})
+        return GgufFile(metadata, {info[0]: self._tensor(start, *info) for info in infos})
 
-    def _tensor(self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+    def _tensor(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
         if kind not in self._types:
             raise ModelError(f"{self._path}: {name} is of type {kind}, which no format of the gguf package has")
         type_name, (block, block_bytes) = self._types[kind]
         if not shape or shape[-1] % block:
-            raise CheckpointError(f"{self._path}: {name} is {list(shape)} in {type_name}, whose blocks of {block} do not divide it")
+            raise CheckpointError(
+                f"{self._path}: {name} is {list(shape)} in {type_name}, whose blocks of {block} do not divide it"
+            )
         row_bytes = shape[-1] // block * block_bytes
         first, size = start + offset, prod(shape[:-1]) * row_bytes
         if offset % 8 or size > self._size - first:

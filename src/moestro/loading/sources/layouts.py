@@ -176,7 +176,9 @@ def _nibbles(name: str, tensors: Tensors, shape: tuple[int, int], _: Quantizatio
         if one is None or one.numel() != 1:
             raise CheckpointError(f"{name} is in NVFP4, but has no single scale for the whole tensor")
         tensor = one.float().reshape(()) if factor is not None else 1 / one.float().reshape(())
-        return Matrix(RawMatrix("nibbles", rows, columns, parts | {"scales": scale, "tensor": tensor}, format_named("nvfp4")))
+        return Matrix(
+            RawMatrix("nibbles", rows, columns, parts | {"scales": scale, "tensor": tensor}, format_named("nvfp4"))
+        )
     _expect(name, "MXFP4 scales", scale, (rows, ceil(columns / 32)), _POWERS)
     parts["scales"] = scale.view(torch.uint8)
     return Matrix(RawMatrix("nibbles", rows, columns, parts, format_named("mxfp4")))
@@ -314,7 +316,10 @@ _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "qscale_wei
 _LAYOUTS: tuple[tuple[set[str], _Reader], ...] = (
     ({"blocks", "scales"}, _blocks),
     ({"weight_packed", "weight_scale"}, _words),
-    ({"packed", "scale"}, lambda n, t, s, q: _words(n, {**t, "weight_packed": t["packed"], "weight_scale": t["scale"]}, s, q)),
+    (
+        {"packed", "scale"},
+        lambda n, t, s, q: _words(n, {**t, "weight_packed": t["packed"], "weight_scale": t["scale"]}, s, q),
+    ),
     ({"qweight", "scales"}, _qweight),
     *(({"weight", scale}, _weight_and_scale) for scale in _SCALES),
 )

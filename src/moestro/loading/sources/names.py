@@ -142,7 +142,9 @@ def _trace(labels: Mapping[str, Tensor], layout: FamilyLayout) -> Pieces:
                 found = (rows // (_NEURONS * _WIDTH) == code).nonzero().flatten().tolist()
                 name = key if is_bias else key.removesuffix(".weight")
                 where = _rows(found, len(rows), layout.shape.parts[part][0])
-                pieces[expert, part] = Piece(name, index if stacked else None, where, len(rows) // len(found), transposed)
+                pieces[expert, part] = Piece(
+                    name, index if stacked else None, where, len(rows) // len(found), transposed
+                )
     return pieces
 
 

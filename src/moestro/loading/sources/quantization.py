@@ -63,7 +63,9 @@ class Quantization:
         if method == METHOD:  # how a model of ours was run; its weights are as they always were
             return cls()
         if method in ("auto-round", "intel/auto-round", "auto_round"):
-            method = next((one for one in ("gptq", "awq") if one in str(own.get("packing_format", "auto_gptq"))), method)
+            method = next(
+                (one for one in ("gptq", "awq") if one in str(own.get("packing_format", "auto_gptq"))), method
+            )
         if not method and "quant_algo" in own:
             method = "modelopt"
         if method not in _READ:
@@ -90,7 +92,7 @@ class Quantization:
     @property
     def zeros_less_one(self) -> bool:
         """Whether GPTQ's stored zeros are one less than they stand for (its first format)."""
-        return self.config.get("checkpoint_format", "gptq") != "gptq_v2"
+        return bool(self.config.get("checkpoint_format", "gptq") != "gptq_v2")
 
     def _group_of(self, name: str) -> Mapping[str, Any]:
         groups = list(self.config.get("config_groups", {}).values())
@@ -112,9 +114,15 @@ class Quantization:
         """
         block = self.config.get("weight_block_size")
         if self.method == "fp8" and block is not None and list(block) not in ([128, 128], [1, 32]):
-            raise ModelError(f"{model} has FP8 scales for blocks of {list(block)}; Moestro reads [128, 128] and [1, 32]")
-        if self.method in ("awq", "gptq") and (bits := self.bits_of("")) not in ((4,) if self.method == "awq" else (4, 8)):
-            raise ModelError(f"{model} has {bits}-bit {self.method.upper()} weights, which Moestro does not read; {_INSTEAD}")
+            raise ModelError(
+                f"{model} has FP8 scales for blocks of {list(block)}; Moestro reads [128, 128] and [1, 32]"
+            )
+        if self.method in ("awq", "gptq") and (bits := self.bits_of("")) not in (
+            (4,) if self.method == "awq" else (4, 8)
+        ):
+            raise ModelError(
+                f"{model} has {bits}-bit {self.method.upper()} weights, which Moestro does not read; {_INSTEAD}"
+            )
         version = str(self.config.get("version", "gemm")).lower()
         if self.method == "awq" and version != "gemm":
             raise ModelError(f"{model} has AWQ weights in the order {version!r}; Moestro reads 'gemm'; {_INSTEAD}")

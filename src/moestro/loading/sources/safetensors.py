@@ -25,6 +25,8 @@ from .layouts import WEIGHTS, Matrix, read_matrix, split_name, stored_shape
 from .names import Piece, Renamer, find_experts
 from .quantization import Quantization
 
+_Read = Callable[[Tensor, str | None], "Part | Tensor"]  # (the model's parameter, its conversion's pattern) -> weight
+
 
 class SafetensorsSource:
     """A checkpoint's folder.
@@ -82,7 +84,8 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
             raise CheckpointError(f"{path} is a pickle; save the model as safetensors")
         try:
             opened = safe_open(path, framework="pt")
-            tensors |= {name: functools.partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            tensors |= {name: functools.partial(opened.get_tensor, name) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or cut short ({first_line(error)}); download it again") from error
     if not tensors:
@@ -93,9 +96,7 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
 class SafetensorsWeights:
     """The weights of a folder, under a model's names."""
 
-    def __init__(
-        self, model: Any, tensors: Mapping[str, Callable[[], Tensor]], quantization: Quantization
-    ) -> None:
+    def __init__(self, model: Any, tensors: Mapping[str, Callable[[], Tensor]], quantization: Quantization) -> None:
         self._model, self._quantization, self._tensors = model, quantization, tensors
         self._groups = group_names(tensors)
         modules = expert_modules(model)
@@ -107,11 +108,10 @@ class SafetensorsWeights:
         weights = ExpertWeights()
         for part, shape in layout.shape.parts.items():
             piece = pieces[expert, part]
-            stored = (shape[0] * piece.shared, *shape[1:])
             if part.endswith("_bias"):
-                weights.biases[part] = self._bias(piece, stored)
+                weights.biases[part] = self._bias(piece, shape[0] * piece.shared)
                 continue
-            matrix = self._matrix(piece, stored, layout.experts)
+            matrix = self._matrix(piece, (shape[0] * piece.shared, shape[1]), layout.experts)
             rows = None if piece.rows is None else row_index(piece.rows)
             weights.matrices[part] = Part(matrix.raw, rows, matrix.columns)
         return ordered(weights)
@@ -123,17 +123,19 @@ class SafetensorsWeights:
         missing = {name for name in state if not name.startswith(tuple(f"{module}." for module in self._experts))}
         missing -= set(getattr(self._model, "all_tied_weights_keys", None) or {})
         for base, endings in self._groups.items():
-            name = endings.get("weight", f"{base}.weight")
-            found = None if base in experts else renamer.rename(name)
-            if found is None:  # an expert's, or such as layers that predict several tokens at once
+            if base in experts:
                 continue
-            target, pattern = found
-            value = self._tensors[name]() if endings.keys() == {"weight"} else self._quantized(base, state[target], pattern)
-            if pattern is None:
-                missing.discard(target)
-                yield target, _fitting(target, value, state)
-            else:
-                renamer.collect(name, target, pattern, _as_floats(value))
+            for name, read in self._units(base, endings):
+                found = renamer.rename(name)
+                if found is None:  # such as layers that predict several tokens at once
+                    continue
+                target, pattern = found
+                value = read(state[target], pattern)
+                if pattern is None:
+                    missing.discard(target)
+                    yield target, _fitting(target, value, state)
+                else:
+                    renamer.collect(name, target, pattern, _as_floats(value))
         for target, converted in renamer.converted():
             missing.discard(target)
             yield target, _fitting(target, converted, state)
@@ -149,6 +151,15 @@ class SafetensorsWeights:
             tensors["weight"] = weight.T
         return read_matrix(piece.name, tensors, shape, self._quantization)
 
+    def _units(self, base: str, endings: Mapping[str, str]) -> Iterator[tuple[str, _Read]]:
+        """The weights that the tensors of a base are: one quantized matrix, or each by itself."""
+        main = next(self._tensors[endings[ending]]() for ending in WEIGHTS if ending in endings)
+        if (main.is_floating_point() and main.itemsize > 1) or endings == {"weight": base}:
+            for name in endings.values():
+                yield name, lambda _, __, name=name: self._tensors[name]()  # type: ignore[misc]
+        else:
+            yield f"{base}.weight", functools.partial(self._quantized, base)
+
     def _quantized(self, base: str, parameter: Tensor, pattern: str | None) -> Part | Tensor:
         tensors = self._read(base)
         shape = stored_shape(tensors, self._quantization) if pattern is not None else tuple(parameter.shape)
@@ -157,11 +168,11 @@ class SafetensorsWeights:
         matrix = read_matrix(base, tensors, shape, self._quantization)
         return matrix.raw if isinstance(matrix.raw, Tensor) else Part(matrix.raw, None, matrix.columns)
 
-    def _bias(self, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+    def _bias(self, piece: Piece, size: int) -> Tensor:
         tensor = self._tensors[self._groups[piece.name]["weight"]]()
         tensor = tensor if piece.index is None else tensor[piece.index]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{piece.name} is {list(tensor.shape)} an expert, where the model needs {list(shape)}")
+        if tuple(tensor.shape) != (size,):
+            raise CheckpointError(f"{piece.name} is {list(tensor.shape)} an expert, where the model needs [{size}]")
         return tensor if piece.rows is None else tensor[row_index(piece.rows)]
 
     def _read(self, base: str) -> dict[str, Tensor]:
