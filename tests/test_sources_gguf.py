@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families import Family, build_model
@@ -77,12 +81,21 @@ def random_blocks(kind: str) -> Quantize:
     return quantize
 
 
-def write_gguf(path: Path, model: nn.Module, arch: str, kind: str, quantize: Quantize, parts: int = 0) -> None:
+def write_gguf(
+    path: Path,
+    model: nn.Module,
+    arch: str,
+    kind: str,
+    quantize: Quantize,
+    parts: int = 0,
+    more: Callable[[Any], None] = lambda _: None,
+) -> None:
     """What llama.cpp's convert_hf_to_gguf does to such a model; the model then holds what the file stands for."""
     config: Any = model.config
     model.save_pretrained(path.parent / "saved")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=parts)
     _metadata(writer, config, arch)
+    more(writer)
     gguf_arch = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(gguf_arch, config.num_hidden_layers)
     tensors = load_file(path.parent / "saved" / "model.safetensors")
@@ -358,3 +371,46 @@ def test_mutated_files_never_crash(tmp_path_factory: pytest.TempPathFactory, dat
     bad.write_bytes(whole[: data.draw(st.sampled_from([len(whole), 3000, 700]))])
     with suppress(MoestroError):
         _open_all(bad, model)
+
+
+def _with_tokenizer(path: Path, model: nn.Module, pre: str) -> None:
+    """The demo's tokenizer, as the converter writes byte-level ones."""
+    tokenizer = json.loads((files("moestro") / "demo" / "tokenizer.json").read_text("utf-8"))
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    special = {one["content"] for one in tokenizer["added_tokens"]}
+
+    def more(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in special else 1 for token in tokens])
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(0)
+
+    write_gguf(path, model, "llama", "F32", by_package("F32"), more=more)
+
+
+def test_its_tokenizer_splits_text_as_the_original(tmp_path: Path) -> None:
+    original = AutoTokenizer.from_pretrained(str(files("moestro") / "demo"))
+    model = _build("mixtral")
+    _with_tokenizer(tmp_path / "m.gguf", model, "gpt-2")
+    tokenizer = open_source(str(tmp_path / "m.gguf")).tokenizer()
+    for text in ("Once upon a time, there were 12 naïve kings.", "  two  spaces\n\nand lines", "don't"):
+        assert tokenizer(text).input_ids == original(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    _with_tokenizer(tmp_path / "m.gguf", model, "unheard-of")
+    with pytest.raises(CheckpointError, match=r"splits text as 'unheard-of', .* --tokenizer ORG/REPO"):
+        open_source(str(tmp_path / "m.gguf")).tokenizer()
+    other = open_source(str(tmp_path / "m.gguf"), tokenizer=str(files("moestro") / "demo"))
+    assert other.tokenizer()("don't").input_ids == original("don't").input_ids
+    write_gguf(tmp_path / "m.gguf", model, "llama", "F32", by_package("F32"))
+    with pytest.raises(CheckpointError, match="has no tokenizer; name a checkpoint .* --tokenizer ORG/REPO"):
+        open_source(str(tmp_path / "m.gguf")).tokenizer()
+
+
+def test_without_the_gguf_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "m.gguf", _build("mixtral"), "llama", "F32", by_package("F32"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match=r"needs the gguf package: pip install 'moestro\[gguf\]'"):
+        open_source(str(tmp_path / "m.gguf"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from families import FAMILIES, Family, build_model
+from families import DEEPSEEK_V4, FAMILIES, Family, build_model
 from moestro.engine.families import FamilyLayout, expert_modules
 from moestro.errors import CheckpointError, ModelError
 from moestro.loading.sources import open_source
@@ -415,20 +415,50 @@ def test_experts_of_a_fused_family_may_be_stored_one_by_one(stacked: bool, tmp_p
         for name in [name for name in tensors if ".experts." in name]:
             del tensors[name]
         for name in [name for name in state if ".experts." in name]:
-            stored, values = state[name], []
-            halves = [("gate_proj", "up_proj"), ("down_proj",)]["down" in name]
-            for expert, matrix in enumerate(stored):
-                parts, value = write(matrix)
-                values.append(value)
-                for ending, part in parts.items():
-                    if stacked:
-                        key = name if ending == "weight" else f"{name}_scale_inv"
-                        tensors[key] = torch.cat((tensors.get(key, part[:0][None]), part[None]))
-                        continue
-                    for index, half in enumerate(halves):
-                        key = name.replace("gate_up_proj", f"{expert}.{half}").replace(".down", f".{expert}.down")
-                        tensors[f"{key}.{ending}"] = part.chunk(len(halves))[index]
-            state[name].copy_(torch.stack(values))
+            parts = [(name, state[name])]
+            if not stacked and "gate_up" in name:
+                halves = state[name].chunk(2, 1)
+                parts = [(name.replace("gate_up", half), halves[i]) for i, half in enumerate(("gate", "up"))]
+            for key, part in parts:
+                written = [write(matrix) for matrix in part]
+                part.copy_(torch.stack([value for _, value in written]))
+                if stacked:
+                    tensors[key] = torch.stack([one["weight"] for one, _ in written])
+                    tensors[f"{key}_scale_inv"] = torch.stack([one["weight_scale_inv"] for one, _ in written])
+                else:
+                    for expert, (one, _) in enumerate(written):
+                        stem = key.replace("experts.", f"experts.{expert}.")
+                        tensors |= {f"{stem}.{ending}": tensor for ending, tensor in one.items()}
 
     edit(tmp_path, change, quantization_config=config)
     compare(tmp_path, model)
+
+
+def test_deepseek_v4_has_experts_in_fp4_and_the_rest_in_fp8(tmp_path: Path) -> None:
+    """Under its own names, which have no "model." before them."""
+    wide = {"hidden_size": 64, "moe_intermediate_size": 96}
+    model = build_model(Family("deepseek_v4", DEEPSEEK_V4 | wide))
+    model.save_pretrained(tmp_path)
+    four, _ = KINDS["fp4"]()
+    eight, config = KINDS["fp8-ue8m0"]()
+    values: dict[str, Tensor] = {}
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        assert any(".ffn.experts.0.w1.weight" in name for name in tensors)
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            values[name] = tensor
+            parts = {"weight": tensor}
+            if ".experts." in name or (".attn.wq" in name and name.endswith(".weight")):
+                parts, values[name] = (four if ".experts." in name else eight)(tensor)
+            stem = name.removeprefix("model.")
+            if stem.endswith("weight"):
+                tensors |= {stem.removesuffix("weight") + ending: part for ending, part in parts.items()}
+            else:
+                tensors[stem] = tensor
+
+    edit(tmp_path, change, quantization_config=config)
+    reference = tmp_path / "reference"
+    model.save_pretrained(reference)
+    save_file({name: value.contiguous() for name, value in values.items()}, reference / "model.safetensors")
+    compare(tmp_path, type(model).from_pretrained(reference, dtype=torch.float32))
