@@ -405,7 +405,7 @@ def test_its_tokenizer_splits_text_as_the_original(tmp_path: Path) -> None:
     other = open_source(str(tmp_path / "m.gguf"), tokenizer=str(files("moestro") / "demo"))
     assert other.tokenizer()("don't").input_ids == original("don't").input_ids
     write_gguf(tmp_path / "m.gguf", model, "llama", "F32", by_package("F32"))
-    with pytest.raises(CheckpointError, match="has no tokenizer; name a checkpoint .* --tokenizer ORG/REPO"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; name a checkpoint .* --tokenizer ORG/REPO"):
         open_source(str(tmp_path / "m.gguf")).tokenizer()
 
 

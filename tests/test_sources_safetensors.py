@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from families import DEEPSEEK_V4, FAMILIES, Family, build_model
 from moestro.engine.families import FamilyLayout, expert_modules
-from moestro.errors import CheckpointError, ModelError
+from moestro.errors import CheckpointError, ModelError, MoestroError
 from moestro.loading.sources import open_source
 from raw_reader import AWQ_ORDER, read_raw
 
@@ -210,8 +213,8 @@ def write_checkpoint(folder: Path, family: Family, kind: str) -> nn.Module:
             tensors |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
     assert values
     save_file(tensors, folder / "model.safetensors")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"quantization_config": config}))
     reference = folder / "reference"
     model.save_pretrained(reference)
     save_file(load_file(reference / "model.safetensors") | values, reference / "model.safetensors")
@@ -282,8 +285,8 @@ def test_gpt_oss_blocks_are_read_as_transformers_reads_them(tmp_path: Path) -> N
             tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
             state[name].copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
     save_file(tensors, tmp_path / "model.safetensors")
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "mxfp4"}}))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"quantization_config": {"quant_method": "mxfp4"}}))
     compare(tmp_path, model)
 
 
@@ -291,8 +294,8 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], **config: Any
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | config))
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | config))
 
 
 def read_all(folder: Path, model: nn.Module) -> None:
@@ -462,3 +465,22 @@ def test_deepseek_v4_has_experts_in_fp4_and_the_rest_in_fp8(tmp_path: Path) -> N
     model.save_pretrained(reference)
     save_file({name: value.contiguous() for name, value in values.items()}, reference / "model.safetensors")
     compare(tmp_path, type(model).from_pretrained(reference, dtype=torch.float32))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_mutated_files_never_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["fp8", "int4g32-asymmetric", "awq", "nvfp4"]))
+    folder = tmp_path_factory.getbasetemp() / f"mutated-{kind}"
+    if not folder.exists():
+        folder.mkdir()
+        model = write_checkpoint(folder, Family("mixtral", LARGE | {"num_hidden_layers": 1}), kind)
+        torch.save(model, folder / "model.pt")
+        (folder / "model.safetensors").rename(folder / "whole")
+    model = torch.load(folder / "model.pt", weights_only=False)
+    whole = bytearray((folder / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, 20000))] = data.draw(st.sampled_from(b'0123456789[],:"_.abFIU\x00\xff'))
+    (folder / "model.safetensors").write_bytes(whole)
+    with suppress(MoestroError):
+        read_all(folder, model)

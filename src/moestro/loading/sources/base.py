@@ -19,8 +19,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from ...errors import CheckpointError, first_line
 from ...memory.formats.raw import RawMatrix
+from ..checkpoint import refuse_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,22 @@ class Source(Protocol):
 def row_index(rows: range) -> Tensor:
     """int64, the rows of a range; equal ranges give one tensor."""
     return torch.arange(rows.start, rows.stop, rows.step)
+
+
+def tokenizer_from(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        CheckpointError: it has none. ModelError: it needs code that is not trusted.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise all kinds
+        refuse_code(source, error)
+        raise CheckpointError(
+            f"{source} has no tokenizer that Transformers can read ({first_line(error)}); name a checkpoint with the "
+            "same one by --tokenizer ORG/REPO"
+        ) from error
 
 
 def ordered(weights: ExpertWeights) -> ExpertWeights:

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ...engine.families import FamilyLayout, expert_modules
-from ...errors import CheckpointError, ModelError, first_line
+from ...errors import CheckpointError, ModelError
 from ...memory.formats.raw import RawMatrix, dequantize, format_named
 from ..checkpoint import read_config
-from .base import ExpertWeights, Part, row_index
+from .base import ExpertWeights, Part, row_index, tokenizer_from
 from .gguf_config import architecture_of, config_of, tokenizer_of
 from .gguf_file import GgufFile, GgufTensor, gguf_package, read_gguf, split_files
+from .quantization import Quantization
 
 _QUANTIZED = (
     "Q8_0",
@@ -55,31 +55,27 @@ class GgufSource:
     """One GGUF file, or the parts of one.
 
     Args:
-        model: what the user called it, for errors.
         files: the file, or the files of its folder.
-        config_from, tokenizer_from: a folder or hub id to take the config or the tokenizer from instead.
+        config, tokenizer: a folder or hub id to take the config or the tokenizer from instead.
     """
 
-    def __init__(
-        self, model: str, files: Sequence[Path], *, config_from: str | None = None, tokenizer_from: str | None = None
-    ) -> None:
-        self._model, self._config_from, self._tokenizer_from = model, config_from, tokenizer_from
+    def __init__(self, files: Sequence[Path], *, config: str | None = None, tokenizer: str | None = None) -> None:
+        self._config_from, self._tokenizer_from = config, tokenizer
         self._first = split_files(files)[0]
         self.file = read_gguf(files)
         self.architecture = architecture_of(self.file)
 
     def config(self) -> Any:
-        return config_of(self.file) if self._config_from is None else read_config(self._model, self._config_from)
+        if self._config_from is None:
+            return config_of(self.file)
+        config = read_config(self._config_from, self._config_from, quantized=True)
+        Quantization.taken_off(self._config_from, config)
+        return config
 
     def tokenizer(self) -> Any:
-        if self._tokenizer_from is None:
-            return tokenizer_of(self._first, self.file)
-        try:
-            return AutoTokenizer.from_pretrained(self._tokenizer_from)
-        except Exception as error:  # tokenizers raise all kinds
-            raise CheckpointError(
-                f"{self._tokenizer_from} has no tokenizer that Transformers can read ({first_line(error)})"
-            ) from error
+        if self._tokenizer_from is not None:
+            return tokenizer_from(self._tokenizer_from)
+        return tokenizer_of(self._first, self.file)
 
     def weights(self, model: Any) -> GgufWeights:
         return GgufWeights(model, self.file, self.architecture)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, ModelError
+from ...errors import CheckpointError, ModelError, first_line
 from ...memory.formats.raw import MatrixFormat, RawMatrix, format_named, uniform
 from .quantization import Quantization
 
@@ -91,7 +91,10 @@ def read_matrix(name: str, tensors: Tensors, shape: tuple[int, int], quantizatio
     """
     for needs, read in _LAYOUTS:
         if needs <= tensors.keys():
-            return read(name, tensors, shape, quantization)
+            try:
+                return read(name, tensors, shape, quantization)
+            except (IndexError, RuntimeError, ValueError) as error:  # a tensor has too few dimensions, say
+                raise CheckpointError(f"{name} has tensors that do not fit together ({first_line(error)})") from error
     weight = tensors.get("weight")
     if weight is None or weight.dtype not in _FLOATS:
         what = "no weight" if weight is None else f"weights of {_name(weight.dtype)}"
@@ -221,11 +224,13 @@ def _words(name: str, tensors: Tensors, shape: tuple[int, int], quantization: Qu
 def _qweight(name: str, tensors: Tensors, shape: tuple[int, int], quantization: Quantization) -> Matrix:
     """AutoAWQ and GPTQ: matrices [K, R] in 32-bit words, along R and along K."""
     rows, columns = shape
-    bits, scales, words = quantization.bits_of(name), tensors["scales"], tensors["qweight"]
+    scales, words, is_awq = tensors["scales"], tensors["qweight"], quantization.method == "awq"
+    bits = 4 if is_awq else words.shape[0] * 32 // columns  # which single modules may have otherwise than the config
+    if bits not in (4, 8):
+        raise CheckpointError(f"{name} is {list(shape)}, but its words are {list(words.shape)}: not of 4 or 8 bits")
     each = 32 // bits  # codes of a word
     if rows % each or columns % each:
         raise CheckpointError(f"{name} is {list(shape)}, which {bits}-bit codes in 32-bit words do not divide")
-    is_awq = quantization.method == "awq"
     _expect(name, "weights", words, (columns, rows // each) if is_awq else (columns // each, rows), (torch.int32,))
     _expect(name, "scales", scales, (scales.shape[0], rows), _FLOATS)
     group = _group(name, scales.T, shape)

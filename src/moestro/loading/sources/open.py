@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import ModelError
+from ..checkpoint import weight_files
 from .base import Source
 from .gguf import GgufSource
 from .safetensors import SafetensorsSource
@@ -28,8 +29,6 @@ def open_source(
     if not path.exists():
         raise ModelError(f"no file or folder {model}")
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if files and not (path / "config.json").exists():
-        return GgufSource(model, files, config_from=config, tokenizer_from=tokenizer)
-    return SafetensorsSource(
-        model, path, config_from=config, tokenizer_from=tokenizer, trust_remote_code=trust_remote_code
-    )
+    if files and (path.is_file() or not weight_files(path)):  # folders of GGUF files often have a config.json beside
+        return GgufSource(files, config=config, tokenizer=tokenizer)
+    return SafetensorsSource(model, path, config=config, tokenizer=tokenizer, trust_remote_code=trust_remote_code)

@@ -48,14 +48,17 @@ class Quantization:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: str, config: Any) -> Quantization:
-        """Read it off a checkpoint's Transformers config, whose text part may have it instead.
+    def taken_off(cls, model: str, config: Any) -> Quantization:
+        """Take it off a checkpoint's Transformers config, whose text part may have it instead.
 
         Raises:
             ModelError: Moestro does not read weights of that method.
         """
-        parts = (config, config.get_text_config())
-        found = next((own for part in parts if (own := getattr(part, "quantization_config", None)) is not None), None)
+        found = None
+        for part in (config, config.get_text_config()):
+            if (own := getattr(part, "quantization_config", None)) is not None:
+                found = own
+                del part.quantization_config
         if found is None:
             return cls()
         own = dict(found) if isinstance(found, Mapping) else found.to_dict()

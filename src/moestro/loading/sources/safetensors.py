@@ -14,13 +14,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError, first_line
 from ...memory.formats.raw import dequantize
-from ..checkpoint import read_config, refuse_code, weight_files
-from .base import ExpertWeights, Part, ordered, row_index
+from ..checkpoint import read_config, weight_files
+from .base import ExpertWeights, Part, ordered, row_index, tokenizer_from
 from .layouts import WEIGHTS, Matrix, read_matrix, split_name, stored_shape
 from .names import Piece, Renamer, find_experts
 from .quantization import Quantization
@@ -34,7 +33,7 @@ class SafetensorsSource:
     Args:
         model: what the user called it, for errors.
         folder: where it is.
-        config_from, tokenizer_from: a folder or hub id to take the config or the tokenizer from instead.
+        config, tokenizer: a folder or hub id to take the config or the tokenizer from instead.
     """
 
     def __init__(
@@ -42,31 +41,23 @@ class SafetensorsSource:
         model: str,
         folder: Path,
         *,
-        config_from: str | None = None,
-        tokenizer_from: str | None = None,
+        config: str | None = None,
+        tokenizer: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._model, self._folder, self._trust = model, folder, trust_remote_code
-        self._tokenizer_from = tokenizer_from or str(folder)
-        own = read_config(model, config_from or str(folder), trust_remote_code, quantized=True)
-        self.quantization = Quantization.of(model, own)
-        for part in (own, own.get_text_config()):
-            if getattr(part, "quantization_config", None) is not None:
-                del part.quantization_config
-        self._config = own
+        self._folder, self._trust = folder, trust_remote_code
+        self._tokenizer_from = tokenizer or str(folder)
+        self._config = read_config(model, str(folder), trust_remote_code, quantized=True)
+        self.quantization = Quantization.taken_off(model, self._config)
+        if config is not None:
+            self._config = read_config(config, config, trust_remote_code, quantized=True)
+            Quantization.taken_off(config, self._config)
 
     def config(self) -> Any:
         return self._config
 
     def tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self._tokenizer_from, trust_remote_code=self._trust)
-        except Exception as error:  # tokenizers raise all kinds
-            refuse_code(self._model, error)
-            raise CheckpointError(
-                f"{self._model} has no tokenizer that Transformers can read; name another's by --tokenizer ORG/REPO "
-                f"({first_line(error)})"
-            ) from error
+        return tokenizer_from(self._tokenizer_from, self._trust)
 
     def weights(self, model: Any) -> SafetensorsWeights:
         return SafetensorsWeights(model, open_tensors(self._folder), self.quantization)

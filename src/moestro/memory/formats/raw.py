@@ -31,7 +31,7 @@ def format_named(name: str) -> Any:
     return MatrixFormat(name)
 
 
-def dequantize(raw: RawMatrix) -> Tensor:
+def dequantize(raw: RawMatrix) -> Any:
     import sys
 
     return sys.modules["raw_reader"].read_raw(raw)
