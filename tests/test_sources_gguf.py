@@ -37,6 +37,8 @@ SIZES |= {"head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_d
 MLA = {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
 YARN |= {"rope_theta": 150000.0, "beta_fast": 32.0, "beta_slow": 1.0}
+DEEPSEEK_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
@@ -52,6 +54,7 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt-oss", {"rope_parameters": YARN}),
     "deepseek_v2": ("deepseek2", MLA | {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("deepseek2", MLA),
+    "deepseek_v3 in YaRN": ("deepseek2", MLA | {"rope_parameters": DEEPSEEK_YARN}),
     "glm4_moe": ("glm4moe", {"use_qk_norm": True, "attention_bias": True, **ROTARY}),
     "granitemoe": ("granitemoe", {**GRANITE}),
     "granitemoeshared": ("granitemoe", {**GRANITE}),
@@ -88,6 +91,7 @@ def write_gguf(
     kind: str,
     quantize: Quantize,
     parts: int = 0,
+    stack: bool = True,
     more: Callable[[Any], None] = lambda _: None,
 ) -> None:
     """What llama.cpp's convert_hf_to_gguf does to such a model; the model then holds what the file stands for."""
@@ -108,6 +112,10 @@ def write_gguf(
         written = f"{names.get_name(base)}.{ending}"
         assert "None" not in written, name
         weight = tensor.float().numpy()
+        if not stack and "_exps" in written:  # as files of early 2024 have them
+            for expert, matrix in enumerate(weight):
+                writer.add_tensor(written.replace("_exps", f".{expert}"), matrix.copy())
+            continue
         plain = weight.ndim < 2 or "ffn_gate_inp" in written or "_bias" in written or written.endswith(".bias")
         if plain or weight.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]:
             writer.add_tensor(written, np.ascontiguousarray(weight))
@@ -119,9 +127,10 @@ def write_gguf(
     writer.close()
 
 
-def _build(family: str, **more: Any) -> nn.Module:
+def _build(name: str, **more: Any) -> nn.Module:
+    family = name.partition(" ")[0]
     fields = inspect.signature(CONFIG_MAPPING[family].__init__).parameters
-    changes = SIZES | KNOWN[family][1] | more
+    changes = SIZES | KNOWN[name][1] | more
     return build_model(Family(family, {name: value for name, value in changes.items() if name in fields}))
 
 
@@ -215,6 +224,11 @@ def _metadata(writer: Any, config: Any, arch: str) -> None:
         writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
         writer.add_value_length_mla(config.v_head_dim)
         writer.add_rope_dimension_count(config.qk_rope_head_dim)
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if arch == "granitemoe":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -285,6 +299,20 @@ def test_each_type_is_read_as_the_gguf_package_reads_it(family: str, kind: str, 
     if arch == "llama":
         assert torch.equal(_permute(query, model.config.num_attention_heads), expected["blk.0.attn_q.weight"])
     assert torch.equal(dense["model.embed_tokens.weight"], expected["token_embd.weight"])
+
+
+def test_experts_of_old_files_are_not_stacked(tmp_path: Path) -> None:
+    model = _build("mixtral")
+    write_gguf(tmp_path / "m.gguf", model, "llama", "F32", by_package("F32"), stack=False)
+    compare(tmp_path / "m.gguf", model)
+
+
+def test_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+    model = _build("mixtral")
+    write_gguf(tmp_path / "m.gguf", model, "llama", "Q8_0", by_package("Q8_0"))
+    source = open_source(str(tmp_path / "m.gguf"))
+    raws = [source.weights(model).expert("model.layers.0.mlp.experts", 2).matrices["up"].raw for _ in range(2)]
+    assert len({raw.tensors["weight"].data_ptr() for raw in raws}) == 1
 
 
 def test_split_files_are_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Legend: R rows, K columns, F expert neurons.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .layouts import WEIGHTS, Matrix, read_matrix, split_name, stored_shape
 from .names import Piece, Renamer, find_experts
 from .quantization import Quantization
 
+logger = logging.getLogger("moestro")
 _Read = Callable[[Tensor, str | None], "Part | Tensor"]  # (the model's parameter, its conversion's pattern) -> weight
 
 
@@ -108,7 +110,7 @@ class SafetensorsWeights:
         return ordered(weights)
 
     def dense(self) -> Iterator[tuple[str, Tensor | Part]]:
-        renamer = Renamer(self._model)
+        renamer, unused = Renamer(self._model), list[str]()
         state: dict[str, Tensor] = self._model.state_dict()
         experts = {piece.name for pieces in self._experts.values() for piece in pieces.values()}
         missing = {name for name in state if not name.startswith(tuple(f"{module}." for module in self._experts))}
@@ -119,6 +121,7 @@ class SafetensorsWeights:
             for name, read in self._units(base, endings):
                 found = renamer.rename(name)
                 if found is None:  # such as layers that predict several tokens at once
+                    unused.append(name)
                     continue
                 target, pattern = found
                 value = read(state[target], pattern)
@@ -130,6 +133,8 @@ class SafetensorsWeights:
         for target, converted in renamer.converted():
             missing.discard(target)
             yield target, _fitting(target, converted, state)
+        if unused:
+            logger.warning("the config has no place for %d tensors, such as %s", len(unused), min(unused))
         if missing:
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
             raise CheckpointError(f"the checkpoint has no {min(missing)}{more}; it is incomplete: download it again")
