@@ -65,6 +65,9 @@ def _words(raw: Any) -> Tensor:
     zeros = torch.full_like(scale, 1 << bits - 1, dtype=torch.long)
     if "zeros" in raw.tensors:
         zeros = _codes(raw.tensors["zeros"], bits, 0, raw.rows)
+    if "g_idx" in raw.tensors:  # which group each column of the file is of
+        group = raw.tensors["g_idx"].long()
+        return (codes - zeros[:, group]) * scale[:, group]
     return (codes - _spread(zeros, raw.columns)) * _spread(scale, raw.columns)
 
 

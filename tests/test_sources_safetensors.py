@@ -73,6 +73,24 @@ def compressed(packed: str, **weights: Any) -> tuple[Write, dict[str, Any]]:
     return write, config
 
 
+def compressed_in_act_order() -> tuple[Write, dict[str, Any]]:
+    """As compressed-tensors wrote it before its version 0.20: codes in the file's order, groups in that of g_idx."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+    inner, config = compressed("pack-quantized", **INT4)
+
+    def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        columns = weight.shape[1]
+        g_idx = torch.randperm(columns, generator=torch.Generator().manual_seed(columns)) // 32
+        order = g_idx.argsort(stable=True)
+        parts, value = inner(weight[:, order].contiguous())
+        codes = unpack_from_int32(parts["weight_packed"], 4, weight.shape)[:, order.argsort()]
+        parts |= {"weight_packed": pack_to_int32(codes.contiguous(), 4), "weight_g_idx": g_idx.int()}
+        return parts, value[:, order.argsort()]
+
+    return write, config
+
+
 def fp8(scale_dtype: torch.dtype, suffix: str = "weight_scale_inv") -> tuple[Write, dict[str, Any]]:
     """128 x 128 blocks, at the edges smaller ones."""
 
@@ -165,6 +183,7 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "sy
 KINDS: dict[str, Callable[[], tuple[Write, dict[str, Any]]]] = {
     "int4g32": lambda: compressed("pack-quantized", **INT4),
     "int4g32-asymmetric": lambda: compressed("pack-quantized", **(INT4 | {"symmetric": False})),
+    "int4g32-act-order": compressed_in_act_order,
     "int8-channel": lambda: compressed("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
     "int8-plain": lambda: compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
     "fp8-channel": lambda: compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=True),
@@ -406,12 +425,16 @@ def test_damaged_files_and_pickles_are_one_line(tmp_path: Path) -> None:
         read_all(tmp_path, model)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_experts_of_a_fused_family_may_be_stored_one_by_one(stacked: bool, tmp_path: Path) -> None:
-    """As quantizers leave Qwen3.5, whose own checkpoints have them stacked; and stacked with FP8 blocks."""
+STACKED = {"weight": "", "weight_scale_inv": "_scale_inv"}
+STACKED |= {"weight_packed": "_packed", "weight_scale": "_scale", "weight_global_scale": "_global_scale"}
+
+
+@pytest.mark.parametrize(("kind", "stacked"), [("fp8", True), ("fp8", False), ("nvfp4", True)])
+def test_experts_of_a_fused_family_may_be_stored_one_by_one(kind: str, stacked: bool, tmp_path: Path) -> None:
+    """As quantizers leave Qwen3.5, whose own checkpoints have them stacked; and stacked, quantized."""
     model = build_model(Family("qwen3_5_moe_text", LARGE | {"layer_types": ["linear_attention", "full_attention"]}))
     model.save_pretrained(tmp_path)
-    write, config = KINDS["fp8"]()
+    write, config = KINDS[kind]()
     state = model.state_dict()
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -426,15 +449,15 @@ def test_experts_of_a_fused_family_may_be_stored_one_by_one(stacked: bool, tmp_p
                 written = [write(matrix) for matrix in part]
                 part.copy_(torch.stack([value for _, value in written]))
                 if stacked:
-                    tensors[key] = torch.stack([one["weight"] for one, _ in written])
-                    tensors[f"{key}_scale_inv"] = torch.stack([one["weight_scale_inv"] for one, _ in written])
+                    for ending in written[0][0]:
+                        tensors[f"{key}{STACKED[ending]}"] = torch.stack([one[ending] for one, _ in written])
                 else:
                     for expert, (one, _) in enumerate(written):
                         stem = key.replace("experts.", f"experts.{expert}.")
                         tensors |= {f"{stem}.{ending}": tensor for ending, tensor in one.items()}
 
     edit(tmp_path, change, quantization_config=config)
-    compare(tmp_path, model)
+    compare(tmp_path, model, 2**-20 if kind == "nvfp4" else 0)
 
 
 def test_deepseek_v4_has_experts_in_fp4_and_the_rest_in_fp8(tmp_path: Path) -> None:
