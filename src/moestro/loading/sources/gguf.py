@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError, ModelError
-from ...memory.formats.raw import RawMatrix, dequantize, format_named
+from ...memory.formats.raw import RawMatrix, format_named
 from ..checkpoint import read_config
 from .base import ExpertWeights, Part, row_index, tokenizer_from
 from .gguf_config import architecture_of, config_of, tokenizer_of
@@ -166,9 +166,11 @@ class GgufWeights:
 
     def _floats(self, name: str) -> Tensor:
         """A tensor of any form as float32 [rows, K]."""
-        tensor = self._tensors[name]
-        raw = _raw(name, tensor, tensor.data.flatten(0, -2))
-        return raw.float() if isinstance(raw, Tensor) else dequantize(raw)
+        tensor, gguf = self._tensors[name], gguf_package()
+        data = tensor.data.flatten(0, -2)
+        if not isinstance(_raw(name, tensor, data), Tensor):
+            data = torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[tensor.type]))
+        return data.float()
 
     def _heads(self, stored: str) -> int | None:
         """How many heads a tensor's rows are permuted within; None where they are not."""

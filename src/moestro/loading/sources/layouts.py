@@ -105,22 +105,6 @@ def read_matrix(name: str, tensors: Tensors, shape: tuple[int, int], quantizatio
     return Matrix(weight)
 
 
-def stored_shape(tensors: Tensors, quantization: Quantization) -> tuple[int, int]:
-    """R and K of a matrix, from its tensors alone."""
-    ending = next(one for one in WEIGHTS if one in tensors)
-    stored = tensors[ending]
-    rows, columns = stored.shape[0], stored[0].numel()
-    if ending == "blocks":
-        return rows, columns * 2
-    if ending == "qweight":
-        each = 32 // quantization.bits_of("")
-        return (columns * each, rows) if quantization.method == "awq" else (columns, rows * each)
-    if stored.dtype == torch.int32:
-        stated = tensors.get("weight_shape")
-        return rows, columns * 32 // quantization.bits_of("") if stated is None else int(stated[1])
-    return rows, columns * 2 if stored.dtype in _BYTES and "weight_zero_point" not in tensors else columns
-
-
 def _blocks(name: str, tensors: Tensors, shape: tuple[int, int], _: Quantization) -> Matrix:
     """gpt-oss: 16 bytes for 32 columns, the even ones in the low nibbles."""
     rows, columns = shape

@@ -17,16 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
-from ...errors import CheckpointError, first_line
-from ...memory.formats.raw import dequantize
+from ...errors import CheckpointError, ModelError, first_line
 from ..checkpoint import read_config, weight_files
 from .base import ExpertWeights, Part, ordered, row_index, tokenizer_from
-from .layouts import WEIGHTS, Matrix, read_matrix, split_name, stored_shape
+from .layouts import WEIGHTS, Matrix, read_matrix, split_name
 from .names import Piece, Renamer, find_experts
 from .quantization import Quantization
 
 logger = logging.getLogger("moestro")
-_Read = Callable[[Tensor, str | None], "Part | Tensor"]  # (the model's parameter, its conversion's pattern) -> weight
 
 
 class SafetensorsSource:
@@ -118,18 +116,23 @@ class SafetensorsWeights:
         for base, endings in self._groups.items():
             if base in experts:
                 continue
-            for name, read in self._units(base, endings):
+            for name, quantized in self._units(base, endings):
                 found = renamer.rename(name)
                 if found is None:  # such as layers that predict several tokens at once
                     unused.append(name)
                     continue
                 target, pattern = found
-                value = read(state[target], pattern)
                 if pattern is None:
                     missing.discard(target)
+                    value = self._quantized(base, state[target]) if quantized else self._tensors[name]()
                     yield target, _fitting(target, value, state)
-                else:
-                    renamer.collect(name, target, pattern, _as_floats(value))
+                    continue
+                if quantized:
+                    raise ModelError(
+                        f"{name} is quantized, but Transformers takes it apart or joins it with others ({target}), "
+                        "which Moestro does with plain weights only; use the unquantized checkpoint"
+                    )
+                renamer.collect(name, target, pattern, self._tensors[name]())
         for target, converted in renamer.converted():
             missing.discard(target)
             yield target, _fitting(target, converted, state)
@@ -147,21 +150,21 @@ class SafetensorsWeights:
             tensors["weight"] = weight.T
         return read_matrix(piece.name, tensors, shape, self._quantization)
 
-    def _units(self, base: str, endings: Mapping[str, str]) -> Iterator[tuple[str, _Read]]:
-        """The weights that the tensors of a base are: one quantized matrix, or each by itself."""
+    def _units(self, base: str, endings: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+        """The names of the weights that a base's tensors are, and whether that is one matrix, quantized."""
         main = next(self._tensors[endings[ending]]() for ending in WEIGHTS if ending in endings)
         if (main.is_floating_point() and main.itemsize > 1) or endings == {"weight": base}:
-            for name in endings.values():
-                yield name, lambda _, __, name=name: self._tensors[name]()  # type: ignore[misc]
+            yield from ((name, False) for name in endings.values())
         else:
-            yield f"{base}.weight", functools.partial(self._quantized, base)
+            yield f"{base}.weight", True
 
-    def _quantized(self, base: str, parameter: Tensor, pattern: str | None) -> Part | Tensor:
-        tensors = self._read(base)
-        shape = stored_shape(tensors, self._quantization) if pattern is not None else tuple(parameter.shape)
-        if len(shape) != 2:
-            raise CheckpointError(f"{base} is quantized, but its config.json makes it {list(shape)}, no matrix")
-        matrix = read_matrix(base, tensors, shape, self._quantization)
+    def _quantized(self, base: str, parameter: Tensor) -> Part | Tensor:
+        if parameter.dim() != 2:
+            raise CheckpointError(
+                f"{base} is quantized, but its config.json makes it {list(parameter.shape)}, no matrix"
+            )
+        rows, columns = parameter.shape
+        matrix = read_matrix(base, self._read(base), (rows, columns), self._quantization)
         return matrix.raw if isinstance(matrix.raw, Tensor) else Part(matrix.raw, None, matrix.columns)
 
     def _bias(self, piece: Piece, size: int) -> Tensor:
@@ -202,15 +205,6 @@ def _one(name: str, tensor: Tensor, index: int, experts: int) -> Tensor:
     if tensor.shape[0] != experts:
         raise CheckpointError(f"{name} stacks {tensor.shape[0]} experts, but the config.json has {experts}")
     return tensor[index]
-
-
-def _as_floats(value: Tensor | Part) -> Tensor:
-    """A matrix that a conversion takes apart or joins, as numbers."""
-    if isinstance(value, Tensor):
-        return value
-    assert not isinstance(value.raw, Tensor)
-    floats = dequantize(value.raw)
-    return floats if value.columns is None else floats[:, value.columns.argsort()]
 
 
 def _fitting(name: str, value: Tensor | Part, state: Mapping[str, Tensor]) -> Tensor | Part:
