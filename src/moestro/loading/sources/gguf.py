@@ -8,7 +8,7 @@ would have. What the converter changes beside names:
     qwen2moe            the shared expert's gate loses its dimension of 1
 Experts are stacked, [E, R, K], gate, up and down apart or gate and up in one.
 
-Legend: E experts, R rows, K columns, H heads, D width of a head.
+Legend: E experts, R rows, K columns, H heads, N and V width of a head of keys and of values.
 """
 
 from __future__ import annotations
@@ -155,10 +155,10 @@ class GgufWeights:
         return None
 
     def _joined_kv(self, keys: str, values: str) -> Tensor | None:
-        """[H, K, D] and [H, D, K] -> [H * (D + D), K], as DeepSeek's kv_b is."""
+        """k_b [H, K, N] and v_b [H, V, K] -> float32 [H * (N + V), K], as DeepSeek's kv_b is."""
         if keys not in self._tensors or values not in self._tensors:
             return None
-        k, v = self._floats(keys), self._floats(values)  # [H * K, D], [H * D, K]
+        k, v = self._floats(keys), self._floats(values)  # [H * K, N], [H * V, K]
         heads = self._tensors[keys].shape[0]
         return torch.cat((k.view(heads, -1, k.shape[1]).transpose(1, 2), v.view(heads, -1, v.shape[1])), 1).flatten(
             0, 1
