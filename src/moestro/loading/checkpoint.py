@@ -50,8 +50,11 @@ def resolve(model: str) -> str:
     return model
 
 
-def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any:
+def read_config(model: str, source: str, trust_remote_code: bool = False, *, quantized: bool = False) -> Any:
     """The checkpoint's Transformers config.
+
+    Args:
+        quantized: keep what it says of quantization, for a source that reads such weights.
 
     Raises:
         ModelError: it has none that Transformers can use, or it describes a model that Moestro does not run.
@@ -73,7 +76,7 @@ def read_config(model: str, source: str, trust_remote_code: bool = False) -> Any
     method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
     if method == METHOD:  # a MoestroConfig says how a model was run; its weights are not quantized
         del config.quantization_config
-    elif own is not None:
+    elif own is not None and not quantized:
         raise ModelError(
             f"{model} is already quantized ({method}), which Moestro cannot read yet; use the unquantized checkpoint"
         )
@@ -125,7 +128,7 @@ def check_files(folder: Path) -> None:
     Raises:
         CheckpointError: a line that names a file that is absent or cut short.
     """
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         if not path.exists():
             raise CheckpointError(f"{folder} lacks {path.name}, which its index names; download it again")
         logger.debug("weights in %s, %d bytes", path, path.stat().st_size)
@@ -146,7 +149,7 @@ def tensor_names(source: str) -> list[str]:
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
-    return [name for path in _weight_files(folder) for name in load_state_dict(str(path), map_location="meta")]
+    return [name for path in weight_files(folder) for name in load_state_dict(str(path), map_location="meta")]
 
 
 def wrong_prefix(found: Iterable[str], wanted: Iterable[str]) -> tuple[str, str] | None:
@@ -177,7 +180,7 @@ def _starts(name: str) -> list[int]:
     return [0, *(match.end() for match in re.finditer(r"\.", name))]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that Transformers would read a folder's weights from; none where there are no weights."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"

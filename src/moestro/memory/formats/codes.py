@@ -10,6 +10,7 @@ Legend: R rows, K columns, G groups of columns that share a scale, S super-group
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,8 @@ def _numbers(fmt: Descriptor, codes: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_codes(code: Code, codes: Tensor) -> Tensor:
     """uint8 [P, 16, chunks, 64] -> uint8 [P, chunks, bytes]."""
     if code in (Code.S8, Code.U8, Code.E4M3):
-        return codes.unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4).flatten(2)  # [P, chunks, 32, 16, 2]
+        pairs: Tensor = codes.unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4)  # [P, chunks, 32, 16, 2]
+        return pairs.flatten(2)
     planes, shift = [], 0
     for bits in _PLANES.get(code, (4,)):
         part = (codes >> shift & (1 << bits) - 1).unflatten(3, (8, 8))  # [P, 16, chunks, step, column of eight]
@@ -191,7 +193,8 @@ def _plane_words(part: Tensor, bits: int) -> Tensor:
 def _read_code_bytes(code: Code, packed: Tensor) -> Tensor:
     """uint8 [P, chunks, bytes] -> uint8 [P, 16, chunks, 64]."""
     if code in (Code.S8, Code.U8, Code.E4M3):
-        return packed.unflatten(2, (-1, PANEL, 2)).permute(0, 3, 1, 2, 4).flatten(3)
+        pairs: Tensor = packed.unflatten(2, (-1, PANEL, 2)).permute(0, 3, 1, 2, 4)
+        return pairs.flatten(3)
     found, shift, at = None, 0, 0
     for bits in _PLANES.get(code, (4,)):
         size = PANEL * CHUNK * bits // 8
@@ -253,12 +256,11 @@ def _write_headers(
         both = [coded.d] if coded.dmin is None else [coded.d, coded.dmin]
         unit = torch.cat([_as_bytes(_sides(one, panels, units).transpose(1, 2)) for one in both], -1)
         of_chunk = CHUNK // fmt.group
-        scales, zeros = (
+        small = [
             None if one is None else _sides(one, panels, chunks * of_chunk).unflatten(2, (chunks, of_chunk))
             for one in (coded.scales, coded.zeros)
-        )
-        assert scales is not None
-        return None, unit, _two_level_bytes(fmt.scale, scales, zeros)
+        ]
+        return None, unit, _two_level_bytes(fmt.scale, *small)
     groups = fmt.groups_of_chunk
     count = units if fmt.unit is None or fmt.group > CHUNK else chunks
     sides = [_as_bytes(_sides(coded.scales, panels, count * groups).unflatten(2, (count, groups)).permute(0, 2, 3, 1))]
@@ -315,7 +317,7 @@ def _read_headers(
     return replace(found, scales=scales, zeros=None if zeros is None else _rows(zeros, groups), tensor=tensor)
 
 
-def _two_level_bytes(scale: Scale, s: Tensor, m: Tensor | None) -> Tensor:
+def _two_level_bytes(scale: Scale, s: Any, m: Any) -> Tensor:
     """The small numbers of each chunk's groups, uint8 [P, 16, chunks, g], as bytes [P, chunks, bytes]."""
     if scale is Scale.K4:
         assert m is not None

@@ -9,6 +9,7 @@ Legend: R rows (output features), K columns (input features), G groups of column
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,7 +118,8 @@ def _awq(raw: RawMatrix) -> Coded:
 
 def _awq_rows(words: Tensor) -> Tensor:
     """int32 [n, R / 8] -> uint8 [n, R]."""
-    return _from_words(words, 4, 8 * words.shape[-1]).unflatten(-1, (-1, 8))[..., list(AWQ_PLACES)].flatten(-2)
+    nibbles: Tensor = _from_words(words, 4, 8 * words.shape[-1]).unflatten(-1, (-1, 8))
+    return nibbles[..., list(AWQ_PLACES)].flatten(-2)
 
 
 def _gptq(raw: RawMatrix) -> Coded:
@@ -125,7 +127,7 @@ def _gptq(raw: RawMatrix) -> Coded:
     return replace(sides(raw), codes=codes ^ flip(raw))
 
 
-_ZEROS = {
+_ZEROS: dict[str, Callable[[RawMatrix], Tensor]] = {
     "bytes": lambda raw: raw.tensors["zeros"].view(torch.uint8) ^ 128,
     "words": lambda raw: _from_words(raw.tensors["zeros"].T.contiguous(), raw.fmt.code_bits, raw.rows).T.contiguous(),
     "awq": lambda raw: _awq_rows(raw.tensors["zeros"]).T.contiguous(),

@@ -1,0 +1,131 @@
+"""What a checkpoint's quantization_config says of its weights, and which methods are refused with what instead.
+
+The tensors themselves show which modules are quantized, since ignore lists leave plain weights in the file; the
+config gives what they do not show (bits, the meaning of stored zeros) and must agree with them otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import ModelError
+from ...planning.options import METHOD
+
+_INSTEAD = "use the model's unquantized checkpoint with --bits 8 or 4, or one in FP8, MXFP4, AWQ, GPTQ or GGUF"
+_READ = ("fp8", "mxfp8", "mxfp4", "compressed-tensors", "awq", "gptq", "modelopt", "modelopt_fp4", "nvfp4")
+_REFUSED = {
+    "bitsandbytes": "bitsandbytes (nf4, fp4 and int8)",
+    "eetq": "EETQ",
+    "vptq": "VPTQ",
+    "aqlm": "AQLM",
+    "quip": "QuIP#",
+    "hqq": "HQQ",
+    "higgs": "HIGGS",
+    "spqr": "SpQR",
+    "bitnet": "BitNet",
+    "quanto": "Quanto",
+    "torchao": "torchao",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "fp_quant": "FP-Quant",
+    "quark": "Quark",
+    "sinq": "SINQ",
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The method that a checkpoint's weights were quantized by, and its own config.
+
+    method: as in `quant_method`; "" where no weight is quantized.
+    """
+
+    method: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def taken_off(cls, model: str, config: Any) -> Quantization:
+        """Take it off a checkpoint's Transformers config, whose text part may have it instead.
+
+        Raises:
+            ModelError: Moestro does not read weights of that method.
+        """
+        found = None
+        for part in (config, config.get_text_config()):
+            if (own := getattr(part, "quantization_config", None)) is not None:
+                found = own
+                del part.quantization_config
+        if found is None:
+            return cls()
+        own = dict(found) if isinstance(found, Mapping) else found.to_dict()
+        method = str(getattr(own.get("quant_method"), "value", own.get("quant_method") or "")).lower()
+        if method == METHOD:  # how a model of ours was run; its weights are as they always were
+            return cls()
+        if method in ("auto-round", "intel/auto-round", "auto_round"):
+            method = next(
+                (one for one in ("gptq", "awq") if one in str(own.get("packing_format", "auto_gptq"))), method
+            )
+        if not method and "quant_algo" in own:
+            method = "modelopt"
+        if method not in _READ:
+            name = next((title for key, title in _REFUSED.items() if key in method), repr(method))
+            raise ModelError(f"{model} is quantized by {name}, which Moestro does not read; {_INSTEAD}")
+        quantization = cls(method, own)
+        quantization._check(model)
+        return quantization
+
+    def bits_of(self, name: str) -> int:
+        """Bits of a weight of the module `name`, where the stored words do not show them.
+
+        Raises:
+            ModelError: no part of the config is about that module.
+        """
+        if self.method != "compressed-tensors":
+            return int(self.config["bits"] if "bits" in self.config else self.config.get("w_bit", 4))
+        weights = self._group_of(name).get("weights") or {}
+        bits = weights.get("num_bits")
+        if bits not in (4, 8):
+            raise ModelError(f"{name} has weights of {bits} bits in 32-bit words; Moestro reads 4 and 8; {_INSTEAD}")
+        return int(bits)
+
+    @property
+    def zeros_less_one(self) -> bool:
+        """Whether GPTQ's stored zeros are one less than they stand for (its first format)."""
+        return bool(self.config.get("checkpoint_format", "gptq") != "gptq_v2")
+
+    def _group_of(self, name: str) -> Mapping[str, Any]:
+        groups = list(self.config.get("config_groups", {}).values())
+        for group in groups:
+            for target in group.get("targets", ()):
+                is_pattern = target.startswith("re:")
+                if re.match(target[3:], name) if is_pattern else target == name:
+                    return group  # type: ignore[no-any-return]
+        for group in groups:  # a class of modules, mostly "Linear"
+            if any(not target.startswith("re:") and "." not in target for target in group.get("targets", ())):
+                return group  # type: ignore[no-any-return]
+        raise ModelError(f"{name} is quantized, but no group of the checkpoint's quantization_config names it")
+
+    def _check(self, model: str) -> None:
+        """Refuse what a config says that no reader here follows.
+
+        Raises:
+            ModelError: naming it.
+        """
+        block = self.config.get("weight_block_size")
+        if self.method == "fp8" and block is not None and list(block) not in ([128, 128], [1, 32]):
+            raise ModelError(
+                f"{model} has FP8 scales for blocks of {list(block)}; Moestro reads [128, 128] and [1, 32]"
+            )
+        if self.method in ("awq", "gptq") and (bits := self.bits_of("")) not in (
+            (4,) if self.method == "awq" else (4, 8)
+        ):
+            raise ModelError(
+                f"{model} has {bits}-bit {self.method.upper()} weights, which Moestro does not read; {_INSTEAD}"
+            )
+        version = str(self.config.get("version", "gemm")).lower()
+        if self.method == "awq" and version != "gemm":
+            raise ModelError(f"{model} has AWQ weights in the order {version!r}; Moestro reads 'gemm'; {_INSTEAD}")
