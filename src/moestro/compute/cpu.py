@@ -33,9 +33,8 @@ try:
 except ImportError:  # a pure wheel: no compiler was there when it was built
     _kernels = None  # type: ignore[assignment]
 
-KERNEL_FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
-
 KernelShape: TypeAlias = "_kernels.Shape"  # a layer's experts, as the kernels take them
+_BLOCKS = (64, 128, 256)  # neurons
 _ROWS_AT_ONCE = 256  # of a lookup in plain torch: each takes its panel of 16 along
 
 
@@ -70,7 +69,8 @@ class CpuExperts:
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        if kernel_format(math.format.matrix) is None or math.format.block != _kernels.block:
+        down = kernel_format(math.format.matrix)
+        if down is None or math.format.block % down.least_block or math.format.block not in _BLOCKS:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -101,7 +101,10 @@ def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
         neurons=math.shape.neurons,
         has_gate=math.shape.has_gate,
         has_bias=math.shape.has_bias,
-        format=fmt,
+        gate=fmt,
+        up=fmt,
+        down=fmt,
+        block=math.format.block,
         activation=getattr(_kernels.Activation, name),
         alpha=alpha,
         limit=limit,
@@ -264,14 +267,31 @@ def _readable(x: Tensor) -> Tensor:
     return (x if x.dtype in FLOAT_FORMATS else x.float()).contiguous()
 
 
-def kernel_format(fmt: MatrixFormat) -> _kernels.Format | None:
-    """A format as the kernels call it; None for one that they lack, or have with groups of another size."""
-    found = KERNEL_FORMATS.get(fmt.name)
-    return None if found is None or fmt.group != _kernels.group else found
+@functools.cache
+def kernel_format(fmt: MatrixFormat) -> _kernels.MatrixFormat | None:
+    """A format as the kernels take it; None for one that they lack."""
+    found = {
+        "fp32": ("FP32", "NONE", "NONE"),
+        "fp16": ("FP16", "NONE", "NONE"),
+        "bf16": ("BF16", "NONE", "NONE"),
+        "int8": ("S8", "FP16", "NONE"),
+        "int4": ("U4", "FP16", "FP16"),
+    }.get(fmt.name)
+    if _kernels is None or found is None or fmt.group != 64:
+        return None
+    code, scale, zero = found
+    return _kernels.MatrixFormat(
+        code=getattr(_kernels.Code, code),
+        group=fmt.group,
+        scale=getattr(_kernels.Scale, scale),
+        zero=getattr(_kernels.Zero, zero),
+        constant=0,
+    )
 
 
-def type_of(dtype: torch.dtype) -> _kernels.Format:
+def type_of(dtype: torch.dtype) -> _kernels.Type:
     """What the kernels call float32, float16 or bfloat16; ValueError for others."""
     if dtype not in FLOAT_FORMATS:
         raise ValueError(f"the kernels do not compute in {dtype}")
-    return KERNEL_FORMATS[FLOAT_FORMATS[dtype]]
+    found: _kernels.Type = getattr(_kernels.Type, FLOAT_FORMATS[dtype])
+    return found

@@ -1,0 +1,93 @@
+// A number format as a value, and the bytes that follow from it; memory/formats/base.py has the same in Python.
+//
+// A matrix [R, K] lies in panels of 16 rows. A panel of floats is its columns one after another. All others:
+//   panel = [panel header][unit]...   unit = [unit header][chunk]...   chunk = [chunk header][codes of 64 columns]
+// with scales and zeros in the headers, of 16 rows side by side. A weight is scale * (code - zero), or
+// scale * code + zero where the zero is additive.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moestro {
+
+constexpr int64_t kPanel = 16;  // rows
+constexpr int64_t kGroup = 64;  // columns of a chunk
+constexpr int64_t kRow = 0;     // the group of a whole row
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+enum class Code : int {
+  kFp32 = 0, kFp16 = 1, kBf16 = 2,  // floats, without scales
+  kS8 = 3,                          // signed bytes
+  kU2 = 4, kU3 = 5, kU4 = 6, kU5 = 7, kU6 = 8, kU8 = 9,  // whole numbers from 0
+  kE2m1 = 10,   // of 4 bits: 0 .5 1 1.5 2 3 4 6 and their negatives
+  kIq4nl = 11,  // of 4 bits: llama.cpp's table
+  kE4m3 = 12,   // float8_e4m3fn
+};
+
+// What multiplies the codes of a row and group of columns.
+enum class Scale : int {
+  kNone = 0, kFp16 = 1, kBf16 = 2, kFp32 = 3,
+  kE8m0 = 4,   // a byte: 2^(byte - 127)
+  kE4m3 = 5,   // a byte, times a float32 of the whole tensor
+  kBlock = 6,  // a float32 for 16 rows and 128 columns
+  // Small whole numbers of each group, times an fp16 of 256 columns: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K, IQ4_XS.
+  kK4 = 7, kK2 = 8, kK6 = 9, kK3 = 10, kIq4xs = 11,
+};
+
+enum class Zero : int {
+  kNone = 0,
+  kConstant = 1,
+  kFp16 = 2,  // of each row and group
+  kInt = 3,   // a whole number of each row and group
+  kAdd = 4,   // fp16, added to scale * code
+  kMin = 5,   // small whole numbers times an fp16, subtracted: with the scales kK4 and kK2
+};
+
+struct MatrixFormat {
+  Code code = Code::kBf16;
+  int64_t group = kGroup;  // columns that share a scale, or kRow
+  Scale scale = Scale::kNone;
+  Zero zero = Zero::kNone;
+  int32_t constant = 0;  // the zero, where it is one
+
+  bool operator==(const MatrixFormat& o) const {
+    return code == o.code && group == o.group && scale == o.scale && zero == o.zero && constant == o.constant;
+  }
+  bool operator!=(const MatrixFormat& o) const { return !(*this == o); }
+  bool is_float() const { return code <= Code::kBf16; }
+};
+
+constexpr MatrixFormat kInt8{Code::kS8, 64, Scale::kFp16, Zero::kNone, 0};
+constexpr MatrixFormat kInt4{Code::kU4, 64, Scale::kFp16, Zero::kFp16, 0};
+
+// Where things lie in a panel of codes, in bytes.
+struct PanelLayout {
+  int64_t panel_header, unit_header, chunk_header, codes;  // codes: of a chunk
+  int unit_shift;  // a unit is 2^unit_shift chunks
+  int groups;      // of a chunk that have scales of their own
+
+  int64_t chunk_bytes() const { return chunk_header + codes; }
+  int64_t unit_bytes() const { return unit_header + (chunk_bytes() << unit_shift); }
+  int64_t unit_at(int64_t chunk) const { return panel_header + (chunk >> unit_shift) * (unit_shift < 8 ? unit_bytes() : 0); }
+  int64_t chunk_at(int64_t chunk) const {
+    return panel_header + ((chunk >> unit_shift) + 1) * unit_header + chunk * chunk_bytes();
+  }
+};
+
+PanelLayout layout_of(const MatrixFormat& format);
+
+// Bytes of a panel of K columns, and of a matrix.
+int64_t panel_bytes(const MatrixFormat& format, int64_t K);
+inline int64_t matrix_bytes(const MatrixFormat& format, int64_t R, int64_t K) {
+  return round_up(R, kPanel) / kPanel * panel_bytes(format, K);
+}
+
+// Neurons of an expert's block, at the least: as many as a unit of down's columns.
+int64_t least_block(const MatrixFormat& down);
+
+// What is wrong with a format, or null.
+const char* fault_of(const MatrixFormat& format);
+
+}  // namespace moestro
