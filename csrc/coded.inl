@@ -14,23 +14,22 @@ using moestro::Zero;
 constexpr int kPairs = kGroup / 2;   // of columns, in a chunk
 constexpr int kMostGroups = 4;       // in a chunk
 
-// Four columns of a row as unsigned bytes of a 32-bit lane: a quad. Of 16 columns 16s..16s+15, quads hold columns
-// 0 4 1 5, 2 6 3 7, 8 12 9 13 and 10 14 11 15.
-using Quads = I[4];
+// Four columns of a row as unsigned bytes of a 32-bit lane: a quad. A step of 8 columns has two, of columns 0 4 1 5 and
+// 2 6 3 7; two steps, i = 0 and 1, are the sixteenth s of a chunk.
+using Quads = I[2];
 
 struct U2 {
   static constexpr bool kQuads = true;
+  static constexpr int kBytes = 256;  // of a chunk
   template <class T>
-  static void quads(const uint8_t* codes, int s, int v, T, Quads& q) {
+  static void quads(const uint8_t* codes, int s, int i, int v, T, Quads& q) {
     const I words = I::load(codes + s * 64 + v * W * 4), two = I::set16(0x0303);
-    q[0] = words & two;
-    q[1] = shift_right16<2>(words) & two;
-    q[2] = shift_right16<4>(words) & two;
-    q[3] = shift_right16<6>(words) & two;
+    q[0] = (i ? shift_right16<4>(words) : words) & two;
+    q[1] = (i ? shift_right16<6>(words) : shift_right16<2>(words)) & two;
   }
 };
 
-// The plane of single bits, whose words serve 32 columns: those of columns 16s..16s+15 come first.
+// The plane of single bits, whose words serve 32 columns: those of sixteenth s come first.
 inline I bits_of_plane(const uint8_t* plane, int s, int v) {
   const I words = I::load(plane + s / 2 * 64 + v * W * 4);
   return s % 2 ? shift_right16<4>(words) : words;
@@ -38,72 +37,70 @@ inline I bits_of_plane(const uint8_t* plane, int s, int v) {
 
 struct U3 {
   static constexpr bool kQuads = true;
+  static constexpr int kBytes = 384;
   template <class T>
-  static void quads(const uint8_t* codes, int s, int v, T none, Quads& q) {
-    U2::quads(codes, s, v, none, q);
+  static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
+    U2::quads(codes, s, i, v, none, q);
     const I bits = bits_of_plane(codes + 256, s, v), place = I::set16(0x0404);
-    q[0] = q[0] | (shift_left16<2>(bits) & place);
-    q[1] = q[1] | (shift_left16<1>(bits) & place);
-    q[2] = q[2] | (bits & place);
-    q[3] = q[3] | (shift_right16<1>(bits) & place);
+    q[0] = q[0] | ((i ? bits : shift_left16<2>(bits)) & place);
+    q[1] = q[1] | ((i ? shift_right16<1>(bits) : shift_left16<1>(bits)) & place);
   }
 };
 
 struct U4 {
   static constexpr bool kQuads = true;
+  static constexpr int kBytes = 512;
   template <class T>
-  static void quads(const uint8_t* codes, int s, int v, T, Quads& q) {
-    const I nibble = I::set16(0x0F0F);
-    for (int i = 0; i < 2; ++i) {
-      const I words = I::load(codes + (2 * s + i) * 64 + v * W * 4);
-      q[2 * i] = words & nibble;
-      q[2 * i + 1] = shift_right16<4>(words) & nibble;
-    }
+  static void quads(const uint8_t* codes, int s, int i, int v, T, Quads& q) {
+    const I words = I::load(codes + (2 * s + i) * 64 + v * W * 4), nibble = I::set16(0x0F0F);
+    q[0] = words & nibble;
+    q[1] = shift_right16<4>(words) & nibble;
   }
 };
 
 struct U5 {
   static constexpr bool kQuads = true;
+  static constexpr int kBytes = 640;
   template <class T>
-  static void quads(const uint8_t* codes, int s, int v, T none, Quads& q) {
-    U4::quads(codes, s, v, none, q);
+  static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
+    U4::quads(codes, s, i, v, none, q);
     const I bits = bits_of_plane(codes + 512, s, v), place = I::set16(0x1010);
-    q[0] = q[0] | (shift_left16<4>(bits) & place);
-    q[1] = q[1] | (shift_left16<3>(bits) & place);
-    q[2] = q[2] | (shift_left16<2>(bits) & place);
-    q[3] = q[3] | (shift_left16<1>(bits) & place);
+    q[0] = q[0] | ((i ? shift_left16<2>(bits) : shift_left16<4>(bits)) & place);
+    q[1] = q[1] | ((i ? shift_left16<1>(bits) : shift_left16<3>(bits)) & place);
   }
 };
 
 struct U6 {
   static constexpr bool kQuads = true;
+  static constexpr int kBytes = 768;
   template <class T>
-  static void quads(const uint8_t* codes, int s, int v, T none, Quads& q) {
-    U4::quads(codes, s, v, none, q);
+  static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
+    U4::quads(codes, s, i, v, none, q);
     const I words = I::load(codes + 512 + s * 64 + v * W * 4), place = I::set16(0x3030);
-    q[0] = q[0] | (shift_left16<4>(words) & place);
-    q[1] = q[1] | (shift_left16<2>(words) & place);
-    q[2] = q[2] | (words & place);
-    q[3] = q[3] | (shift_right16<2>(words) & place);
+    q[0] = q[0] | ((i ? words : shift_left16<4>(words)) & place);
+    q[1] = q[1] | ((i ? shift_right16<2>(words) : shift_left16<2>(words)) & place);
   }
 };
 
 struct Table {
   static constexpr bool kQuads = true;
+  static constexpr int kBytes = 512;
   template <class T>
-  static void quads(const uint8_t* codes, int s, int v, T table, Quads& q) {
-    U4::quads(codes, s, v, table, q);
+  static void quads(const uint8_t* codes, int s, int i, int v, T table, Quads& q) {
+    U4::quads(codes, s, i, v, table, q);
     for (I& quad : q) quad = look_up_bytes(table, quad);
   }
 };
 
 struct S8 {
   static constexpr bool kQuads = false;
+  static constexpr int kBytes = 1024;
   static I pair(const uint8_t* at) { return I::load_int8(at); }
 };
 
 struct U8 {
   static constexpr bool kQuads = false;
+  static constexpr int kBytes = 1024;
   static I pair(const uint8_t* at) { return I::load_uint8(at); }
 };
 
@@ -124,11 +121,14 @@ struct Coded {
   int32_t constant = 0;            // comes off each code
   float unit = 1;                  // the value of a code is so many times the number that kernels read
   bool adds;                       // whether there are zeros besides the constant
+  bool shares_zeros;               // two whole ones in a byte
+  int64_t scale_bytes;             // of 16 rows
   const uint8_t* table = kE2m1;
 
   explicit Coded(const MatrixFormat& f)
       : code(f.code), scale(f.scale), zero(f.zero), group(f.group), layout(moestro::layout_of(f)), constant(f.constant),
-        adds(f.zero > Zero::kConstant) {
+        adds(f.zero > Zero::kConstant), shares_zeros(layout.codes <= 512 && layout.groups > 1),
+        scale_bytes((scale == Scale::kFp32 ? 4 : scale <= Scale::kBf16 ? 2 : 1) * kPanel) {
     if (code == Code::kE2m1) constant = 12, unit = 0.5f;
     if (code == Code::kIq4nl) constant = 127, table = kIq4nl;
     if (code == Code::kE4m3) unit = 256;
@@ -160,103 +160,103 @@ struct Factors {
   alignas(64) float scale[kMostGroups][kPanel], add[kMostGroups][kPanel];
 };
 
-inline void load_halves(const uint8_t* from, float* to) {
-  for (int v = 0; v < VP; ++v) V::load_fp16(from + v * W * 2).store(to + v * W);
+// Calls put(v, V) for the vectors of 16 rows.
+template <class Put>
+inline void for_rows(Put put) {
+#pragma GCC unroll 4
+  for (int v = 0; v < VP; ++v) put(v * W);
 }
 
-// The scales of 16 rows and one group, of the kinds of one level.
-inline void load_scale(const Coded& c, const uint8_t* at, float tensor, float* to) {
-  switch (c.scale) {
-    case Scale::kFp16: return load_halves(at, to);
-    case Scale::kBf16:
-      for (int v = 0; v < VP; ++v) V::load_bf16(at + v * W * 2).store(to + v * W);
-      return;
-    case Scale::kFp32:
-      memcpy(to, at, kPanel * 4);
-      return;
-    case Scale::kE8m0: {
-      uint32_t bits[kPanel];
-      for (int r = 0; r < kPanel; ++r) bits[r] = static_cast<uint32_t>(at[r]) << 23 | (at[r] == 0 ? 1u << 22 : 0);
-      memcpy(to, bits, sizeof(bits));
-      return;
-    }
-    default: {  // kE4m3
-      uint16_t bits[kPanel];
-      for (int r = 0; r < kPanel; ++r) bits[r] = static_cast<uint16_t>((at[r] & 0x80) << 8 | (at[r] & 0x7F) << 7);
-      load_halves(reinterpret_cast<const uint8_t*>(bits), to);
-      for (int r = 0; r < kPanel; ++r) to[r] *= 256 * tensor;
-    }
+// The scales of 16 rows and one group, of the kinds of one level, times `unit`.
+inline void load_scale(Scale scale, const uint8_t* at, V unit, float* to) {
+  switch (scale) {
+    case Scale::kFp16: return for_rows([&](int r) { (V::load_fp16(at + 2 * r) * unit).store(to + r); });
+    case Scale::kBf16: return for_rows([&](int r) { (V::load_bf16(at + 2 * r) * unit).store(to + r); });
+    case Scale::kFp32: return for_rows([&](int r) { (V::load(reinterpret_cast<const float*>(at) + r) * unit).store(to + r); });
+    case Scale::kE8m0: return for_rows([&](int r) { (even_bf16(shift_left32<7>(I::load_bytes(at + r))) * unit).store(to + r); });
+    default: return for_rows([&](int r) {  // kE4m3: its bits are those of a float32 2^-120 times as large
+      const I bits = I::load_bytes(at + r);
+      const V small = even_bf16(shift_left32<8>(bits & I::set32(0x80)) | shift_left32<4>(bits & I::set32(0x7F)));
+      (small * V::set(1.329227995784916e36f) * unit).store(to + r);
+    });
   }
 }
 
 // The scales and zeros of two levels.
 inline void two_level(const Coded& c, const uint8_t* unit, const uint8_t* at, Factors& f) {
-  float d[kPanel], m[kPanel];
-  load_halves(unit, d);
-  if (c.zero == Zero::kMin) load_halves(unit + 32, m);
-  const int8_t* whole = reinterpret_cast<const int8_t*>(at);
-  switch (c.scale) {
-    case Scale::kK4:
-      for (int r = 0; r < kPanel; ++r) {
-        const int b0 = at[r], b1 = at[16 + r], b2 = at[32 + r];
-        f.scale[0][r] = d[r] * static_cast<float>(b0 & 63);
-        f.scale[1][r] = d[r] * static_cast<float>(b1 & 63);
-        f.add[0][r] = -m[r] * static_cast<float>(b0 >> 6 | b1 >> 6 << 2 | b2 >> 6 << 4);
-        f.add[1][r] = -m[r] * static_cast<float>(b2 & 63);
-      }
-      return;
-    case Scale::kK2:
-      for (int g = 0; g < 4; ++g, at += kPanel)
-        for (int r = 0; r < kPanel; ++r) {
-          f.scale[g][r] = d[r] * static_cast<float>(at[r] & 15);
-          f.add[g][r] = -m[r] * static_cast<float>(at[r] >> 4);
+  for_rows([&](int r) {
+    const V d = V::load_fp16(unit + 2 * r);
+    const V less = c.zero == Zero::kMin ? V::zero() - V::load_fp16(unit + 32 + 2 * r) : V::zero();
+    const auto six = [&](int i) {  // of four numbers of 6 bits in three bytes
+      const I six_bits = I::set32(63);
+      if (i < 3) return to_float(I::load_bytes(at + 16 * i + r) & six_bits);
+      const I high[] = {shift_right32<6>(I::load_bytes(at + r)), shift_right32<6>(I::load_bytes(at + 16 + r)),
+                        shift_right32<6>(I::load_bytes(at + 32 + r))};
+      return to_float(high[0] | shift_left32<2>(high[1]) | shift_left32<4>(high[2]));
+    };
+    switch (c.scale) {
+      case Scale::kK4:
+        (d * six(0)).store(f.scale[0] + r);
+        (d * six(1)).store(f.scale[1] + r);
+        (less * six(3)).store(f.add[0] + r);
+        (less * six(2)).store(f.add[1] + r);
+        return;
+      case Scale::kK2:
+        for (int g = 0; g < 4; ++g) {
+          const I both = I::load_bytes(at + g * kPanel + r);
+          (d * to_float(both & I::set32(15))).store(f.scale[g] + r);
+          (less * to_float(shift_right32<4>(both))).store(f.add[g] + r);
         }
-      return;
-    case Scale::kK3:
-      for (int r = 0; r < kPanel; ++r) {
-        const int b0 = at[r], b1 = at[16 + r], b2 = at[32 + r];
-        f.scale[0][r] = d[r] * static_cast<float>((b0 & 63) - 32);
-        f.scale[1][r] = d[r] * static_cast<float>((b1 & 63) - 32);
-        f.scale[2][r] = d[r] * static_cast<float>((b2 & 63) - 32);
-        f.scale[3][r] = d[r] * static_cast<float>((b0 >> 6 | b1 >> 6 << 2 | b2 >> 6 << 4) - 32);
-      }
-      return;
-    default:  // kK6, kIq4xs
-      for (int g = 0; g < c.layout.groups; ++g, whole += kPanel)
-        for (int r = 0; r < kPanel; ++r) f.scale[g][r] = d[r] * static_cast<float>(whole[r]);
-  }
+        return;
+      case Scale::kK3:
+        for (int g = 0; g < 4; ++g) (d * (six(g) - V::set(32.0f))).store(f.scale[g] + r);
+        return;
+      default:  // kK6, kIq4xs
+        for (int g = 0; g < c.layout.groups; ++g) (d * to_float(I::load_signed_bytes(at + g * kPanel + r))).store(f.scale[g] + r);
+    }
+  });
 }
 
-// Reads the headers of a chunk.
+// Reads the headers of a chunk of several panels, `stride` bytes apart, unless they are those of the chunk before.
 #if defined(__GNUC__)
 __attribute__((noinline))
 #endif
-void factors_of(const Coded& c, const uint8_t* panel, int64_t chunk, Factors& f) {
+void factors_of(const Coded& c, const uint8_t* panel, int64_t stride, int panels, int64_t chunk, bool first, Factors* f) {
   const PanelLayout& l = c.layout;
-  const uint8_t *unit = panel + l.unit_at(chunk), *at = panel + l.chunk_at(chunk);
-  if (c.scale >= Scale::kK4) return two_level(c, unit, at, f);
-  float one;
-  memcpy(&one, c.scale == Scale::kBlock ? unit : panel, 4);
-  if (c.scale == Scale::kBlock) {
-    for (int r = 0; r < kPanel; ++r) f.scale[0][r] = one * c.unit;
-    return;
-  }
-  const int64_t scale_bytes = (c.scale == Scale::kFp32 ? 4 : c.scale <= Scale::kBf16 ? 2 : 1) * kPanel;
-  const uint8_t* header = c.group == moestro::kRow ? panel : c.group > kGroup ? unit : at;
-  const uint8_t* zeros = header + l.groups * scale_bytes;
-  for (int g = 0; g < l.groups; ++g) {
-    float *scale = f.scale[g], *add = f.add[g];
-    load_scale(c, header + g * scale_bytes, one, scale);
-    if (c.unit != 1) for (int r = 0; r < kPanel; ++r) scale[r] *= c.unit;
-    if (c.zero == Zero::kFp16 || c.zero == Zero::kAdd) {
-      load_halves(zeros + g * 2 * kPanel, add);
-    } else if (c.zero == Zero::kInt) {
-      const bool shared = l.codes < kPanel * kGroup / 2 + 1 && l.groups > 1;  // codes of up to 4 bits
-      const uint8_t* whole = zeros + (shared ? g / 2 : g) * kPanel;
-      const int shift = shared && g % 2 ? 4 : 0, mask = shared ? 15 : 255;
-      for (int r = 0; r < kPanel; ++r) add[r] = static_cast<float>(whole[r] >> shift & mask);
+  if (l.chunk_header == 0 && !first && (chunk & ((int64_t{1} << l.unit_shift) - 1)) != 0) return;
+  const int64_t unit = l.unit_at(chunk), chunk_at = l.chunk_at(chunk);
+  const int64_t header = c.group == moestro::kRow ? 0 : l.chunk_header == 0 || c.scale >= Scale::kBlock ? unit : chunk_at;
+  for (int p = 0; p < panels; ++p, panel += stride, ++f) {
+    if (c.scale >= Scale::kK4) {
+      two_level(c, panel + unit, panel + chunk_at, *f);
+      continue;
     }
-    if (c.zero == Zero::kFp16 || c.zero == Zero::kInt) for (int r = 0; r < kPanel; ++r) add[r] = -scale[r] * add[r];
+    float one = c.unit, more = 1;
+    if (c.scale == Scale::kBlock || c.scale == Scale::kE4m3) memcpy(&more, panel + (c.scale == Scale::kBlock ? unit : 0), 4);
+    const V times = V::set(one * more);
+    if (c.scale == Scale::kBlock) {
+      for_rows([&](int r) { times.store(f->scale[0] + r); });
+      continue;
+    }
+    const uint8_t *scales = panel + header, *zeros = scales + l.groups * c.scale_bytes;
+    for (int g = 0; g < l.groups; ++g) load_scale(c.scale, scales + g * c.scale_bytes, times, f->scale[g]);
+    if (!c.adds) continue;
+    for (int g = 0; g < l.groups; ++g) {
+      const bool high = c.shares_zeros && g % 2;
+      const uint8_t* whole = zeros + (c.shares_zeros ? g / 2 : g) * kPanel;
+      for_rows([&](int r) {
+        const V scale = V::zero() - V::load(f->scale[g] + r);
+        V add;
+        if (c.zero == Zero::kInt) {
+          const I byte = I::load_bytes(whole + r);
+          add = scale * to_float(high ? shift_right32<4>(byte) : c.shares_zeros ? byte & I::set32(15) : byte);
+        } else {
+          add = V::load_fp16(zeros + 2 * (g * kPanel + r));
+          if (c.zero == Zero::kFp16) add = scale * add;
+        }
+        add.store(f->add[g] + r);
+      });
+    }
   }
 }
 
@@ -269,12 +269,13 @@ inline void decode(C, const Coded& c, const uint8_t* codes, int16_t* to) {
     for (int v = 0; v < VP; ++v) {
       const auto put = [&](int pair, I w) { subtract16(w, less).store(to + (pair * kPanel + v * W) * 2); };
       if constexpr (C::kQuads) {
-        Quads q;
-        C::quads(codes, s, v, table, q);
-        for (int j = 0; j < 4; ++j) {
-          const int pair = j / 2 * 4 + j % 2;
-          put(pair, q[j] & low);
-          put(pair + 2, shift_right16<8>(q[j]));
+        for (int i = 0; i < 2; ++i) {
+          Quads q;
+          C::quads(codes, s, i, v, table, q);
+          for (int j = 0; j < 2; ++j) {
+            put(4 * i + j, q[j] & low);
+            put(4 * i + j + 2, shift_right16<8>(q[j]));
+          }
         }
       } else {
         for (int j = 0; j < 8; ++j) put(j, C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2));
@@ -290,7 +291,7 @@ inline void convert(const Coded& c, const uint8_t* panel, int64_t begin, int64_t
   alignas(64) int16_t pairs[kPairs * 2 * kPanel];
   const int of_group = kPairs / c.layout.groups;
   for (int64_t chunk = begin / kGroup; chunk * kGroup < begin + count; ++chunk) {
-    factors_of(c, panel, chunk, f);
+    factors_of(c, panel, 0, 1, chunk, chunk == begin / kGroup, &f);
     const uint8_t* codes = c.codes_at(panel, chunk);
     const uint8_t* next = codes + (count + kGroup - 1) / kGroup * c.layout.chunk_bytes();
     for (int64_t i = 0; i < c.layout.codes; i += 64) prefetch(next + i);
@@ -320,32 +321,53 @@ inline Packing packing_of(const Coded& c, int64_t n, Type) {
   return n == 1 && quads && kHasByteDots ? Packing::kBytePlanes : Packing::kWhole;
 }
 
-// One token's sums with 16 columns of a panel; the two sums are added up by total<C>, in which the first counts 256
-// times where a quad meets the high bytes of the activations by it and the low ones by the second.
-template <class C, int S>
-inline void meet(const uint8_t* codes, int s, const int16_t* x, [[maybe_unused]] decltype(I::load_table(nullptr)) table,
-                 I (&dots)[S][VP]) {
-  for (int v = 0; v < VP; ++v) {
-    if constexpr (C::kQuads) {
-      Quads q;
-      C::quads(codes, s, v, table, q);
-      for (int j = 0; j < 4; ++j, x += 4) {
+// One token's sums with a sixteenth s of P panels. There are two sums of a panel where registers allow, which total()
+// adds up; the first counts 256 times where quads meet the high bytes of the activations by it and the low by the second.
+template <class C, int P, int S, class T>
+inline void meet(const uint8_t* codes, int64_t stride, int s, const int16_t* x, [[maybe_unused]] T table, I (&dots)[P][S][VP]) {
+  constexpr int kStepBytes = C::kBytes / kSixteens;
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < kStepBytes; i += 64) prefetch(codes + p * stride + s * kStepBytes + i + kAhead);
+  if constexpr (C::kQuads) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i, x += 8) {
+      const I x0 = I::set_pair(x), x1 = I::set_pair(x + 2), x2 = I::set_pair(x + 4), x3 = I::set_pair(x + 6);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) {
+          Quads q;
+          C::quads(codes + p * stride, s, i, v, table, q);
+          I &a = dots[p][0][v], &b = dots[p][S - 1][v];
 #if defined(MOESTRO_BYTE_DOTS)
-        dots[0][v] = dot_bytes(q[j], I::set_pair(x), dots[0][v]);
-        dots[1][v] = dot_bytes(q[j], I::set_pair(x + 2), dots[1][v]);
+          a = dot_bytes(q[0], x0, a);
+          b = dot_bytes(q[0], x1, b);
+          a = dot_bytes(q[1], x2, a);
+          b = dot_bytes(q[1], x3, b);
 #else
-        const int16_t* at = x - 4 * j + j / 2 * 8 + j % 2 * 2;
-        dots[0][v] = dot_pairs(q[j] & I::set16(0x00FF), I::set_pair(at), dots[0][v]);
-        dots[S - 1][v] = dot_pairs(shift_right16<8>(q[j]), I::set_pair(at + 4), dots[S - 1][v]);
+          const I low = I::set16(0x00FF);
+          a = dot_pairs(q[0] & low, x0, a);
+          b = dot_pairs(shift_right16<8>(q[0]), x2, b);
+          a = dot_pairs(q[1] & low, x1, a);
+          b = dot_pairs(shift_right16<8>(q[1]), x3, b);
 #endif
-      }
-      x -= 16;
-    } else {
-      for (int j = 0; j < 8; ++j) {
-        const I w = C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2);
-        dots[j % S][v] = dot_pairs(w, I::set_pair(x + 2 * j), dots[j % S][v]);
-      }
+        }
     }
+  } else {
+#pragma GCC unroll 1
+    for (int j = 0; j < 8; j += 2)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const I pair = I::set_pair(x + 2 * (j + i));
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+          for (int v = 0; v < VP; ++v) {
+            I& sum = dots[p][i % S][v];
+            sum = dot_pairs(C::pair(codes + p * stride + ((8 * s + j + i) * kPanel + v * W) * 2), pair, sum);
+          }
+      }
   }
 }
 
@@ -363,77 +385,78 @@ template <class C, int P>
 inline void multiply_one(const Coded& c, const Panels& to, const Tokens& x) {
   constexpr int S = VP == 1 ? 2 : 1;
   const int groups = c.layout.groups, of_group = kSixteens / groups;
-  const int64_t step_bytes = c.layout.codes / kSixteens;
   const auto table = I::load_table(c.table);
   V acc[P][1][VP];
-  for (auto& of_panel : acc)
-    for (V& a : of_panel[0]) a = V::zero();
+  Factors f[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < VP; ++v) acc[p][0][v] = V::zero();
   for (int64_t chunk = 0; chunk < x.columns / kGroup; ++chunk) {
-    Factors f[P];
-    const uint8_t* codes[P];
-    V part[P][VP];
-    for (int p = 0; p < P; ++p) {
-      factors_of(c, to.w + p * to.stride, chunk, f[p]);
-      codes[p] = c.codes_at(to.w + p * to.stride, chunk);
-      for (V& a : part[p]) a = V::zero();
-    }
+    factors_of(c, to.w, to.stride, P, chunk, chunk == 0, f);
+    const uint8_t* codes = c.codes_at(to.w, chunk);
+    const V of_x = V::set(x.scales[chunk]);
     for (int g = 0; g < groups; ++g) {
       int32_t sum = 0;
       for (int i = 0; i < of_group; ++i) sum += x.sixteens[chunk * kSixteens + g * of_group + i];
+      const I start = I::set32(-c.constant * sum);
       I dots[P][S][VP];
+#pragma GCC unroll 4
       for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
         for (int v = 0; v < VP; ++v) {
           dots[p][0][v] = I::zero();
-          dots[p][S - 1][v] = I::set32(-c.constant * sum);
+          dots[p][S - 1][v] = start;
         }
       for (int s = g * of_group; s < (g + 1) * of_group; ++s)
-        for (int p = 0; p < P; ++p) {
-          for (int64_t i = 0; i < step_bytes; i += 64) prefetch(codes[p] + s * step_bytes + i + kAhead);
-          meet<C, S>(codes[p], s, x.integers + chunk * kGroup + s * 16, table, dots[p]);
+        meet<C, P, S>(codes, to.stride, s, x.integers + chunk * kGroup + s * 16, table, dots);
+      const V whole = V::set(static_cast<float>(sum)) * of_x;
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) {
+          V& out = acc[p][0][v];
+          out = fma(to_float(total<C, S>(dots[p], v)) * of_x, V::load(f[p].scale[g] + v * W), out);
+          if (c.adds) out = fma(whole, V::load(f[p].add[g] + v * W), out);
         }
-      for (int p = 0; p < P; ++p)
-        for (int v = 0; v < VP; ++v) part[p][v] = fma(to_float(total<C, S>(dots[p], v)), V::load(f[p].scale[g] + v * W), part[p][v]);
-      if (!c.adds) continue;
-      const V whole = V::set(static_cast<float>(sum));
-      for (int p = 0; p < P; ++p)
-        for (int v = 0; v < VP; ++v) part[p][v] = fma(whole, V::load(f[p].add[g] + v * W), part[p][v]);
     }
-    const V scale = V::set(x.scales[chunk]);
-    for (int p = 0; p < P; ++p)
-      for (int v = 0; v < VP; ++v) acc[p][0][v] = fma(part[p][v], scale, acc[p][0][v]);
   }
   finish(to, acc);
 }
 
-template <class C, int P>
+template <int P>
 inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x) {
   const int groups = c.layout.groups, of_group = kPairs / groups;
   V acc[P][1][VP];
-  for (auto& of_panel : acc)
-    for (V& a : of_panel[0]) a = V::zero();
+  Factors f[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < VP; ++v) acc[p][0][v] = V::zero();
   for (int64_t chunk = 0; chunk < x.columns / kGroup; ++chunk) {
-    Factors f[P];
-    const uint8_t* codes[P];
-    for (int p = 0; p < P; ++p) {
-      factors_of(c, to.w + p * to.stride, chunk, f[p]);
-      codes[p] = c.codes_at(to.w + p * to.stride, chunk);
-    }
+    factors_of(c, to.w, to.stride, P, chunk, chunk == 0, f);
+    const uint8_t* codes = c.codes_at(to.w, chunk);
+    const float* xs = x.floats + chunk * kGroup;
     for (int g = 0; g < groups; ++g) {
       V part[P][VP];
-      for (auto& of_panel : part)
-        for (V& a : of_panel) a = V::zero();
-      for (int i = g * of_group; i < (g + 1) * of_group; ++i) {
-        const V first = V::set(x.floats[chunk * kGroup + 2 * i]), second = V::set(x.floats[chunk * kGroup + 2 * i + 1]);
-        for (int p = 0; p < P; ++p) {
-          const uint8_t* at = codes[p] + i * 2 * kPanel;
-          if (i % 2 == 0) prefetch(at + kAhead);
-          for (int v = 0; v < VP; ++v) {
-            V even, odd;
-            load_e4m3(at + v * W * 2, even, odd);
-            part[p][v] = fma(odd, second, fma(even, first, part[p][v]));
-          }
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p)
+        for (int v = 0; v < VP; ++v) part[p][v] = V::zero();
+      for (int i = g * of_group; i < (g + 1) * of_group; i += 2) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) prefetch(codes + p * to.stride + i * 2 * kPanel + kAhead);
+#pragma GCC unroll 2
+        for (int j = i; j < i + 2; ++j) {
+          const V first = V::set(xs[2 * j]), second = V::set(xs[2 * j + 1]);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+            for (int v = 0; v < VP; ++v) {
+              V even, odd;
+              load_e4m3(codes + p * to.stride + (j * kPanel + v * W) * 2, even, odd);
+              part[p][v] = fma(odd, second, fma(even, first, part[p][v]));
+            }
         }
       }
+#pragma GCC unroll 4
       for (int p = 0; p < P; ++p)
         for (int v = 0; v < VP; ++v) acc[p][0][v] = fma(part[p][v], V::load(f[p].scale[g] + v * W), acc[p][0][v]);
     }
@@ -515,7 +538,7 @@ inline void few_product(const Coded& c, const Panels& all, int64_t panels, const
         for (int64_t j = 0; j < count; ++j) {
           const uint8_t *panel = all.w + (p + i) * all.stride, *codes = c.codes_at(panel, k + j);
           for (int64_t b = 0; b < c.layout.chunk_bytes(); b += 64) prefetch(codes + b + count * c.layout.chunk_bytes());
-          factors_of(c, panel, k + j, w.factors[i][j]);
+          factors_of(c, panel, 0, 1, k + j, true, &w.factors[i][j]);
           with_code(c.code, [&](auto code) { decode(code, c, codes, w.pairs[i][j]); });
         }
       for_tiles(x, [&](int64_t first, int64_t tokens) {
@@ -526,17 +549,22 @@ inline void few_product(const Coded& c, const Panels& all, int64_t panels, const
   }
 }
 
+template <class C, int P>
+inline void multiply_one(C, const Coded& c, const Panels& to, const Tokens& x) {
+  if constexpr (std::is_same_v<C, E4m3>) multiply_one_e4m3<P>(c, to, x);
+  else multiply_one<C, P>(c, to, x);
+}
+
+// A quarter of the panels is read beside the next, as in multiply().
 template <class C>
-inline void one_product(C, const Coded& c, const Panels& all, int64_t panels, const Tokens& x) {
-  // A quarter of the panels is read beside the next, as in multiply().
-  const int64_t apart = panels / 4;
-  for (int64_t p = 0; p < panels; ++p) {
-    const bool four = p < apart;
-    if (!four && p < 4 * apart) continue;
-    const Panels part{all.w + p * all.stride, all.stride * apart, all.out + p * all.apart, all.apart * apart, all.ld, all.add};
-    if constexpr (std::is_same_v<C, E4m3>) four ? multiply_one_e4m3<C, 4>(c, part, x) : multiply_one_e4m3<C, 1>(c, part, x);
-    else four ? multiply_one<C, 4>(c, part, x) : multiply_one<C, 1>(c, part, x);
-  }
+inline void one_product(C code, const Coded& c, const Panels& all, int64_t panels, const Tokens& x) {
+  constexpr int P = 4 * VP <= V::kRegisters / 2 ? 4 : 1;
+  const auto part = [&](int64_t p, int64_t apart) {
+    return Panels{all.w + p * all.stride, all.stride * apart, all.out + p * all.apart, all.apart * apart, all.ld, all.add};
+  };
+  const int64_t apart = panels / P;
+  for (int64_t p = 0; p < apart; ++p) multiply_one<C, P>(code, c, part(p, apart), x);
+  if constexpr (P > 1) for (int64_t p = apart * P; p < panels; ++p) multiply_one<C, 1>(code, c, part(p, 1), x);
 }
 
 inline void product(const Coded& c, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {

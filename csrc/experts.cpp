@@ -86,7 +86,7 @@ struct Runner::Crew {
 
   // The threads' scratch memory, none of which knows any tokens yet.
   Scratch* of_threads(int64_t floats) {
-    for (size_t i = 0; i < buffers.size(); ++i) scratch[i] = Scratch{buffers[i].take(floats)};
+    for (size_t i = 0; i < buffers.size(); ++i) scratch[i] = Scratch{buffers[i].take(floats), {}};
     return scratch.data();
   }
 };

@@ -97,6 +97,8 @@ struct I {
   static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm512_set1_epi32(both)}; }
   static I set16(int16_t a) { return {_mm512_set1_epi16(a)}; }
   static I set32(int32_t a) { return {_mm512_set1_epi32(a)}; }
+  static I load_bytes(const void* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static I load_signed_bytes(const void* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static I load_uint8(const void* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
   static I load_table(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   void store(void* p) const { _mm512_storeu_si512(p, v); }
@@ -113,6 +115,7 @@ inline void load_e4m3(const void* p, V& even, V& odd) {
 }
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int N> inline I shift_right32(I a) { return {_mm512_srai_epi32(a.v, N)}; }
+template <int N> inline I shift_left32(I a) { return {_mm512_slli_epi32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) { return {_mm512_srli_epi16(a.v, N)}; }
 inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd, of 16-bit halves
 #if defined(__AVX512VNNI__)
@@ -123,7 +126,6 @@ inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd,
 }
 #if defined(__AVX512VNNI__)
 #define MOESTRO_BYTE_DOTS
-template <int N> inline I shift_left32(I a) { return {_mm512_slli_epi32(a.v, N)}; }
 inline I dot_bytes(I a, I b, I sum) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }  // bytes: a unsigned, b signed
 // Eight 16-bit integers q as two signed bytes each, q = 256 high + low, |q| at most 32639: the high bytes of elements
 // 0 4 1 5, their low bytes, then those of 2 6 3 7, which is the order of Int4's nibbles.
@@ -195,6 +197,8 @@ struct I {
   static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm256_set1_epi32(both)}; }
   static I set16(int16_t a) { return {_mm256_set1_epi16(a)}; }
   static I set32(int32_t a) { return {_mm256_set1_epi32(a)}; }
+  static I load_bytes(const void* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
+  static I load_signed_bytes(const void* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
   static I load_uint8(const void* p) { return {_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static I load_table(const uint8_t* p) { return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -211,6 +215,7 @@ inline void load_e4m3(const void* p, V& even, V& odd) {
 }
 inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 template <int N> inline I shift_right32(I a) { return {_mm256_srai_epi32(a.v, N)}; }
+template <int N> inline I shift_left32(I a) { return {_mm256_slli_epi32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) { return {_mm256_srli_epi16(a.v, N)}; }
 inline I dot_pairs(I a, I b, I sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
 inline V to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
@@ -261,6 +266,9 @@ struct I {
   static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {vdupq_n_s32(both)}; }
   static I set16(int16_t a) { return {vreinterpretq_s32_s16(vdupq_n_s16(a))}; }
   static I set32(int32_t a) { return {vdupq_n_s32(a)}; }
+  static uint8x8_t four_bytes(const void* p) { uint32_t four; memcpy(&four, p, 4); return vcreate_u8(four); }
+  static I load_bytes(const void* p) { return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))))}; }
+  static I load_signed_bytes(const void* p) { return {vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p)))))}; }
   static I load_uint8(const void* p) { return {vreinterpretq_s32_u16(vmovl_u8(vld1_u8(static_cast<const uint8_t*>(p))))}; }
   static I load_table(const uint8_t* p) { return load(p); }
   void store(void* p) const { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_s32(v)); }
@@ -279,6 +287,7 @@ inline void load_e4m3(const void* p, V& even, V& odd) {
 }
 inline I operator+(I a, I b) { return {vaddq_s32(a.v, b.v)}; }
 template <int N> inline I shift_right32(I a) { return {vshrq_n_s32(a.v, N)}; }
+template <int N> inline I shift_left32(I a) { return {vshlq_n_s32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) {
   return {vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(a.v), N))};
 }
@@ -338,6 +347,8 @@ struct I {
   static I set_pair(const int16_t* p) { return load(p); }
   static I set16(int16_t a) { return of(a, a); }
   static I set32(int32_t a) { return {a}; }
+  static I load_bytes(const void* p) { return {*static_cast<const uint8_t*>(p)}; }
+  static I load_signed_bytes(const void* p) { return {*static_cast<const int8_t*>(p)}; }
   static I load_uint8(const void* p) { const uint8_t* q = static_cast<const uint8_t*>(p); return of(q[0], q[1]); }
   struct Table { const uint8_t* of; };
   static Table load_table(const uint8_t* p) { return {p}; }
@@ -360,6 +371,7 @@ inline void load_e4m3(const void* p, V& even, V& odd) {
 }
 inline I operator+(I a, I b) { return {a.v + b.v}; }
 template <int N> inline I shift_right32(I a) { return {a.v >> N}; }
+template <int N> inline I shift_left32(I a) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) << N)}; }
 template <int N> inline I shift_right16(I a) { return I::of((a.even() & 0xFFFF) >> N, (a.odd() & 0xFFFF) >> N); }
 inline I dot_pairs(I a, I b, I sum) { return {sum.v + a.even() * b.even() + a.odd() * b.odd()}; }
 inline V to_float(I a) { return {static_cast<float>(a.v)}; }
