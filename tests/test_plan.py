@@ -89,7 +89,7 @@ def test_chunks_of_tokens_are_as_long_as_where_they_are_computed() -> None:
 
 LAYER = LayerSpec(experts=4, neurons=160, expert_bytes=1000)
 SPEC = ModelSpec(layers=(LAYER,) * 3, dense_bytes=5000)
-BF16 = Formats("bf16")
+BF16 = Formats(("bf16",))
 
 
 def _need(tokens: int) -> Footprint:
@@ -147,7 +147,7 @@ for name, config in {**SHAPES, "demo": demo}.items():
     spec, shape = spec_of_shape(name), text_shape(config, item_bytes=2)
     need = partial(shape.footprint, experts_bytes=expert_workspace(spec))
     facts = Facts(free_ram_bytes=2**37, free_gpu_bytes=2**34, dense_on_gpu=True)
-    plan = make_plan(spec, need, facts, formats=Formats("bf16"), longest=shape.context, **asked)
+    plan = make_plan(spec, need, facts, formats=Formats(("bf16",)), longest=shape.context, **asked)
     assert Plan.from_json(plan.to_json()) == plan.check()
     print(name, plan.in_words())
 """

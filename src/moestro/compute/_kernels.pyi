@@ -156,5 +156,33 @@ class Runner:
     def read_seconds(self, level: str, memory: Tensor, prefetch: int) -> float: ...
     def fma_flops(self, level: str, rounds: int) -> float: ...
 
+class Layout(Enum):
+    plain = 0
+    nibbles = 1
+    awq = 2
+    gptq = 3
+    gguf = 4
+
+class Stored:
+    def __init__(
+        self,
+        *,
+        format: MatrixFormat,
+        layout: Layout,
+        rows: int,
+        columns: int,
+        codes: Tensor,
+        row_stride: int = 0,
+        column_stride: int = 0,
+        scales: Tensor | None = None,
+        zeros: Tensor | None = None,
+        flip: int = 0,
+        tensor_scale: float = 1.0,
+        first_row: int = 0,
+        row_order: Tensor | None = None,
+        column_order: Tensor | None = None,
+    ) -> None: ...
+
+def repack(runner: Runner, jobs: Sequence[tuple[Stored, int, int, int, int, Tensor]]) -> None: ...
 def best_level() -> str: ...
 def levels() -> list[tuple[str, bool]]: ...

@@ -68,7 +68,11 @@ class CpuExperts:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
         formats = [kernel_format(fmt) for fmt in math.format.matrices.values()]
-        if None in formats or math.format.block % math.format.matrices["down"].block or math.format.block not in _BLOCKS:
+        if (
+            None in formats
+            or math.format.block % math.format.matrices["down"].block
+            or math.format.block not in _BLOCKS
+        ):
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -92,12 +96,13 @@ class _Known:
 
 def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
     name, alpha, limit, offset = kernel
+    formats: dict[str, Any] = {part: kernel_format(fmt) for part, fmt in math.format.matrices.items()}
     return _kernels.Shape(
         hidden=math.shape.hidden,
         neurons=math.shape.neurons,
         has_gate=math.shape.has_gate,
         has_bias=math.shape.has_bias,
-        **{part: kernel_format(fmt) for part, fmt in math.format.matrices.items()},
+        **formats,
         block=math.format.block,
         activation=getattr(_kernels.Activation, name),
         alpha=alpha,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from ..engine.watch import Watch
 from ..errors import ModelError, RequestError
 from ..machine.measure import this_machine
 from ..machine.probe import available_ram_bytes
-from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat
+from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat, expert_format_named
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
@@ -87,17 +87,25 @@ class ExpertLayer:
         self.note(module)
 
 
-def attach(model: Any, config: MoestroConfig, device: Device) -> Conductor:
+def attach(
+    model: Any, config: MoestroConfig, device: Device, experts: Sequence[ExpertFormat] | None = None
+) -> Conductor:
     """Plan for a Transformers model on the meta device and make its conductor, `model.moestro`.
+
+    Args:
+        experts: the format of each layer's experts, where a checkpoint has them quantized; None for the config's.
 
     Raises:
         What `plan_for` does.
     """
-    return build(plan_for(model, config, device), model, device, config.threads)
+    return build(plan_for(model, config, device, experts), model, device, config.threads)
 
 
-def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
+def plan_for(model: Any, config: MoestroConfig, device: Device, experts: Sequence[ExpertFormat] | None = None) -> Plan:
     """The plan for a Transformers model on the meta device, from its sizes and the machine's free memory.
+
+    Args:
+        experts: as in `attach`.
 
     Raises:
         ModelError: it has no experts that Moestro can store.
@@ -107,9 +115,10 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
     longest = model_context(model.config)
     planned_context(longest, config.context)  # refused before the work
     layouts = _layouts_of(model)
-    expert_format = FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]
+    if experts is None:
+        experts = [FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]] * len(layouts)
     dense = dense_formats(model, config, device)
-    spec = _spec_of(model, layouts, expert_format, dense_bytes(model, dense))
+    spec = _spec_of(model, layouts, experts, dense_bytes(model, dense))
     virtual = config.clock == "virtual"
     machine = None if config.machine in (None, THIS) else machine_named(config.machine)
     free_gpu_bytes = None if device.accelerator is None else device.memory_bytes()
@@ -129,7 +138,9 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
         make_plan,
         spec,
         facts=facts,
-        formats=Formats(expert_format.name, *(() if dense is None else (dense.other.name, dense.head.name))),
+        formats=Formats(
+            tuple(fmt.name for fmt in experts), *(() if dense is None else (dense.other.name, dense.head.name))
+        ),
         policy=config.policy,
         budget=config.budget,
         context=config.context,
@@ -137,7 +148,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device) -> Plan:
         heat=None if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec),
         virtual=virtual,
     )
-    need = Need(model, _math_of(model, layouts, expert_format), device.torch_device)
+    need = Need(model, _math_of(model, layouts, experts), device.torch_device)
     plan = decide(footprint=need.measured)
     if plan.gpu is not None:
         need.say_if_changed(decide(footprint=need.estimated), plan)
@@ -163,7 +174,7 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
     first_touch(store.memory, cpu.threads)
     conductor = Conductor(
         spec=spec,
-        math=_math_of(model, layouts, FORMATS[plan.formats.experts]),
+        math=_math_of(model, layouts, [expert_format_named(name) for name in plan.formats.experts]),
         policy=plan.decider,
         device=device,
         store=store,
@@ -287,14 +298,14 @@ def _layouts_of(model: Any) -> dict[str, FamilyLayout]:
     return layouts
 
 
-def _math_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat) -> list[ExpertMath]:
+def _math_of(model: Any, layouts: Mapping[str, FamilyLayout], formats: Sequence[ExpertFormat]) -> list[ExpertMath]:
     return [
         ExpertMath(layouts[name].shape, fmt, FamilyActivation(module, layouts[name]), post_norm_of(module))
-        for name, module in expert_modules(model).items()
+        for (name, module), fmt in zip(expert_modules(model).items(), formats, strict=True)
     ]
 
 
-def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat, dense: int) -> ModelSpec:
+def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], formats: Sequence[ExpertFormat], dense: int) -> ModelSpec:
     return ModelSpec(
         layers=tuple(
             LayerSpec(
@@ -307,7 +318,7 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], fmt: ExpertFormat,
                 matrices=3 if layout.shape.has_gate else 2,
                 block=fmt.block,
             )
-            for layout in layouts.values()
+            for layout, fmt in zip(layouts.values(), formats, strict=True)
         ),
         dense_bytes=dense,
         dense_weights=dense_weights(model),

@@ -40,14 +40,30 @@ def resolve(model: str) -> str:
     if model == DEMO:
         return str(files("moestro") / "demo")
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return str(path)
     if path.exists():
-        raise ModelError(f"{model} is a file; name the folder with its config.json")
+        raise ModelError(f"{model} is a file; name the folder with its config.json, or a .gguf file")
     looks_like_path = model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ModelError(f"no folder {model}; name a checkpoint's folder, a hub id like org/name, or demo")
     return model
+
+
+def is_stored(source: str) -> bool:
+    """Whether a checkpoint here is quantized: a GGUF file, a folder of one, or one whose config.json says so."""
+    path = Path(source)
+    if path.is_file():
+        return True
+    if path.is_dir() and any(path.glob("*.gguf")) and not weight_files(path):
+        return True
+    try:
+        values = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    parts = [values, *(values[name] for name in ("text_config",) if isinstance(values, dict) and name in values)]
+    own = [part.get("quantization_config") for part in parts if isinstance(part, dict)]
+    return any(isinstance(one, dict) and one.get("quant_method") != METHOD for one in own)
 
 
 def read_config(model: str, source: str, trust_remote_code: bool = False, *, quantized: bool = False) -> Any:

@@ -28,10 +28,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
-from .checkpoint import check_files, read_config, refuse_code, resolve, tensor_names, wrong_prefix
+from .checkpoint import check_files, is_stored, read_config, refuse_code, resolve, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
+from .sources import open_source
+from .stored import load_stored
 
 logger = logging.getLogger("moestro")
 
@@ -87,6 +89,8 @@ def load_tokenizer(
         return shape_tokenizer(shape)
     assert model is not None
     source = resolve(model)
+    if is_stored(source):
+        return open_source(source, trust_remote_code=trust_remote_code).tokenizer()
     read_config(model, source, trust_remote_code)  # first, since it says in one line that there is no such model
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -100,6 +104,10 @@ def load_tokenizer(
 
 def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, trust_remote_code: bool) -> Any:
     source = resolve(model)
+    if is_stored(source):
+        stored = open_source(source, trust_remote_code=trust_remote_code)
+        auto = _auto_class(stored.config())
+        return load_stored(source, stored, auto, quantization_config, dtype, trust_remote_code)
     config = read_config(model, source, trust_remote_code)
     auto = _auto_class(config)
     if Path(source).is_dir():

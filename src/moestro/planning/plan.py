@@ -2,7 +2,7 @@
 
     >>> spec = ModelSpec((LayerSpec(experts=8, neurons=64, expert_bytes=2**20),), dense_bytes=2**20)
     >>> facts = Facts(free_ram_bytes=2**20)
-    >>> make_plan(spec, lambda tokens: Footprint(0, 0), facts, formats=Formats("bf16"), policy="cpu-only").in_words()
+    >>> make_plan(spec, lambda tokens: Footprint(0, 0), facts, formats=Formats(("bf16",)), policy="cpu-only").in_words()
     'does not fit: the model needs 9.0 MiB of RAM (experts 8.0 MiB), but this machine has free 1.0 MiB; free memory or \
 choose a smaller model'
 
@@ -46,9 +46,12 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """Names of the formats that weights are stored in; None where Transformers keeps them."""
+    """Names of the formats that weights are stored in: of each layer's experts, and of the rest.
 
-    experts: str
+    None where Transformers keeps the weights.
+    """
+
+    experts: tuple[str, ...]
     dense: str | None = None
     head: str | None = None
 
@@ -122,7 +125,7 @@ class Plan:
         values = json.loads(text)
         spec, machine = values["spec"], values["machine"]
         values["spec"] = ModelSpec(**spec | {"layers": tuple(LayerSpec(**layer) for layer in spec["layers"])})
-        values["formats"] = Formats(**values["formats"])
+        values["formats"] = Formats(**values["formats"] | {"experts": tuple(values["formats"]["experts"])})
         values["gpu"] = None if values["gpu"] is None else GpuPlan(**values["gpu"])
         values["machine"] = machine and Machine(**machine | {"costs": Costs(**machine["costs"])})
         values["heat"] = tuple((tuple(expert), heat) for expert, heat in values["heat"])

@@ -20,6 +20,19 @@ MATRIX_FORMATS: dict[str, MatrixFormat] = {
 FLOAT_FORMATS: dict[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}
 
+
+def expert_format_named(name: str) -> ExpertFormat:
+    """The format of experts by its name, such as "q4_k" or "q4_k+q4_k+q6_k" (gate, up, down).
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    gate, up, down = (name.split("+") * 3)[:3]
+    return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up))
+
+
 __all__ = [
     "FLOAT_FORMATS",
     "FORMATS",
@@ -30,6 +43,7 @@ __all__ = [
     "ExpertShape",
     "MatrixFormat",
     "UnpackedExpert",
+    "expert_format_named",
     "format_named",
     "format_names",
     "uniform",

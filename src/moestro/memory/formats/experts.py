@@ -79,7 +79,7 @@ class ExpertFormat:
         self.matrices = {"gate": gate or matrix, "up": up or gate or matrix, "down": matrix}
         self.block = block or matrix.block
         names = [fmt.name for fmt in self.matrices.values()]
-        self.name = names[0] if len({*names}) == 1 else "+".join(names)
+        self.name = names[0] if len({*names}) == 1 else "+".join(names)  # as `expert_format_named` takes it
 
     def blocks(self, shape: ExpertShape) -> int:
         """N, the last one possibly padded."""

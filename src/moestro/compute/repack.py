@@ -1,0 +1,109 @@
+"""Matrices as files hold them, to panels: by the kernels' repacking, or by its torch twin without kernels.
+
+Only places change, never a number. Legend: R rows, K columns, F expert neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat, format_named
+from ..memory.formats.descriptor import Scale
+from ..memory.formats.raw import RawMatrix, flip, read_raw, sides
+from .cpu import _kernels, kernel_format, runner
+
+Stored: TypeAlias = "_kernels.Stored"
+
+
+def format_of(raw: RawMatrix | Tensor) -> MatrixFormat:
+    """The format that keeps a stored matrix as it is; a float tensor's own."""
+    return raw.fmt if isinstance(raw, RawMatrix) else format_named(FLOAT_FORMATS[raw.dtype])
+
+
+def pack_stored(
+    packed: Tensor,
+    fmt: ExpertFormat,
+    shape: ExpertShape,
+    parts: dict[str, tuple[RawMatrix | Tensor, Tensor | None, Tensor | None]],
+    *,
+    threads: int,
+) -> None:
+    """Write matrices of one expert into its bytes.
+
+    Args:
+        packed: uint8 [expert_bytes], on the CPU.
+        parts: "gate", "up" and "down": the stored matrix, which of its rows and in which order (int64), and the order
+            of its columns (int64 [K]); None for all, in the file's order.
+    """
+    if _kernels is None:
+        for name, (raw, rows, columns) in parts.items():
+            if isinstance(raw, Tensor):
+                taken = raw if rows is None else raw[rows]
+                fmt.pack(packed, shape, {name: taken if columns is None else taken[:, columns]})
+            else:
+                fmt.pack_coded(packed, shape, {name: read_raw(raw, rows, columns)})
+        return
+    places, size = dict(fmt.places(shape)), fmt.block_bytes(shape)
+    jobs = []
+    for name, (raw, rows, columns) in parts.items():
+        matrix, place = _stored(raw, rows, columns), places[name]
+        for block in range(fmt.blocks(shape)):
+            out = packed[block * size + place.start : block * size + place.stop]
+            first = block * fmt.block
+            jobs.append(
+                (matrix, 0, shape.hidden, first, fmt.block, out)
+                if name == "down"
+                else (matrix, first, fmt.block, 0, shape.hidden, out)
+            )
+    _kernels.repack(runner(threads), jobs)
+
+
+def pack_stored_matrix(packed: Tensor, raw: RawMatrix, *, threads: int) -> None:
+    """Write one stored matrix into uint8 [matrix_bytes]."""
+    if _kernels is None:
+        packed.copy_(raw.fmt.write(read_raw(raw)).flatten())
+        return
+    _kernels.repack(runner(threads), [(_stored(raw, None, None), 0, raw.rows, 0, raw.columns, packed)])
+
+
+def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None) -> Stored:
+    """A stored matrix as the kernels take it."""
+    layouts = _kernels.Layout
+    given: dict[str, Any] = {"row_order": rows, "column_order": columns, "format": kernel_format(format_of(raw))}
+    if isinstance(raw, Tensor):
+        size = raw.element_size()
+        given |= {"rows": raw.shape[0], "columns": raw.shape[1], "layout": layouts.plain, "codes": _bytes_of(raw)}
+        return _kernels.Stored(**given, row_stride=raw.stride(0) * size, column_stride=raw.stride(1) * size)
+    given |= {"rows": raw.rows, "columns": raw.columns}
+    codes = raw.tensors["blocks" if raw.layout == "mxfp4" else "weight"]
+    if raw.layout == "gguf":
+        return _kernels.Stored(**given, layout=layouts.gguf, codes=_flat(codes))
+    beside = sides(raw)
+    given["scales"] = _flat(raw.tensors["scales"].float() if raw.fmt.scale is Scale.BLOCK else beside.scales)
+    given["flip"] = flip(raw)
+    if beside.zeros is not None:
+        given["zeros"] = _flat(beside.zeros)
+    if beside.tensor is not None:
+        given["tensor_scale"] = float(beside.tensor)
+    if raw.layout in ("fp8", "bytes") or (raw.layout == "words" and raw.fmt.code_bits == 8):
+        return _kernels.Stored(
+            **given, layout=layouts.plain, codes=_flat(codes), row_stride=raw.columns, column_stride=1
+        )
+    layout = {"awq": layouts.awq, "gptq": layouts.gptq}.get(raw.layout, layouts.nibbles)
+    return _kernels.Stored(**given, layout=layout, codes=_flat(codes))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its bytes, uint8 [n]; a copy where it is not one piece."""
+    return tensor.reshape(-1).contiguous().view(torch.uint8) if tensor.numel() else tensor.view(torch.uint8)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes from the first element of a view to its last, uint8 [n], however it lies."""
+    size = tensor.element_size()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = torch.empty(0, dtype=torch.uint8)
+    return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * size, ((last + 1) * size,))  # type: ignore[no-any-return, call-overload]

@@ -1,0 +1,161 @@
+"""Load a checkpoint that is quantized already: its experts keep their bits, repacked straight from the file's bytes.
+
+Transformers builds the model and computes everything but the experts; nothing goes through a dequantized layer. What is
+quantized outside the experts is dequantized to the model's dtype, matrix by matrix, and packed as other dense layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import GenerationConfig
+
+from ..compute.repack import format_of, pack_stored
+from ..devices import make_device
+from ..engine.conductor import Conductor
+from ..engine.families import expert_modules
+from ..errors import CheckpointError, ModelError
+from ..memory.formats import ExpertFormat, format_named
+from ..memory.formats.codes import values
+from ..memory.formats.raw import read_raw
+from ..planning.options import METHOD
+from .build import attach, home, pack_rest
+from .config import MoestroConfig
+from .sources import ExpertWeights, Part, Source, Weights
+
+logger = logging.getLogger("moestro")
+_PARTS = ("gate", "up", "down")
+
+
+def load_stored(
+    name: str, source: Source, auto: Any, config: MoestroConfig, dtype: Any, trust_remote_code: bool
+) -> Any:
+    """A model whose experts are kept as its checkpoint has them.
+
+    Args:
+        name: of the model, for messages. auto: the auto class that makes it.
+        dtype: of the rest; a torch dtype, or "auto" for the config's.
+
+    Raises:
+        MoestroError: one line on what was found, what was needed and what to do.
+    """
+    if (config.expert_bits or config.bits) is not None:
+        raise ModelError(
+            f"{name} is quantized already, and its experts keep their own bits; leave --bits and --expert-bits out"
+        )
+    hf_config = source.config()
+    stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
+    with torch.device("meta"):
+        model = auto.from_config(
+            hf_config, dtype=stated if dtype == "auto" else dtype, trust_remote_code=trust_remote_code
+        )
+    model.set_experts_implementation(METHOD)
+    weights = source.weights(model)
+    device = make_device(config.device, config.link_gbps)
+    formats = [_format_of_layer(weights, module, len_of(layer)) for module, layer in expert_modules(model).items()]
+    conductor = attach(model, config, device, formats)
+    _fill_dense(model, weights, device.torch_device)
+    _fill_experts(model, conductor, weights)
+    for layer in expert_modules(model).values():
+        for part in layer._moestro.layout.parameters:
+            del layer._parameters[part]
+    model.initialize_weights()
+    model.tie_weights()
+    pack_rest(model, config, device)
+    _take_generation_config(model, Path(name))
+    return model.requires_grad_(False).eval()
+
+
+def len_of(module: Any) -> int:
+    """How many experts a module has."""
+    return int(module.down_proj.shape[0])
+
+
+def _format_of_layer(weights: Weights, module: str, experts: int) -> ExpertFormat:
+    """The format that all experts of a layer are in.
+
+    Raises:
+        ModelError: they are in several, or activations would have to be gathered.
+    """
+    found = {tuple(_formats(module, weights.expert(module, expert))) for expert in range(experts)}
+    if len(found) > 1:
+        raise ModelError(f"the experts of {module} are in several formats: {sorted(map(str, found))}")
+    names = dict(found.pop())
+    first = {part: format_named(names[part]) for part in ("gate", "up") if part in names}
+    return ExpertFormat(format_named(names["down"]), gate=first.get("gate", first["up"]), up=first["up"])
+
+
+def _formats(module: str, weights: ExpertWeights) -> Iterable[tuple[str, str]]:
+    for part in _PARTS:
+        if part not in weights.matrices:
+            continue
+        one = weights.matrices[part]
+        if part != "down" and one.columns is not None:
+            raise ModelError(
+                f"{module} was quantized with act-order (desc_act), for which activations would have to be "
+                "reordered; Moestro does not do that yet: use a checkpoint without act-order"
+            )
+        yield part, format_of(one.raw).name
+
+
+def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
+    for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
+        math = conductor.math[index]
+        for expert in range(conductor.spec.layers[index].experts):
+            stored = weights.expert(module, expert)
+            parts = {part: (one.raw, one.rows, one.columns) for part, one in stored.matrices.items()}
+            target = home(conductor, index, expert)
+            packed = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+            pack_stored(packed, math.format, math.shape, parts, threads=conductor.cpu.threads)
+            math.format.pack(packed, math.shape, stored.biases)
+            if packed is not target:
+                target.copy_(packed)
+
+
+def _fill_dense(model: Any, weights: Weights, device: torch.device) -> None:
+    """Give the model's parameters their values, and its buffers memory to be initialized in."""
+    for name, value in weights.dense():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = _plain(value).to(device, module._buffers[leaf].dtype)
+            continue
+        parameter = nn.Parameter(_plain(value).to(device, module._parameters[leaf].dtype), requires_grad=False)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        module._parameters[leaf] = parameter
+    tied = getattr(model, "all_tied_weights_keys", {})
+    experts = {id(module) for module in expert_modules(model).values()}
+    for name, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[leaf] = torch.empty_like(buffer, device=device)
+        for leaf, parameter in module._parameters.items():
+            is_left = parameter is not None and parameter.is_meta and id(module) not in experts
+            if is_left and f"{name}.{leaf}".lstrip(".") not in tied:
+                raise CheckpointError(f"the checkpoint has no {name}.{leaf}; it is incomplete: download it again")
+
+
+def _plain(value: Tensor | Part) -> Tensor:
+    """The weights of a dense layer as floats; a copy, so that the file may go."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value.raw, Tensor):
+        return value.raw.clone()
+    coded = read_raw(value.raw, value.rows, value.columns)
+    dense = values(value.raw.fmt, coded)
+    if value.columns is None:
+        return dense
+    back = torch.empty_like(dense)
+    back[:, value.columns] = dense
+    return back
+
+
+def _take_generation_config(model: Any, folder: Path) -> None:
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

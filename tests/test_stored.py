@@ -1,0 +1,124 @@
+"""Quantized checkpoints run: logits and tokens are those of Transformers with the dequantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moestro import MoestroError, load
+from moestro.compute.cpu import levels
+from moestro.compute.repack import pack_stored
+from moestro.engine.families import FamilyLayout, expert_modules
+from moestro.loading.sources import open_source
+from moestro.memory.formats import ExpertFormat, ExpertShape, format_named
+from moestro.memory.formats.raw import GGUF_BLOCKS, RawMatrix
+from raw_reader import read_raw
+from test_sources_gguf import KNOWN, TYPES, _build, write_gguf
+from test_sources_safetensors import CASES, FAMILY, write_checkpoint
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+DEVICES: tuple[dict[str, Any], ...] = (
+    {"device": "cpu"},
+    {"device": "emulated", "gpu_memory": "32MiB", "policy": "lru", "link": None},
+)
+
+
+def _same(found: Any, expected: nn.Module) -> None:
+    """Equal within 1e-3 of the largest logit; equal tokens wherever the best two logits differ by more than that."""
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        got, wanted = found(ids).logits.float(), expected(ids).logits.float()
+        bound = 1e-3 * float(wanted.abs().max())
+        assert float((got - wanted).abs().max()) <= bound
+        tokens = found.generate(ids[:, :6], **GREEDY)[0]
+        best = expected(tokens[None, :-1]).logits[0, 5:].float().topk(2).values
+        choice = expected(tokens[None, :-1]).logits[0, 5:].argmax(-1)
+    is_clear = best[:, 0] - best[:, 1] > 2 * bound
+    assert torch.equal(tokens[6:][is_clear], choice[is_clear])
+
+
+def _kept(found: Any, formats: set[str]) -> None:
+    """Experts are as large as their formats say, and in no other one."""
+    assert {fmt.name for math in found.moestro.math for fmt in math.format.matrices.values()} == formats
+
+
+@pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
+@pytest.mark.parametrize(("family", "kind"), [case for case in CASES if "act-order" not in case[1]])
+def test_quantized_safetensors(family: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    expected = write_checkpoint(tmp_path, FAMILY[family], kind)
+    model = load(str(tmp_path), dtype="float32", threads=2, **options)
+    assert all(fmt.is_quantized for math in model.moestro.math for fmt in math.format.matrices.values())
+    _same(model, expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
+    arch, width = KNOWN[family][0], 256 if kind.endswith(("K", "XS")) else 64
+    if family == "deepseek_v3" and width == 256:
+        pytest.skip("its ranks and heads would have to be as wide")
+    model = _build(family, hidden_size=width, intermediate_size=width, moe_intermediate_size=width)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, model, arch, kind, TYPES[kind](kind))
+    found = load(str(path), dtype="float32", threads=2)
+    _kept(found, {kind.lower()})
+    _same(found, _as_stored(path, model))
+
+
+def _as_stored(path: Path, model: nn.Module) -> nn.Module:
+    """The model with the weights of the file, by the tests' own reader."""
+    weights = open_source(str(path)).weights(model)
+    for name, module in expert_modules(model).items():
+        layout = FamilyLayout.of(name, module)
+        for expert in range(layout.experts):
+            stored = weights.expert(name, expert)
+            for parameter in layout.parameters:
+                for part, value in layout.parts(parameter, getattr(module, parameter).data[expert]).items():
+                    if part in stored.matrices:
+                        one = stored.matrices[part]
+                        value.copy_(read_raw(one.raw, one.rows, one.columns))
+                    else:
+                        value.copy_(stored.biases[part])
+    state = model.state_dict()
+    for name, value in weights.dense():
+        floats = value if isinstance(value, Tensor) else read_raw(value.raw, value.rows, value.columns)
+        state[name].copy_(floats)
+    return model.eval()
+
+
+def test_mixed_formats_within_an_expert_and_odd_sizes() -> None:
+    """Repacked by the kernels, byte for byte what the twin writes: rows in any order, blocks that are not full."""
+    for gate, up, down, (hidden, neurons) in (
+        ("q4_k", "q4_k", "q6_k", (256, 512)),
+        ("q4_k", "q6_k", "q5_0", (512, 96)),
+        ("iq4_xs", "iq4_xs", "q8_0", (256, 160)),
+        ("q2_k", "q3_k", "q3_k", (256, 256)),
+        ("mxfp4", "mxfp4", "q5_1", (96, 224)),
+    ):
+        shape = ExpertShape(hidden, neurons)
+        fmt = ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up))
+        parts: dict[str, Any] = {}
+        for name, kind in {"gate": gate, "up": up, "down": down}.items():
+            rows, columns = shape.parts[name]
+            size, n_bytes = GGUF_BLOCKS[kind]
+            stored = torch.randint(0, 256, (rows, columns // size * n_bytes), dtype=torch.uint8)
+            raw = RawMatrix("gguf", rows, columns, {"weight": stored}, format_named(kind))
+            parts[name] = raw, None if name == "down" else torch.randperm(rows), None
+        found, twin = (torch.full((fmt.expert_bytes(shape),), 0xA5, dtype=torch.uint8) for _ in range(2))
+        pack_stored(found, fmt, shape, parts, threads=2)
+        if levels():
+            from moestro.memory.formats import raw as formats
+
+            fmt.pack_coded(twin, shape, {name: formats.read_raw(raw, rows) for name, (raw, rows, _) in parts.items()})
+            used = fmt.blocks(shape) * fmt.block_bytes(shape)
+            assert torch.equal(found[:used], twin[:used]), (gate, up, down)
+
+
+def test_bits_cannot_be_asked_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, FAMILY["mixtral"], "mxfp4")
+    with pytest.raises(MoestroError, match="quantized already, and its experts keep their own bits"):
+        load(str(tmp_path), bits=4)
