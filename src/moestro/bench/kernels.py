@@ -37,6 +37,7 @@ READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row are at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # -1: four streams instead, as the kernels read
+MEASURED = ("fp32", "fp16", "bf16", "int8", "int4")  # where no format is named
 TOKENS, FULL_TOKENS = (1, 64), (1, 4, 16, 64, 256)
 ROUNDS, FULL_ROUNDS = 3, 5
 
@@ -97,25 +98,29 @@ class KernelReport:
 def measure_kernels(
     *,
     shapes: Sequence[str] = tuple(SHAPES),
+    formats: Sequence[str] = MEASURED,
     tokens: Sequence[int] | None = None,
     rounds: int = ROUNDS,
     read_bytes: int = READ_BYTES,
     threads: int | None = None,
 ) -> KernelReport:
-    """Measure all formats at the given shapes and tokens, all of `SHAPES` and the few `TOKENS` if none are given.
+    """Measure the formats at the given shapes and tokens, all of `SHAPES` and the few `TOKENS` if none are given.
 
     Raises:
-        RequestError: no kernels were built, no such shape, or too little RAM for weights that no cache holds.
+        RequestError: no kernels were built, no such shape or format, or too little RAM for weights that no cache holds.
     """
     if not levels():
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
     check_shapes(shapes)
+    for name in formats:
+        if name not in FORMATS:
+            raise RequestError(f"no format {name!r}; there are: {', '.join(FORMATS)}")
     size_bytes = max(read_bytes, CACHES * last_level_cache_bytes()) if read_bytes == READ_BYTES else read_bytes
     if size_bytes > 0.8 * available_ram_bytes():
         raise RequestError(f"needs {format_bytes(size_bytes)} of weights to pass the caches; free some RAM")
     memory = plausible_weights(size_bytes)
     count = threads or len(core_cpus())
-    cases = list(product(shapes, FORMATS, tokens or TOKENS))
+    cases = list(product(shapes, formats, tokens or TOKENS))
     with one_torch_thread():
         return _measure_rounds(cases, memory, rounds, count)
 

@@ -62,6 +62,15 @@ def bench_kernels(
             show_default=False,
         ),
     ] = None,
+    fmt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Only this number format; may be given several times. [default: fp32, fp16, bf16, int8, int4]",
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -84,11 +93,13 @@ def bench_kernels(
 
     By default a selection that takes under two minutes; the report names what was left out.
     """
-    from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, ROUNDS, TOKENS, measure_kernels
+    from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, MEASURED, ROUNDS, TOKENS, measure_kernels
 
     counts = tokens or (FULL_TOKENS if full else TOKENS)
     times = rounds or (FULL_ROUNDS if full else ROUNDS)
-    report = measure_kernels(shapes=shape or KERNEL_SHAPES, tokens=counts, rounds=times, threads=options.threads)
+    report = measure_kernels(
+        shapes=shape or KERNEL_SHAPES, formats=fmt or MEASURED, tokens=counts, rounds=times, threads=options.threads
+    )
     if as_json:
         print(json.dumps(report.to_json()))
         return
