@@ -110,7 +110,7 @@ void repack_stored(Runner& runner, const nb::object& jobs) {
     require(row >= 0 && row <= kMostSize && column >= 0 && column < stored->raw.columns, "jobs: begins beyond the matrix");
     check_size(rows, "rows");
     check_size(columns, "columns");
-    const int64_t unit = stored->format.is_float() ? 2 : stored->format.group == kRow ? kGroup : repack_unit(stored->format);
+    const int64_t unit = stored->format.is_float() ? 2 : repack_column_unit(stored->format);
     require(column % unit == 0, "jobs: begins within a unit of columns");
     uint8_t* out = Array(job[5], "out").bytes(matrix_bytes(stored->format, rows, columns));
     list.push_back({&stored->raw, stored->format, row, rows, column, columns, out});

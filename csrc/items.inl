@@ -72,7 +72,8 @@ inline void read_row(const Input& x, int64_t row, float* to) {
 }
 
 // Packs the item's tokens into one of two places, unless this thread did so for its last item.
-inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, Packing as, const Places& places, int place, Scratch& scratch) {
+inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, Packing as, const Places& places, int place,
+                         Scratch& scratch) {
   const Tokens tokens(n, x.width, as, places.x[place]);
   moestro::PackedTokens& packed = scratch.packed[place];
   const bool same = packed.as == static_cast<int>(as) && packed.count == n && memcmp(packed.rows, rows, n * sizeof(int64_t)) == 0;
@@ -110,7 +111,9 @@ void run_item(const Shape& shape, const Input& input, const Item& item, Scratch&
   float *y = item.partial, *up_out = at.first + first - B;
   for (int64_t b = item.block_begin; b < item.block_end; ++b, block += size) {
     if (thin) ask_for(block + down, down_panel, wide / kPanel);
-    if (shape.has_gate) product(gate, {block, gate_panel, at.first, kPanel, first, false}, joined ? 2 * panels : panels, D, x, at.tile);
+    if (shape.has_gate) {
+      product(gate, {block, gate_panel, at.first, kPanel, first, false}, joined ? 2 * panels : panels, D, x, at.tile);
+    }
     if (!joined) product(shape.up, {block + up, up_panel, up_out, kPanel, first, false}, panels, D, up_x, at.tile);
     const float* bias = reinterpret_cast<const float*>(block + down + wide / kPanel * down_panel);
     if (shape.has_bias) add_bias(bias, at.first, first, first, n);

@@ -152,7 +152,8 @@ inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
     for (int64_t t = 0; t < N; ++t) {
       const float* x = row(first + t);
       if (to.as == Packing::kFloats) pack_floats(x, count, N, to.floats + at + t);
-      else pack_whole(x, count, N, to.as, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t, to.sixteens + at / 16 + t);
+      else pack_whole(x, count, N, to.as, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t,
+                      to.sixteens + at / 16 + t);
     }
   });
 }

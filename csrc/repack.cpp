@@ -34,6 +34,11 @@ int64_t repack_unit(const MatrixFormat& f) {
   return layout.unit_shift >= 2 ? kSuper : kGroup << layout.unit_shift;
 }
 
+// A scale of a block or of a row is repeated in each part of it.
+int64_t repack_column_unit(const MatrixFormat& f) {
+  return f.group == kRow || f.scale == Scale::kBlock ? kGroup : repack_unit(f);
+}
+
 namespace {
 
 constexpr int64_t kMostGroups = kSuper / 16;

@@ -33,7 +33,7 @@ struct Raw {
 
 int64_t bits_of_code(Code code);
 int64_t bytes_of_scale(Scale scale);                  // of a row and group
-int64_t repack_unit(const MatrixFormat& format);      // columns that are read together, at most 256
+int64_t repack_column_unit(const MatrixFormat& format);  // columns at whose multiples a job may begin
 int64_t raw_row_bytes(const Raw& raw, const MatrixFormat& format);  // of kGguf: of a row of blocks; 0 if there is no such type
 
 // A matrix's rows [row_begin, row_begin + rows) in their order, and columns [column_begin, column_begin + columns), to

@@ -104,19 +104,19 @@ double code_at(Code code, const uint8_t* codes, int64_t j, int64_t r) {
   const int64_t i = j / 8, c = j % 8, h = c % 4 / 2, b = 2 * (c % 2) + c / 4;  // step, half and byte of a quad
   const uint8_t* twos = codes + (code == Code::kU6 ? 512 : 0);
   const uint8_t* ones = codes + (code == Code::kU3 ? 256 : 512);
-  const int nibble = codes[i * 64 + r * 4 + b] >> 4 * h & 15;
-  const int two = code == Code::kU2 || code == Code::kU3 || code == Code::kU6 ? twos[i / 2 * 64 + r * 4 + b] >> 2 * (2 * (i % 2) + h) & 3 : 0;
-  const int one = code == Code::kU3 || code == Code::kU5 ? ones[i / 4 * 64 + r * 4 + b] >> (2 * (i % 4) + h) & 1 : 0;
+  const auto nibble = [&] { return codes[i * 64 + r * 4 + b] >> 4 * h & 15; };
+  const auto two = [&] { return twos[i / 2 * 64 + r * 4 + b] >> 2 * (2 * (i % 2) + h) & 3; };
+  const auto one = [&] { return ones[i / 4 * 64 + r * 4 + b] >> (2 * (i % 4) + h) & 1; };
   static constexpr double kE2m1[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6};
   static constexpr double kIq4nl[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
   switch (code) {
-    case Code::kU2: return two;
-    case Code::kU3: return two | one << 2;
-    case Code::kU4: return nibble;
-    case Code::kU5: return nibble | one << 4;
-    case Code::kU6: return nibble | two << 4;
-    case Code::kE2m1: return kE2m1[nibble];
-    case Code::kIq4nl: return kIq4nl[nibble];
+    case Code::kU2: return two();
+    case Code::kU3: return two() | one() << 2;
+    case Code::kU4: return nibble();
+    case Code::kU5: return nibble() | one() << 4;
+    case Code::kU6: return nibble() | two() << 4;
+    case Code::kE2m1: return kE2m1[nibble()];
+    case Code::kIq4nl: return kIq4nl[nibble()];
     default: break;
   }
   const uint8_t byte = codes[j / 2 * 32 + r * 2 + j % 2];

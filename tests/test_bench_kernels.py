@@ -62,7 +62,24 @@ def test_full_measures_all(
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", *arguments])
     with pytest.raises(SystemExit):
         cli()
-    assert asked == [{"shapes": REAL_SHAPES, "tokens": tokens, "rounds": rounds, "threads": None}]
+    asked_for = {
+        "shapes": REAL_SHAPES,
+        "formats": kernels.MEASURED,
+        "tokens": tokens,
+        "rounds": rounds,
+        "threads": None,
+    }
+    assert asked == [asked_for]
+
+
+@needs_kernels
+def test_only_the_named_formats_are_measured() -> None:
+    report = measure_kernels(
+        shapes=["olmoe-1b-7b"], formats=["int4"], tokens=[1], rounds=1, read_bytes=TOY_BYTES, threads=1
+    )
+    assert [row.format for row in report.rows] == ["int4"]
+    with pytest.raises(RequestError, match=r"no format 'q9_z'; there are: .*int4.*q4_k"):
+        measure_kernels(formats=["q9_z"])
 
 
 @pytest.mark.parametrize("level", [name for name, usable in levels().items() if usable and name != "amx"])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moestro.compute import cpu
-from moestro.compute.cpu import kernel_format, levels
+from moestro.compute.cpu import kernel_format, levels, type_of
 from moestro.compute.experts import ExpertWork
 from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
 
@@ -600,9 +600,7 @@ def memory_of_attention(m: Memory, run: Any, level: str, data: st.DataObject, wi
     length, more = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 3))
     heads, turned = groups * shared, 2 * data.draw(st.integers(1, head // 2))
     q, k, v = (linear(m, size * head, width) for size in (heads, groups, groups))
-    parts = kernels.Attention(
-        q, k, v, norm(m, head), norm(m, groups * head), head, getattr(kernels.Type, TYPES[dtype]), 0.1
-    )
+    parts = kernels.Attention(q, k, v, norm(m, head), norm(m, groups * head), head, type_of(dtype), 0.1)
     first = kernels.FirstHalf(parts, linear(m, width, heads * head), norm(m, width), norm(m, width))
     room = numbers(m, 2, 1, groups, length + more, head, dtype=dtype)
     before, cosine, sine = room.clone(), *(numbers(m, turned, dtype=dtype) for _ in range(2))

@@ -27,18 +27,29 @@ DEVICES: tuple[dict[str, Any], ...] = (
 )
 
 
-def _same(found: Any, expected: nn.Module) -> None:
-    """Equal within 1e-3 of the largest logit; equal tokens wherever the best two logits differ by more than that."""
+def _same(found: Any, expected: Any) -> None:
+    """Logits equal within 1e-3 of the largest; equal tokens wherever the best two differ by more than that.
+
+    Tokens whose logits jump where the embeddings change by some 1e-4 are left out: there two experts are level.
+    """
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         got, wanted = found(ids).logits.float(), expected(ids).logits.float()
         bound = 1e-3 * float(wanted.abs().max())
-        assert float((got - wanted).abs().max()) <= bound
+        x = expected.get_input_embeddings()(ids)
+        moved = torch.zeros(ids.shape[1])
+        for _ in range(12):
+            noisy = expected(inputs_embeds=x * (1 + 2e-4 * torch.randn_like(x))).logits.float()
+            moved = torch.maximum(moved, (noisy - wanted).abs().amax((0, 2)))
+        is_steady = moved < bound
+        assert int(is_steady.sum()) >= 10
+        assert float((got - wanted).abs().amax((0, 2))[is_steady].max()) <= bound
         tokens = found.generate(ids[:, :6], **GREEDY)[0]
-        best = expected(tokens[None, :-1]).logits[0, 5:].float().topk(2).values
-        choice = expected(tokens[None, :-1]).logits[0, 5:].argmax(-1)
+        scores = expected(tokens[None, :-1]).logits[0, 5:].float()
+    best = scores.topk(2).values
     is_clear = best[:, 0] - best[:, 1] > 2 * bound
-    assert torch.equal(tokens[6:][is_clear], choice[is_clear])
+    is_clear &= is_clear.cumprod(0).bool()  # beyond an unclear one texts may differ, and with them experts
+    assert torch.equal(tokens[6:][is_clear], scores.argmax(-1)[is_clear])
 
 
 def _kept(found: Any, formats: set[str]) -> None:
@@ -65,7 +76,7 @@ def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, model, arch, kind, TYPES[kind](kind))
     found = load(str(path), dtype="float32", threads=2)
-    _kept(found, {kind.lower()})
+    _kept(found, {{"F16": "fp16"}.get(kind, kind.lower())})
     _same(found, _as_stored(path, model))
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
+from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
-from ..memory.formats import FLOAT_FORMATS, FORMATS, ExpertShape
+from ..memory.formats import FLOAT_FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape, expert_format_named, format_names
 from ..planning.budget import check_ram
 from ..planning.shapes import REAL_SHAPES, spec_of_shape, top_k_of_shape
 from .report import Report, check_kernels, print_table
@@ -34,6 +35,7 @@ READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # bytes that the timed calls of a row read with one token
 CACHES = 8  # the weights of a row fill at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # how far ahead to prefetch; -1: read four streams instead, as the kernels do
+MEASURED = ("fp32", "fp16", "bf16", "int8", "int4")  # where no format is named
 TOKENS, FULL_TOKENS = (1, 64), (1, 4, 16, 64, 256)
 ROUNDS, FULL_ROUNDS = 3, 5
 
@@ -93,25 +95,28 @@ class KernelReport(Report):
 def measure_kernels(
     *,
     shapes: Sequence[str] = REAL_SHAPES,
+    formats: Sequence[str] = MEASURED,
     tokens: Sequence[int] | None = None,
     rounds: int = ROUNDS,
     read_bytes: int = READ_BYTES,
     threads: int | None = None,
 ) -> KernelReport:
-    """Measure all formats at the given shapes and tokens; without them at all real shapes and the few `TOKENS`.
+    """Measure formats at the given shapes and tokens; without them at all real shapes and the few `TOKENS`.
 
     Raises:
-        RequestError: no kernels were built, or no such shape.
+        RequestError: no kernels were built, or no such shape or format.
         BudgetError: too little RAM for weights that no cache holds.
     """
     check_kernels()
     for name in shapes:
         moe_layer(name)  # refused before the work
+    for name in formats:
+        _format_named(name)
     size_bytes = max(read_bytes, CACHES * last_level_cache_bytes()) if read_bytes == READ_BYTES else read_bytes
     check_ram("weights that no cache holds", size_bytes, 0.8 * available_ram_bytes(), "free some")
     memory = plausible_weights(size_bytes)
     count = threads or len(core_cpus())
-    cases = list(product(shapes, FORMATS, tokens or TOKENS))
+    cases = list(product(shapes, formats, tokens or TOKENS))
     with one_torch_thread():
         return _measure_rounds(cases, memory, rounds, count)
 
@@ -154,7 +159,7 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     """
     name, format_name, tokens = case
     shape, _, top_k = moe_layer(name)
-    math = ExpertMath(shape, FORMATS[format_name], swiglu)
+    math = ExpertMath(shape, _format_named(format_name), swiglu)
     size = math.format.expert_bytes(shape)
     data = memory.view(torch.uint8)
     x = torch.randn(tokens, shape.hidden).to(hidden_dtype(format_name))
@@ -207,3 +212,16 @@ def plausible_weights(size_bytes: int) -> Tensor:
         part = flat[start : start + piece.numel()]
         part.copy_(piece[: part.numel()])
     return memory
+
+
+def _format_named(name: str) -> ExpertFormat:
+    """The format of experts of that name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        return expert_format_named(name)
+    except KeyError:
+        known = ", ".join(dict.fromkeys((*MATRIX_FORMATS, *format_names())))
+        raise RequestError(f"no format {name!r}; there are: {known}, and the like of int4g128, int8row") from None

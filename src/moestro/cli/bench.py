@@ -41,6 +41,12 @@ def bench_load(
 def bench_kernels(
     measured: ShapeOptions,
     options: Options,
+    formats: Annotated[
+        list[str] | None,
+        unset(
+            "NAME", "Only this number format; may be given several times.", "fp32, fp16, bf16, int8, int4", "--format"
+        ),
+    ] = None,
     tokens: Annotated[
         list[int] | None,
         unset("N", "Only so many tokens; may be given several times.", "1, 64; with --full 1, 4, 16, 64, 256", min=1),
@@ -53,12 +59,14 @@ def bench_kernels(
 
     By default a selection that takes under two minutes; the report names what was left out.
     """
-    from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, ROUNDS, TOKENS, measure_kernels
+    from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, MEASURED, ROUNDS, TOKENS, measure_kernels
 
     counts = tokens or (FULL_TOKENS if full else TOKENS)
     times = rounds or (FULL_ROUNDS if full else ROUNDS)
     shapes = measured.shapes or REAL_SHAPES
-    report = measure_kernels(shapes=shapes, tokens=counts, rounds=times, threads=options.threads)
+    report = measure_kernels(
+        shapes=shapes, formats=formats or MEASURED, tokens=counts, rounds=times, threads=options.threads
+    )
     show(report, as_json)
     if (left_out := sorted(set(FULL_TOKENS) - set(counts))) and not as_json:
         print(f"left out: {', '.join(map(str, left_out))} tokens; --full has them, and {FULL_ROUNDS} rounds")

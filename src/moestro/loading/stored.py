@@ -124,7 +124,8 @@ def _fill_dense(model: Any, weights: Weights, device: torch.device) -> None:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
-            module._buffers[leaf] = _plain(value).to(device, module._buffers[leaf].dtype)
+            buffer = module._buffers[leaf] = _plain(value).to(device, module._buffers[leaf].dtype)
+            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
             continue
         parameter = nn.Parameter(_plain(value).to(device, module._parameters[leaf].dtype), requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -1,0 +1,259 @@
+// The codes of a chunk in registers, and what stands in the headers as floats: scale * code + add.
+
+namespace {
+
+using moestro::Code;
+using moestro::PanelLayout;
+using moestro::Scale;
+using moestro::Zero;
+
+constexpr int kPairs = kGroup / 2;   // of columns, in a chunk
+constexpr int kMostGroups = 4;       // in a chunk
+
+// Four columns of a row as unsigned bytes of a 32-bit lane: a quad. A step of 8 columns has two, of columns 0 4 1 5 and
+// 2 6 3 7; two steps, i = 0 and 1, are the sixteenth s of a chunk.
+using Quads = I[2];
+
+struct U2 {
+  static constexpr bool kQuads = true;
+  static constexpr int kBytes = 256;  // of a chunk
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int v, T, Quads& q) {
+    const I words = I::load(codes + s * 64 + v * W * 4), two = I::set16(0x0303);
+    q[0] = (i ? shift_right16<4>(words) : words) & two;
+    q[1] = (i ? shift_right16<6>(words) : shift_right16<2>(words)) & two;
+  }
+};
+
+// The plane of single bits, whose words serve 32 columns: those of sixteenth s come first.
+inline I bits_of_plane(const uint8_t* plane, int s, int v) {
+  const I words = I::load(plane + s / 2 * 64 + v * W * 4);
+  return s % 2 ? shift_right16<4>(words) : words;
+}
+
+struct U3 {
+  static constexpr bool kQuads = true;
+  static constexpr int kBytes = 384;
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
+    U2::quads(codes, s, i, v, none, q);
+    const I bits = bits_of_plane(codes + 256, s, v), place = I::set16(0x0404);
+    q[0] = q[0] | ((i ? bits : shift_left16<2>(bits)) & place);
+    q[1] = q[1] | ((i ? shift_right16<1>(bits) : shift_left16<1>(bits)) & place);
+  }
+};
+
+struct U4 {
+  static constexpr bool kQuads = true;
+  static constexpr int kBytes = 512;
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int v, T, Quads& q) {
+    const I words = I::load(codes + (2 * s + i) * 64 + v * W * 4), nibble = I::set16(0x0F0F);
+    q[0] = words & nibble;
+    q[1] = shift_right16<4>(words) & nibble;
+  }
+};
+
+struct U5 {
+  static constexpr bool kQuads = true;
+  static constexpr int kBytes = 640;
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
+    U4::quads(codes, s, i, v, none, q);
+    const I bits = bits_of_plane(codes + 512, s, v), place = I::set16(0x1010);
+    q[0] = q[0] | ((i ? shift_left16<2>(bits) : shift_left16<4>(bits)) & place);
+    q[1] = q[1] | ((i ? shift_left16<1>(bits) : shift_left16<3>(bits)) & place);
+  }
+};
+
+struct U6 {
+  static constexpr bool kQuads = true;
+  static constexpr int kBytes = 768;
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
+    U4::quads(codes, s, i, v, none, q);
+    const I words = I::load(codes + 512 + s * 64 + v * W * 4), place = I::set16(0x3030);
+    q[0] = q[0] | ((i ? words : shift_left16<4>(words)) & place);
+    q[1] = q[1] | ((i ? shift_right16<2>(words) : shift_left16<2>(words)) & place);
+  }
+};
+
+struct Table {
+  static constexpr bool kQuads = true;
+  static constexpr int kBytes = 512;
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int v, T table, Quads& q) {
+    U4::quads(codes, s, i, v, table, q);
+    for (I& quad : q) quad = look_up_bytes(table, quad);
+  }
+};
+
+struct S8 {
+  static constexpr bool kQuads = false;
+  static constexpr int kBytes = 1024;
+  static I pair(const uint8_t* at) { return I::load_int8(at); }
+};
+
+struct U8 {
+  static constexpr bool kQuads = false;
+  static constexpr int kBytes = 1024;
+  static I pair(const uint8_t* at) { return I::load_uint8(at); }
+};
+
+struct E4m3 {};
+
+// Tables, made unsigned by adding a constant, which is then a constant zero.
+alignas(16) constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 2 * value + 12
+alignas(16) constexpr uint8_t kIq4nl[16] = {0,   23,  44,  62,  78,  92,  105, 117,
+                                            128, 140, 152, 165, 180, 196, 216, 240};  // value + 127
+
+// A format of codes, as kernels take it.
+struct Coded {
+  Code code;
+  Scale scale;
+  Zero zero;
+  int64_t group;
+  PanelLayout layout;
+  int32_t constant = 0;            // comes off each code
+  float unit = 1;                  // the value of a code is so many times the number that kernels read
+  bool adds;                       // whether there are zeros besides the constant
+  bool shares_zeros;               // two whole ones in a byte
+  int64_t scale_bytes;             // of 16 rows
+  const uint8_t* table = kE2m1;
+
+  explicit Coded(const MatrixFormat& f)
+      : code(f.code), scale(f.scale), zero(f.zero), group(f.group), layout(moestro::layout_of(f)), constant(f.constant),
+        adds(f.zero > Zero::kConstant), shares_zeros(layout.codes <= 512 && layout.groups > 1),
+        scale_bytes((scale == Scale::kFp32 ? 4 : scale <= Scale::kBf16 ? 2 : 1) * kPanel) {
+    if (code == Code::kE2m1) constant = 12, unit = 0.5f;
+    if (code == Code::kIq4nl) constant = 127, table = kIq4nl;
+    if (code == Code::kE4m3) unit = 256;
+  }
+  bool is_whole() const { return code != Code::kE4m3; }
+  const uint8_t* codes_at(const uint8_t* panel, int64_t chunk) const {
+    return panel + layout.chunk_at(chunk) + layout.chunk_header;
+  }
+};
+
+// Calls do_with(C()) with the class of the codes.
+template <class Do>
+inline void with_code(Code code, Do do_with) {
+  switch (code) {
+    case Code::kS8: return do_with(S8());
+    case Code::kU2: return do_with(U2());
+    case Code::kU3: return do_with(U3());
+    case Code::kU4: return do_with(U4());
+    case Code::kU5: return do_with(U5());
+    case Code::kU6: return do_with(U6());
+    case Code::kU8: return do_with(U8());
+    case Code::kE4m3: return do_with(E4m3());
+    default: return do_with(Table());
+  }
+}
+
+// A weight of a chunk is scale * code + add, of its group and row.
+struct Factors {
+  alignas(64) float scale[kMostGroups][kPanel], add[kMostGroups][kPanel];
+};
+
+// Calls put(first row) for each vector of 16 rows.
+template <class Put>
+inline void for_rows(Put put) {
+#pragma GCC unroll 4
+  for (int v = 0; v < VP; ++v) put(v * W);
+}
+
+// The scales of 16 rows and one group, of the kinds of one level, times `unit`.
+inline void load_scale(Scale scale, const uint8_t* at, V unit, float* to) {
+  switch (scale) {
+    case Scale::kFp16: return for_rows([&](int r) { (V::load_fp16(at + 2 * r) * unit).store(to + r); });
+    case Scale::kBf16: return for_rows([&](int r) { (V::load_bf16(at + 2 * r) * unit).store(to + r); });
+    case Scale::kFp32: return for_rows([&](int r) { (V::load(reinterpret_cast<const float*>(at) + r) * unit).store(to + r); });
+    case Scale::kE8m0: return for_rows([&](int r) { (even_bf16(shift_left32<7>(I::load_bytes(at + r))) * unit).store(to + r); });
+    default: return for_rows([&](int r) {  // kE4m3: its bits are those of a float32 2^-120 times as large
+      const I bits = I::load_bytes(at + r);
+      const V small = even_bf16(shift_left32<8>(bits & I::set32(0x80)) | shift_left32<4>(bits & I::set32(0x7F)));
+      (small * V::set(1.329227995784916e36f) * unit).store(to + r);
+    });
+  }
+}
+
+// The scales and zeros of two levels.
+inline void two_level(const Coded& c, const uint8_t* unit, const uint8_t* at, Factors& f) {
+  for_rows([&](int r) {
+    const V d = V::load_fp16(unit + 2 * r);
+    const V less = c.zero == Zero::kMin ? V::zero() - V::load_fp16(unit + 32 + 2 * r) : V::zero();
+    const auto six = [&](int i) {  // of four numbers of 6 bits in three bytes
+      const I six_bits = I::set32(63);
+      if (i < 3) return to_float(I::load_bytes(at + 16 * i + r) & six_bits);
+      const I high[] = {shift_right32<6>(I::load_bytes(at + r)), shift_right32<6>(I::load_bytes(at + 16 + r)),
+                        shift_right32<6>(I::load_bytes(at + 32 + r))};
+      return to_float(high[0] | shift_left32<2>(high[1]) | shift_left32<4>(high[2]));
+    };
+    switch (c.scale) {
+      case Scale::kK4:
+        (d * six(0)).store(f.scale[0] + r);
+        (d * six(1)).store(f.scale[1] + r);
+        (less * six(3)).store(f.add[0] + r);
+        (less * six(2)).store(f.add[1] + r);
+        return;
+      case Scale::kK2:
+        for (int g = 0; g < 4; ++g) {
+          const I both = I::load_bytes(at + g * kPanel + r);
+          (d * to_float(both & I::set32(15))).store(f.scale[g] + r);
+          (less * to_float(shift_right32<4>(both))).store(f.add[g] + r);
+        }
+        return;
+      case Scale::kK3:
+        for (int g = 0; g < 4; ++g) (d * (six(g) - V::set(32.0f))).store(f.scale[g] + r);
+        return;
+      default:  // kK6, kIq4xs
+        for (int g = 0; g < c.layout.groups; ++g) (d * to_float(I::load_signed_bytes(at + g * kPanel + r))).store(f.scale[g] + r);
+    }
+  });
+}
+
+// Reads the headers of a chunk of several panels, `stride` bytes apart, unless they are those of the chunk before.
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
+void factors_of(const Coded& c, const uint8_t* panel, int64_t stride, int panels, int64_t chunk, bool first, Factors* f) {
+  const PanelLayout& l = c.layout;
+  if (l.chunk_header == 0 && !first && (chunk & ((int64_t{1} << l.unit_shift) - 1)) != 0) return;
+  const int64_t unit = l.unit_at(chunk), chunk_at = l.chunk_at(chunk);
+  const int64_t header = c.group == moestro::kRow ? 0 : l.chunk_header == 0 || c.scale >= Scale::kBlock ? unit : chunk_at;
+  for (int p = 0; p < panels; ++p, panel += stride, ++f) {
+    if (c.scale >= Scale::kK4) {
+      two_level(c, panel + unit, panel + chunk_at, *f);
+      continue;
+    }
+    float one = c.unit, more = 1;
+    if (c.scale == Scale::kBlock || c.scale == Scale::kE4m3) memcpy(&more, panel + (c.scale == Scale::kBlock ? unit : 0), 4);
+    const V times = V::set(one * more);
+    if (c.scale == Scale::kBlock) {
+      for_rows([&](int r) { times.store(f->scale[0] + r); });
+      continue;
+    }
+    const uint8_t *scales = panel + header, *zeros = scales + l.groups * c.scale_bytes;
+    for (int g = 0; g < l.groups; ++g) load_scale(c.scale, scales + g * c.scale_bytes, times, f->scale[g]);
+    if (!c.adds) continue;
+    for (int g = 0; g < l.groups; ++g) {
+      const bool high = c.shares_zeros && g % 2;
+      const uint8_t* whole = zeros + (c.shares_zeros ? g / 2 : g) * kPanel;
+      for_rows([&](int r) {
+        const V scale = V::zero() - V::load(f->scale[g] + r);
+        V add;
+        if (c.zero == Zero::kInt) {
+          const I byte = I::load_bytes(whole + r);
+          add = scale * to_float(high ? shift_right32<4>(byte) : c.shares_zeros ? byte & I::set32(15) : byte);
+        } else {
+          add = V::load_fp16(zeros + 2 * (g * kPanel + r));
+          if (c.zero == Zero::kFp16) add = scale * add;
+        }
+        add.store(f->add[g] + r);
+      });
+    }
+  }
+}
+
+}  // namespace
