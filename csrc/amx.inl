@@ -16,7 +16,8 @@ namespace {
 // would pay for saving them.
 class TileRows {
  public:
-  explicit TileRows(int64_t rows) {
+  explicit TileRows(int64_t tokens) {
+    const int64_t tiles = (tokens + 15) / 16, rows = (tokens + tiles - 1) / tiles;
     Config config;
     for (int i = 0; i < 8; ++i) {
       config.row_bytes[i] = 64;
@@ -60,7 +61,8 @@ inline void pack_planes(const float* row, int64_t columns, int64_t rows, int64_t
 inline void pack_bytes(const float* row, int64_t columns, int64_t rows, uint8_t* to, float* scales, float* sums) {
   for (int64_t g = 0; g < columns / kGroup; ++g, to += 2 * rows * 64) {
     int16_t whole[kGroup];
-    scales[g * rows] = whole_of(row + g * kGroup, whole, &sums[g * rows]);
+    int32_t sixteens[kSixteens];
+    scales[g * rows] = whole_of(row + g * kGroup, whole, sixteens, &sums[g * rows]);
     for (int i = 0; i < 2; ++i) {
       const __m512i half = _mm512_loadu_si512(whole + 32 * i);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * i), _mm512_cvtepi16_epi8(_mm512_srai_epi16(half, 8)));

@@ -91,14 +91,14 @@ const uint8_t* Array::packed(int64_t count) const {
   return data;
 }
 
-void* Array::data_of(Format type) const {
+void* Array::data_of(Type type) const {
   if (type_ != static_cast<Element>(type)) refuse(kNames[static_cast<int>(type)]);
   return data_;
 }
 
-Format Array::number_type() const {
+Type Array::number_type() const {
   if (type_ > Element::kBf16) refuse("float32, float16 or bfloat16");
-  return static_cast<Format>(type_);
+  return static_cast<Type>(type_);
 }
 
 int64_t Array::rows_of(int64_t columns) const {

@@ -13,7 +13,7 @@
 
 namespace moestro {
 
-enum class Element : int { kFp32 = 0, kFp16 = 1, kBf16 = 2, kUint8 = 3, kInt64 = 4 };  // the first three as in Format
+enum class Element : int { kFp32 = 0, kFp16 = 1, kBf16 = 2, kUint8 = 3, kInt64 = 4 };  // the first three as in Type
 
 class Array {
  public:
@@ -31,12 +31,12 @@ class Array {
   uint8_t* bytes(int64_t count) const { return static_cast<uint8_t*>(of(Element::kUint8, count)); }
   int64_t* integers(int64_t count) const { return static_cast<int64_t*>(of(Element::kInt64, count)); }
   const uint8_t* packed(int64_t count) const;  // bytes that begin on a cache line, as packed weights do
-  void* numbers(Format type, int64_t count) const { return of(static_cast<Element>(type), count); }
+  void* numbers(Type type, int64_t count) const { return of(static_cast<Element>(type), count); }
 
   // Its data, of this type, however it lies.
-  void* data_of(Format type) const;
+  void* data_of(Type type) const;
 
-  Format number_type() const;      // fp32, fp16 or bf16; ValueError for others
+  Type number_type() const;      // fp32, fp16 or bf16; ValueError for others
   int64_t rows_of(int64_t columns) const;  // how many there are in [..., columns]; ValueError for another shape
 
   [[noreturn]] void refuse(const std::string& wanted) const;

@@ -9,7 +9,7 @@ namespace moestro {
 struct Attention {
   Linear q, k, v;
   int64_t head = 0;  // d
-  Format type = Format::kBf16;  // of activations and of the cache
+  Type type = Type::kBf16;  // of activations and of the cache
   Norm q_norm, k_norm;  // or none
   float scaling = 0;
 

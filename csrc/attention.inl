@@ -4,7 +4,7 @@ namespace {
 
 // Rotates the first `turned` elements of a head in place, the first half of them against the second. Rounds where
 // the families' own code does: after each product and after the sum.
-void rotate(float* head, const float* cosine, const float* sine, int64_t turned, Format type) {
+void rotate(float* head, const float* cosine, const float* sine, int64_t turned, Type type) {
   const int64_t half = turned / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = head[i], b = head[half + i];
@@ -14,7 +14,7 @@ void rotate(float* head, const float* cosine, const float* sine, int64_t turned,
 }
 
 void read_first(const Input& x, float* to) { read_row(x, 0, to); }
-void write_plain(const float* from, int64_t count, Format type, void* to) { write_row(from, nullptr, count, type, to, 0); }
+void write_plain(const float* from, int64_t count, Type type, void* to) { write_row(from, nullptr, count, type, to, 0); }
 
 // All heads of a row of x, read and written in its type.
 void rotate_row(const Input& x, void* out, int64_t head, const float* cosine, const float* sine, int64_t turned, float* row) {
@@ -24,7 +24,7 @@ void rotate_row(const Input& x, void* out, int64_t head, const float* cosine, co
 }
 
 // out = softmax(q K^T * scaling) V for one head: q float32 [d], keys and values [length, d]; scores [length].
-void attend(const float* q, const uint8_t* keys, const uint8_t* values, Format type, int64_t length, int64_t d, float scaling,
+void attend(const float* q, const uint8_t* keys, const uint8_t* values, Type type, int64_t length, int64_t d, float scaling,
             float* scores, float* out) {
   dot_rows(q, keys, type, length, d, scores);
   float most = -INFINITY, total = 0;

@@ -16,6 +16,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace moestro;
 
+void bind_repack(nb::module_& m);  // bindings_repack.cpp
+
 namespace {
 
 // The level that MOESTRO_LEVEL names, or the best: read once.
@@ -59,7 +61,7 @@ std::vector<Work> works_of(const nb::object& works, const Shape& shape, int64_t 
     const nb::tuple work = tuple_of(item, 5, "works: expected packed, neurons, rows, weights and span");
     const auto [begin, end] = Range(work[1], "neurons");
     require(0 <= begin && begin <= end && end <= shape.neurons, "neurons: not a range of the expert's");
-    require(begin % kBlock == 0 && (end % kBlock == 0 || end == shape.neurons), "neurons: not whole blocks of 64");
+    require(begin % shape.block == 0 && (end % shape.block == 0 || end == shape.neurons), "neurons: not whole blocks");
     if (!rows.is(work[2]) || !weights.is(work[3])) {
       rows = work[2], weights = work[3];
       const Array row_array(rows, "rows"), weight_array(weights, "weights");
@@ -85,7 +87,7 @@ std::vector<Work> works_of(const nb::object& works, const Shape& shape, int64_t 
 void run(Runner& runner, const std::string& level_name, const Shape& shape, nb::handle x, const nb::object& works, nb::handle out) {
   const Level& level = level_of(level_name);
   const Array from(x, "x");
-  const Format type = from.number_type();
+  const Type type = from.number_type();
   const int64_t tokens = from.rows_of(shape.hidden);
   const void* data = from.numbers(type, from.count());
   float* to = Array(out, "out").floats(from.count());
@@ -97,7 +99,7 @@ void run(Runner& runner, const std::string& level_name, const Shape& shape, nb::
 void run_linear(Runner& runner, const std::string& level_name, Linear linear, nb::handle x, nb::handle out) {
   const Level& level = level_of(level_name);
   const Array from(x, "x");
-  const Format type = from.number_type();
+  const Type type = from.number_type();
   const int64_t tokens = from.rows_of(linear.columns);
   const void* data = from.numbers(type, from.count());
   linear.out = Array(out, "out").numbers(type, tokens * linear.rows);
@@ -119,7 +121,7 @@ void look_up(Runner& runner, const std::string& level_name, Linear table, nb::ha
 Norm norm_of(nb::handle weight, float offset, float epsilon) {
   const Array array(weight, "weight");
   check_size(array.count(), "weight");
-  const Format type = array.number_type();
+  const Type type = array.number_type();
   return {array.numbers(type, array.count()), type, array.count(), offset, epsilon};
 }
 
@@ -128,7 +130,7 @@ void rms_norm(Runner& runner, const std::string& level_name, nb::handle x, nb::h
   const Level& level = level_of(level_name);
   const Array from(x, "x");
   const Norm norm = norm_of(weight, offset, epsilon);
-  const Format type = from.number_type();
+  const Type type = from.number_type();
   const int64_t rows = from.rows_of(norm.width);
   const void* data = from.numbers(type, from.count());
   void* to = Array(out, "out").numbers(type, from.count());
@@ -136,12 +138,23 @@ void rms_norm(Runner& runner, const std::string& level_name, nb::handle x, nb::h
   runner.rms_norm(level, data, type, rows, norm, to);
 }
 
-void make_linear(Linear* self, nb::handle packed, Format format, int64_t rows, int64_t columns, nb::handle bias) {
+void make_format(MatrixFormat* self, Code code, int64_t group, Scale scale, Zero zero, int32_t constant) {
+  const MatrixFormat made{code, group, scale, zero, constant};
+  check(made);
+  new (self) MatrixFormat(made);
+}
+
+int64_t bytes_of_panel(const MatrixFormat& format, int64_t columns) {
+  check_size(columns, "columns");
+  return panel_bytes(format, columns);
+}
+
+void make_linear(Linear* self, nb::handle packed, const MatrixFormat& format, int64_t rows, int64_t columns, nb::handle bias) {
   check_size(rows, "rows");
   check_size(columns, "columns");
   const uint8_t* bytes = Array(packed, "packed").packed(matrix_bytes(format, rows, columns));
   const float* added = bias.is_none() ? nullptr : Array(bias, "bias").floats(rows);
-  new (self) Linear{bytes, rows, columns, format, added, nullptr, Format::kFp32};
+  new (self) Linear{bytes, rows, columns, format, added, nullptr, Type::kFp32};
 }
 
 void make_norm(Norm* self, nb::handle weight, float offset, float epsilon) {
@@ -149,7 +162,7 @@ void make_norm(Norm* self, nb::handle weight, float offset, float epsilon) {
 }
 
 void make_attention(Attention* self, const Linear& q, const Linear& k, const Linear& v, const Norm* q_norm,
-                    const Norm* k_norm, int64_t head, Format type, float scaling) {
+                    const Norm* k_norm, int64_t head, Type type, float scaling) {
   Attention made;
   made.q = q, made.k = k, made.v = v;
   made.head = head, made.type = type, made.scaling = scaling;
@@ -219,7 +232,7 @@ void make_first_half(FirstHalf* self, const Attention& attention, const Linear& 
 void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle cosine,
                     nb::handle sine, nb::handle keys, nb::handle values, nb::handle hidden, nb::handle normed) {
   const Level& level = level_of(level_name);
-  const Format type = self.attention.type;
+  const Type type = self.attention.type;
   const int64_t width = self.attention.q.columns;
   const void* from = Array(x, "x").numbers(type, width);
   const Rotary rotary(self.attention, cosine, sine);
@@ -229,7 +242,7 @@ void run_first_half(const FirstHalf& self, Runner& runner, const std::string& le
   self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, cache, hidden_out, normed_out);
 }
 
-void make_router(Router* self, nb::handle weight, int64_t top_k, bool normalized, Format score_type) {
+void make_router(Router* self, nb::handle weight, int64_t top_k, bool normalized, Type score_type) {
   const Array array(weight, "weight");
   if (array.dims() != 2) array.refuse("[E, D]");
   const Router made{array.numbers(array.number_type(), array.count()), array.number_type(), array.size(0), array.size(1), top_k,
@@ -287,9 +300,10 @@ int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std:
   return self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, places.data(), to);
 }
 
-void make_shape(Shape* self, int64_t hidden, int64_t neurons, bool has_gate, bool has_bias, Format format,
-                Activation activation, float alpha, float limit, float offset) {
-  const Shape made{hidden, neurons, has_gate, has_bias, format, activation, alpha, limit, offset};
+void make_shape(Shape* self, int64_t hidden, int64_t neurons, bool has_gate, bool has_bias, const MatrixFormat& gate,
+                const MatrixFormat& up, const MatrixFormat& down, int64_t block, Activation activation, float alpha, float limit,
+                float offset) {
+  const Shape made{hidden, neurons, has_gate, has_bias, gate, up, down, block, activation, alpha, limit, offset};
   check(made);
   new (self) Shape(made);
 }
@@ -336,12 +350,22 @@ std::vector<std::pair<std::string, bool>> levels() {
 
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // pools live as long as the process
-  nb::enum_<Format>(m, "Format")
-      .value("fp32", Format::kFp32)
-      .value("fp16", Format::kFp16)
-      .value("bf16", Format::kBf16)
-      .value("int8", Format::kInt8)
-      .value("int4", Format::kInt4);
+  nb::enum_<Type>(m, "Type").value("fp32", Type::kFp32).value("fp16", Type::kFp16).value("bf16", Type::kBf16);
+  nb::enum_<Code>(m, "Code")
+      .value("FP32", Code::kFp32).value("FP16", Code::kFp16).value("BF16", Code::kBf16).value("S8", Code::kS8)
+      .value("U2", Code::kU2).value("U3", Code::kU3).value("U4", Code::kU4).value("U5", Code::kU5).value("U6", Code::kU6)
+      .value("U8", Code::kU8).value("E2M1", Code::kE2m1).value("IQ4NL", Code::kIq4nl).value("E4M3", Code::kE4m3);
+  nb::enum_<Scale>(m, "Scale")
+      .value("NONE", Scale::kNone).value("FP16", Scale::kFp16).value("BF16", Scale::kBf16).value("FP32", Scale::kFp32)
+      .value("E8M0", Scale::kE8m0).value("E4M3", Scale::kE4m3).value("BLOCK", Scale::kBlock).value("K4", Scale::kK4)
+      .value("K2", Scale::kK2).value("K6", Scale::kK6).value("K3", Scale::kK3).value("IQ4XS", Scale::kIq4xs);
+  nb::enum_<Zero>(m, "Zero")
+      .value("NONE", Zero::kNone).value("CONSTANT", Zero::kConstant).value("FP16", Zero::kFp16).value("INT", Zero::kInt)
+      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin);
+  nb::class_<MatrixFormat>(m, "MatrixFormat")
+      .def("__init__", &make_format, nb::kw_only(), "code"_a, "group"_a, "scale"_a, "zero"_a, "constant"_a)
+      .def("panel_bytes", &bytes_of_panel, "columns"_a)
+      .def_prop_ro("least_block", &least_block);
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::kSilu)
       .value("gelu", Activation::kGeluErf)
@@ -349,8 +373,8 @@ NB_MODULE(_kernels, m) {
       .value("relu2", Activation::kRelu2)
       .value("clamped_swiglu", Activation::kClampedSwiglu);
   nb::class_<Shape>(m, "Shape")
-      .def("__init__", &make_shape, nb::kw_only(), "hidden"_a, "neurons"_a, "has_gate"_a, "has_bias"_a, "format"_a, "activation"_a,
-           "alpha"_a, "limit"_a, "offset"_a);
+      .def("__init__", &make_shape, nb::kw_only(), "hidden"_a, "neurons"_a, "has_gate"_a, "has_bias"_a, "gate"_a, "up"_a,
+           "down"_a, "block"_a, "activation"_a, "alpha"_a, "limit"_a, "offset"_a);
   // The numbers of keep_alive count from the object itself, which is 1.
   nb::class_<Linear>(m, "Linear")
       .def("__init__", &make_linear, "packed"_a, "format"_a, "rows"_a, "columns"_a, "bias"_a.none(), nb::keep_alive<1, 2>(),
@@ -386,8 +410,7 @@ NB_MODULE(_kernels, m) {
       .def("touch", &touch, "memory"_a)
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
       .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
-  m.attr("block") = moestro::kBlock;
-  m.attr("group") = moestro::kGroup;
+  bind_repack(m);
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

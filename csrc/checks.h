@@ -22,24 +22,28 @@ inline void check_size(int64_t size, const char* name) {
   if (size < 1 || size > kMostSize) throw std::invalid_argument(std::string(name) + ": no size is " + std::to_string(size));
 }
 
-inline void check_number_type(Format type) {
-  require(type == Format::kFp32 || type == Format::kFp16 || type == Format::kBf16, "type: expected fp32, fp16 or bf16");
+inline void check(const MatrixFormat& format) {
+  const char* fault = fault_of(format);
+  if (fault != nullptr) throw std::invalid_argument(fault);
 }
 
 inline void check(const Shape& shape) {
   check_size(shape.hidden, "hidden");
   check_size(shape.neurons, "neurons");
+  if (shape.has_gate) check(shape.gate);
+  check(shape.up);
+  check(shape.down);
+  require(shape.block == 64 || shape.block == 128 || shape.block == kMostBlock, "block: expected 64, 128 or 256 neurons");
+  require(shape.block % least_block(shape.down) == 0, "block: cuts the units of down");
   require(shape.has_gate || shape.activation != Activation::kClampedSwiglu, "activation: clamped_swiglu needs a gate");
 }
 
 // Bytes of a packed expert, up to a whole cache line.
 inline int64_t expert_bytes(const Shape& shape) {
-  const int64_t blocks = round_up(shape.neurons, kBlock) / kBlock;
-  return round_up(blocks * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), kLineBytes);
+  return round_up(shape.blocks() * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), kLineBytes);
 }
 
 inline void check(const Attention& a) {
-  check_number_type(a.type);
   check_size(a.head, "head");
   require(a.head % kPanel == 0, "head: not a multiple of 16");
   require(a.q.rows % a.head == 0, "q: not whole heads");
@@ -64,8 +68,6 @@ inline void check(const FirstHalf& f) {
 }
 
 inline void check(const Router& r) {
-  check_number_type(r.type);
-  check_number_type(r.score_type);
   check_size(r.experts, "experts");
   check_size(r.hidden, "hidden");
   require(r.top_k >= 1 && r.top_k <= r.experts, "top_k: not in [1, experts]");

@@ -20,9 +20,9 @@ struct ReadBf16 {
 
 // Calls do_with(reader) with the reader of that type.
 template <class Do>
-inline void with_reader(Format type, Do do_with) {
-  if (type == Format::kFp32) do_with(ReadFp32());
-  else if (type == Format::kFp16) do_with(ReadFp16());
+inline void with_reader(Type type, Do do_with) {
+  if (type == Type::kFp32) do_with(ReadFp32());
+  else if (type == Type::kFp16) do_with(ReadFp16());
   else do_with(ReadBf16());
 }
 
@@ -47,7 +47,7 @@ inline void dot_some(Reader read, const float* x, const uint8_t* rows, int64_t K
 }
 
 // out[r] = rows[r, :] . x, for rows [count, K] that are four streams where there are so many.
-void dot_rows(const float* x, const uint8_t* rows, Format type, int64_t count, int64_t K, float* out) {
+void dot_rows(const float* x, const uint8_t* rows, Type type, int64_t count, int64_t K, float* out) {
   with_reader(type, [&](auto read) {
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) dot_some<4>(read, x, rows + r * K * read.kBytes, K, out + r);

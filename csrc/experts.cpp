@@ -12,22 +12,10 @@
 
 namespace moestro {
 
-int64_t panel_bytes(Format format, int64_t K) {
-  const int64_t groups = (K + kGroup - 1) / kGroup;
-  switch (format) {
-    case Format::kFp32: return K * kPanel * 4;
-    case Format::kFp16: return K * kPanel * 2;
-    case Format::kBf16: return round_up(K, 2) * kPanel * 2;
-    case Format::kInt8: return groups * (kPanel * 2 + kPanel * kGroup);
-    default: return groups * (kPanel * 4 + kPanel * kGroup / 2);
-  }
-}
-
 int64_t block_bytes(const Shape& shape) {
-  const int64_t rows = matrix_bytes(shape.format, kBlock, shape.hidden);
-  const int64_t down = matrix_bytes(shape.format, shape.hidden, kBlock);
-  const int64_t firsts = shape.has_gate ? 2 : 1;  // gate and up
-  return firsts * (rows + (shape.has_bias ? kBlock * 4 : 0)) + down;
+  const int64_t bias = shape.has_bias ? shape.block * 4 : 0;
+  const int64_t gate = shape.has_gate ? matrix_bytes(shape.gate, shape.block, shape.hidden) + bias : 0;
+  return gate + matrix_bytes(shape.up, shape.block, shape.hidden) + bias + matrix_bytes(shape.down, shape.hidden, shape.block);
 }
 
 namespace {
@@ -98,7 +86,7 @@ struct Runner::Crew {
 
   // The threads' scratch memory, none of which knows any tokens yet.
   Scratch* of_threads(int64_t floats) {
-    for (size_t i = 0; i < buffers.size(); ++i) scratch[i] = Scratch{buffers[i].take(floats)};
+    for (size_t i = 0; i < buffers.size(); ++i) scratch[i] = Scratch{buffers[i].take(floats), {}};
     return scratch.data();
   }
 };
@@ -143,21 +131,20 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   std::vector<const Work*> owner;
   std::vector<int64_t> first_row, offset;
   int64_t floats = 0, widest = 0;
-  const int64_t blocks = (shape.neurons + kBlock - 1) / kBlock;
   const int64_t most = choose_tile(threads_, [&](int64_t tile) {
     int64_t chunks = 0;
     for (int w = 0; w < count; ++w) {
-      const int64_t own = (works[w].neuron_end - works[w].neuron_begin + kBlock - 1) / kBlock;
-      const int64_t chunk = chunk_blocks(blocks, works[w].tokens);
+      const int64_t own = (works[w].neuron_end - works[w].neuron_begin + shape.block - 1) / shape.block;
+      const int64_t chunk = chunk_blocks(shape, works[w].tokens);
       chunks += (works[w].tokens + tile - 1) / tile * ((own + chunk - 1) / chunk);
     }
     return chunks;
   });
   for (int w = 0; w < count; ++w) {
     const Work& work = works[w];
-    const int64_t begin = work.neuron_begin / kBlock, end = (work.neuron_end + kBlock - 1) / kBlock;
+    const int64_t begin = work.neuron_begin / shape.block, end = (work.neuron_end + shape.block - 1) / shape.block;
     const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
-    const int64_t tile = tile_of(work.tokens, most), chunk = chunk_blocks(blocks, work.tokens);
+    const int64_t tile = tile_of(work.tokens, most), chunk = chunk_blocks(shape, work.tokens);
     for (int64_t t = 0; t < work.tokens; t += tile) {
       const int64_t n = std::min(tile, work.tokens - t);
       for (int64_t b = begin; b < end; b += chunk) {
@@ -180,7 +167,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
       items[i].likely_next = next.packed + next.block_begin * block_bytes(shape);
     }
   }
-  Scratch* scratch = crew.of_threads(scratch_floats(D, widest));
+  Scratch* scratch = crew.of_threads(scratch_floats(D, widest, shape.block));
   crew.pool.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_item(shape, x, items[i], scratch[thread]); });
 
   // Which parts each token takes, in the order of the items.
@@ -221,7 +208,7 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
       }
     }
   }
-  Scratch* scratch = crew.of_threads(scratch_floats(x.width, std::min(tile, tokens)));
+  Scratch* scratch = crew.of_threads(scratch_floats(x.width, std::min(tile, tokens), 0));
   crew.pool.run(static_cast<int>(items.size()), [&](int i, int thread) { level.run_linear(x, items[i], scratch[thread]); });
 }
 
@@ -246,10 +233,10 @@ void Runner::each(int count, int64_t floats, bool on_pool, const std::function<v
   for (int i = 0; i < count; ++i) do_one(i, scratch[0].memory);
 }
 
-void Runner::rms_norm(const Level& level, const void* x, Format type, int64_t rows, const Norm& norm, void* out) {
+void Runner::rms_norm(const Level& level, const void* x, Type type, int64_t rows, const Norm& norm, void* out) {
   const float* weight = static_cast<const float*>(norm.weight);
   thread_local std::vector<float> converted;
-  if (norm.type != Format::kFp32) {
+  if (norm.type != Type::kFp32) {
     converted.resize(round_up(norm.width, kGroup));
     level.read({norm.weight, norm.type, norm.width}, converted.data());
     weight = converted.data();

@@ -4,27 +4,24 @@
 //
 // A matrix [R, K] is packed in panels of 16 rows. A panel lies in the order of K, the 16 rows side by side, so
 // one vector holds one column of 16 rows: it is multiplied with a broadcast activation, and nothing is ever
-// summed across a vector. See memory/formats/base.py for the bytes of each format.
+// summed across a vector. See formats.h for the bytes of each format.
 //
-// An expert is packed in blocks of 64 neurons: gate rows [64, D], up rows [64, D] and the matching down columns
-// as a matrix [D, 64], then float32 biases; after the last block the float32 down bias [D].
+// An expert is packed in blocks of B neurons: gate rows [B, D], up rows [B, D] and the matching down columns
+// as a matrix [D, B], each in a format of its own, then float32 biases; after the last block the float32 down bias [D].
 //
 // Work is cut into items of (expert, tile of tokens, chunk of blocks). The cut depends on the work alone and
 // never on the number of threads, each item fills its own partial result, and partial results are added in
 // the order of the items: so results are equal, bit for bit, with any number of threads.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "formats.h"
 
 namespace moestro {
 
-constexpr int64_t kBlock = 64;  // neurons
-constexpr int64_t kPanel = 16;  // rows
-constexpr int64_t kGroup = 64;  // columns that share a scale
 constexpr int64_t kLineBytes = 64;  // of a cache line, on which packed weights begin
+constexpr int64_t kMostBlock = 256;  // neurons of a block
 
-enum class Format : int { kFp32 = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4 };
+enum class Type : int { kFp32 = 0, kFp16 = 1, kBf16 = 2 };  // of activations
 
 enum class Activation : int {
   kSilu = 0,         // silu(gate) * up, or silu(up) without a gate
@@ -39,28 +36,24 @@ struct Shape {
   int64_t neurons = 0;  // F
   bool has_gate = true;
   bool has_bias = false;
-  Format format = Format::kBf16;
+  MatrixFormat gate, up, down;
+  int64_t block = 64;   // B, neurons of a block
   Activation activation = Activation::kSilu;
   float alpha = 0;  // these three of kClampedSwiglu
   float limit = 0;
   float offset = 0;
+
+  int64_t blocks() const { return (neurons + block - 1) / block; }
 };
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+int64_t block_bytes(const Shape& shape);  // of one block of neurons
 
-// Bytes of a panel of K columns, of a matrix, and of one block of neurons.
-int64_t panel_bytes(Format format, int64_t K);
-inline int64_t matrix_bytes(Format format, int64_t R, int64_t K) {
-  return round_up(R, kPanel) / kPanel * panel_bytes(format, K);
-}
-int64_t block_bytes(const Shape& shape);
-
-inline int64_t size_of(Format type) { return type == Format::kFp32 ? 4 : 2; }  // of an activation's types
+inline int64_t size_of(Type type) { return type == Type::kFp32 ? 4 : 2; }  // of an activation's types
 
 // Activations as they come: rows of fp32, fp16 or bf16.
 struct Input {
   const void* data;
-  Format type;
+  Type type;
   int64_t width;  // elements of a row
 };
 
@@ -89,10 +82,10 @@ struct Item {
 struct Linear {
   const uint8_t* packed = nullptr;
   int64_t rows = 0, columns = 0;  // R, K
-  Format format = Format::kBf16;
+  MatrixFormat format;
   const float* bias = nullptr;    // [R] or none
   void* out = nullptr;            // [T, R]
-  Format out_type = Format::kFp32;
+  Type out_type = Type::kFp32;
 };
 
 // n rows of x through the panels [panel_begin, panel_end) of a linear layer.
@@ -103,30 +96,36 @@ struct LinearItem {
   int64_t tokens;
 };
 
+// Tokens that a thread has packed, and how.
+struct PackedTokens {
+  const int64_t* rows = nullptr;
+  int64_t count = 0;
+  int as = -1;
+};
+
 // Scratch memory of a thread, and which tokens it has already packed.
 struct Scratch {
   float* memory = nullptr;  // scratch_floats() of the call's widest item
-  const int64_t* packed_rows = nullptr;
-  int64_t packed_tokens = 0;
-  int packed_as = -1;
+  PackedTokens packed[2];
 };
 
 constexpr int64_t kThinTokens = 16;   // up to here weights are bound by memory, and go block by block
 constexpr int64_t kTileTokens[] = {256, 128, 96};  // of an item with more: the largest that leaves all threads enough items
 constexpr int64_t kThinItemPanels = 8, kItemPanels = 32;  // of a linear layer's item
 constexpr int64_t kTileColumns = 512;  // of a tile of converted weights, 4 panels high
-constexpr int64_t kMostBlocks = 16;    // of an item
+constexpr int64_t kLeastNeurons = 128, kMostNeurons = 1024;  // of an item, in whole blocks
 // Rows of results that there is room for: matrix tiles fill up the last of several tiles.
 inline int64_t padded(int64_t n) { return n <= 16 ? n : round_up(n, 16); }
-inline int64_t scratch_floats(int64_t K, int64_t n) {
+inline int64_t scratch_floats(int64_t K, int64_t n, int64_t block) {
   n = padded(n);
-  const int64_t wide = round_up(K, kGroup), blocks = n <= kThinTokens ? 1 : kMostBlocks;
-  return wide + n * wide + 2 * n * kBlock + n * blocks * kBlock + 4 * kPanel * kTileColumns + n * kPanel * 4;
+  const int64_t wide = round_up(K, kGroup), neurons = n <= kThinTokens ? block : kMostNeurons;
+  return wide + 2 * n * wide + 2 * n * block + n * neurons + 4 * kPanel * kTileColumns + n * kPanel * 4;
 }
-inline int64_t chunk_blocks(int64_t blocks, int64_t n) {
+inline int64_t chunk_blocks(const Shape& shape, int64_t n) {
   // Enough chunks for the cores of large machines, few enough that partial results stay small.
-  const int64_t chunks = n <= kThinTokens ? 16 : 4, chunk = (blocks + chunks - 1) / chunks;
-  return chunk < 2 ? 2 : chunk > kMostBlocks ? kMostBlocks : chunk;
+  const int64_t chunks = n <= kThinTokens ? 16 : 4, chunk = (shape.blocks() + chunks - 1) / chunks;
+  const int64_t least = (kLeastNeurons + shape.block - 1) / shape.block, most = kMostNeurons / shape.block;
+  return chunk < least ? least : chunk > most ? most : chunk;
 }
 
 // One level of instruction sets. All levels compute the same mathematics.
@@ -135,15 +134,15 @@ struct Level {
   void (*run_item)(const Shape& shape, const Input& x, const Item& item, Scratch& scratch);
   void (*run_linear)(const Input& x, const LinearItem& item, Scratch& scratch);
   // Row `lane` of a panel of K columns as float32; `tile` has room for 16 rows of kTileColumns.
-  void (*unpack_row)(Format format, const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to);
+  void (*unpack_row)(const MatrixFormat& format, const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to);
   void (*rms_norm)(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row);
   void (*read)(const Input& x, float* to);  // the first row, with zeros up to a whole group
-  void (*write)(const float* from, int64_t count, Format type, void* to);
+  void (*write)(const float* from, int64_t count, Type type, void* to);
   void (*rotate_row)(const Input& x, void* out, int64_t head, const float* cosine, const float* sine, int64_t turned,
                      float* row);
-  void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, Format type, int64_t length, int64_t d,
+  void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, Type type, int64_t length, int64_t d,
                  float scaling, float* scores, float* out);
-  void (*dot_rows)(const float* x, const uint8_t* rows, Format type, int64_t count, int64_t K, float* out);
+  void (*dot_rows)(const float* x, const uint8_t* rows, Type type, int64_t count, int64_t K, float* out);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);

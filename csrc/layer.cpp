@@ -21,7 +21,7 @@ void append(const void* own, int64_t heads, int64_t head_bytes, void* cache, int
 }
 
 // out = a + b, all [D] of one type.
-void add(Runner& runner, const Level& level, const void* a, const void* b, Format type, int64_t D, void* out) {
+void add(Runner& runner, const Level& level, const void* a, const void* b, Type type, int64_t D, void* out) {
   runner.with_scratch(2 * round_up(D, kGroup), [&](float* sum) {
     float* other = sum + round_up(D, kGroup);
     level.read({a, type, D}, sum);
@@ -48,7 +48,7 @@ void best(std::vector<std::pair<float, int64_t>>& queue, int64_t k) {
 
 void FirstHalf::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
                     int64_t turned, const CachePlace& cache, void* hidden, void* normed) const {
-  const Format type = attention.type;
+  const Type type = attention.type;
   const int64_t size = size_of(type), D = attention.q.columns, Q = attention.q.rows, K = attention.k.rows;
   thread_local std::vector<uint8_t> memory;  // kept from call to call; several threads may generate
   memory.resize(2 * (Q + K) * size);
@@ -99,7 +99,7 @@ void Router::run(Runner& runner, const Level& level, const void* x, void* logits
 
 int64_t DecoderLayer::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
                           int64_t turned, const CachePlace& cache, void* hidden) const {
-  const Format type = first.attention.type;
+  const Type type = first.attention.type;
   const int64_t D = shape.hidden, k = router.top_k;
   thread_local std::vector<uint8_t> normed, logits, scores;
   thread_local std::vector<float> weights, sum;

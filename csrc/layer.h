@@ -29,10 +29,10 @@ struct FirstHalf {
 // Softmax over all experts, then the best k of them.
 struct Router {
   const void* weight = nullptr;  // [E, D]
-  Format type = Format::kBf16;   // of weight, activations and logits
+  Type type = Type::kBf16;   // of weight, activations and logits
   int64_t experts = 0, hidden = 0, top_k = 0;
   bool normalized = false;  // the k scores sum to 1
-  Format score_type = Format::kBf16;
+  Type score_type = Type::kBf16;
 
   // x [D] -> logits [E], scores [k], chosen [k], best first, equals as torch.topk orders them.
   void run(Runner& runner, const Level& level, const void* x, void* logits, void* scores, int64_t* chosen) const;

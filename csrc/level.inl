@@ -5,6 +5,8 @@
 // tokens: a tile of weights is converted to float32 once and used for all tokens of the item, or, where the level has
 // them, multiplied by the CPU's matrix tiles (amx.inl).
 
+#include <type_traits>
+
 #include "experts.h"
 #include "simd.h"
 #include "weights.h"
@@ -12,11 +14,11 @@
 namespace {
 
 using moestro::Activation;
-using moestro::Format;
+using moestro::Type;
 using moestro::Input;
 using moestro::Item;
-using moestro::kBlock;
 using moestro::kTileColumns;
+using moestro::MatrixFormat;
 using moestro::LinearItem;
 using moestro::Scratch;
 using moestro::Shape;
@@ -25,7 +27,7 @@ enum class Packing : int { kFloats, kWhole, kBytePlanes, kBf16Tiles, kFloatTiles
 
 // Tokens packed for the products, in tiles: floats [K][N] of each tile, one tile after another, or 16-bit
 // integers [K / 2][N][2], or their bytes in the order of to_byte_planes, with a scale and a sum [K / 64][N] of each
-// group of columns; or as amx.inl says.
+// group of columns, and the sums of each 16 integers [K / 16][N]; or as amx.inl says.
 struct Tokens {
   int64_t count, columns;  // columns rounded up to groups
   Packing as;
@@ -33,12 +35,14 @@ struct Tokens {
   int16_t* integers;
   uint8_t* planes;
   float *scales, *sums;
+  int32_t* sixteens;
   Tokens(int64_t n, int64_t K, Packing packing, float* memory)
       : count(n), columns(moestro::round_up(K, kGroup)), as(packing), floats(memory),
         integers(reinterpret_cast<int16_t*>(memory)), planes(reinterpret_cast<uint8_t*>(memory)) {
     const int64_t rows = moestro::padded(n);
     scales = memory + rows * columns / 2;
     sums = scales + rows * columns / kGroup;
+    sixteens = reinterpret_cast<int32_t*>(sums + rows * columns / kGroup);
   }
   bool tiled() const { return as >= Packing::kBf16Tiles; }
   int64_t column_bytes() const { return as == Packing::kFloatTiles ? 4 : 2; }  // of a token in matrix tiles
@@ -65,9 +69,12 @@ inline void pack_floats(const float* row, int64_t columns, int64_t N, float* to)
   for (int64_t k = 0; k < columns; ++k) to[k * N] = row[k];
 }
 
-// A group of x as 16-bit integers, near 15 bits and a sign of its largest: returns their scale, and the group's sum. Both
-// are NaN if there is one, or an infinity, among them, which integers and a maximum would hide.
-inline float whole_of(const float* x, int16_t* whole, float* group_sum) {
+constexpr int kSixteens = kGroup / 16;
+
+// A group of x as 16-bit integers, near 15 bits and a sign of its largest: returns their scale, the sums of each 16 of
+// them, and the group's sum. Scale and sum are NaN if there is one, or an infinity, among them, which integers and a
+// maximum would hide.
+inline float whole_of(const float* x, int16_t* whole, int32_t (&sixteens)[kSixteens], float* group_sum) {
   V most = V::zero(), nothing = V::zero();
   for (int64_t k = 0; k < kGroup; k += W) {
     const V xv = V::load(x + k);
@@ -76,16 +83,24 @@ inline float whole_of(const float* x, int16_t* whole, float* group_sum) {
   }
   const float scale = largest(most) / 32639.0f + sum(nothing);  // two signed bytes: 127 * 256 + 127
   const V inverse = V::set(scale > 1e-35f ? 1.0f / scale : 0.0f);
-  V total = V::zero();
-  for (int64_t k = 0; k < kGroup; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
-  *group_sum = scale * sum(total);
+  int32_t all = 0;
+  for (int i = 0; i < kSixteens; ++i) {
+    V total = V::zero();
+    for (int k = 16 * i; k < 16 * i + 16; k += W) total = total + store_int16(V::load(x + k) * inverse, whole + k);
+    const float found = sum(total);
+    all += sixteens[i] = fabsf(found) < 1e6f ? static_cast<int32_t>(found) : 0;  // NaN is no integer
+  }
+  *group_sum = scale * static_cast<float>(all);
   return scale;
 }
 
-inline void pack_whole(const float* row, int64_t columns, int64_t N, Packing as, int16_t* to, float* scales, float* sums) {
+inline void pack_whole(const float* row, int64_t columns, int64_t N, Packing as, int16_t* to, float* scales, float* sums,
+                       int32_t* sixteens) {
   for (int64_t g = 0; g < columns / kGroup; ++g) {
     int16_t whole[kGroup];
-    scales[g * N] = whole_of(row + g * kGroup, whole, &sums[g * N]);
+    int32_t of_group[kSixteens];
+    scales[g * N] = whole_of(row + g * kGroup, whole, of_group, &sums[g * N]);
+    for (int i = 0; i < kSixteens; ++i) sixteens[(g * kSixteens + i) * N] = of_group[i];
 #if defined(MOESTRO_BYTE_DOTS)
     if (as == Packing::kBytePlanes) to_byte_planes(whole, kGroup);
 #else
@@ -117,15 +132,15 @@ template <class Row> void pack_tiles(const Tokens&, int64_t, int64_t, Row) {}
 template <class F> void tile_product(const Panels&, int64_t, int64_t, int64_t, const Tokens&, float*) {}
 #endif
 
-// How n tokens of numbers of that type are packed for weights of a format.
+// How n tokens of numbers of that type are packed for weights of a format with kernels of its own.
 template <class F>
-inline Packing packing_of(int64_t n, Format type) {
+inline Packing packing_of(F, int64_t n, Type type) {
   if (n >= tiles_from<F>()) {
     if (IsQuantized<F>::value) return Packing::kWholeTiles;
-    return type == Format::kBf16 ? Packing::kBf16Tiles : Packing::kFloatTiles;
+    return type == Type::kBf16 ? Packing::kBf16Tiles : Packing::kFloatTiles;
   }
   if (!IsQuantized<F>::value || n > moestro::kThinTokens) return Packing::kFloats;
-  return F::kFormat == Format::kInt4 && kHasByteDots ? Packing::kBytePlanes : Packing::kWhole;
+  return std::is_same_v<F, Int4> && kHasByteDots ? Packing::kBytePlanes : Packing::kWhole;
 }
 
 // Packs columns [begin, begin + count), both whole groups, of n rows; row(t) gives those of the t-th.
@@ -137,7 +152,7 @@ inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
     for (int64_t t = 0; t < N; ++t) {
       const float* x = row(first + t);
       if (to.as == Packing::kFloats) pack_floats(x, count, N, to.floats + at + t);
-      else pack_whole(x, count, N, to.as, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t);
+      else pack_whole(x, count, N, to.as, to.integers + at + 2 * t, to.scales + group + t, to.sums + group + t, to.sixteens + at / 16 + t);
     }
   });
 }
@@ -278,10 +293,11 @@ inline void multiply_tile(const Panels& to, int64_t panels, const Tokens& x, int
   if constexpr (N > 1) multiply_tile<F, N - 1>(to, panels, x, first, tokens, begin, count);
 }
 
+// Of a panel's first k columns, which are whole groups.
 template <class F>
-inline const uint8_t* at_column(const uint8_t* panel, int64_t k) {
-  if constexpr (IsQuantized<F>::value) return panel + k / kGroup * F::kGroupBytes;
-  else return panel + k / F::kStep * F::kStepBytes;
+constexpr int64_t bytes_of(int64_t k) {
+  if constexpr (IsQuantized<F>::value) return k / kGroup * F::kGroupBytes;
+  else return k / F::kStep * F::kStepBytes;
 }
 
 // out[t, r] = (or +=) a packed matrix of whole panels times few tokens, straight from memory.
@@ -293,7 +309,7 @@ inline void thin_product(const Panels& all, int64_t panels, int64_t K, const Tok
     const int64_t height = panels - p < 4 ? panels - p : 4;
     for (int64_t k = 0; k < K; k += kColumns) {
       for_tiles(x, [&](int64_t first, int64_t tokens) {
-        const Panels part{at_column<F>(all.w + p * all.stride, k), all.stride, all.out + first * all.ld + p * kPanel,
+        const Panels part{all.w + p * all.stride + bytes_of<F>(k), all.stride, all.out + first * all.ld + p * kPanel,
                           kPanel, all.ld, all.add || k > 0};
         multiply_tile<F>(part, height, x, first, tokens, k, K - k < kColumns ? K - k : kColumns);
       });
@@ -303,15 +319,15 @@ inline void thin_product(const Panels& all, int64_t panels, int64_t K, const Tok
 
 // The same for many tokens, over tiles of 4 panels that convert(panel, k, columns, to) makes.
 template <class Convert>
-inline void many_product(float* out, int64_t ld, int64_t panels, int64_t K, const Tokens& x, float* tile, Convert convert) {
+inline void many_product(const Panels& to, int64_t panels, int64_t K, const Tokens& x, float* tile, Convert convert) {
   for (int64_t p = 0; p < panels; p += 4) {
     const int64_t height = panels - p < 4 ? panels - p : 4;
     for (int64_t k = 0; k < K; k += kTileColumns) {
       const int64_t count = K - k < kTileColumns ? K - k : kTileColumns;
       for (int64_t i = 0; i < height; ++i) convert(p + i, k, count, tile + i * kPanel * kTileColumns);
       for_tiles(x, [&](int64_t first, int64_t tokens) {
-        const Panels part{reinterpret_cast<const uint8_t*>(tile), kPanel * kTileColumns * 4, out + first * ld + p * kPanel,
-                          kPanel, ld, k > 0};
+        const Panels part{reinterpret_cast<const uint8_t*>(tile), kPanel * kTileColumns * 4, to.out + first * to.ld + p * kPanel,
+                          kPanel, to.ld, to.add || k > 0};
         multiply_tile<Converted>(part, height, x, first, tokens, k, count);
       });
     }
@@ -319,11 +335,11 @@ inline void many_product(float* out, int64_t ld, int64_t panels, int64_t K, cons
 }
 
 template <class F>
-inline void product(const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
-  if (x.tiled()) return tile_product<F>(all, moestro::panel_bytes(F::kFormat, kGroup), panels, K, x, tile);
+inline void product(F, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
+  if (x.tiled()) return tile_product<F>(all, bytes_of<F>(kGroup), panels, K, x, tile);
   if (x.count <= moestro::kThinTokens) return thin_product<F>(all, panels, K, x);
-  many_product(all.out, all.ld, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
-    convert<F>(all.w + panel * all.stride, k, count, to);
+  many_product(all, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
+    convert(F(), all.w + panel * all.stride, k, count, to);
   });
 }
 
@@ -336,6 +352,7 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 
 }  // namespace
 
+#include "coded.inl"
 #include "items.inl"
 #include "limits.inl"
 #include "norm.inl"

@@ -3,9 +3,9 @@
 
 namespace {
 
-inline float rounded(float value, Format type) {
-  if (type == Format::kBf16) return scalar_from_bf16(bf16_of(value));
-  return type == Format::kFp16 ? scalar_from_fp16(fp16_of(value)) : value;
+inline float rounded(float value, Type type) {
+  if (type == Type::kBf16) return scalar_from_bf16(bf16_of(value));
+  return type == Type::kFp16 ? scalar_from_fp16(fp16_of(value)) : value;
 }
 
 // out = norm(x) * weight, where norm(x) is first rounded to the type of x; or, `offset` not 0, norm(x) * (offset +

@@ -4,9 +4,41 @@
 #include <cstring>
 
 namespace moestro {
+
+constexpr int64_t kSuper = 256;  // columns of a super-group
+
+int64_t bits_of_code(Code code) {
+  switch (code) {
+    case Code::kFp32: return 32;
+    case Code::kFp16: case Code::kBf16: return 16;
+    case Code::kU2: return 2;
+    case Code::kU3: return 3;
+    case Code::kU5: return 5;
+    case Code::kU6: return 6;
+    case Code::kU4: case Code::kE2m1: case Code::kIq4nl: return 4;
+    default: return 8;
+  }
+}
+
+int64_t bytes_of_scale(Scale scale) {  // of a row and group
+  switch (scale) {
+    case Scale::kFp32: return 4;
+    case Scale::kFp16: case Scale::kBf16: return 2;
+    default: return 1;
+  }
+}
+
+// Columns of a unit, at most 256: a whole row goes in as many pieces as it needs.
+int64_t repack_unit(const MatrixFormat& f) {
+  const PanelLayout layout = layout_of(f);
+  return layout.unit_shift >= 2 ? kSuper : kGroup << layout.unit_shift;
+}
+
 namespace {
 
 constexpr int64_t kMostGroups = kSuper / 16;
+
+bool is_two_level(const MatrixFormat& f) { return f.scale >= Scale::kK4; }
 
 // One row of a unit, or of 256 columns of a wider one, as it is before it becomes part of a panel.
 struct UnitRow {
@@ -193,7 +225,7 @@ inline uint8_t code_at(const Raw& raw, const MatrixFormat& f, int64_t row, int64
     case Layout::kNibbles: return raw.codes[row * ((raw.columns + 1) / 2) + k / 2] >> 4 * (k % 2) & 15;
     case Layout::kAwq: return load32(raw.codes + (k * (raw.rows / 8) + row / 8) * 4) >> 4 * kAwqPlaces[row % 8] & 15;
     case Layout::kGptq: {
-      const int64_t bits = code_bits(f.code), held = 32 / bits;
+      const int64_t bits = bits_of_code(f.code), held = 32 / bits;
       const uint32_t word = load32(raw.codes + (k / held * raw.rows + row) * 4);
       return static_cast<uint8_t>(word >> bits * (k % held) & ((1u << bits) - 1));
     }
@@ -216,6 +248,7 @@ void read_codes(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, i
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = code_at(raw, f, row, k + i);
   }
+  if (raw.flip) for (int64_t i = 0; i < n; ++i) to[i] ^= raw.flip;
 }
 
 // The scales and zeros of a unit's groups, from [R, groups].
@@ -226,7 +259,7 @@ void read_sides(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, i
     return;
   }
   const int64_t group = f.group == 0 ? raw.columns : f.group, all = (raw.columns + group - 1) / group;
-  const int64_t size = scale_bytes(f.scale), zero_size = f.zero == Zero::kInt ? 1 : 2;
+  const int64_t size = bytes_of_scale(f.scale), zero_size = f.zero == Zero::kInt ? 1 : 2;
   for (int64_t g = k / group, i = 0; g < all && (i == 0 || g * group < k + n); ++g, ++i) {
     memcpy(&to.scale[i], raw.scales + (row * all + g) * size, size);
     if (raw.zeros != nullptr) memcpy(&to.zero[i], raw.zeros + (row * all + g) * zero_size, zero_size);
@@ -255,29 +288,29 @@ template <int Bits>
 inline void write_plane(const UnitRow* rows, int64_t chunk, int shift, uint8_t* to) {
   constexpr int kSteps = 4 / Bits;  // of 8 columns, that share a word
   constexpr uint64_t kMask = 0x0101010101010101ull * ((1 << Bits) - 1);
-  for (int r = 0; r < kPanelRows; ++r) {
-    const uint8_t* codes = rows[r].codes + kChunk * chunk;
+  for (int r = 0; r < kPanel; ++r) {
+    const uint8_t* codes = rows[r].codes + kGroup * chunk;
     for (int word = 0; word < 8 / kSteps; ++word) {
       uint32_t all = 0;
       for (int s = 0; s < kSteps; ++s) {
         const uint64_t eight = load64(codes + 8 * (kSteps * word + s)) >> shift & kMask;
         all |= quad(eight, 0) << Bits * 2 * s | quad(eight, 1) << Bits * (2 * s + 1);
       }
-      store32(to + (word * kPanelRows + r) * 4, all);
+      store32(to + (word * kPanel + r) * 4, all);
     }
   }
 }
 
 inline void write_nibbles(const UnitRow* rows, int64_t chunk, uint8_t* to) {
-  for (int r = 0; r < kPanelRows; ++r)
+  for (int r = 0; r < kPanel; ++r)
     for (int i = 0; i < 8; ++i) {
-      const uint64_t eight = load64(rows[r].codes + kChunk * chunk + 8 * i) & 0x0F0F0F0F0F0F0F0Full;
-      store32(to + (i * kPanelRows + r) * 4, nibble_word(eight));
+      const uint64_t eight = load64(rows[r].codes + kGroup * chunk + 8 * i) & 0x0F0F0F0F0F0F0F0Full;
+      store32(to + (i * kPanel + r) * 4, nibble_word(eight));
     }
 }
 
 inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* to) {
-  constexpr int64_t kNibbleBytes = kPanelRows * kChunk / 2;
+  constexpr int64_t kNibbleBytes = kPanel * kGroup / 2;
   switch (code) {
     case Code::kU2: return write_plane<2>(rows, chunk, 0, to);
     case Code::kU3: write_plane<2>(rows, chunk, 0, to); return write_plane<1>(rows, chunk, 2, to + kNibbleBytes / 2);
@@ -285,24 +318,24 @@ inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* 
     case Code::kU6: write_nibbles(rows, chunk, to); return write_plane<2>(rows, chunk, 4, to + kNibbleBytes);
     case Code::kU4: case Code::kE2m1: case Code::kIq4nl: return write_nibbles(rows, chunk, to);
     default:
-      for (int r = 0; r < kPanelRows; ++r)
-        for (int j = 0; j < kChunk / 2; ++j)
-          memcpy(to + (j * kPanelRows + r) * 2, rows[r].codes + kChunk * chunk + 2 * j, 2);
+      for (int r = 0; r < kPanel; ++r)
+        for (int j = 0; j < kGroup / 2; ++j)
+          memcpy(to + (j * kPanel + r) * 2, rows[r].codes + kGroup * chunk + 2 * j, 2);
   }
 }
 
 // Scales [groups][16], then zeros, of groups that begin at `first` of a unit.
 inline uint8_t* write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t first, int64_t groups, uint8_t* to) {
-  const int64_t size = scale_bytes(f.scale);
+  const int64_t size = bytes_of_scale(f.scale);
   for (int64_t g = 0; g < groups; ++g)
-    for (int r = 0; r < kPanelRows; ++r, to += size) memcpy(to, &rows[r].scale[first + g], size);
+    for (int r = 0; r < kPanel; ++r, to += size) memcpy(to, &rows[r].scale[first + g], size);
   if (f.zero == Zero::kFp16 || f.zero == Zero::kAdd) {
     for (int64_t g = 0; g < groups; ++g)
-      for (int r = 0; r < kPanelRows; ++r, to += 2) store16(to, static_cast<uint16_t>(rows[r].zero[first + g]));
+      for (int r = 0; r < kPanel; ++r, to += 2) store16(to, static_cast<uint16_t>(rows[r].zero[first + g]));
   } else if (f.zero == Zero::kInt) {
-    const int64_t held = code_bits(f.code) <= 4 ? 2 : 1;  // in a byte
+    const int64_t held = bits_of_code(f.code) <= 4 ? 2 : 1;  // in a byte
     for (int64_t g = 0; g < groups; g += held)
-      for (int r = 0; r < kPanelRows; ++r) {
+      for (int r = 0; r < kPanel; ++r) {
         const uint32_t high = held == 2 && g + 1 < groups ? rows[r].zero[first + g + 1] << 4 : 0;
         *to++ = static_cast<uint8_t>(rows[r].zero[first + g] | high);
       }
@@ -312,13 +345,13 @@ inline uint8_t* write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t 
 
 inline uint8_t* write_chunk_header(const MatrixFormat& f, const UnitRow* rows, int64_t chunk, uint8_t* to) {
   if (!is_two_level(f)) {
-    if (f.group == 0 || f.group > kChunk) return to;
-    const int64_t groups = groups_of_chunk(f);
+    if (f.group == 0 || f.group > kGroup) return to;
+    const int64_t groups = layout_of(f).groups;
     return write_sides(f, rows, chunk * groups, groups, to);
   }
-  for (int r = 0; r < kPanelRows; ++r) {
-    const uint32_t *s = rows[r].scale + chunk * kChunk / f.group, *m = rows[r].zero + chunk * kChunk / f.group;
-    const auto put = [&](int array, uint32_t value) { to[array * kPanelRows + r] = static_cast<uint8_t>(value); };
+  for (int r = 0; r < kPanel; ++r) {
+    const uint32_t *s = rows[r].scale + chunk * kGroup / f.group, *m = rows[r].zero + chunk * kGroup / f.group;
+    const auto put = [&](int array, uint32_t value) { to[array * kPanel + r] = static_cast<uint8_t>(value); };
     switch (f.scale) {
       case Scale::kK4:
         put(0, s[0] | (m[0] & 3) << 6);
@@ -334,36 +367,35 @@ inline uint8_t* write_chunk_header(const MatrixFormat& f, const UnitRow* rows, i
         for (int g = 0; g < 4; ++g) put(g, s[g] | m[g] << 4);
         break;
       default:
-        for (int g = 0; g < kChunk / f.group; ++g) put(g, s[g]);
+        for (int g = 0; g < kGroup / f.group; ++g) put(g, s[g]);
     }
   }
-  return to + chunk_header_bytes(f);
+  return to + layout_of(f).chunk_header;
 }
 
-inline uint8_t* write_unit_header(const Raw& raw, const MatrixFormat& f, const UnitRow* rows, uint8_t* to) {
-  (void)raw;
+inline uint8_t* write_unit_header(const MatrixFormat& f, const UnitRow* rows, uint8_t* to) {
   if (f.scale == Scale::kBlock) {
     store32(to, rows[0].scale[0]);
     return to + 4;
   }
   if (is_two_level(f)) {
-    for (int r = 0; r < kPanelRows; ++r, to += 2) store16(to, rows[r].d);
+    for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].d);
     if (f.zero == Zero::kMin)
-      for (int r = 0; r < kPanelRows; ++r, to += 2) store16(to, rows[r].dmin);
+      for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].dmin);
     return to;
   }
-  return f.group > kChunk ? write_sides(f, rows, 0, 1, to) : to;
+  return f.group > kGroup ? write_sides(f, rows, 0, 1, to) : to;
 }
 
 // Floats as they are: [K][16], or for bf16 pairs of columns [K / 2][16][2].
 void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
   const Raw& raw = *job.raw;
-  const int64_t size = code_bits(job.format.code) / 8, together = job.format.code == Code::kBf16 ? 2 : 1;
+  const int64_t size = bits_of_code(job.format.code) / 8, together = job.format.code == Code::kBf16 ? 2 : 1;
   const int64_t bytes = panel_bytes(job.format, job.columns);
-  const int64_t rows = std::min(kPanelRows, job.row_begin + job.rows - first);
+  const int64_t rows = std::min(kPanel, job.row_begin + job.rows - first);
   const int64_t columns = std::min(job.columns, raw.columns - job.column_begin);
   const int64_t taken = std::min(rows, raw.rows_taken - first);
-  if (taken < kPanelRows || columns < job.columns || columns % together) memset(to, 0, bytes);
+  if (taken < kPanel || columns < job.columns || columns % together) memset(to, 0, bytes);
   constexpr int64_t kTile = 32;  // columns, so that 16 rows of them stay in the first cache
   for (int64_t k = 0; k < columns; k += kTile) {
     const int64_t stop = std::min(columns, k + kTile);
@@ -372,7 +404,7 @@ void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
       const uint8_t* from = raw.codes + row * raw.row_stride;
       for (int64_t i = k; i < stop; ++i) {
         const int64_t column = raw.column_order ? raw.column_order[job.column_begin + i] : job.column_begin + i;
-        memcpy(to + (i / together * kPanelRows * together + r * together + i % together) * size, from + column * raw.column_stride, size);
+        memcpy(to + (i / together * kPanel * together + r * together + i % together) * size, from + column * raw.column_stride, size);
       }
     }
   }
@@ -382,17 +414,17 @@ void repack_panel(const RepackJob& job, int64_t panel) {
   const Raw& raw = *job.raw;
   const MatrixFormat& f = job.format;
   uint8_t* to = job.out + panel * panel_bytes(f, job.columns);
-  const int64_t first = job.row_begin + panel * kPanelRows;
-  if (is_float(f)) return repack_floats(job, first, to);
-  const int64_t unit = std::min(unit_columns(f), kSuper), row_bytes = raw_row_bytes(raw, f);
-  UnitRow rows[kPanelRows];
+  const int64_t first = job.row_begin + panel * kPanel;
+  if (f.is_float()) return repack_floats(job, first, to);
+  const int64_t unit = repack_unit(f), row_bytes = raw_row_bytes(raw, f);
+  UnitRow rows[kPanel];
   uint8_t* header = to;
-  to += panel_header_bytes(f);
+  to += layout_of(f).panel_header;
   if (f.scale == Scale::kE4m3) memcpy(header, &raw.tensor_scale, 4);
   for (int64_t k = 0; k < job.columns; k += unit) {
     const int64_t from = job.column_begin + k;
     const int64_t columns = std::max<int64_t>(0, std::min({unit, job.columns - k, raw.columns - from}));
-    for (int64_t r = 0; r < kPanelRows; ++r) {
+    for (int64_t r = 0; r < kPanel; ++r) {
       memset(&rows[r], 0, sizeof(UnitRow));
       if (columns == 0 || first + r >= std::min(job.row_begin + job.rows, raw.rows_taken)) continue;
       const int64_t row = raw.row_order ? raw.row_order[first + r] : first + r;
@@ -405,11 +437,11 @@ void repack_panel(const RepackJob& job, int64_t panel) {
       }
     }
     if (k == 0 && f.group == 0) write_sides(f, rows, 0, 1, header);
-    to = write_unit_header(raw, f, rows, to);
-    for (int64_t c = 0; c * kChunk < std::min(unit, job.columns - k); ++c) {
+    to = write_unit_header(f, rows, to);
+    for (int64_t c = 0; c * kGroup < std::min(unit, job.columns - k); ++c) {
       to = write_chunk_header(f, rows, c, to);
       write_codes(f.code, rows, c, to);
-      to += kPanelRows * kChunk * code_bits(f.code) / 8;
+      to += kPanel * kGroup * bits_of_code(f.code) / 8;
     }
   }
 }
@@ -430,8 +462,8 @@ void repack(Runner& runner, const std::vector<RepackJob>& jobs) {
   constexpr int64_t kPartWeights = 1 << 15;
   std::vector<Part> parts;
   for (const RepackJob& job : jobs) {
-    const int64_t panels = (job.rows + kPanelRows - 1) / kPanelRows;
-    const int64_t some = std::max<int64_t>(1, kPartWeights / (kPanelRows * std::max<int64_t>(1, job.columns)));
+    const int64_t panels = (job.rows + kPanel - 1) / kPanel;
+    const int64_t some = std::max<int64_t>(1, kPartWeights / (kPanel * std::max<int64_t>(1, job.columns)));
     for (int64_t p = 0; p < panels; p += some) parts.push_back({&job, p, std::min(panels, p + some)});
   }
   runner.each(static_cast<int>(parts.size()), 0, true, [&](int i, float*) {

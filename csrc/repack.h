@@ -23,6 +23,7 @@ struct Raw {
   int64_t row_stride = 0, column_stride = 0;  // bytes; of kPlain
   const uint8_t* scales = nullptr;  // [R, groups] of scale_bytes; of kBlock floats [ceil(R / 128), ceil(K / 128)]
   const uint8_t* zeros = nullptr;   // [R, groups]: whole numbers of a byte, or fp16
+  uint8_t flip = 0;                 // what codes of a byte are combined with: 128 turns signed ones into unsigned ones
   float tensor_scale = 1;           // of Scale::kE4m3
   int64_t first_row = 0;            // of the matrix in what kBlock's grid covers
   const int64_t* row_order = nullptr;     // [rows_taken]: which row comes where, or none
@@ -30,6 +31,9 @@ struct Raw {
   const int64_t* column_order = nullptr;  // [K], or none; groups are of columns in this order
 };
 
+int64_t bits_of_code(Code code);
+int64_t bytes_of_scale(Scale scale);                  // of a row and group
+int64_t repack_unit(const MatrixFormat& format);      // columns that are read together, at most 256
 int64_t raw_row_bytes(const Raw& raw, const MatrixFormat& format);  // of kGguf: of a row of blocks; 0 if there is no such type
 
 // A matrix's rows [row_begin, row_begin + rows) in their order, and columns [column_begin, column_begin + columns), to

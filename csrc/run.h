@@ -14,7 +14,7 @@ namespace moestro {
 // that it has: it may be edited.
 struct Norm {
   const void* weight = nullptr;  // [width], or none
-  Format type = Format::kFp32;   // of the weight
+  Type type = Type::kFp32;   // of the weight
   int64_t width = 0;
   float offset = 0, epsilon = 0;
 };
@@ -37,7 +37,7 @@ class Runner {
   void look_up(const Level& level, const Linear& table, const int64_t* ids, int64_t n);
 
   // A norm of each of `rows` rows, which are as wide as it; see norm.inl.
-  void rms_norm(const Level& level, const void* x, Format type, int64_t rows, const Norm& norm, void* out);
+  void rms_norm(const Level& level, const void* x, Type type, int64_t rows, const Norm& norm, void* out);
 
   // Calls do_with(memory) on this thread, or do_one(i, memory) for each i on the pool or on this thread.
   template <class Do>

@@ -36,6 +36,10 @@ inline float scalar_from_fp16(uint16_t bits) {
   return float_of_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
+// A float8_e4m3fn's bits as those of an fp16, 2^-8 times as large: its exponent, mantissa and, moved by one, its sign.
+constexpr int16_t kHalfOfE4m3 = static_cast<int16_t>(0xBF80);
+inline uint16_t half_of_e4m3(uint8_t bits) { return static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7F) << 7); }
+
 inline uint16_t bf16_of(float value) {  // to nearest even
   uint32_t bits;
   memcpy(&bits, &value, 4);
@@ -92,10 +96,26 @@ struct I {
   static I load_int8(const void* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
   static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm512_set1_epi32(both)}; }
   static I set16(int16_t a) { return {_mm512_set1_epi16(a)}; }
+  static I set32(int32_t a) { return {_mm512_set1_epi32(a)}; }
+  static I load_bytes(const void* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static I load_signed_bytes(const void* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static I load_uint8(const void* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+  static I load_table(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  void store(void* p) const { _mm512_storeu_si512(p, v); }
 };
 inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline I subtract16(I a, I b) { return {_mm512_sub_epi16(a.v, b.v)}; }
+inline I look_up_bytes(I table, I index) { return {_mm512_shuffle_epi8(table.v, index.v)}; }
+template <int N> inline I shift_left16(I a) { return {_mm512_slli_epi16(a.v, N)}; }
+inline void load_e4m3(const void* p, V& even, V& odd) {
+  const __m256i both = _mm256_loadu_si256(static_cast<const __m256i*>(p)), mask = _mm256_set1_epi16(kHalfOfE4m3);
+  even = {_mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(both, 8), 1), mask))};
+  odd = {_mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(both, 1), mask))};
+}
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int N> inline I shift_right32(I a) { return {_mm512_srai_epi32(a.v, N)}; }
+template <int N> inline I shift_left32(I a) { return {_mm512_slli_epi32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) { return {_mm512_srli_epi16(a.v, N)}; }
 inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd, of 16-bit halves
 #if defined(__AVX512VNNI__)
@@ -106,7 +126,6 @@ inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd,
 }
 #if defined(__AVX512VNNI__)
 #define MOESTRO_BYTE_DOTS
-template <int N> inline I shift_left32(I a) { return {_mm512_slli_epi32(a.v, N)}; }
 inline I dot_bytes(I a, I b, I sum) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }  // bytes: a unsigned, b signed
 // Eight 16-bit integers q as two signed bytes each, q = 256 high + low, |q| at most 32639: the high bytes of elements
 // 0 4 1 5, their low bytes, then those of 2 6 3 7, which is the order of Int4's nibbles.
@@ -177,10 +196,26 @@ struct I {
   static I load_int8(const void* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm256_set1_epi32(both)}; }
   static I set16(int16_t a) { return {_mm256_set1_epi16(a)}; }
+  static I set32(int32_t a) { return {_mm256_set1_epi32(a)}; }
+  static I load_bytes(const void* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
+  static I load_signed_bytes(const void* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
+  static I load_uint8(const void* p) { return {_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static I load_table(const uint8_t* p) { return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 };
 inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline I subtract16(I a, I b) { return {_mm256_sub_epi16(a.v, b.v)}; }
+inline I look_up_bytes(I table, I index) { return {_mm256_shuffle_epi8(table.v, index.v)}; }
+template <int N> inline I shift_left16(I a) { return {_mm256_slli_epi16(a.v, N)}; }
+inline void load_e4m3(const void* p, V& even, V& odd) {
+  const __m128i both = _mm_loadu_si128(static_cast<const __m128i*>(p)), mask = _mm_set1_epi16(kHalfOfE4m3);
+  even = {_mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(_mm_slli_epi16(both, 8), 1), mask))};
+  odd = {_mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(both, 1), mask))};
+}
 inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 template <int N> inline I shift_right32(I a) { return {_mm256_srai_epi32(a.v, N)}; }
+template <int N> inline I shift_left32(I a) { return {_mm256_slli_epi32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) { return {_mm256_srli_epi16(a.v, N)}; }
 inline I dot_pairs(I a, I b, I sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
 inline V to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
@@ -230,10 +265,29 @@ struct I {
   static I load_int8(const void* p) { return {vreinterpretq_s32_s16(vmovl_s8(vld1_s8(static_cast<const int8_t*>(p))))}; }
   static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {vdupq_n_s32(both)}; }
   static I set16(int16_t a) { return {vreinterpretq_s32_s16(vdupq_n_s16(a))}; }
+  static I set32(int32_t a) { return {vdupq_n_s32(a)}; }
+  static uint8x8_t four_bytes(const void* p) { uint32_t four; memcpy(&four, p, 4); return vcreate_u8(four); }
+  static I load_bytes(const void* p) { return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))))}; }
+  static I load_signed_bytes(const void* p) { return {vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p)))))}; }
+  static I load_uint8(const void* p) { return {vreinterpretq_s32_u16(vmovl_u8(vld1_u8(static_cast<const uint8_t*>(p))))}; }
+  static I load_table(const uint8_t* p) { return load(p); }
+  void store(void* p) const { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_s32(v)); }
 };
 inline I operator&(I a, I b) { return {vandq_s32(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {vorrq_s32(a.v, b.v)}; }
+inline I subtract16(I a, I b) { return {vreinterpretq_s32_s16(vsubq_s16(vreinterpretq_s16_s32(a.v), vreinterpretq_s16_s32(b.v)))}; }
+inline I look_up_bytes(I table, I index) {
+  return {vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table.v), vreinterpretq_u8_s32(index.v)))};
+}
+template <int N> inline I shift_left16(I a) { return {vreinterpretq_s32_u16(vshlq_n_u16(vreinterpretq_u16_s32(a.v), N))}; }
+inline void load_e4m3(const void* p, V& even, V& odd) {
+  const int16x4_t both = vreinterpret_s16_u8(vld1_u8(static_cast<const uint8_t*>(p))), mask = vdup_n_s16(kHalfOfE4m3);
+  even = {vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vshr_n_s16(vshl_n_s16(both, 8), 1), mask)))};
+  odd = {vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vshr_n_s16(both, 1), mask)))};
+}
 inline I operator+(I a, I b) { return {vaddq_s32(a.v, b.v)}; }
 template <int N> inline I shift_right32(I a) { return {vshrq_n_s32(a.v, N)}; }
+template <int N> inline I shift_left32(I a) { return {vshlq_n_s32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) {
   return {vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(a.v), N))};
 }
@@ -292,10 +346,32 @@ struct I {
   static I load_int8(const void* p) { const int8_t* q = static_cast<const int8_t*>(p); return of(q[0], q[1]); }
   static I set_pair(const int16_t* p) { return load(p); }
   static I set16(int16_t a) { return of(a, a); }
+  static I set32(int32_t a) { return {a}; }
+  static I load_bytes(const void* p) { return {*static_cast<const uint8_t*>(p)}; }
+  static I load_signed_bytes(const void* p) { return {*static_cast<const int8_t*>(p)}; }
+  static I load_uint8(const void* p) { const uint8_t* q = static_cast<const uint8_t*>(p); return of(q[0], q[1]); }
+  struct Table { const uint8_t* of; };
+  static Table load_table(const uint8_t* p) { return {p}; }
+  void store(void* p) const { memcpy(p, &v, 4); }
 };
 inline I operator&(I a, I b) { return {a.v & b.v}; }
+inline I operator|(I a, I b) { return {a.v | b.v}; }
+inline I subtract16(I a, I b) { return I::of(a.even() - b.even(), a.odd() - b.odd()); }
+inline I look_up_bytes(I::Table table, I index) {
+  uint8_t bytes[4];
+  memcpy(bytes, &index.v, 4);
+  for (uint8_t& b : bytes) b = table.of[b];
+  return I::load(bytes);
+}
+template <int N> inline I shift_left16(I a) { return I::of(a.even() * (1 << N), a.odd() * (1 << N)); }
+inline void load_e4m3(const void* p, V& even, V& odd) {
+  const uint8_t* q = static_cast<const uint8_t*>(p);
+  even = {scalar_from_fp16(half_of_e4m3(q[0]))};
+  odd = {scalar_from_fp16(half_of_e4m3(q[1]))};
+}
 inline I operator+(I a, I b) { return {a.v + b.v}; }
 template <int N> inline I shift_right32(I a) { return {a.v >> N}; }
+template <int N> inline I shift_left32(I a) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) << N)}; }
 template <int N> inline I shift_right16(I a) { return I::of((a.even() & 0xFFFF) >> N, (a.odd() & 0xFFFF) >> N); }
 inline I dot_pairs(I a, I b, I sum) { return {sum.v + a.even() * b.even() + a.odd() * b.odd()}; }
 inline V to_float(I a) { return {static_cast<float>(a.v)}; }

@@ -18,7 +18,7 @@ Row row_of(const Numbers& x, int64_t begin, int64_t count) {
   return row;
 }
 
-Row rounded(Format type, Row row) {
+Row rounded(Type type, Row row) {
   for (double& v : row) v = round_to(type, v);
   return row;
 }
@@ -28,28 +28,28 @@ struct NormCase {
   Numbers weight;
   float offset, epsilon;
 
-  NormCase(Format type, int64_t width, float of, Rng& rng) : weight(type, width, rng), offset(of), epsilon(1e-3f) {}
+  NormCase(Type type, int64_t width, float of, Rng& rng) : weight(type, width, rng), offset(of), epsilon(1e-3f) {}
 
   Norm norm() const { return {weight.bytes.data(), weight.type, weight.size(), offset, epsilon}; }
 
   // Not rounded to the type in the end. `shift` moves norm(x) a little where it is rounded before, since float32 may
   // find it on either side of where two numbers of the type meet.
-  void apply(double* x, Format type, double shift = 0) const {
+  void apply(double* x, Type type, double shift = 0) const {
     double squares = 0;
     for (int64_t i = 0; i < weight.size(); ++i) squares += x[i] * x[i];
     const double inverse = 1 / std::sqrt(squares / weight.size() + epsilon);
     for (int64_t i = 0; i < weight.size(); ++i) {
-      const bool rounds = offset == 0 && type != Format::kFp32;
+      const bool rounds = offset == 0 && type != Type::kFp32;
       const double normal = x[i] * inverse;
       x[i] = (rounds ? round_to(type, normal * (1 + shift)) : normal) * (offset + weight.at(i));
     }
   }
 };
 
-void check_norm(Machine& machine, Format type, int64_t rows, int64_t width, float offset, bool spoilt, Rng& rng) {
+void check_norm(Machine& machine, Type type, int64_t rows, int64_t width, float offset, bool spoilt, Rng& rng) {
   Numbers x(type, rows * width, rng, 3);
   if (spoilt) x.set(rng.below(x.size()), rng.below(2) ? NAN : INFINITY);
-  NormCase norm(rng.below(2) ? type : Format::kFp32, width, offset, rng);
+  NormCase norm(rng.below(2) ? type : Type::kFp32, width, offset, rng);
   Row low = row_of(x, 0, x.size()), high = low;
   for (int64_t i = 0; i < rows; ++i) {
     norm.apply(&low[i * width], type, -kRoom);
@@ -70,7 +70,7 @@ void check_norm(Machine& machine, Format type, int64_t rows, int64_t width, floa
 }
 
 // As a plain torch family rotates: each product is rounded, and their sum.
-void rotate(Row& x, int64_t head, const Row& cosine, const Row& sine, Format type) {
+void rotate(Row& x, int64_t head, const Row& cosine, const Row& sine, Type type) {
   const int64_t turned = cosine.size(), half = turned / 2;
   for (size_t begin = 0; begin < x.size(); begin += head) {
     const Row from(x.begin() + begin, x.begin() + begin + turned);
@@ -81,7 +81,7 @@ void rotate(Row& x, int64_t head, const Row& cosine, const Row& sine, Format typ
   }
 }
 
-void check_rotate(Machine& machine, Format type, int64_t heads, int64_t head, int64_t turned, Rng& rng) {
+void check_rotate(Machine& machine, Type type, int64_t heads, int64_t head, int64_t turned, Rng& rng) {
   Numbers x(type, heads * head, rng), cosine(type, turned, rng, 0.5), sine(type, turned, rng, 0.5);
   Row want = row_of(x, 0, x.size());
   rotate(want, head, row_of(cosine, 0, turned), row_of(sine, 0, turned), type);
@@ -105,11 +105,11 @@ struct Projection {
   Numbers bias;
   Linear linear;
 
-  Projection(Format format, int64_t R, int64_t D, bool with_bias, Rng& rng)
+  Projection(MatrixFormat format, int64_t R, int64_t D, bool with_bias, Rng& rng)
       : packed(matrix_bytes(format, R, D)), w(random_matrix(format, packed.data(), R, D, 0.2, rng)),
-        bias(Format::kFp32, R, rng), linear{packed.data(), R, D, format, with_bias ? bias.floats() : nullptr} {}
+        bias(Type::kFp32, R, rng), linear{packed.data(), R, D, format, with_bias ? bias.floats() : nullptr} {}
 
-  Row of(const Row& x, Format type) const {
+  Row of(const Row& x, Type type) const {
     Row y(linear.rows);
     for (int64_t r = 0; r < linear.rows; ++r) {
       y[r] = linear.bias ? bias.at(r) : 0;
@@ -123,7 +123,8 @@ enum class Norms { kNone, kHeads, kAll };  // over what q and k are normed
 
 struct Layer {
   int64_t D, head, heads, key_heads, turned;
-  Format format, type;
+  MatrixFormat format;
+  Type type;
   bool bias;
   Norms norms;
   float offset;
@@ -144,7 +145,7 @@ void check_project(Machine& machine, const Layer& l, Rng& rng) {
   std::vector<NormCase> norms;
   for (int i = 0; i < 2; ++i) {
     const int64_t width = l.norms == Norms::kAll ? projections[i].linear.rows : l.head;
-    norms.emplace_back(rng.below(2) ? l.type : Format::kFp32, width, l.offset, rng);
+    norms.emplace_back(rng.below(2) ? l.type : Type::kFp32, width, l.offset, rng);
   }
   if (l.norms != Norms::kNone) {
     attention.q_norm = norms[0].norm();
@@ -171,9 +172,9 @@ void check_project(Machine& machine, const Layer& l, Rng& rng) {
     for (const Numbers& part : parts) out.bytes.insert(out.bytes.end(), part.bytes.begin(), part.bytes.end());
   };
   // Where a rounding on the way falls to the other side, the result is a step off.
-  const double roundings = l.type == Format::kFp32 ? 0 : step_of(l.type, 1) / 4;
-  machine.check(text("project format=%d type=%d D=%ld head=%ld heads=%ld/%ld turned=%ld norms=%d offset=%g bias=%d",
-                     static_cast<int>(l.format), static_cast<int>(l.type), (long)l.D, (long)l.head, (long)l.heads,
+  const double roundings = l.type == Type::kFp32 ? 0 : step_of(l.type, 1) / 4;
+  machine.check(text("project %s type=%d D=%ld head=%ld heads=%ld/%ld turned=%ld norms=%d offset=%g bias=%d",
+                     name_of(l.format).c_str(), static_cast<int>(l.type), (long)l.D, (long)l.head, (long)l.heads,
                      (long)l.key_heads, (long)l.turned, static_cast<int>(l.norms), l.offset, l.bias),
                 Numbers(l.type, want.size()), run, [&](const Numbers& out) { return relative_error(out, want); },
                 [&](const Level& level) { return tolerance(level, l.format, 1) + roundings; });
@@ -187,7 +188,7 @@ Row softmax(Row scores) {
   return scores;
 }
 
-void check_attend(Machine& machine, Format type, int64_t length, int64_t head, int64_t heads, int64_t key_heads, double size,
+void check_attend(Machine& machine, Type type, int64_t length, int64_t head, int64_t heads, int64_t key_heads, double size,
                   bool spoilt, Rng& rng) {
   const int64_t apart = (length + 3) * head;  // room behind each head's tokens, all NaN
   Numbers q(type, heads * head, rng, size), keys(type, (key_heads - 1) * apart + length * head), values = keys;
@@ -226,12 +227,12 @@ void check_attend(Machine& machine, Format type, int64_t length, int64_t head, i
                 [&](const Level&) { return kRoom + 2e-7 * largest; });
 }
 
-constexpr Format kTypes[] = {Format::kFp32, Format::kFp16, Format::kBf16};
+constexpr Type kTypes[] = {Type::kFp32, Type::kFp16, Type::kBf16};
 
 }  // namespace
 
 void check_norms(Machine& machine, Rng& rng) {
-  for (Format type : kTypes)
+  for (Type type : kTypes)
     for (float offset : {0.0f, 1.0f}) {
       for (int64_t width : {1, 2, 15, 16, 17, 63, 64, 65, 91, 128, 2881})
         for (bool spoilt : {false, true}) check_norm(machine, type, 3, width, offset, spoilt, rng);
@@ -240,7 +241,7 @@ void check_norms(Machine& machine, Rng& rng) {
 }
 
 void check_attention(Machine& machine, Rng& rng) {
-  for (Format type : kTypes) {
+  for (Type type : kTypes) {
     for (int64_t heads : {1, 3}) {
       check_rotate(machine, type, heads, 16, 16, rng);
       check_rotate(machine, type, heads, 80, 80, rng);
@@ -251,8 +252,8 @@ void check_attention(Machine& machine, Rng& rng) {
       for (Norms norms : {Norms::kNone, Norms::kHeads, Norms::kAll})
         for (bool bias : {false, true}) {
           const float offset = bias ? 1.0f : 0.0f;
-          check_project(machine, {91, 16, 6, 2, 16, static_cast<Format>(f), type, bias, norms, offset}, rng);
-          check_project(machine, {130, 48, 3, 3, 32, static_cast<Format>(f), type, !bias, norms, offset}, rng);
+          check_project(machine, {91, 16, 6, 2, 16, formats()[f].format, type, bias, norms, offset}, rng);
+          check_project(machine, {130, 48, 3, 3, 32, formats()[f].format, type, !bias, norms, offset}, rng);
         }
     for (int64_t length : {1, 2, 17, 129}) {
       for (double size : {1.0, 50.0}) {

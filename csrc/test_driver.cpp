@@ -16,7 +16,7 @@ struct Expert {
 };
 
 Expert make_expert(const Shape& s, Rng& rng) {
-  const int64_t D = s.hidden, F = s.neurons, blocks = (F + kBlock - 1) / kBlock, size = block_bytes(s);
+  const int64_t D = s.hidden, F = s.neurons, B = s.block, blocks = s.blocks(), size = block_bytes(s);
   Expert e;
   e.packed.assign(blocks * size + (s.has_bias ? D * 4 : 0), 0);
   e.gate.assign(F * D, 0); e.up = e.gate; e.down = e.gate;
@@ -24,22 +24,22 @@ Expert make_expert(const Shape& s, Rng& rng) {
   const double scale = 1.0 / std::sqrt(static_cast<double>(D));
   for (int64_t b = 0; b < blocks; ++b) {
     uint8_t* at = e.packed.data() + b * size;
-    const int64_t n = std::min(kBlock, F - b * kBlock);  // a last block is padded with zero rows
-    const auto rows = [&](std::vector<double>& to) {
-      const std::vector<double> values = random_matrix(s.format, at, n, D, scale, rng);
-      std::copy(values.begin(), values.end(), to.begin() + b * kBlock * D);
-      at += matrix_bytes(s.format, kBlock, D);
+    const int64_t n = std::min(B, F - b * B);  // a last block is padded with zero rows
+    const auto rows = [&](const MatrixFormat& format, std::vector<double>& to) {
+      const std::vector<double> values = random_matrix(format, at, n, D, scale, rng);
+      std::copy(values.begin(), values.end(), to.begin() + b * B * D);
+      at += matrix_bytes(format, B, D);
     };
-    if (s.has_gate) rows(e.gate);
-    rows(e.up);
-    const std::vector<double> down = random_matrix(s.format, at, D, kBlock, scale, rng);
+    if (s.has_gate) rows(s.gate, e.gate);
+    rows(s.up, e.up);
+    const std::vector<double> down = random_matrix(s.down, at, D, B, scale, rng);
     for (int64_t d = 0; d < D; ++d)
-      for (int64_t i = 0; i < n; ++i) e.down[d * F + b * kBlock + i] = down[d * kBlock + i];
-    at += matrix_bytes(s.format, D, kBlock);
+      for (int64_t i = 0; i < n; ++i) e.down[d * F + b * B + i] = down[d * B + i];
+    at += matrix_bytes(s.down, D, B);
     const auto bias = [&](std::vector<double>& to) {
       float* values = reinterpret_cast<float*>(at);
-      for (int64_t i = 0; i < n; ++i) to[b * kBlock + i] = values[i] = rng();
-      at += kBlock * sizeof(float);
+      for (int64_t i = 0; i < n; ++i) to[b * B + i] = values[i] = rng();
+      at += B * sizeof(float);
     };
     if (s.has_bias && s.has_gate) bias(e.gate_bias);
     if (s.has_bias) bias(e.up_bias);
@@ -75,10 +75,10 @@ void spoil(Numbers& x, int64_t width, const std::vector<int64_t>& rows, Rng& rng
   for (size_t i = 0; i < rows.size() && i < 3; ++i) x.set(rows[i] * width + rng.below(width), bad[(first + i) % 3]);
 }
 
-void check_linear(Machine& machine, Format format, Format type, int64_t R, int64_t K, int64_t n, bool spoilt, Rng& rng) {
+void check_linear(Machine& machine, MatrixFormat format, Type type, int64_t R, int64_t K, int64_t n, bool spoilt, Rng& rng) {
   std::vector<uint8_t> packed(matrix_bytes(format, R, K));
   const std::vector<double> w = random_matrix(format, packed.data(), R, K, 0.1, rng);
-  Numbers x(type, n * K, rng), bias(Format::kFp32, R, rng);
+  Numbers x(type, n * K, rng), bias(Type::kFp32, R, rng);
   std::vector<int64_t> rows(n);
   for (int64_t t = 0; t < n; ++t) rows[t] = t;
   if (spoilt) spoil(x, K, rows, rng);
@@ -95,16 +95,16 @@ void check_linear(Machine& machine, Format format, Format type, int64_t R, int64
     here.out = out.bytes.data();
     runner.run_linears(level, {x.bytes.data(), type, K}, n, &here, 1);
   };
-  machine.check(text("linear format=%d type=%d R=%ld K=%ld n=%ld%s", static_cast<int>(format), static_cast<int>(type),
+  machine.check(text("linear %s type=%d R=%ld K=%ld n=%ld%s", name_of(format).c_str(), static_cast<int>(type),
                      (long)R, (long)K, (long)n, spoilt ? " spoilt" : ""),
                 Numbers(type, n * R), run, [&](const Numbers& out) { return relative_error(out, want); },
                 [&](const Level& level) { return tolerance(level, format, n); });
 }
 
-void check_experts(Machine& machine, const Shape& s, Format type, int64_t n, bool spoilt, Rng& rng) {
+void check_experts(Machine& machine, const Shape& s, Type type, int64_t n, bool spoilt, Rng& rng) {
   const int64_t D = s.hidden, F = s.neurons, T = n + 2;
   const Expert experts[2] = {make_expert(s, rng), make_expert(s, rng)};
-  Numbers x(type, T * D, rng), start(Format::kFp32, T * D, rng);
+  Numbers x(type, T * D, rng), start(Type::kFp32, T * D, rng);
   std::vector<float> weights(n);
   for (auto& v : weights) v = std::fabs(rng());
   std::vector<int64_t> rows(n);
@@ -112,7 +112,7 @@ void check_experts(Machine& machine, const Shape& s, Format type, int64_t n, boo
   if (spoilt) spoil(x, D, rows, rng);
   std::vector<Work> works;
   works.push_back({experts[0].packed.data(), 0, F, rows.data(), weights.data(), n});
-  const int64_t edge = F > kBlock ? kBlock : F;  // the second expert in two shares
+  const int64_t edge = F > s.block ? s.block : F;  // the second expert in two shares
   works.push_back({experts[1].packed.data(), 0, edge, rows.data(), weights.data(), n});
   if (edge < F) works.push_back({experts[1].packed.data(), edge, F, rows.data(), weights.data(), n});
   std::vector<double> want(T * D);
@@ -136,25 +136,34 @@ void check_experts(Machine& machine, const Shape& s, Format type, int64_t n, boo
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
     runner.run(level, s, {x.bytes.data(), type, D}, T, works.data(), static_cast<int>(works.size()), out.floats());
   };
-  machine.check(text("experts format=%d type=%d gate=%d bias=%d act=%d D=%ld F=%ld n=%ld%s", static_cast<int>(s.format), static_cast<int>(type), s.has_gate,
+  machine.check(text("experts %s %s %s type=%d gate=%d bias=%d act=%d D=%ld F=%ld n=%ld%s", name_of(s.gate).c_str(), name_of(s.up).c_str(), name_of(s.down).c_str(), static_cast<int>(type), s.has_gate,
                      s.has_bias, static_cast<int>(s.activation), (long)D, (long)F, (long)n, spoilt ? " spoilt" : ""),
                 start, run, [&](const Numbers& out) { return relative_error(out, want); },
-                [&](const Level& level) { return tolerance(level, s.format, n); });
+                [&](const Level& level) { return std::max({tolerance(level, s.gate, n), tolerance(level, s.up, n), tolerance(level, s.down, n)}); });
 }
 
 // Sums of memory, in every way that the limits of a machine are measured.
 void check_sums(Machine& machine, Rng& rng) {
   for (int64_t n : {1, 63, 1000})
     for (int64_t prefetch : {0, 64, -1}) {
-      Numbers x(Format::kFp32, n, rng);
+      Numbers x(Type::kFp32, n, rng);
       std::vector<double> want(1);
       for (int64_t i = 0; i < n; ++i) want[0] += x.at(i);
       const double room = std::sqrt(static_cast<double>(n)) / std::fabs(want[0]);  // terms cancel
-      machine.check(text("sum n=%ld prefetch=%ld", (long)n, (long)prefetch), Numbers(Format::kFp32, 1),
+      machine.check(text("sum n=%ld prefetch=%ld", (long)n, (long)prefetch), Numbers(Type::kFp32, 1),
                     [&](Runner&, const Level& level, Numbers& out) { out.set(0, level.sum(x.floats(), n, prefetch)); },
                     [&](const Numbers& out) { return relative_error(out, want); },
                     [&](const Level&) { return 2e-6 * (1 + room); });
     }
+}
+
+constexpr size_t kOwnKernels = 5;  // formats that have kernels of their own, which are tried with more
+
+Shape shape_of(const MatrixFormat& gate, const MatrixFormat& up, const MatrixFormat& down) {
+  Shape s;
+  s.gate = gate, s.up = up, s.down = down;
+  s.block = least_block(down);
+  return s;
 }
 
 }  // namespace
@@ -168,16 +177,20 @@ int main(int argc, char** argv) {
   check_norms(machine, rng);
   check_attention(machine, rng);
   check_layers(machine, rng);
-  for (int f = 0; f < 5; ++f) {
-    const Format format = static_cast<Format>(f);
+  for (size_t f = 0; f < formats().size(); ++f) {
+    const MatrixFormat format = formats()[f].format;
     for (int64_t n : {1, 2, 3, 5, 16, 17, 100})
       for (int type = 0; type < 3; ++type)
-        for (bool spoilt : {false, true}) check_linear(machine, format, static_cast<Format>(type), 150 - n, 91 + n, n, spoilt, rng);
+        for (bool spoilt : {false, true}) {
+          if (f >= kOwnKernels && (type + n) % 3 != 0) continue;
+          check_linear(machine, format, static_cast<Type>(type), 150 - n, 91 + n, n, spoilt, rng);
+        }
+    for (int64_t K : {1, 300, 700}) check_linear(machine, format, Type::kFp32, 70, K, K % 4, false, rng);
     for (int a = 0; a < 5; ++a)
       for (int64_t n : {1, 2, 3, 7, 8, 9, 12, 16, 17, 128}) {
-        const Format type = static_cast<Format>((a + n) % 3);
-        Shape s;
-        s.format = format;
+        if (f >= kOwnKernels && (a + n) % 5 != 0) continue;
+        Shape s = shape_of(format, format, format);
+        const Type type = static_cast<Type>((a + n) % 3);
         s.activation = static_cast<Activation>(a);
         s.alpha = 1.702f;
         s.limit = 0.9f;
@@ -190,19 +203,25 @@ int main(int argc, char** argv) {
         if (n == 3 || n == 17) check_experts(machine, s, type, n, true, rng);
       }
     for (bool wide : {false, true}) {  // more than one chunk, and rows or columns of neurons that are cut
-      Shape s;
-      s.format = format;
+      Shape s = shape_of(format, format, format);
       s.hidden = wide ? 1100 : 70;
       s.neurons = wide ? 200 : 2200;
-      for (int64_t n : {3, 20}) check_experts(machine, s, Format::kFp32, n, false, rng);
+      for (int64_t n : {3, 20}) check_experts(machine, s, Type::kFp32, n, false, rng);
     }
   }
-  for (Format format : {Format::kBf16, Format::kInt8}) {  // more tokens than a tile
-    Shape s;
-    s.format = format;
+  for (int i = 0; i < 60; ++i) {  // another format for each matrix
+    const auto any = [&] { return formats()[rng.below(formats().size())].format; };
+    Shape s = shape_of(any(), any(), any());
+    s.hidden = 1 + rng.below(150);
+    s.neurons = 1 + rng.below(400);
+    s.has_bias = i % 2;
+    check_experts(machine, s, static_cast<Type>(i % 3), i % 4 == 3 ? 20 : 1 + i % 4, i % 5 == 4, rng);
+  }
+  for (const MatrixFormat& format : {MatrixFormat(), kInt8}) {  // more tokens than a tile
+    Shape s = shape_of(format, format, format);
     s.hidden = 70;
     s.neurons = 90;
-    for (Format type : {Format::kFp32, Format::kBf16}) check_experts(machine, s, type, 300, false, rng);
+    for (Type type : {Type::kFp32, Type::kBf16}) check_experts(machine, s, type, 300, false, rng);
   }
   return machine.finish();
 }

@@ -19,25 +19,25 @@ struct Rng {
 };
 
 // The distance of neighbours around v.
-inline double step_of(moestro::Format type, double v) {
-  const int bits = type == moestro::Format::kFp32 ? 24 : type == moestro::Format::kFp16 ? 11 : 8;
-  const int least = type == moestro::Format::kFp16 ? -14 : -126;
+inline double step_of(moestro::Type type, double v) {
+  const int bits = type == moestro::Type::kFp32 ? 24 : type == moestro::Type::kFp16 ? 11 : 8;
+  const int least = type == moestro::Type::kFp16 ? -14 : -126;
   return std::ldexp(1.0, (v == 0 ? least : std::max(std::ilogb(v), least)) + 1 - bits);
 }
-inline double round_to(moestro::Format type, double v) {
+inline double round_to(moestro::Type type, double v) {
   return std::isfinite(v) ? std::nearbyint(v / step_of(type, v)) * step_of(type, v) : v;
 }
 
 // Float numbers of one type, all NaN at first.
 struct Numbers {
-  moestro::Format type;
+  moestro::Type type;
   std::vector<uint8_t> bytes;
 
-  Numbers(moestro::Format of, int64_t count) : type(of), bytes(count * (of == moestro::Format::kFp32 ? 4 : 2), 0xFF) {}
-  Numbers(moestro::Format of, int64_t count, Rng& rng, double scale = 1) : Numbers(of, count) {
+  Numbers(moestro::Type of, int64_t count) : type(of), bytes(count * (of == moestro::Type::kFp32 ? 4 : 2), 0xFF) {}
+  Numbers(moestro::Type of, int64_t count, Rng& rng, double scale = 1) : Numbers(of, count) {
     for (int64_t i = 0; i < count; ++i) set(i, rng() * scale);
   }
-  int64_t size() const { return static_cast<int64_t>(bytes.size()) / (type == moestro::Format::kFp32 ? 4 : 2); }
+  int64_t size() const { return static_cast<int64_t>(bytes.size()) / (type == moestro::Type::kFp32 ? 4 : 2); }
   float* floats() { return reinterpret_cast<float*>(bytes.data()); }
   double at(int64_t i) const;
   void set(int64_t i, double v);  // rounded to the type
@@ -47,9 +47,17 @@ double bf16(uint16_t v);
 double fp16(uint16_t v);
 uint16_t fp16_bits(double v);  // of one that fp16 has
 
+// Every kind of code, scale and zero, those with kernels of their own first.
+struct NamedFormat {
+  const char* name;
+  moestro::MatrixFormat format;
+};
+const std::vector<NamedFormat>& formats();
+std::string name_of(const moestro::MatrixFormat& format);
+
 // Fills a packed matrix [R, K] with random weights of about the given size and returns them, as the format means
 // them: written from the description of the bytes, not from the kernels.
-std::vector<double> random_matrix(moestro::Format format, uint8_t* packed, int64_t R, int64_t K, double scale, Rng& rng);
+std::vector<double> random_matrix(const moestro::MatrixFormat& format, uint8_t* packed, int64_t R, int64_t K, double scale, Rng& rng);
 
 // |got - want| / |want|, where each number of a 16-bit type may be off by its rounding besides. Infinite if one is
 // finite that should not be, or the other way round; infinities and NaN are taken for each other.
@@ -57,7 +65,7 @@ double relative_error(const Numbers& got, const std::vector<double>& want);
 
 // What float32 arithmetic is allowed; quantized weights meet 16-bit integers where tokens are few, or go through
 // matrix tiles, where bf16 ones meet two bf16 planes.
-double tolerance(const moestro::Level& level, moestro::Format format, int64_t tokens);
+double tolerance(const moestro::Level& level, const moestro::MatrixFormat& format, int64_t tokens);
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

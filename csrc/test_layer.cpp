@@ -13,7 +13,7 @@ namespace {
 struct Weights {
   std::vector<uint8_t> packed;
   Linear linear;
-  Weights(Format format, int64_t R, int64_t K, Rng& rng) : packed(matrix_bytes(format, R, K)) {
+  Weights(MatrixFormat format, int64_t R, int64_t K, Rng& rng) : packed(matrix_bytes(format, R, K)) {
     random_matrix(format, packed.data(), R, K, 0.1, rng);
     linear = {packed.data(), R, K, format};
   }
@@ -21,13 +21,13 @@ struct Weights {
 
 // A packed expert without biases: random matrices, as its shape lays them out.
 std::vector<uint8_t> random_expert(const Shape& s, Rng& rng) {
-  const int64_t blocks = (s.neurons + kBlock - 1) / kBlock;
+  const int64_t blocks = s.blocks();
   std::vector<uint8_t> packed(blocks * block_bytes(s));
   uint8_t* at = packed.data();
   for (int64_t b = 0; b < blocks; ++b) {
-    for (int i = 0; i < 2; ++i, at += matrix_bytes(s.format, kBlock, s.hidden)) random_matrix(s.format, at, kBlock, s.hidden, 0.1, rng);
-    random_matrix(s.format, at, s.hidden, kBlock, 0.1, rng);
-    at += matrix_bytes(s.format, s.hidden, kBlock);
+    for (int i = 0; i < 2; ++i, at += matrix_bytes(s.up, s.block, s.hidden)) random_matrix(s.up, at, s.block, s.hidden, 0.1, rng);
+    random_matrix(s.down, at, s.hidden, s.block, 0.1, rng);
+    at += matrix_bytes(s.down, s.hidden, s.block);
   }
   return packed;
 }
@@ -36,10 +36,10 @@ struct Sizes {
   int64_t D, head, heads, key_heads, experts, top_k, length;
 };
 
-void check_layers(Machine& machine, Format format, Format type, const Sizes& z, Rng& rng) {
+void check_layers(Machine& machine, MatrixFormat format, Type type, const Sizes& z, Rng& rng) {
   const int64_t Q = z.heads * z.head, K = z.key_heads * z.head, apart = (z.length + 2) * z.head;
   Weights q(format, Q, z.D, rng), k(format, K, z.D, rng), v(format, K, z.D, rng), o(format, z.D, Q, rng);
-  Numbers before(Format::kFp32, z.D, rng), after(type, z.D, rng), gate(type, z.experts * z.D, rng, 0.2);
+  Numbers before(Type::kFp32, z.D, rng), after(type, z.D, rng), gate(type, z.experts * z.D, rng, 0.2);
   DecoderLayer layer;
   Attention& attention = layer.first.attention;
   attention.q = q.linear, attention.k = k.linear, attention.v = v.linear;
@@ -47,8 +47,8 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
   layer.first.output = o.linear;
   layer.first.before = {before.bytes.data(), before.type, z.D, 0, 1e-5f};
   layer.first.after = {after.bytes.data(), after.type, z.D, 1, 1e-5f};
-  layer.router = {gate.bytes.data(), type, z.experts, z.D, z.top_k, true, Format::kFp32};
-  layer.shape.hidden = z.D, layer.shape.neurons = 100, layer.shape.format = format;
+  layer.router = {gate.bytes.data(), type, z.experts, z.D, z.top_k, true, Type::kFp32};
+  layer.shape.hidden = z.D, layer.shape.neurons = 100, layer.shape.gate = layer.shape.up = layer.shape.down = format, layer.shape.block = least_block(format);
   std::vector<std::vector<uint8_t>> experts;
   for (int64_t e = 0; e < z.experts; ++e) experts.push_back(random_expert(layer.shape, rng));
   for (const auto& expert : experts) layer.experts.push_back(expert.data());
@@ -85,7 +85,7 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
       runner.run_linears(level, {heads.bytes.data(), type, Q}, 1, &output, 1);
       for (int64_t d = 0; d < z.D; ++d) hidden.set(d, hidden.at(d) + added.at(d));
       runner.rms_norm(level, hidden.bytes.data(), type, 1, layer.first.after, normed.bytes.data());
-      Numbers logits(type, z.experts), scores(Format::kFp32, z.top_k), sum(Format::kFp32, z.D);
+      Numbers logits(type, z.experts), scores(Type::kFp32, z.top_k), sum(Type::kFp32, z.D);
       std::vector<int64_t> chosen(z.top_k), order(z.top_k), row(1, 0);
       layer.router.run(runner, level, normed.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());
       std::iota(order.begin(), order.end(), 0);
@@ -100,7 +100,7 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
     for (const Numbers* part : {&hidden, &caches})
       for (int64_t i = 0; i < part->size(); ++i) want.push_back(part->at(i));
   };
-  machine.check(text("layers format=%d type=%d D=%ld heads=%ld/%ld experts=%ld/%ld length=%ld", static_cast<int>(format),
+  machine.check(text("layers %s type=%d D=%ld heads=%ld/%ld experts=%ld/%ld length=%ld", name_of(format).c_str(),
                      static_cast<int>(type), (long)z.D, (long)z.heads, (long)z.key_heads, (long)z.top_k, (long)z.experts,
                      (long)z.length),
                 Numbers(type, z.D),
@@ -112,15 +112,15 @@ void check_layers(Machine& machine, Format format, Format type, const Sizes& z, 
                 [](const Level&) { return 1e-12; });
 }
 
-void check_router(Machine& machine, Format type, int64_t E, int64_t D, int64_t top_k, bool normalized, Rng& rng) {
+void check_router(Machine& machine, Type type, int64_t E, int64_t D, int64_t top_k, bool normalized, Rng& rng) {
   const Numbers x(type, D, rng), weight(type, E * D, rng, 0.3);
-  const Router router{weight.bytes.data(), type, E, D, top_k, normalized, Format::kFp32};
+  const Router router{weight.bytes.data(), type, E, D, top_k, normalized, Type::kFp32};
   std::vector<double> want(E);
   for (int64_t e = 0; e < E; ++e)
     for (int64_t d = 0; d < D; ++d) want[e] += weight.at(e * D + d) * x.at(d);
   // Only the logits have rounding errors of their own: scores and choice are checked against those that came out.
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    Numbers logits(type, E), scores(Format::kFp32, top_k);
+    Numbers logits(type, E), scores(Type::kFp32, top_k);
     std::vector<int64_t> chosen(top_k), order(E);
     router.run(runner, level, x.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());
     double total = 0, kept = 0;
@@ -140,7 +140,7 @@ void check_router(Machine& machine, Format type, int64_t E, int64_t D, int64_t t
                 [](const Level&) { return 2e-6; });
 }
 
-void check_look_up(Machine& machine, Format format, Format type, int64_t R, int64_t K, int64_t n, Rng& rng) {
+void check_look_up(Machine& machine, MatrixFormat format, Type type, int64_t R, int64_t K, int64_t n, Rng& rng) {
   std::vector<uint8_t> packed(matrix_bytes(format, R, K));
   const std::vector<double> w = random_matrix(format, packed.data(), R, K, 0.1, rng);
   std::vector<int64_t> ids(n);
@@ -149,7 +149,7 @@ void check_look_up(Machine& machine, Format format, Format type, int64_t R, int6
     id = rng.below(R);
     want.insert(want.end(), w.begin() + id * K, w.begin() + (id + 1) * K);
   }
-  machine.check(text("look up format=%d type=%d R=%ld K=%ld n=%ld", static_cast<int>(format), static_cast<int>(type), (long)R, (long)K, (long)n),
+  machine.check(text("look up %s type=%d R=%ld K=%ld n=%ld", name_of(format).c_str(), static_cast<int>(type), (long)R, (long)K, (long)n),
                 Numbers(type, n * K),
                 [&](Runner& runner, const Level& level, Numbers& out) {
                   runner.look_up(level, {packed.data(), R, K, format, nullptr, out.bytes.data(), type}, ids.data(), n);
@@ -157,19 +157,19 @@ void check_look_up(Machine& machine, Format format, Format type, int64_t R, int6
                 [&](const Numbers& out) { return relative_error(out, want); }, [](const Level&) { return 2e-7; });
 }
 
-constexpr Format kTypes[] = {Format::kFp32, Format::kFp16, Format::kBf16};
+constexpr Type kTypes[] = {Type::kFp32, Type::kFp16, Type::kBf16};
 
 }  // namespace
 
 void check_layers(Machine& machine, Rng& rng) {
-  for (Format type : kTypes) {
+  for (Type type : kTypes) {
     for (int f = 0; f < 5; ++f) {
-      const Format format = static_cast<Format>(f);
+      const MatrixFormat format = formats()[f].format;
       check_layers(machine, format, type, {70, 16, 4, 2, 5, 2, 9}, rng);
       check_look_up(machine, format, type, 50, 91, 7, rng);
       check_look_up(machine, format, type, 33, 1200, 60, rng);  // enough for the pool
     }
-    check_layers(machine, Format::kInt4, type, {128, 32, 4, 4, 70, 8, 400}, rng);  // cache and router, too
+    check_layers(machine, kInt4, type, {128, 32, 4, 4, 70, 8, 400}, rng);  // cache and router, too
     for (bool normalized : {false, true}) {
       check_router(machine, type, 5, 33, 2, normalized, rng);
       check_router(machine, type, 64, 700, 8, normalized, rng);

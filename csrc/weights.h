@@ -1,6 +1,7 @@
-// How a panel of each format is read: floats for float formats, pairs of 16-bit integers for quantized ones.
+// How a panel is read in the formats that have kernels of their own: floats for float formats, pairs of 16-bit integers
+// for int8 and int4. All other formats are read as coded.inl says.
 //
-// A quantized weight is (q - zero) * scale, with the scale (and zero) of its row and group of 64 columns.
+// An int8 or int4 weight is (q - zero) * scale, with the scale (and zero) of its row and group of 64 columns.
 #pragma once
 
 #include "experts.h"
@@ -31,7 +32,6 @@ inline void prefetch(const void* p) {
 
 // [K][16]
 struct Fp32 {
-  static constexpr moestro::Format kFormat = moestro::Format::kFp32;
   static constexpr int kStep = 1, kStepBytes = 64;  // columns at a time
   static constexpr bool kFromMemory = true;
   static void load(const uint8_t* at, V (&w)[1][VP]) {
@@ -45,7 +45,6 @@ struct Converted : Fp32 {
 };
 
 struct Fp16 {
-  static constexpr moestro::Format kFormat = moestro::Format::kFp16;
   static constexpr int kStep = 1, kStepBytes = 32;
   static constexpr bool kFromMemory = true;
   static void load(const uint8_t* at, V (&w)[1][VP]) {
@@ -55,7 +54,6 @@ struct Fp16 {
 
 // [K / 2][16][2]: a 32-bit lane holds an even and an odd column, each one operation away from a float.
 struct Bf16 {
-  static constexpr moestro::Format kFormat = moestro::Format::kBf16;
   static constexpr int kStep = 2, kStepBytes = 64;
   static constexpr bool kFromMemory = true;
   static void load(const uint8_t* at, V (&w)[2][VP]) {
@@ -69,7 +67,6 @@ struct Bf16 {
 
 // A group: fp16 scales [16], then int8 [32][16][2].
 struct Int8 {
-  static constexpr moestro::Format kFormat = moestro::Format::kInt8;
   static constexpr int kHeader = 32, kGroupBytes = 32 + 1024;
   static constexpr int kPairs = 2, kStepBytes = 64;  // pairs of columns at a time
   static constexpr bool kHasZero = false;
@@ -90,7 +87,6 @@ struct Int8 {
 // of a row; bits 4j..4j+3 of its lower and upper half are columns 2j and 2j + 1. Odd pairs stay where they are,
 // 16 times too large, which saves a shift each and comes off their sum.
 struct Int4 {
-  static constexpr moestro::Format kFormat = moestro::Format::kInt4;
   static constexpr int kHeader = 64, kGroupBytes = 64 + 512;
   static constexpr int kPairs = 4, kStepBytes = 64;
   static constexpr bool kHasZero = true;
@@ -154,7 +150,7 @@ struct IsQuantized<Int4> { static constexpr bool value = true; };
 // Columns [begin, begin + count) of a panel as float32 [count, 16]; begin is a multiple of 64. Asks for the columns
 // behind them, which are wanted when the products with these are done.
 template <class F>
-inline void convert(const uint8_t* panel, int64_t begin, int64_t count, float* to) {
+inline void convert(F, const uint8_t* panel, int64_t begin, int64_t count, float* to) {
   if constexpr (!IsQuantized<F>::value) {
     for (int64_t s = begin / F::kStep; s * F::kStep < begin + count; ++s) {
       V w[F::kStep][VP];

@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moestro.compute import cpu
-from moestro.compute.cpu import KERNEL_FORMATS, levels
+from moestro.compute.cpu import kernel_format, levels
 from moestro.compute.experts import ExpertWork
 from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 kernels: Any = cpu._kernels
+KERNEL_FORMATS: Any = {name: kernel_format(fmt) for name, fmt in MATRIX_FORMATS.items()}
 
 LEVELS = [name for name, usable in levels().items() if usable]
 GUARD, POISON = 256, 0xA5
@@ -86,7 +87,7 @@ class Row:
 
 
 ROWS: dict[str, Callable[[Memory], Row]] = {}
-NO_ARGUMENTS = {"Runner.threads", "Runner.busy_s", "best_level", "levels"}
+NO_ARGUMENTS = {"MatrixFormat.least_block", "Runner.threads", "Runner.busy_s", "best_level", "levels"}
 
 
 def row(name: str) -> Callable[[Callable[[Memory], Row]], Callable[[Memory], Row]]:
@@ -122,7 +123,7 @@ def norm(m: Memory, width: int = D) -> Any:
 def attention(m: Memory, *, width: int = D, head: int = HEAD, groups: int = GROUPS, dtype: str = "bf16") -> Any:
     k, v = (linear(m, groups * head, width) for _ in range(2))
     return kernels.Attention(
-        linear(m, HEADS * head, width), k, v, norm(m, head), None, head, KERNEL_FORMATS[dtype], 0.25
+        linear(m, HEADS * head, width), k, v, norm(m, head), None, head, getattr(kernels.Type, dtype), 0.25
     )
 
 
@@ -132,7 +133,7 @@ def first_half(m: Memory, *, width: int = D, dtype: str = "bf16") -> Any:
 
 
 def router(m: Memory, *, width: int = D, experts: int = EXPERTS, dtype: torch.dtype = torch.bfloat16) -> Any:
-    return kernels.Router(m.hold(torch.randn(experts, width).to(dtype)), TOP_K, True, KERNEL_FORMATS["fp32"])
+    return kernels.Router(m.hold(torch.randn(experts, width).to(dtype)), TOP_K, True, kernels.Type.fp32)
 
 
 def shape_values(**changes: Any) -> dict[str, Any]:
@@ -141,7 +142,8 @@ def shape_values(**changes: Any) -> dict[str, Any]:
         "neurons": NEURONS,
         "has_gate": True,
         "has_bias": True,
-        "format": KERNEL_FORMATS["int4"],
+        **dict.fromkeys(("gate", "up", "down"), KERNEL_FORMATS["int4"]),
+        "block": 64,
         "activation": kernels.Activation.silu,
         "alpha": 0.0,
         "limit": 0.0,
@@ -185,11 +187,31 @@ def wrong_caches(m: Memory) -> list[Tensor]:
     return [numbers(m, *size) for size in sizes] + [room.as_strided(size, stride) for stride in strides]
 
 
+@row("MatrixFormat")
+def _(m: Memory) -> Row:
+    code, scale, zero = kernels.Code, kernels.Scale, kernels.Zero
+    values = {"code": code.U4, "group": 32, "scale": scale.FP16, "zero": zero.CONSTANT, "constant": 8}
+    wrong = {
+        "code": [code.FP32, code.S8, code.E2M1, code.E4M3, 13, None],
+        "group": [-1, 1, 8, 17, 48, 256, 2**40],
+        "scale": [scale.NONE, scale.BLOCK, scale.K4, scale.K2, scale.K6, scale.K3, 12, None],
+        "zero": [zero.NONE, zero.MIN, zero.INT, 6, None],  # with a constant
+        "constant": [-1, 256, 2**40],
+    }
+    return Row(kernels.MatrixFormat, values, wrong)
+
+
+@row("MatrixFormat.panel_bytes")
+def _(m: Memory) -> Row:
+    return Row(kernel_format(MATRIX_FORMATS["int4"]).panel_bytes, {"columns": D}, {"columns": [0, -1, 2**40, None]})
+
+
 @row("Shape")
 def _(m: Memory) -> Row:
     sizes = [0, -1, 2**40]
     clamped = kernels.Activation.clamped_swiglu
-    wrong = {"hidden": sizes, "neurons": sizes, "format": [None, 7, -1], "activation": [None, 5, -1]}
+    wrong = {"hidden": sizes, "neurons": sizes, "activation": [None, 5, -1]}
+    wrong |= {name: [None, 7, kernels.Type.fp32] for name in ("gate", "up", "down")} | {"block": [0, -64, 32, 65, 512]}
     free = frozenset({"has_bias", "alpha", "limit", "offset", "has_gate"})
     with pytest.raises(ValueError, match="needs a gate"):
         kernels.Shape(**shape_values(has_gate=False, activation=clamped))
@@ -223,7 +245,7 @@ def _(m: Memory) -> Row:
 def _(m: Memory) -> Row:
     names = ("q", "k", "v", "q_norm", "k_norm", "head", "type", "scaling")
     q, k, v = linear(m, HEADS * HEAD), linear(m, GROUPS * HEAD), linear(m, GROUPS * HEAD)
-    values = (q, k, v, norm(m, HEAD), norm(m, GROUPS * HEAD), HEAD, KERNEL_FORMATS["bf16"], 0.25)
+    values = (q, k, v, norm(m, HEAD), norm(m, GROUPS * HEAD), HEAD, kernels.Type.bf16, 0.25)
     other = [linear(m, GROUPS * HEAD, D + 1), linear(m, GROUPS * HEAD + 1), linear(m, 3 * HEAD), None]
     wrong = {
         "q": [linear(m, HEADS * HEAD, D - 1), linear(m, 3 * HEAD), linear(m, 70), None],
@@ -232,7 +254,7 @@ def _(m: Memory) -> Row:
         "q_norm": [norm(m, HEAD + 1), norm(m, 2 * HEADS * HEAD)],
         "k_norm": [norm(m, HEAD + 1), norm(m, HEADS * HEAD)],
         "head": [0, -16, 8, 12, 64, 2**40],
-        "type": [KERNEL_FORMATS["int8"], KERNEL_FORMATS["int4"], 7, None],
+        "type": [KERNEL_FORMATS["bf16"], kernels.Code.S8, 7, None],
     }
     return Row(kernels.Attention, dict(zip(names, values, strict=True)), wrong, frozenset({"scaling"}))
 
@@ -292,12 +314,12 @@ def _(m: Memory) -> Row:
         "weight": numbers(m, EXPERTS, D),
         "top_k": TOP_K,
         "normalized": True,
-        "score_type": KERNEL_FORMATS["fp32"],
+        "score_type": kernels.Type.fp32,
     }
     wrong = {
         "weight": [numbers(m, EXPERTS * D), numbers(m, 1, D), numbers(m, 0, D), numbers(m, EXPERTS, 0)],
         "top_k": [0, -1, EXPERTS + 1, 2**40],
-        "score_type": [KERNEL_FORMATS["int8"], KERNEL_FORMATS["int4"], 7],
+        "score_type": [KERNEL_FORMATS["fp32"], kernels.Code.FP32, 7],
     }
     weight = frozenset({"weight"})
     return Row(kernels.Router, values, wrong, frozenset({"normalized"}), weight, weight)
@@ -315,7 +337,7 @@ def _(m: Memory) -> Row:
     experts = tuple(expert(m) for _ in range(EXPERTS))
     shape = kernels.Shape(**shape_values())
     others = [shape_values(hidden=D + 1), shape_values(neurons=NEURONS + 64), shape_values(has_bias=False)]
-    others += [shape_values(has_gate=False), shape_values(format=KERNEL_FORMATS["int8"])]
+    others += [shape_values(has_gate=False), shape_values(up=KERNEL_FORMATS["int8"])]
     routers = [router(m, width=D - 1), router(m, experts=EXPERTS + 1), router(m, experts=EXPERTS - 1)]
     wrong = {
         "first": [first_half(m, width=D + 1), first_half(m, dtype="fp32"), first_half(m, dtype="fp16"), None],
@@ -559,13 +581,13 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     part = range(shape.neurons if data.draw(st.booleans()) else min(64, shape.neurons))
     index = m.hold(torch.randint(0, tokens, (data.draw(st.integers(0, 40)),)))
     values = {"hidden": width, "neurons": shape.neurons, "has_gate": shape.has_gate, "has_bias": shape.has_bias}
-    kernel = kernels.Shape(**shape_values(**values, format=KERNEL_FORMATS[name]))
+    kernel = kernels.Shape(**shape_values(**values, **dict.fromkeys(("gate", "up", "down"), KERNEL_FORMATS[name])))
     work = ExpertWork(packed, part, index, m.hold(torch.rand(len(index))))
     run.run(level, kernel, x, [work], m.hold(torch.zeros(tokens, width)))
     experts = data.draw(st.integers(1, 70))
     weight, top_k = numbers(m, experts, width, dtype=dtype), data.draw(st.integers(1, experts))
     chosen = m.hold(torch.zeros(top_k, dtype=torch.int64))
-    route = kernels.Router(weight, top_k, False, KERNEL_FORMATS["fp32"])
+    route = kernels.Router(weight, top_k, False, kernels.Type.fp32)
     route.run(run, level, x[:1], numbers(m, experts, dtype=dtype), m.hold(torch.zeros(top_k)), chosen)
     assert bool(((chosen >= 0) & (chosen < experts)).all())
     assert memory_of_attention(m, run, level, data, width, dtype)
@@ -578,7 +600,9 @@ def memory_of_attention(m: Memory, run: Any, level: str, data: st.DataObject, wi
     length, more = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 3))
     heads, turned = groups * shared, 2 * data.draw(st.integers(1, head // 2))
     q, k, v = (linear(m, size * head, width) for size in (heads, groups, groups))
-    parts = kernels.Attention(q, k, v, norm(m, head), norm(m, groups * head), head, KERNEL_FORMATS[TYPES[dtype]], 0.1)
+    parts = kernels.Attention(
+        q, k, v, norm(m, head), norm(m, groups * head), head, getattr(kernels.Type, TYPES[dtype]), 0.1
+    )
     first = kernels.FirstHalf(parts, linear(m, width, heads * head), norm(m, width), norm(m, width))
     room = numbers(m, 2, 1, groups, length + more, head, dtype=dtype)
     before, cosine, sine = room.clone(), *(numbers(m, turned, dtype=dtype) for _ in range(2))

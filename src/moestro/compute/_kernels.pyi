@@ -11,12 +11,53 @@ from torch import Tensor
 
 from .experts import ExpertWork
 
-class Format(Enum):
+class Type(Enum):  # of activations
     fp32 = 0
     fp16 = 1
     bf16 = 2
-    int8 = 3
-    int4 = 4
+
+class Code(Enum):
+    FP32 = 0
+    FP16 = 1
+    BF16 = 2
+    S8 = 3
+    U2 = 4
+    U3 = 5
+    U4 = 6
+    U5 = 7
+    U6 = 8
+    U8 = 9
+    E2M1 = 10
+    IQ4NL = 11
+    E4M3 = 12
+
+class Scale(Enum):
+    NONE = 0
+    FP16 = 1
+    BF16 = 2
+    FP32 = 3
+    E8M0 = 4
+    E4M3 = 5
+    BLOCK = 6
+    K4 = 7
+    K2 = 8
+    K6 = 9
+    K3 = 10
+    IQ4XS = 11
+
+class Zero(Enum):
+    NONE = 0
+    CONSTANT = 1
+    FP16 = 2
+    INT = 3
+    ADD = 4
+    MIN = 5
+
+class MatrixFormat:
+    def __init__(self, *, code: Code, group: int, scale: Scale, zero: Zero, constant: int) -> None: ...
+    def panel_bytes(self, columns: int) -> int: ...
+    @property
+    def least_block(self) -> int: ...
 
 class Activation(Enum):
     silu = 0
@@ -33,7 +74,10 @@ class Shape:
         neurons: int,
         has_gate: bool,
         has_bias: bool,
-        format: Format,
+        gate: MatrixFormat,
+        up: MatrixFormat,
+        down: MatrixFormat,
+        block: int,
         activation: Activation,
         alpha: float,
         limit: float,
@@ -41,7 +85,7 @@ class Shape:
     ) -> None: ...
 
 class Linear:
-    def __init__(self, packed: Tensor, format: Format, rows: int, columns: int, bias: Tensor | None) -> None: ...
+    def __init__(self, packed: Tensor, format: MatrixFormat, rows: int, columns: int, bias: Tensor | None) -> None: ...
 
 class Norm:
     def __init__(self, weight: Tensor, offset: float, epsilon: float) -> None: ...
@@ -55,7 +99,7 @@ class Attention:
         q_norm: Norm | None,
         k_norm: Norm | None,
         head: int,
-        type: Format,
+        type: Type,
         scaling: float,
     ) -> None: ...
     def project(
@@ -79,7 +123,7 @@ class FirstHalf:
     ) -> None: ...
 
 class Router:
-    def __init__(self, weight: Tensor, top_k: int, normalized: bool, score_type: Format) -> None: ...
+    def __init__(self, weight: Tensor, top_k: int, normalized: bool, score_type: Type) -> None: ...
     def run(self, runner: Runner, level: str, x: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor) -> None: ...
 
 class DecoderLayer:
@@ -111,9 +155,6 @@ class Runner:
     def touch(self, memory: Tensor) -> None: ...
     def read_seconds(self, level: str, memory: Tensor, prefetch: int) -> float: ...
     def fma_flops(self, level: str, rounds: int) -> float: ...
-
-block: int  # neurons of a block that they compute
-group: int  # columns that share a scale
 
 def best_level() -> str: ...
 def levels() -> list[tuple[str, bool]]: ...

@@ -31,9 +31,8 @@ try:
 except ImportError:  # a pure wheel: no compiler was there when it was built
     _kernels = None  # type: ignore[assignment]
 
-KERNEL_FORMATS = {} if _kernels is None else dict(_kernels.Format.__members__)
-
 KernelShape: TypeAlias = "_kernels.Shape"  # a layer's experts, as the kernels take them
+_BLOCKS = (64, 128, 256)  # neurons
 _ROWS_AT_ONCE = 256  # of a lookup in plain torch: each takes its panel of 16 along
 
 
@@ -68,8 +67,8 @@ class CpuExperts:
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        matrices = {*math.format.matrices.values()}
-        if len(matrices) > 1 or kernel_format(matrices.pop()) is None or math.format.block != _kernels.block:
+        formats = [kernel_format(fmt) for fmt in math.format.matrices.values()]
+        if None in formats or math.format.block % math.format.matrices["down"].block or math.format.block not in _BLOCKS:
             return None
         return recognize(math.activation, math.shape.has_gate)
 
@@ -93,14 +92,13 @@ class _Known:
 
 def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
     name, alpha, limit, offset = kernel
-    fmt = kernel_format(math.format.matrices["down"])
-    assert fmt is not None
     return _kernels.Shape(
         hidden=math.shape.hidden,
         neurons=math.shape.neurons,
         has_gate=math.shape.has_gate,
         has_bias=math.shape.has_bias,
-        format=fmt,
+        **{part: kernel_format(fmt) for part, fmt in math.format.matrices.items()},
+        block=math.format.block,
         activation=getattr(_kernels.Activation, name),
         alpha=alpha,
         limit=limit,
@@ -263,14 +261,23 @@ def _readable(x: Tensor) -> Tensor:
     return (x if x.dtype in FLOAT_FORMATS else x.float()).contiguous()
 
 
-def kernel_format(fmt: MatrixFormat) -> _kernels.Format | None:
-    """A format as the kernels call it; None for one that they lack, or have with groups of another size."""
-    found = KERNEL_FORMATS.get(fmt.name)
-    return None if found is None or fmt.group != _kernels.group else found
+@functools.cache
+def kernel_format(fmt: MatrixFormat) -> _kernels.MatrixFormat | None:
+    """A format as the kernels take it; None without kernels."""
+    if _kernels is None:
+        return None
+    return _kernels.MatrixFormat(
+        code=_kernels.Code[fmt.code.name],
+        group=fmt.group,
+        scale=_kernels.Scale[fmt.scale.name],
+        zero=_kernels.Zero[fmt.zero.name],
+        constant=fmt.constant,
+    )
 
 
-def type_of(dtype: torch.dtype) -> _kernels.Format:
+def type_of(dtype: torch.dtype) -> _kernels.Type:
     """What the kernels call float32, float16 or bfloat16; ValueError for others."""
     if dtype not in FLOAT_FORMATS:
         raise ValueError(f"the kernels do not compute in {dtype}")
-    return KERNEL_FORMATS[FLOAT_FORMATS[dtype]]
+    found: _kernels.Type = getattr(_kernels.Type, FLOAT_FORMATS[dtype])
+    return found
