@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moestro.compute.cpu import kernel_format, levels
 from moestro.errors import CheckpointError
 from moestro.memory.formats import Coded, ExpertFormat, ExpertShape, MatrixFormat, format_named, format_names, uniform
 from moestro.memory.formats.codes import values
@@ -281,3 +282,13 @@ def test_the_last_block_of_an_expert_is_filled_up_with_neurons_that_add_nothing(
         used = fmt.blocks(shape) * fmt.block_bytes(shape) + 4 * shape.hidden
         found.append(packed[:used])
     assert torch.equal(*found)
+
+
+@pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+@pytest.mark.parametrize("fmt", [*map(format_named, format_names()), *UNIFORM], ids=lambda fmt: fmt.name)
+def test_kernels_count_the_same_bytes(fmt: MatrixFormat) -> None:
+    kernel = kernel_format(fmt)
+    assert kernel is not None
+    for columns in (1, 2, 63, 64, 65, 128, 129, 255, 256, 257, 640, 2880, 4097):
+        assert kernel.panel_bytes(columns) == fmt.panel_bytes(columns), columns
+    assert kernel.least_block == fmt.block
