@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,3 +293,23 @@ def test_kernels_count_the_same_bytes(fmt: MatrixFormat) -> None:
     for columns in (1, 2, 63, 64, 65, 128, 129, 255, 256, 257, 640, 2880, 4097):
         assert kernel.panel_bytes(columns) == fmt.panel_bytes(columns), columns
     assert kernel.least_block == fmt.block
+
+
+def test_the_documents_table_is_what_the_formats_are() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
+    table = {row[0]: row for row in rows if len(row) == 7 and row[0] not in ("format", "---")}
+    assert set(format_names()) <= set(table)
+    for name, (_, code, group, scale, zero, bits, _) in table.items():
+        fmt = format_named(name)
+        constant = f" {fmt.constant}" if fmt.zero is Zero.CONSTANT else ""
+        assert [code, scale, zero] == [fmt.code.name, fmt.scale.name, f"{fmt.zero.name}{constant}"], name
+        assert group == ("" if fmt.is_float else "row" if fmt.group == ROW else str(fmt.group)), name
+        assert float(bits) == pytest.approx(fmt.bits_per_weight, abs=0.0051), name
+
+
+@pytest.mark.parametrize("name", FILE_BITS)
+def test_packed_experts_are_as_small_as_in_the_file(name: str) -> None:
+    shape = ExpertShape(hidden=2048, neurons=768)
+    n_bytes = ExpertFormat(format_named(name)).expert_bytes(shape)
+    assert n_bytes <= 1.02 * 3 * shape.hidden * shape.neurons * FILE_BITS[name] / 8
