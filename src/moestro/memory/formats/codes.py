@@ -223,7 +223,7 @@ def _scales(fmt: Descriptor, coded: Coded, dtype: torch.dtype) -> Tensor:
     """[R, G] of each group."""
     scales = coded.scales
     if fmt.scale is Scale.E8M0:
-        return torch.ldexp(torch.ones((), dtype=dtype, device=scales.device), scales.int() - 127)
+        return torch.ldexp(torch.ones_like(scales, dtype=dtype), scales.int() - 127)
     if fmt.scale is Scale.E4M3:
         assert coded.tensor is not None
         return scales.view(torch.float8_e4m3fn).to(dtype) * coded.tensor.to(dtype)

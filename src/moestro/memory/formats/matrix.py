@@ -83,7 +83,6 @@ _NAMED = {
 _SCALES = {"fp16": Scale.FP16, "bf16": Scale.BF16, "fp32": Scale.FP32}
 
 
-@functools.cache
 def uniform(bits: int, group: int, scale: str = "fp16", zeros: bool = False) -> MatrixFormat:
     """Whole numbers with a scale for each group, as AWQ, GPTQ and compressed-tensors have them.
 
@@ -94,6 +93,11 @@ def uniform(bits: int, group: int, scale: str = "fp16", zeros: bool = False) -> 
     Returns:
         One object for equal arguments, named like `int4g128`, `int4g32bf16z` or `int8row`.
     """
+    return _uniform(bits, group, scale, zeros)
+
+
+@functools.cache
+def _uniform(bits: int, group: int, scale: str, zeros: bool) -> MatrixFormat:
     name = f"int{bits}{f'g{group}' if group else 'row'}{'' if scale == 'fp16' else scale}{'z' if zeros else ''}"
     if bits == 8 and not zeros:
         return MatrixFormat(name, Code.S8, group, _SCALES[scale])
