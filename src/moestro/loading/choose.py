@@ -112,7 +112,7 @@ def _fitting(found: Iterable[tuple[str, int]], quant: str) -> list[tuple[str, in
     """The files that `quant` may mean: those that it names best."""
     wanted = quant.lower()
     named = gguf_parts(wanted)[0] if wanted.endswith(".gguf") else wanted
-    part_of_name = re.compile(rf"(^|[-._/ ]){re.escape(wanted)}([-._/ ]|$)")
+    part_of_name = re.compile(rf"(^|[-._/ ]){re.escape(wanted)}([-./ ]|$)")
     ways: tuple[Callable[[str], bool], ...] = (
         lambda stem: named in (stem, stem.rsplit("/", 1)[-1]),
         lambda stem: _label(stem).lower() == wanted,

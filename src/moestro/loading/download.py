@@ -29,7 +29,6 @@ from .hub import Wanted, explain, is_cut
 _AT_ONCE = 4  # files
 _TRIES = 5  # without a byte that is new
 _WAIT_S = 0.5  # before the second try; twice as long before each further one
-_CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # less is fetched without a word
 
 Advance = Callable[[int], None]  # bytes that came, or, negative, that are asked for again
@@ -175,7 +174,7 @@ def _append(wanted: Wanted, name: str, file: BinaryIO, advance: Advance, stop: E
             file.truncate(0)
             advance(-have)
             have = 0
-        for chunk in answer.iter_bytes(_CHUNK_BYTES):
+        for chunk in answer.iter_bytes():
             if stop.is_set():
                 return
             have += len(chunk)
@@ -205,7 +204,7 @@ def _check_answer(answer: Any, name: str, have: int, size: int) -> None:
 def _explain(error: Exception, wanted: Wanted) -> MoestroError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RequestError(
-            f"the disk of {wanted.cache.parent} is full; what came of {wanted.model} is kept: free some space, then run "
-            "again"
+            f"the disk of {wanted.cache.parent} is full; what came of {wanted.model} is kept: free some space, then "
+            "run again"
         )
     return explain(error, wanted.repo, wanted.revision)

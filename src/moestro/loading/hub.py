@@ -260,7 +260,7 @@ def _read_remote(wanted: Wanted, name: str, start: int, stop: int) -> bytes:
             with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
                 hf_raise_for_status(answer)
                 skip = start if answer.status_code == 200 else 0  # the whole file, from a server without ranges
-                for chunk in answer.iter_bytes(1 << 16):
+                for chunk in answer.iter_bytes():
                     parts += chunk
                     if len(parts) >= skip + stop - start:
                         break
