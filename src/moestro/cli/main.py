@@ -198,14 +198,21 @@ def replay_command(
 
 @app.command("inspect", epilog="Example: moestro inspect demo")
 @takes_options(only=("revision",))
-def inspect_command(source: ModelOptions, model: Model, as_json: Json = False) -> None:
+def inspect_command(
+    source: ModelOptions,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a GGUF file, a hub id, ORG/REPO:Q4_K_M, or demo.", show_default=False
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
     """Say what a model is, here or on the hub, without loading or fetching its weights."""
     from ..loading.contents import inspect_model
     from .inspect import print_contents
 
-    if not model:
-        raise RequestError("name a model: a folder, a GGUF file, a hub id, or demo")
-    contents = inspect_model(model, source.revision)
+    contents = inspect_model(checkpoint, source.revision)
     if as_json:
         print(json.dumps(contents.to_json()))
     else:

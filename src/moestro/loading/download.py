@@ -1,6 +1,6 @@
 """Fetches the files that a model needs from the hub into the hub's own cache, and goes on where it stopped.
 
-    folder = fetch(find_files("org/repo"))
+    folder = resolve("org/repo")     # or fetch(find_files("org/repo"))
 
 huggingface_hub begins a file anew in each process. Here what came of a file stays beside the cache's contents, as
 `blobs/CONTENT.part`, and the next run asks for the rest.
@@ -22,9 +22,9 @@ from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, build_hf_headers, hf_raise_for_status
 
-from ..errors import CheckpointError, MoestroError, RequestError, first_line
+from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.budget import format_bytes
-from .hub import Wanted, explain, is_cut
+from .hub import Wanted, explain, find_files, is_cut, local_path
 
 _AT_ONCE = 4  # files
 _TRIES = 5  # without a byte that is new
@@ -32,6 +32,26 @@ _WAIT_S = 0.5  # before the second try; twice as long before each further one
 _SMALL_BYTES = 16 << 20  # less is fetched without a word
 
 Advance = Callable[[int], None]  # bytes that came, or, negative, that are asked for again
+
+
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> str:
+    """The folder that a model's name stands for; what the hub has of it is fetched.
+
+    Args:
+        weights: False to fetch config and tokenizer alone.
+
+    Raises:
+        MoestroError: no such model, or it cannot be fetched; one line.
+    """
+    path = local_path(model)
+    if path.is_dir():  # its files are checked by the reader of its kind
+        return str(path)
+    wanted = find_files(model, revision, weights=weights)
+    if wanted.is_gguf:
+        raise ModelError(
+            f"{model} is a GGUF file, whose weights Moestro cannot read yet; moestro inspect says what is in it"
+        )
+    return str(fetch(wanted))
 
 
 def fetch(wanted: Wanted) -> Path:

@@ -176,9 +176,9 @@ class _Reader:
 
 def _parse_gguf(data: bytes, size: int) -> Header:
     reader = _Reader(data)
+    reader.skip(4)
     if data[:4] != b"GGUF":
         raise ValueError(f"it begins with {data[:4]!r} instead of b'GGUF'")
-    reader.skip(4)
     version = reader.number("I")
     if version not in (2, 3):
         raise ValueError(f"GGUF version {version}; there are 2 and 3, little-endian")

@@ -2,7 +2,6 @@
 
     wanted = find_files("hf.co/org/repo:Q4_K_M")      # names and sizes; one request, no weight
     wanted.read("model-Q4_K_M.gguf", 0, 4096)         # some of its bytes, here or by a ranged request
-    path = resolve("org/repo")                        # fetched: the folder
 
 Knows names, sizes and the hub's answers, not what is in the files. Imports no torch.
 """
@@ -106,7 +105,7 @@ def find_files(model: str, revision: str | None = None, *, weights: bool = True)
     Raises:
         ModelError, CheckpointError: no such model, or not all of it; one line.
     """
-    path = Path(str(files("moestro") / "demo") if model == DEMO else model).expanduser()
+    path = local_path(model)
     if path.is_dir():
         return _choose(Wanted(model, path, _sizes(path), ()), None, weights)
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -124,26 +123,9 @@ def find_files(model: str, revision: str | None = None, *, weights: bool = True)
     return _choose(_listing(repo, revision or "main"), quant, weights)
 
 
-def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> str:
-    """The folder, or first GGUF file, that a model's name stands for; what the hub has of it is fetched.
-
-    Args:
-        weights: False to fetch config and tokenizer alone.
-
-    Raises:
-        MoestroError: no such model, or it cannot be fetched; one line.
-    """
-    path = Path(str(files("moestro") / "demo") if model == DEMO else model).expanduser()
-    if path.is_dir():  # its files are checked by the reader of its kind
-        return str(path)
-    from .download import fetch
-
-    wanted = find_files(model, revision, weights=weights)
-    if wanted.is_gguf:
-        raise ModelError(
-            f"{model} is a GGUF file, whose weights Moestro cannot read yet; moestro inspect says what is in it"
-        )
-    return str(fetch(wanted))
+def local_path(model: str) -> Path:
+    """The path that a model's name is where it is no hub id; nothing may be there."""
+    return Path(str(files("moestro") / "demo") if model == DEMO else model).expanduser()
 
 
 def explain(error: Exception, repo: str, revision: str = "main") -> MoestroError:

@@ -36,7 +36,7 @@ from ..errors import CheckpointError, ModelError, MoestroError, RequestError, fi
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
 from .checkpoint import check_files, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
-from .hub import resolve
+from .download import resolve
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 
