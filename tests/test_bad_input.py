@@ -134,7 +134,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown family": (lambda f: _edit_config(f, model_type="nosuchmodel"), "nosuchmodel"),
     "quantized already": (
         lambda f: _edit_config(f, quantization_config={"quant_method": "fp8"}),
-        "is already quantized \\(fp8\\), which Moestro cannot read yet",
+        "says that it is quantized \\(fp8\\), but none of its tensors is",
     ),
     "tokenizer absent": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
 }

@@ -82,7 +82,7 @@ def run(
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
     text = read_prompt(prompt)
-    loaded, tokenizer = _load(model, source, engine)
+    loaded, tokenizer = _load(model, source, engine, quiet=as_json)
     encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
     if not as_json:
         print(text, end="", flush=True)
@@ -154,7 +154,7 @@ def trace_command(
     from .replay import print_summary
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer = _load(model, source, engine)
+    loaded, tokenizer = _load(model, source, engine, quiet=as_json)
     name = model or source.shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
@@ -189,6 +189,29 @@ def replay_command(
         print_replay(found)
 
 
+@app.command("inspect", epilog="Example: moestro inspect demo")
+@takes_options(only=("revision",))
+def inspect_command(
+    source: ModelOptions,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a GGUF file, a hub id, ORG/REPO:Q4_K_M, or demo.", show_default=False
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a model is, here or on the hub, without loading or fetching its weights."""
+    from ..loading.contents import inspect_model
+    from .inspect import print_contents
+
+    contents = inspect_model(checkpoint, source.revision)
+    if as_json:
+        print(json.dumps(contents.to_json()))
+    else:
+        print_contents(contents)
+
+
 @app.command(epilog="Example: moestro doctor")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")] = False,
@@ -206,9 +229,19 @@ def doctor(
 
 
 def _load(
-    model: str | None, source: ModelOptions, options: Options, check: Callable[[Any], None] = lambda tokenizer: None
+    model: str | None,
+    source: ModelOptions,
+    options: Options,
+    check: Callable[[Any], None] = lambda tokenizer: None,
+    *,
+    quiet: bool = False,
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer, on which `check` is called before the model loads."""
+    """The model and its tokenizer, on which `check` is called before the model loads.
+
+    quiet: show nothing of a download.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
 
@@ -216,7 +249,11 @@ def _load(
         options = replace(options, threads=len(core_cpus()))
     if not model and source.shape is None:
         raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
-    tokenizer = load_tokenizer(model, shape=source.shape, trust_remote_code=source.trust_remote_code)
+    if quiet:
+        disable_progress_bars()
+    tokenizer = load_tokenizer(
+        model, shape=source.shape, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
     check(tokenizer)
     loaded = load(model, **source.to_dict(), **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:

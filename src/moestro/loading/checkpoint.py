@@ -1,5 +1,6 @@
-"""Read a checkpoint's folder or hub repository before a model is built: its config, its files, its tensors' names.
+"""Read a checkpoint's folder before a model is built: its config, its files, its tensors' names.
 
+    >>> from moestro.loading.download import resolve
     >>> read_config("demo", resolve("demo")).model_type
     'mixtral'
 
@@ -13,7 +14,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import cached_file
 
 from ..errors import CheckpointError, ModelError, first_line
 from ..planning.options import METHOD
 
 logger = logging.getLogger("moestro")
-
-DEMO = "demo"
-
-
-def resolve(model: str) -> str:
-    """The folder or hub id that a model's name stands for.
-
-    Raises:
-        ModelError: there is no such folder, and it is no hub id.
-    """
-    if model == DEMO:
-        return str(files("moestro") / "demo")
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return str(path)
-    if path.exists():
-        raise ModelError(f"{model} is a file; name the folder with its config.json, or a .gguf file")
-    looks_like_path = model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ModelError(f"no folder {model}; name a checkpoint's folder, a hub id like org/name, or demo")
-    return model
 
 
 def is_stored(source: str) -> bool:
@@ -80,10 +58,6 @@ def read_config(model: str, source: str, trust_remote_code: bool = False, *, qua
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config.json may hold anything
         refuse_code(model, error)
-        if not Path(source).is_dir():
-            raise ModelError(
-                f"no model {model}: no folder of that name here, and the hub gave none ({first_line(error)})"
-            ) from error
         if not (Path(source) / "config.json").exists():
             raise ModelError(f"{model} has no config.json; name the folder of a Hugging Face checkpoint") from error
         raise ModelError(f"{model}: Transformers cannot use its config.json: {first_line(error)}") from error
@@ -161,11 +135,8 @@ def check_files(folder: Path) -> None:
 
 
 def tensor_names(source: str) -> list[str]:
-    """The names of all tensors in the files of a folder, or of a hub repository that was downloaded before."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
-    return [name for path in weight_files(folder) for name in load_state_dict(str(path), map_location="meta")]
+    """The names of all tensors in the files of a folder."""
+    return [name for path in weight_files(Path(source)) for name in load_state_dict(str(path), map_location="meta")]
 
 
 def wrong_prefix(found: Iterable[str], wanted: Iterable[str]) -> tuple[str, str] | None:

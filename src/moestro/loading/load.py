@@ -28,8 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
-from .checkpoint import check_files, is_stored, read_config, refuse_code, resolve, tensor_names, wrong_prefix
+from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
+from .download import resolve
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source
@@ -70,16 +71,21 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
     if source.shape is not None:
         return build_random_model(source.shape, config, dtype=dtype, seed=source.seed)
     assert model is not None
-    return _load_checkpoint(model, config, dtype, source.trust_remote_code)
+    return _load_checkpoint(model, config, dtype, source)
 
 
 def load_tokenizer(
-    model: str | None = None, *, shape: str | None = None, trust_remote_code: bool = False
+    model: str | None = None,
+    *,
+    shape: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or one that writes ids as text for a random shape.
 
     Args:
         model: a folder, a hub id, or "demo". shape: the name of a random shape, instead of a model.
+        revision: of a hub id, the branch, tag or commit.
         trust_remote_code: run code that the checkpoint brings for it. Without it, no such code is run.
 
     Raises:
@@ -88,7 +94,7 @@ def load_tokenizer(
     if shape is not None:
         return shape_tokenizer(shape)
     assert model is not None
-    source = resolve(model)
+    source = resolve(model, revision, weights=False)
     if is_stored(source):
         return open_source(source, trust_remote_code=trust_remote_code).tokenizer()
     read_config(model, source, trust_remote_code)  # first, since it says in one line that there is no such model
@@ -102,16 +108,18 @@ def load_tokenizer(
         ) from error
 
 
-def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, trust_remote_code: bool) -> Any:
-    source = resolve(model)
+def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, options: ModelOptions) -> Any:
+    trust_remote_code = options.trust_remote_code
+    source = resolve(model, options.revision, weights=False)
     if is_stored(source):
+        source = resolve(model, options.revision)
         stored = open_source(source, trust_remote_code=trust_remote_code)
         auto = _auto_class(stored.config())
         return load_stored(source, stored, auto, quantization_config, dtype, trust_remote_code)
     config = read_config(model, source, trust_remote_code)
     auto = _auto_class(config)
-    if Path(source).is_dir():
-        check_files(Path(source))
+    source = resolve(model, options.revision)
+    check_files(Path(source))
     with _loading_report() as report:
         try:
             loaded, info = auto.from_pretrained(

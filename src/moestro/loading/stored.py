@@ -60,7 +60,12 @@ def load_stored(
     device = make_device(config.device, config.link_gbps)
     formats = [_format_of_layer(weights, module, len_of(layer)) for module, layer in expert_modules(model).items()]
     conductor = attach(model, config, device, formats)
-    _fill_dense(model, weights, device.torch_device)
+    is_quantized = _fill_dense(model, weights, device.torch_device)
+    if source.method and not is_quantized and not any(m.is_quantized for f in formats for m in f.matrices.values()):
+        raise CheckpointError(
+            f"the config.json of {name} says that it is quantized ({source.method}), but none of its tensors is; "
+            "take quantization_config out of it"
+        )
     _fill_experts(model, conductor, weights)
     for layer in expert_modules(model).values():
         for part in layer._moestro.layout.parameters:
@@ -118,9 +123,11 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
                 target.copy_(packed)
 
 
-def _fill_dense(model: Any, weights: Weights, device: torch.device) -> None:
-    """Give the model's parameters their values, and its buffers memory to be initialized in."""
+def _fill_dense(model: Any, weights: Weights, device: torch.device) -> bool:
+    """Give the model's parameters their values, and its buffers memory; returns whether any value was quantized."""
+    is_quantized = False
     for name, value in weights.dense():
+        is_quantized |= isinstance(value, Part) and not isinstance(value.raw, Tensor)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
@@ -140,6 +147,7 @@ def _fill_dense(model: Any, weights: Weights, device: torch.device) -> None:
             is_left = parameter is not None and parameter.is_meta and id(module) not in experts
             if is_left and f"{name}.{leaf}".lstrip(".") not in tied:
                 raise CheckpointError(f"the checkpoint has no {name}.{leaf}; it is incomplete: download it again")
+    return is_quantized
 
 
 def _plain(value: Tensor | Part) -> Tensor:

@@ -342,6 +342,7 @@ class ModelOptions(Checked):
         unset="none",
         check=one_of("shape", SHAPES),
     )
+    revision: str | None = option(None, "Of a hub id: the branch, tag or commit.", metavar="NAME", unset="main")
     trust_remote_code: bool = option(False, "Run code that the checkpoint brings; without it, none is run.")
     dtype: str = option(
         "auto",

@@ -66,6 +66,10 @@ class Weights(Protocol):
 class Source(Protocol):
     """A checkpoint of one kind."""
 
+    @property
+    def method(self) -> str | None:
+        """How its config.json says that it is quantized; None where there is no such file or it says nothing."""
+
     def config(self) -> Any:
         """The Transformers config, without what it says of quantization.
 

@@ -60,6 +60,8 @@ class GgufSource:
         config, tokenizer: a folder or hub id to take the config or the tokenizer from instead.
     """
 
+    method: str | None = None
+
     def __init__(self, files: Sequence[Path], *, config: str | None = None, tokenizer: str | None = None) -> None:
         self._config_from, self._tokenizer_from = config, tokenizer
         self._first = split_files(files)[0]

@@ -53,6 +53,10 @@ class SafetensorsSource:
             self._config = read_config(config, config, trust_remote_code, quantized=True)
             Quantization.taken_off(config, self._config)
 
+    @property
+    def method(self) -> str | None:
+        return self.quantization.method or None
+
     def config(self) -> Any:
         return self._config
 

@@ -1,0 +1,197 @@
+"""What a checkpoint is, by its config and headers alone: architecture, and format, bits and bytes of each part.
+
+Reads no weight; on the hub some hundred KB by ranged requests. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import CheckpointError, first_line
+from .choose import has_tokenizer
+from .headers import TensorHeader, read_header
+from .hub import Wanted, find_files
+
+_AT_ONCE = 8  # headers
+_PARTS = (  # the first that a tensor's name fits
+    ("shared experts", r"shared_?expert|shared_mlp|share_expert|_shexp"),
+    ("router and norms", r"norm|router|gate_inp|mlp\.gate\.|moe\.gate\.|ffn\.gate\.|exp_probs|score_correction"),
+    ("experts", r"experts?\b|_exps\b|ffn_(gate|up|down)\.\d+\.|moe\.(in|out)put_linear"),
+    ("embeddings", r"embed_tokens|embed_in|embeddings|token_embd|\bwte\b|\bembed\."),
+    ("head", r"lm_head|embed_out|^(model\.)?(output|head)\.weight"),
+    ("attention", r"attn|attention|mamba|ssm|mixer"),
+    ("dense layers", r"mlp|ffn|feed_forward|moe"),
+    ("others", ""),
+)
+_PARTS_ORDER = ("experts", "shared experts", "attention", "dense layers", "router and norms", "embeddings", "head")
+# What stands beside packed weights: scales, zeros, orders, shapes.
+_BESIDE = re.compile(
+    r"(scales?|scale_inv|weight_scale_2|qzeros|zero_point|g_idx|weight_shape|input_scale|absmax|quant_map)$"
+)
+_PACKED = re.compile(r"(qweight|weight_packed|blocks|\.weight|_proj|\.w\d)$")
+
+
+@dataclass
+class Part:
+    """Weights that have the same purpose: their number, their bytes with scales, and the bytes of each format."""
+
+    weights: int = 0
+    n_bytes: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, scales included."""
+        return 8 * self.n_bytes / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `moestro inspect` says of a model. None or 0 is what its files do not say."""
+
+    model: str
+    kind: str  # "safetensors", "GGUF" or "pickle"
+    architecture: str
+    layers: int
+    experts: int
+    experts_per_token: int
+    context: int
+    tokenizer: bool
+    quantization: str | None
+    n_files: int
+    n_bytes: int  # of the weights' files
+    parts: Mapping[str, Part]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, with the bits of each part."""
+        parts = {name: {**asdict(part), "bits": round(part.bits, 3)} for name, part in self.parts.items()}
+        return {**asdict(self), "parts": parts}
+
+
+def inspect_model(model: str, revision: str | None = None) -> Contents:
+    """Read what a model is, by its config and the headers of its files.
+
+    Raises:
+        MoestroError: no such model, or its files are damaged; one line.
+    """
+    wanted = find_files(model, revision)
+    if any(name.endswith(".bin") for name in wanted.weights):
+        raise CheckpointError(
+            f"{model} has its weights in pickles (.bin), whose contents cannot be seen without loading"
+        )
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        headers = list(pool.map(lambda name: read_header(wanted, name), wanted.weights))
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    if wanted.is_gguf:
+        return _gguf(wanted, headers[0].metadata, tensors)
+    return _safetensors(wanted, tensors)
+
+
+def _gguf(wanted: Wanted, metadata: Mapping[str, Any], tensors: Iterable[TensorHeader]) -> Contents:
+    architecture = str(metadata.get("general.architecture", "unknown"))
+
+    def number(name: str) -> int:
+        return _whole(metadata.get(f"{architecture}.{name}"))
+
+    parts = _by_part((tensor, math.prod(tensor.shape), tensor.dtype) for tensor in tensors)
+    return Contents(
+        model=wanted.model,
+        kind="GGUF",
+        architecture=architecture,
+        layers=number("block_count"),
+        experts=number("expert_count"),
+        experts_per_token=number("expert_used_count"),
+        context=number("context_length"),
+        tokenizer="tokenizer.ggml.model" in metadata or has_tokenizer(wanted.sizes),
+        quantization=None,
+        n_files=len(wanted.weights),
+        n_bytes=sum(wanted.sizes[name] for name in wanted.weights),
+        parts=parts,
+    )
+
+
+def _safetensors(wanted: Wanted, tensors: Iterable[TensorHeader]) -> Contents:
+    if "config.json" not in wanted.sizes:
+        raise CheckpointError(f"{wanted.model} has no config.json; name the folder of a Hugging Face checkpoint")
+    try:
+        config = dict(json.loads(wanted.read("config.json")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{wanted.model}: its config.json cannot be read ({first_line(error)})") from error
+    text = config.get("text_config")
+    text = {**config, **text} if isinstance(text, dict) else config
+
+    def number(*names: str) -> int:
+        return next((found for name in names if (found := _whole(text.get(name)))), 0)
+
+    quantized = text.get("quantization_config")
+    quantized = quantized if isinstance(quantized, dict) else {}
+    method = str(quantized.get("quant_method") or quantized.get("quant_algo") or "").lower()
+    bits = _packed_bits(quantized)
+    parts = _by_part((tensor, *_weights(tensor, method, bits)) for tensor in tensors)
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else str(config.get("model_type", "unknown"))
+    return Contents(
+        model=wanted.model,
+        kind="safetensors",
+        architecture=architecture,
+        layers=number("num_hidden_layers", "n_layer", "num_layers"),
+        experts=number("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+        experts_per_token=number("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"),
+        context=number("max_position_embeddings", "n_positions", "max_sequence_length"),
+        tokenizer=has_tokenizer(wanted.sizes),
+        quantization=method or None,
+        n_files=len(wanted.weights),
+        n_bytes=sum(wanted.sizes[name] for name in wanted.weights),
+        parts=parts,
+    )
+
+
+def _whole(value: Any) -> int:
+    """A number of a config; of a list, one for each layer, the largest."""
+    if isinstance(value, list):
+        return max(map(_whole, value), default=0)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _packed_bits(quantized: Mapping[str, Any]) -> int:
+    """Bits of a weight in 32-bit words."""
+    groups = quantized.get("config_groups")
+    group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    found = weights.get("num_bits") if isinstance(weights, dict) else quantized.get("bits", quantized.get("w_bit"))
+    return found if found in (2, 3, 4, 8) else 4
+
+
+def _weights(tensor: TensorHeader, method: str, bits: int) -> tuple[int, str]:
+    """How many weights a tensor of a safetensors file holds, and in which format; 0 where it is scales or the like."""
+    count, dtype = math.prod(tensor.shape), tensor.dtype
+    if not method:
+        return count, dtype
+    if _BESIDE.search(tensor.name):
+        return 0, ""
+    if _PACKED.search(tensor.name):
+        if dtype == "I32":
+            return count * 32 // bits, f"{method} int{bits}"
+        if dtype == "U8" or (dtype == "I8" and method == "fp8"):  # two weights of 4 bits a byte
+            return 2 * count, method if method != "fp8" else "fp4"
+    return count, dtype
+
+
+def _by_part(tensors: Iterable[tuple[TensorHeader, int, str]]) -> dict[str, Part]:
+    """Sums of (tensor, number of weights, format); the bytes of scales are of no format."""
+    parts: dict[str, Part] = {}
+    for tensor, weights, kind in tensors:
+        name = next(name for name, pattern in _PARTS if re.search(pattern, tensor.name, re.IGNORECASE))
+        part = parts.setdefault(name, Part())
+        part.weights += weights
+        part.n_bytes += tensor.n_bytes
+        if kind:
+            part.formats[kind] = part.formats.get(kind, 0) + tensor.n_bytes
+    order = [*_PARTS_ORDER, "others"]
+    return {name: parts[name] for name in sorted(parts, key=order.index)}
