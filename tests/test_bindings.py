@@ -24,7 +24,7 @@ from torch import Tensor
 from moestro.compute import cpu
 from moestro.compute.cpu import kernel_format, levels, type_of
 from moestro.compute.experts import ExpertWork
-from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape, format_named
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 kernels: Any = cpu._kernels
@@ -454,6 +454,64 @@ def _(m: Memory) -> Row:
     return Row(runner().fma_flops, values, {"level": NO_RUNNER["level"], "rounds": [0, -1, None]})
 
 
+def stored_values(m: Memory, **changes: Any) -> dict[str, Any]:
+    """40 rows of 96 columns of 4 bits, with a scale and a zero for 32 each."""
+    fmt = kernels.MatrixFormat(
+        code=kernels.Code.U4, group=32, scale=kernels.Scale.FP16, zero=kernels.Zero.INT, constant=0
+    )
+    return {
+        "format": fmt,
+        "layout": kernels.Layout.nibbles,
+        "rows": 40,
+        "columns": 96,
+        "codes": m.hold(torch.randint(0, 256, (40 * 48,), dtype=torch.uint8)),
+        "row_stride": 0,
+        "column_stride": 0,
+        "scales": m.hold(torch.randint(0, 256, (40 * 3 * 2,), dtype=torch.uint8)),
+        "zeros": m.hold(torch.randint(0, 16, (40 * 3,), dtype=torch.uint8)),
+        "flip": 0,
+        "tensor_scale": 1.0,
+        "first_row": 0,
+        "row_order": m.hold(torch.randperm(40)),
+        "column_order": m.hold(torch.randperm(96)),
+        **changes,
+    }
+
+
+@row("Stored")
+def _(m: Memory) -> Row:
+    layouts = kernels.Layout
+    wrong = {
+        "format": [None, 7, kernel_format(MATRIX_FORMATS["int8"]), kernel_format(MATRIX_FORMATS["bf16"])],
+        "layout": [None, 7, layouts.plain, layouts.gguf],
+        "rows": [0, -1, 39, 41, 2**40, None],
+        "columns": [0, -1, 94, 98, 2**40, None],
+        "flip": [1, 127, 256, -128, None],
+        "row_order": [m.hold(torch.tensor([0, bad])) for bad in (-1, 40, 2**40)],
+        "column_order": [m.hold(torch.full((96,), bad)) for bad in (-1, 96)],
+    }
+    free = frozenset({"row_stride", "column_stride", "tensor_scale", "first_row"})
+    plain = stored_values(m, layout=layouts.plain, format=kernel_format(format_named("q8_0")), zeros=None)
+    plain |= {"codes": m.hold(torch.zeros(40 * 96, dtype=torch.uint8)), "row_stride": 96, "column_stride": 1}
+    kernels.Stored(**plain)
+    for change in ({"row_stride": 97}, {"column_stride": 2}, {"row_stride": -1}, {"row_stride": 2**60}):
+        with pytest.raises(ValueError, match=r"strides|bytes"):
+            kernels.Stored(**plain | change)
+    return Row(kernels.Stored, stored_values(m), wrong, free, any_size=frozenset({"row_order"}))
+
+
+@row("repack")
+def _(m: Memory) -> Row:
+    matrix = kernels.Stored(**stored_values(m))
+    out = m.hold(torch.zeros(2 * format_named("int4g32z").panel_bytes(64), dtype=torch.uint8))
+    right = (matrix, 0, 32, 0, 64, out)
+    wrong: list[Any] = [None, [None], [right[:5]], [(*right, 0)], [(None, *right[1:])]]
+    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-64, 1, 32, 96], [0, 128, -1]), start=1):
+        wrong += [[(*right[:place], value, *right[place + 1 :])] for value in values]
+    wrong += [[(*right[:5], bad)] for bad in wrong_tensors(out, m)]
+    return Row(kernels.repack, {"runner": runner(), "jobs": [right]}, {"runner": [None, 3], "jobs": wrong})
+
+
 def wrong_tensors(
     right: Tensor, m: Memory, *, any_float: bool = False, any_size: bool = False, optional: bool = False
 ) -> list[Any]:
@@ -479,7 +537,11 @@ def mutations(row: Row, m: Memory) -> Iterator[tuple[str, Any]]:
         for bad in row.wrong.get(name, []):
             yield name, bad
         if isinstance(value, Tensor):
-            kinds = {"any_float": name in row.any_float, "any_size": name in row.any_size, "optional": name == "bias"}
+            kinds = {
+                "any_float": name in row.any_float,
+                "any_size": name in row.any_size,
+                "optional": name in ("bias", "row_order", "column_order"),
+            }
             for bad in wrong_tensors(value, m, **kinds):
                 yield name, bad
 
