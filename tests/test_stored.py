@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from moestro import MoestroError, load
+from moestro import MoestroError, load, load_tokenizer
+from moestro.cli.main import app
 from moestro.compute.cpu import levels
 from moestro.compute.repack import pack_stored
 from moestro.engine.families import FamilyLayout, expert_modules
@@ -141,3 +143,16 @@ def test_bits_cannot_be_asked_for(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, FAMILY["mixtral"], "mxfp4")
     with pytest.raises(MoestroError, match="quantized already, and its experts keep their own bits"):
         load(str(tmp_path), bits=4)
+
+
+def test_config_and_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """A GGUF whose tokenizer cannot be made from the file says what to name, and runs with it."""
+    model = _build("mixtral", vocab_size=4096)
+    write_gguf(tmp_path / "m.gguf", model, "llama", "Q8_0", TYPES["Q8_0"]("Q8_0"))
+    with pytest.raises(MoestroError, match="--tokenizer"):
+        load_tokenizer(str(tmp_path / "m.gguf"))
+    given = [str(tmp_path / "m.gguf"), "Once", "-n", "2", "--tokenizer", "demo", "--device", "cpu"]
+    assert CliRunner().invoke(app, ["run", *given]).exit_code == 0
+    model.config.save_pretrained(tmp_path / "other")
+    found = load(str(tmp_path / "m.gguf"), config=str(tmp_path / "other"), device="cpu")
+    assert found.config.vocab_size == 4096

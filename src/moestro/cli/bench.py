@@ -93,7 +93,7 @@ def bench_decode(
 
 
 @bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
-@takes_options(leave_out=("dtype", "revision", "policy", "profile", "links"))
+@takes_options(leave_out=("dtype", "revision", "config", "tokenizer", "policy", "profile", "links"))
 def bench_policies(
     source: ModelOptions,
     options: ReplayOptions,
@@ -193,7 +193,7 @@ def bench_host(
 
 
 @bench.command("recall", epilog="Example: moestro bench recall demo --text story.txt --plot recall.svg")
-@takes_options(leave_out=("dtype", "revision"))
+@takes_options(leave_out=("dtype", "revision", "config", "tokenizer"))
 def bench_recall(
     source: ModelOptions,
     model: Model = None,

@@ -251,8 +251,9 @@ def _load(
         raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
     if quiet:
         disable_progress_bars()
+    trusted = source.trust_remote_code
     tokenizer = load_tokenizer(
-        model, shape=source.shape, revision=source.revision, trust_remote_code=source.trust_remote_code
+        model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
     )
     check(tokenizer)
     loaded = load(model, **source.to_dict(), **options.to_dict())

@@ -79,6 +79,7 @@ def load_tokenizer(
     *,
     shape: str | None = None,
     revision: str | None = None,
+    tokenizer: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or one that writes ids as text for a random shape.
@@ -86,6 +87,7 @@ def load_tokenizer(
     Args:
         model: a folder, a hub id, or "demo". shape: the name of a random shape, instead of a model.
         revision: of a hub id, the branch, tag or commit.
+        tokenizer: another model whose tokenizer to take; None for the model's own.
         trust_remote_code: run code that the checkpoint brings for it. Without it, no such code is run.
 
     Raises:
@@ -93,6 +95,8 @@ def load_tokenizer(
     """
     if shape is not None:
         return shape_tokenizer(shape)
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     assert model is not None
     source = resolve(model, revision, weights=False)
     if is_stored(source):
@@ -111,12 +115,13 @@ def load_tokenizer(
 def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, options: ModelOptions) -> Any:
     trust_remote_code = options.trust_remote_code
     source = resolve(model, options.revision, weights=False)
+    other = None if options.config is None else resolve(options.config, weights=False)
     if is_stored(source):
         source = resolve(model, options.revision)
-        stored = open_source(source, trust_remote_code=trust_remote_code)
+        stored = open_source(source, config=other, trust_remote_code=trust_remote_code)
         auto = _auto_class(stored.config())
         return load_stored(source, stored, auto, quantization_config, dtype, trust_remote_code)
-    config = read_config(model, source, trust_remote_code)
+    config = read_config(options.config or model, other or source, trust_remote_code)
     auto = _auto_class(config)
     source = resolve(model, options.revision)
     check_files(Path(source))

@@ -343,6 +343,12 @@ class ModelOptions(Checked):
         check=one_of("shape", SHAPES),
     )
     revision: str | None = option(None, "Of a hub id: the branch, tag or commit.", metavar="NAME", unset="main")
+    config: str | None = option(
+        None, "Another model whose config to take.", metavar="MODEL", unset="the checkpoint's own"
+    )
+    tokenizer: str | None = option(
+        None, "Another model whose tokenizer to take.", metavar="MODEL", unset="the checkpoint's own"
+    )
     trust_remote_code: bool = option(False, "Run code that the checkpoint brings; without it, none is run.")
     dtype: str = option(
         "auto",
