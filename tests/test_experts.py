@@ -216,7 +216,7 @@ def test_kernels_refuse_other_blocks_and_groups_and_the_twin_computes_them(matri
         CpuExperts(threads=1).run(math, x, [ExpertWork(packed, share, rows, weights) for share in shares], out)
         rounded = {name: getattr(unpacked, name) for name in parts}
         expected = _float64(shape, rounded, x, _silu_gate) * weights[:, None]
-        assert (out - expected).norm() / expected.norm() <= TOLERANCE
+        assert (out - expected).norm() / expected.norm() <= (TOLERANCE if fmt.block == 32 else 1e-3)
 
 
 def test_built_in_formats_have_the_kernels_block_and_group() -> None:
