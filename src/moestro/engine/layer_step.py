@@ -84,6 +84,7 @@ class LayerStep:
     total: StepSum
     host_output: Callable[[], Tensor]
     ran: list[_Ran] = field(default_factory=list)
+    decision: Decision = field(init=False)
 
     def run(self) -> tuple[Tensor | None, float]:
         """Do it as the policy decides.
@@ -93,9 +94,9 @@ class LayerStep:
             is in `total` when its work is done.
         """
         parts, step = self.parts, self.step
-        decision = parts.policy.decide(step, parts.view, parts.costs)
+        self.decision = decision = parts.policy.decide(step, parts.view, parts.costs)
         check(decision, step, parts.view, parts.spec)
-        dispatch(decision, step.layer, parts.slots, self._copy, lambda *work: self._run_on_device(decision, *work))
+        dispatch(decision, step.layer, parts.slots, self._copy, self._run_on_device)
         cpu_start_s = parts.time.now_s
         on_cpu = self._run_on_cpu(decision.cpu, None)
         cpu_s = parts.time.lane_free_s(Lane.CPU) - cpu_start_s
@@ -111,18 +112,18 @@ class LayerStep:
     def _copy(self, move: Move, after: _Ran | None) -> None:
         self.parts.copies.start(move, 0.0 if after is None else after.end_s)
 
-    def _run_on_device(self, decision: Decision, experts: list[int], after: Transfer | None) -> _Ran:
+    def _run_on_device(self, experts: list[int], after: Transfer | None) -> _Ran:
         """Queue experts on the device, behind a copy where they need its bytes."""
-        parts, step = self.parts, self.step
+        parts, step, gpu = self.parts, self.step, self.decision.gpu
         keys = [(step.layer, expert) for expert in experts]
-        work = [self.routed.work(key[1], parts.slots[key], decision.gpu[key[1]]) for key in keys]
+        work = [self.routed.work(key[1], parts.slots[key], gpu[key[1]]) for key in keys]
         accelerator = parts.device.accelerator
         assert accelerator is not None  # there are slots
         queued = accelerator.run(parts.math[step.layer], self.total, work, keys[0], after=after)
         parts.slots.note_work(keys, queued)
         end_s = 0.0
         if parts.time.is_virtual:
-            shares = [Share(key, step.tokens[key[1]], len(decision.gpu[key[1]])) for key in keys]
+            shares = [Share(key, step.tokens[key[1]], len(gpu[key[1]])) for key in keys]
             end_s = parts.time.run_gpu(shares, after)
         self.ran.append(_Ran(queued, experts, end_s))
         return self.ran[-1]
