@@ -122,8 +122,11 @@ class Device(DeviceMemory, Traced, Protocol):
         """Tells apart the streams of work that callers are on: work of one stream is done in order."""
 
     def follow(self) -> None:
-        """Let the caller's stream wait for what was asked of the device on another one: two threads may share a model,
-        each on a stream of its own, while buffers, slots and captured graphs are there once."""
+        """Make the caller's current stream wait for work that this device queued on other streams.
+
+        Two threads, each with a stream of its own, may share a model, but its buffers, slots and captured graphs exist
+        once.
+        """
 
     def read_router(self, index: Tensor, weights: Tensor, x: Tensor, guesses: Tensor | None = None) -> HostBatch:
         """Bring the routing, the hidden states and the guesses to the host; waits for the device."""

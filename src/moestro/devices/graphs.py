@@ -1,8 +1,8 @@
 """Work of a device that is captured once and then done again by one call: CUDA graphs, and pretended ones.
 
 A capture notes what a thread asks of the device and does none of it. Then each `replay` does it all, in the same
-order, from and to the memory that was used at the capture, and what the host computed in between stays as it was. So
-a captured call must take inputs from buffers that stay, and may not read a tensor on the host.
+order, from and to the memory that was used at the capture; values that the host computed meanwhile are not computed
+anew. So a captured call must take inputs from buffers that stay, and may not read a tensor on the host.
 
     >>> graphs, x = PretendedGraphs(), torch.ones(2)
     >>> graphs.begin()
@@ -213,7 +213,7 @@ class _Notes(TorchDispatchMode):
         return out
 
     def undo(self) -> None:
-        """As if nothing had been done yet."""
+        """Put back all memory that the captured operations have changed."""
         for storage, before in self._before.values():
             storage.copy_(before)
         for storage in self._made.values():

@@ -1,4 +1,4 @@
-"""Where a captured step and the host meet at the experts of a layer: memory that keeps its place.
+"""Fixed-address buffers through which captured graphs exchange one layer's data with the host.
 
 The graph before the experts ends with `leave`, and the one behind begins with `enter`, so what the host must see comes
 to it, and what it made goes back, without a call of its own. Layers of a captured step that are alike share a port.
@@ -65,7 +65,7 @@ class LayerPort:
         self._host_x.copy_(self.total.x, non_blocking=True)
 
     def read(self) -> HostBatch:
-        """Wait until the host has it. Valid until the next one."""
+        """Wait until the host has the routing and hidden states, which are valid until the next `read`."""
         self._wait()
         self.total.begin()
         if self._output_is_used:

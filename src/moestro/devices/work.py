@@ -47,7 +47,7 @@ class StepSum:
     is_begun: bool = False  # something was added
 
     def begin(self) -> None:
-        """Another step, in the same memory."""
+        """Begin the sum of another step in the same memory."""
         self.is_begun = False
 
     def add(self, prepare: Callable[[], Callable[[Tensor], None]]) -> None:

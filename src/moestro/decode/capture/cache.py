@@ -87,7 +87,7 @@ class _Window(StaticSlidingWindowLayer):  # type: ignore[misc]  # transformers i
 
     @classmethod
     def of(cls, layer: StaticSlidingWindowLayer) -> _Window:
-        """One of that size."""
+        """A window of the same size as a layer of Transformers'."""
         return cls(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class CacheTensors:
         )
 
     def of(self, cache: Any) -> bool:
-        """Whether it is that cache's."""
+        """Whether these are the tensors of that cache."""
         return self._owner() is cache
 
     def is_free(self) -> bool:

@@ -162,7 +162,7 @@ class Capture:
         return port.enter()
 
     def _port(self, x: Tensor, index: Tensor, guesses: Tensor | None) -> LayerPort:
-        """One for layers alike; the last ones have fewer guesses.
+        """The port of layers with these shapes; the last layers have fewer guesses, so another one.
 
         What a graph allocates is its own, so a port is made between two.
         """

@@ -154,7 +154,7 @@ class _WholeLayer:
 
     @classmethod
     def of(cls, module: Any) -> _WholeLayer | None:
-        """None where it is something else."""
+        """The layer, if its second half is a router and experts alone; else None."""
         fused = module.forward
         if not isinstance(fused, FusedLayer):
             return None
@@ -178,7 +178,7 @@ class _WholeLayer:
         return cls(module, kernel, fused.attention, conductor, parts, kind)
 
     def like(self, other: _WholeLayer) -> bool:
-        """Whether what fits one of them fits the other."""
+        """Whether a step that one of two layers can compute, the other can too."""
         a, b = self.attention, other.attention
         return (a.dtype, a.head, a.width, self.kind) == (b.dtype, b.head, b.width, other.kind)
 
