@@ -20,7 +20,7 @@ struct Stored {
 };
 
 int64_t code_bytes(const Raw& raw, const MatrixFormat& f) {
-  const int64_t bits = bits_of_code(f.code);
+  const int64_t bits = bits_of(f.code);
   switch (raw.layout) {
     case Layout::kNibbles:
       require(bits == 4, "codes: nibbles hold 4 bits");
@@ -56,14 +56,14 @@ const int64_t* order_of(nb::handle given, const char* name, int64_t most, int64_
 
 void make_stored(Stored* self, const MatrixFormat& format, Layout layout, int64_t rows, int64_t columns, nb::handle codes,
                  int64_t row_stride, int64_t column_stride, nb::handle scales, nb::handle zeros, int flip, float tensor_scale,
-                 int64_t first_row, nb::handle row_order, nb::handle column_order) {
+                 nb::handle row_order, nb::handle column_order) {
   Raw raw;
   check_size(rows, "rows");
   check_size(columns, "columns");
   raw.layout = layout, raw.rows = rows, raw.columns = columns;
   raw.row_stride = row_stride, raw.column_stride = column_stride;
   require(flip == 0 || flip == 128, "flip: not 0 or 128");
-  raw.flip = static_cast<uint8_t>(flip), raw.tensor_scale = tensor_scale, raw.first_row = first_row;
+  raw.flip = static_cast<uint8_t>(flip), raw.tensor_scale = tensor_scale;
   const Array bytes(codes, "codes");
   const int64_t wanted = code_bytes(raw, format);
   raw.codes = bytes.bytes(layout == Layout::kPlain ? bytes.count() : wanted);
@@ -73,12 +73,9 @@ void make_stored(Stored* self, const MatrixFormat& format, Layout layout, int64_
     raw.scales = sides.bytes(sides.count());
     const int64_t group = format.group == kRow ? columns : format.group, groups = (columns + group - 1) / group;
     if (format.scale == Scale::kBlock) {
-      require(first_row >= 0 && first_row <= kMostSize, "first_row: none of the grid's");
-      const int64_t down = (first_row + rows + 127) / 128;
-      if (sides.count() % (4 * groups) != 0 || sides.count() / (4 * groups) < down)
-        sides.refuse("a grid of " + std::to_string(down) + " x " + std::to_string(groups) + " floats, as bytes");
+      sides.bytes((rows + 127) / 128 * groups * 4);
     } else {
-      sides.bytes(rows * groups * bytes_of_scale(format.scale));
+      sides.bytes(rows * groups * scale_bytes(format.scale));
     }
     if (format.zero != Zero::kNone && format.zero != Zero::kConstant)
       raw.zeros = Array(zeros, "zeros").bytes(rows * groups * (format.zero == Zero::kInt ? 1 : 2));
@@ -111,7 +108,8 @@ void repack_stored(Runner& runner, const nb::object& jobs) {
     check_size(rows, "rows");
     check_size(columns, "columns");
     const int64_t unit = stored->format.is_float() ? 2 : repack_column_unit(stored->format);
-    require(column % unit == 0, "jobs: begins within a unit of columns");
+    const bool is_whole = columns % unit == 0 || column + columns >= stored->raw.columns;
+    require(column % unit == 0 && is_whole, "jobs: begins or ends within a unit of columns");
     uint8_t* out = Array(job[5], "out").bytes(matrix_bytes(stored->format, rows, columns));
     list.push_back({&stored->raw, stored->format, row, rows, column, columns, out});
     kept.push_back(nb::borrow(job[0]));
@@ -132,7 +130,7 @@ void bind_repack(nb::module_& m) {
   nb::class_<Stored>(m, "Stored")
       .def("__init__", &make_stored, nb::kw_only(), "format"_a, "layout"_a, "rows"_a, "columns"_a, "codes"_a, "row_stride"_a = 0,
            "column_stride"_a = 0, "scales"_a.none() = nb::none(), "zeros"_a.none() = nb::none(), "flip"_a = 0, "tensor_scale"_a = 1.0f,
-           "first_row"_a = 0, "row_order"_a.none() = nb::none(), "column_order"_a.none() = nb::none(), nb::keep_alive<1, 6>(),
-           nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>(), nb::keep_alive<1, 14>(), nb::keep_alive<1, 15>());
+           "row_order"_a.none() = nb::none(), "column_order"_a.none() = nb::none(), nb::keep_alive<1, 6>(),
+           nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>(), nb::keep_alive<1, 13>(), nb::keep_alive<1, 14>());
   m.def("repack", &repack_stored, "runner"_a, "jobs"_a);
 }

@@ -124,7 +124,7 @@ struct Coded {
   explicit Coded(const MatrixFormat& f)
       : code(f.code), scale(f.scale), zero(f.zero), group(f.group), layout(moestro::layout_of(f)), constant(f.constant),
         adds(f.zero > Zero::kConstant), shares_zeros(layout.codes <= 512 && layout.groups > 1),
-        scale_bytes((scale == Scale::kFp32 ? 4 : scale <= Scale::kBf16 ? 2 : 1) * kPanel) {
+        scale_bytes(moestro::scale_bytes(scale) * kPanel) {
     if (code == Code::kE2m1) constant = 12, unit = 0.5f;
     if (code == Code::kIq4nl) constant = 127, table = kIq4nl;
     if (code == Code::kE4m3) unit = 256;

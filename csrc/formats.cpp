@@ -1,10 +1,11 @@
 #include "formats.h"
 
 namespace moestro {
-namespace {
 
-int bits_of(Code code) {
+int64_t bits_of(Code code) {
   switch (code) {
+    case Code::kFp32: return 32;
+    case Code::kFp16: case Code::kBf16: return 16;
     case Code::kU2: return 2;
     case Code::kU3: return 3;
     case Code::kU5: return 5;
@@ -14,14 +15,15 @@ int bits_of(Code code) {
   }
 }
 
-// Of 16 rows and one group.
 int64_t scale_bytes(Scale scale) {
   switch (scale) {
-    case Scale::kFp32: return 4 * kPanel;
-    case Scale::kFp16: case Scale::kBf16: return 2 * kPanel;
-    default: return kPanel;
+    case Scale::kFp32: return 4;
+    case Scale::kFp16: case Scale::kBf16: return 2;
+    default: return 1;
   }
 }
+
+namespace {
 
 // Of 16 rows and some groups that lie together: two whole numbers of up to 4 bits share a byte.
 int64_t zero_bytes(const MatrixFormat& f, int64_t groups) {
@@ -31,8 +33,6 @@ int64_t zero_bytes(const MatrixFormat& f, int64_t groups) {
 }
 
 constexpr int kWholeRow = 40;  // as a unit_shift
-
-bool is_two_level(Scale scale) { return scale >= Scale::kK4; }
 
 }  // namespace
 
@@ -49,7 +49,7 @@ PanelLayout layout_of(const MatrixFormat& f) {
   }
   const int64_t tensor = f.scale == Scale::kE4m3 ? 4 : 0;
   const int groups = f.group == kRow || f.group >= kGroup ? 1 : static_cast<int>(kGroup / f.group);
-  const int64_t header = groups * scale_bytes(f.scale) + zero_bytes(f, groups);
+  const int64_t header = groups * kPanel * scale_bytes(f.scale) + zero_bytes(f, groups);
   if (f.group == kRow) return {tensor + header, 0, 0, codes, kWholeRow, 1};
   if (f.group > kGroup) return {tensor, header, 0, codes, 1, 1};
   return {tensor, 0, header, codes, 0, groups};
@@ -65,7 +65,7 @@ int64_t panel_bytes(const MatrixFormat& f, int64_t K) {
 
 int64_t least_block(const MatrixFormat& down) {
   if (down.is_float()) return 64;
-  if (down.group == kRow || is_two_level(down.scale)) return 256;
+  if (down.group == kRow || is_two_level(down)) return 256;
   return down.group == 128 && down.scale != Scale::kBlock ? 128 : 64;
 }
 

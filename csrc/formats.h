@@ -76,6 +76,10 @@ struct PanelLayout {
   }
 };
 
+int64_t bits_of(Code code);
+int64_t scale_bytes(Scale scale);  // of a row and group
+inline bool is_two_level(const MatrixFormat& format) { return format.scale >= Scale::kK4; }
+
 PanelLayout layout_of(const MatrixFormat& format);
 
 // Bytes of a panel of K columns, and of a matrix.

@@ -1,32 +1,13 @@
 #include "repack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <stdexcept>
 
 namespace moestro {
 
 constexpr int64_t kSuper = 256;  // columns of a super-group
-
-int64_t bits_of_code(Code code) {
-  switch (code) {
-    case Code::kFp32: return 32;
-    case Code::kFp16: case Code::kBf16: return 16;
-    case Code::kU2: return 2;
-    case Code::kU3: return 3;
-    case Code::kU5: return 5;
-    case Code::kU6: return 6;
-    case Code::kU4: case Code::kE2m1: case Code::kIq4nl: return 4;
-    default: return 8;
-  }
-}
-
-int64_t bytes_of_scale(Scale scale) {  // of a row and group
-  switch (scale) {
-    case Scale::kFp32: return 4;
-    case Scale::kFp16: case Scale::kBf16: return 2;
-    default: return 1;
-  }
-}
 
 // Columns of a unit, at most 256: a whole row goes in as many pieces as it needs.
 int64_t repack_unit(const MatrixFormat& f) {
@@ -42,8 +23,6 @@ int64_t repack_column_unit(const MatrixFormat& f) {
 namespace {
 
 constexpr int64_t kMostGroups = kSuper / 16;
-
-bool is_two_level(const MatrixFormat& f) { return f.scale >= Scale::kK4; }
 
 // One row of a unit, or of 256 columns of a wider one, as it is before it becomes part of a panel.
 struct UnitRow {
@@ -230,7 +209,7 @@ inline uint8_t code_at(const Raw& raw, const MatrixFormat& f, int64_t row, int64
     case Layout::kNibbles: return raw.codes[row * ((raw.columns + 1) / 2) + k / 2] >> 4 * (k % 2) & 15;
     case Layout::kAwq: return load32(raw.codes + (k * (raw.rows / 8) + row / 8) * 4) >> 4 * kAwqPlaces[row % 8] & 15;
     case Layout::kGptq: {
-      const int64_t bits = bits_of_code(f.code), held = 32 / bits;
+      const int64_t bits = bits_of(f.code), held = 32 / bits;
       const uint32_t word = load32(raw.codes + (k / held * raw.rows + row) * 4);
       return static_cast<uint8_t>(word >> bits * (k % held) & ((1u << bits) - 1));
     }
@@ -260,11 +239,11 @@ void read_codes(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, i
 void read_sides(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, int64_t n, UnitRow& to) {
   if (f.scale == Scale::kBlock) {
     const int64_t across = (raw.columns + 127) / 128;
-    to.scale[0] = load32(raw.scales + (((raw.first_row + row) / 128) * across + k / 128) * 4);
+    to.scale[0] = load32(raw.scales + (row / 128 * across + k / 128) * 4);
     return;
   }
   const int64_t group = f.group == 0 ? raw.columns : f.group, all = (raw.columns + group - 1) / group;
-  const int64_t size = bytes_of_scale(f.scale), zero_size = f.zero == Zero::kInt ? 1 : 2;
+  const int64_t size = scale_bytes(f.scale), zero_size = f.zero == Zero::kInt ? 1 : 2;
   for (int64_t g = k / group, i = 0; g < all && (i == 0 || g * group < k + n); ++g, ++i) {
     memcpy(&to.scale[i], raw.scales + (row * all + g) * size, size);
     if (raw.zeros != nullptr) memcpy(&to.zero[i], raw.zeros + (row * all + g) * zero_size, zero_size);
@@ -331,14 +310,14 @@ inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* 
 
 // Scales [groups][16], then zeros, of groups that begin at `first` of a unit.
 inline uint8_t* write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t first, int64_t groups, uint8_t* to) {
-  const int64_t size = bytes_of_scale(f.scale);
+  const int64_t size = scale_bytes(f.scale);
   for (int64_t g = 0; g < groups; ++g)
     for (int r = 0; r < kPanel; ++r, to += size) memcpy(to, &rows[r].scale[first + g], size);
   if (f.zero == Zero::kFp16 || f.zero == Zero::kAdd) {
     for (int64_t g = 0; g < groups; ++g)
       for (int r = 0; r < kPanel; ++r, to += 2) store16(to, static_cast<uint16_t>(rows[r].zero[first + g]));
   } else if (f.zero == Zero::kInt) {
-    const int64_t held = bits_of_code(f.code) <= 4 ? 2 : 1;  // in a byte
+    const int64_t held = bits_of(f.code) <= 4 ? 2 : 1;  // in a byte
     for (int64_t g = 0; g < groups; g += held)
       for (int r = 0; r < kPanel; ++r) {
         const uint32_t high = held == 2 && g + 1 < groups ? rows[r].zero[first + g + 1] << 4 : 0;
@@ -395,7 +374,7 @@ inline uint8_t* write_unit_header(const MatrixFormat& f, const UnitRow* rows, ui
 // Floats as they are: [K][16], or for bf16 pairs of columns [K / 2][16][2].
 void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
   const Raw& raw = *job.raw;
-  const int64_t size = bits_of_code(job.format.code) / 8, together = job.format.code == Code::kBf16 ? 2 : 1;
+  const int64_t size = bits_of(job.format.code) / 8, together = job.format.code == Code::kBf16 ? 2 : 1;
   const int64_t bytes = panel_bytes(job.format, job.columns);
   const int64_t rows = std::min(kPanel, job.row_begin + job.rows - first);
   const int64_t columns = std::min(job.columns, raw.columns - job.column_begin);
@@ -415,12 +394,26 @@ void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
   }
 }
 
-void repack_panel(const RepackJob& job, int64_t panel) {
+// What cannot be kept of a row that was read beside the first of its panel, or nullptr.
+const char* fault_of_row(const MatrixFormat& f, const UnitRow& first, const UnitRow& row, int64_t columns) {
+  if (f.code != Code::kE4m3) return nullptr;
+  if (f.scale == Scale::kBlock && row.scale[0] != first.scale[0])
+    return "FP8: 16 rows that are packed together are of two blocks of 128, which have a scale each";
+  for (int64_t i = 0; i < columns; ++i)
+    if ((row.codes[i] & 0x7F) == 0x7F) return "FP8: a weight is not a number";
+  return nullptr;
+}
+
+// Returns what cannot be kept, or nullptr.
+const char* repack_panel(const RepackJob& job, int64_t panel) {
   const Raw& raw = *job.raw;
   const MatrixFormat& f = job.format;
   uint8_t* to = job.out + panel * panel_bytes(f, job.columns);
   const int64_t first = job.row_begin + panel * kPanel;
-  if (f.is_float()) return repack_floats(job, first, to);
+  if (f.is_float()) {
+    repack_floats(job, first, to);
+    return nullptr;
+  }
   const int64_t unit = repack_unit(f), row_bytes = raw_row_bytes(raw, f);
   UnitRow rows[kPanel];
   uint8_t* header = to;
@@ -439,6 +432,7 @@ void repack_panel(const RepackJob& job, int64_t panel) {
       } else {
         read_codes(raw, f, row, from, columns, rows[r].codes);
         read_sides(raw, f, row, from, columns, rows[r]);
+        if (const char* fault = fault_of_row(f, rows[0], rows[r], columns)) return fault;
       }
     }
     if (k == 0 && f.group == 0) write_sides(f, rows, 0, 1, header);
@@ -446,9 +440,10 @@ void repack_panel(const RepackJob& job, int64_t panel) {
     for (int64_t c = 0; c * kGroup < std::min(unit, job.columns - k); ++c) {
       to = write_chunk_header(f, rows, c, to);
       write_codes(f.code, rows, c, to);
-      to += kPanel * kGroup * bits_of_code(f.code) / 8;
+      to += kPanel * kGroup * bits_of(f.code) / 8;
     }
   }
+  return nullptr;
 }
 
 }  // namespace
@@ -471,9 +466,12 @@ void repack(Runner& runner, const std::vector<RepackJob>& jobs) {
     const int64_t some = std::max<int64_t>(1, kPartWeights / (kPanel * std::max<int64_t>(1, job.columns)));
     for (int64_t p = 0; p < panels; p += some) parts.push_back({&job, p, std::min(panels, p + some)});
   }
+  std::atomic<const char*> fault{nullptr};
   runner.each(static_cast<int>(parts.size()), 0, true, [&](int i, float*) {
-    for (int64_t p = parts[i].begin; p < parts[i].end; ++p) repack_panel(*parts[i].job, p);
+    for (int64_t p = parts[i].begin; p < parts[i].end; ++p)
+      if (const char* found = repack_panel(*parts[i].job, p)) fault.store(found);
   });
+  if (const char* found = fault.load()) throw std::invalid_argument(found);
 }
 
 }  // namespace moestro

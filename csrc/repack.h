@@ -25,14 +25,11 @@ struct Raw {
   const uint8_t* zeros = nullptr;   // [R, groups]: whole numbers of a byte, or fp16
   uint8_t flip = 0;                 // what codes of a byte are combined with: 128 turns signed ones into unsigned ones
   float tensor_scale = 1;           // of Scale::kE4m3
-  int64_t first_row = 0;            // of the matrix in what kBlock's grid covers
   const int64_t* row_order = nullptr;     // [rows_taken]: which row comes where, or none
   int64_t rows_taken = 0;                 // R without an order
   const int64_t* column_order = nullptr;  // [K], or none; groups are of columns in this order
 };
 
-int64_t bits_of_code(Code code);
-int64_t bytes_of_scale(Scale scale);                  // of a row and group
 int64_t repack_column_unit(const MatrixFormat& format);  // columns at whose multiples a job may begin
 int64_t raw_row_bytes(const Raw& raw, const MatrixFormat& format);  // of kGguf: of a row of blocks; 0 if there is no such type
 
@@ -45,6 +42,7 @@ struct RepackJob {
   uint8_t* out;
 };
 
+// Throws std::invalid_argument where something cannot be kept, naming it; what was written is of no use then.
 void repack(Runner& runner, const std::vector<RepackJob>& jobs);
 
 }  // namespace moestro

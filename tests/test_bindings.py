@@ -471,7 +471,6 @@ def stored_values(m: Memory, **changes: Any) -> dict[str, Any]:
         "zeros": m.hold(torch.randint(0, 16, (40 * 3,), dtype=torch.uint8)),
         "flip": 0,
         "tensor_scale": 1.0,
-        "first_row": 0,
         "row_order": m.hold(torch.randperm(40)),
         "column_order": m.hold(torch.randperm(96)),
         **changes,
@@ -490,7 +489,7 @@ def _(m: Memory) -> Row:
         "row_order": [m.hold(torch.tensor([0, bad])) for bad in (-1, 40, 2**40)],
         "column_order": [m.hold(torch.full((96,), bad)) for bad in (-1, 96)],
     }
-    free = frozenset({"row_stride", "column_stride", "tensor_scale", "first_row"})
+    free = frozenset({"row_stride", "column_stride", "tensor_scale"})
     plain = stored_values(m, layout=layouts.plain, format=kernel_format(format_named("q8_0")), zeros=None)
     plain |= {"codes": m.hold(torch.zeros(40 * 96, dtype=torch.uint8)), "row_stride": 96, "column_stride": 1}
     kernels.Stored(**plain)
@@ -506,7 +505,7 @@ def _(m: Memory) -> Row:
     out = m.hold(torch.zeros(2 * format_named("int4g32z").panel_bytes(64), dtype=torch.uint8))
     right = (matrix, 0, 32, 0, 64, out)
     wrong: list[Any] = [None, [None], [right[:5]], [(*right, 0)], [(None, *right[1:])]]
-    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-64, 1, 32, 96], [0, 128, -1]), start=1):
+    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-64, 1, 32, 96], [0, 32, 128, -1]), start=1):
         wrong += [[(*right[:place], value, *right[place + 1 :])] for value in values]
     wrong += [[(*right[:5], bad)] for bad in wrong_tensors(out, m)]
     return Row(kernels.repack, {"runner": runner(), "jobs": [right]}, {"runner": [None, 3], "jobs": wrong})

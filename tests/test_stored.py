@@ -15,8 +15,9 @@ from moestro.cli.main import app
 from moestro.compute.cpu import levels
 from moestro.compute.repack import pack_stored
 from moestro.engine.families import FamilyLayout, expert_modules
-from moestro.loading.sources import open_source
-from moestro.memory.formats import ExpertFormat, ExpertShape, format_named
+from moestro.loading.sources import ExpertWeights, Part, open_source
+from moestro.loading.stored import _format_of
+from moestro.memory.formats import ExpertFormat, ExpertShape, expert_format_named, format_named
 from moestro.memory.formats.raw import GGUF_BLOCKS, RawMatrix
 from raw_reader import read_raw
 from test_sources_gguf import KNOWN, TYPES, _build, write_gguf
@@ -156,3 +157,50 @@ def test_config_and_tokenizer_of_another_model(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path / "other")
     found = load(str(tmp_path / "m.gguf"), config=str(tmp_path / "other"), device="cpu")
     assert found.config.vocab_size == 4096
+
+
+@pytest.mark.skipif(not levels(), reason="the twin computes NaN as NaN")
+def test_fp8_that_a_panel_cannot_hold_is_refused() -> None:
+    """Wherever a block of 128 rows begins within 16 that are packed together, and wherever a weight is a NaN."""
+    shape = ExpertShape(128, 64)
+    fmt = ExpertFormat(format_named("fp8"))
+    codes = torch.randint(0, 0x7F, (256, 128), dtype=torch.uint8)
+    scales = torch.rand(2, 1) + 0.5
+    down = RawMatrix(
+        "fp8", 128, 64, {"weight": codes[:128, :64].contiguous(), "scales": scales[:1]}, format_named("fp8")
+    )
+
+    def pack(first: int, codes: Tensor) -> None:
+        raw = RawMatrix("fp8", 256, 128, {"weight": codes, "scales": scales}, format_named("fp8"))
+        rows = torch.arange(first, first + 64)
+        packed = torch.zeros(fmt.expert_bytes(shape), dtype=torch.uint8)
+        parts = {"gate": (raw, rows, None), "up": (raw, rows, None), "down": (down, None, None)}
+        pack_stored(packed, fmt, shape, parts, threads=2)
+
+    for first in range(0, 192, 4):
+        straddles = any(row // 128 != (row + 15) // 128 for row in range(first, first + 64, 16))
+        if straddles:
+            with pytest.raises(MoestroError, match="two blocks of 128"):
+                pack(first, codes)
+        else:
+            pack(first, codes)
+    for code in (0x7F, 0xFF):
+        spoiled = codes.clone()
+        spoiled[37, 101] = code
+        with pytest.raises(MoestroError, match="not a number"):
+            pack(0, spoiled)
+        pack(128, spoiled)
+
+
+def test_formats_of_one_size_are_told_apart() -> None:
+    """Experts of one layer in two of these are refused: their bytes would pass for each other."""
+    one, other = (
+        _format_of("experts", ExpertWeights(dict.fromkeys(("gate", "up", "down"), Part(_blocks(kind)))))
+        for kind in ("q4_0", "iq4_nl")
+    )
+    assert one is expert_format_named("q4_0") is not other
+    assert one.expert_bytes(ExpertShape(64, 64)) == other.expert_bytes(ExpertShape(64, 64))
+
+
+def _blocks(kind: str) -> RawMatrix:
+    return RawMatrix("gguf", 64, 64, {"weight": torch.zeros(64, 36, dtype=torch.uint8)}, format_named(kind))

@@ -178,7 +178,6 @@ class Stored:
         zeros: Tensor | None = None,
         flip: int = 0,
         tensor_scale: float = 1.0,
-        first_row: int = 0,
         row_order: Tensor | None = None,
         column_order: Tensor | None = None,
     ) -> None: ...

@@ -67,12 +67,8 @@ class CpuExperts:
     def _find_kernel(self, math: ExpertMath) -> Kernel | None:
         if _kernels is None or self._level == "torch" or math.post_norm is not None:
             return None
-        formats = [kernel_format(fmt) for fmt in math.format.matrices.values()]
-        if (
-            None in formats
-            or math.format.block % math.format.matrices["down"].block
-            or math.format.block not in _BLOCKS
-        ):
+        block = math.format.block
+        if block not in _BLOCKS or block % math.format.matrices["down"].block:
             return None
         return recognize(math.activation, math.shape.has_gate)
 

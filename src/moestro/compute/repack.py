@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat, format_named
 from ..memory.formats.descriptor import Scale
 from ..memory.formats.raw import RawMatrix, flip, read_raw, sides
@@ -37,6 +38,9 @@ def pack_stored(
         packed: uint8 [expert_bytes], on the CPU.
         parts: "gate", "up" and "down": the stored matrix, which of its rows and in which order (int64), and the order
             of its columns (int64 [K]); None for all, in the file's order.
+
+    Raises:
+        CheckpointError: FP8 whose blocks of 128 rows begin within 16 that are packed together, or with a NaN.
     """
     if _kernels is None:
         for name, (raw, rows, columns) in parts.items():
@@ -58,15 +62,10 @@ def pack_stored(
                 if name == "down"
                 else (matrix, first, fmt.block, 0, shape.hidden, out)
             )
-    _kernels.repack(runner(threads), jobs)
-
-
-def pack_stored_matrix(packed: Tensor, raw: RawMatrix, *, threads: int) -> None:
-    """Write one stored matrix into uint8 [matrix_bytes]."""
-    if _kernels is None:
-        packed.copy_(raw.fmt.write(read_raw(raw)).flatten())
-        return
-    _kernels.repack(runner(threads), [(_stored(raw, None, None), 0, raw.rows, 0, raw.columns, packed)])
+    try:
+        _kernels.repack(runner(threads), jobs)
+    except ValueError as error:
+        raise CheckpointError(f"these experts cannot be kept as they are stored: {error}") from error
 
 
 def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None) -> Stored:
@@ -81,13 +80,16 @@ def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None
     codes = raw.tensors["blocks" if raw.layout == "mxfp4" else "weight"]
     if raw.layout == "gguf":
         return _kernels.Stored(**given, layout=layouts.gguf, codes=_flat(codes))
-    beside = sides(raw)
-    given["scales"] = _flat(raw.tensors["scales"].float() if raw.fmt.scale is Scale.BLOCK else beside.scales)
     given["flip"] = flip(raw)
-    if beside.zeros is not None:
-        given["zeros"] = _flat(beside.zeros)
-    if beside.tensor is not None:
-        given["tensor_scale"] = float(beside.tensor)
+    if raw.fmt.scale is Scale.BLOCK:
+        given["scales"] = _flat(raw.tensors["scales"].float())  # of blocks, not of rows
+    else:
+        beside = sides(raw)
+        given["scales"] = _flat(beside.scales)
+        if beside.zeros is not None:
+            given["zeros"] = _flat(beside.zeros)
+        if beside.tensor is not None:
+            given["tensor_scale"] = float(beside.tensor)
     if raw.layout in ("fp8", "bytes") or (raw.layout == "words" and raw.fmt.code_bits == 8):
         return _kernels.Stored(
             **given, layout=layouts.plain, codes=_flat(codes), row_stride=raw.columns, column_stride=1

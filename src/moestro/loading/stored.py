@@ -7,21 +7,20 @@ quantized outside the experts is dequantized to the model's dtype, matrix by mat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig
+from transformers.utils.logging import tqdm
 
 from ..compute.repack import format_of, pack_stored
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError
-from ..memory.formats import ExpertFormat, format_named
+from ..memory.formats import ExpertFormat, expert_format_named
 from ..memory.formats.codes import values
 from ..memory.formats.raw import read_raw
 from ..planning.options import METHOD
@@ -30,7 +29,6 @@ from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights
 
 logger = logging.getLogger("moestro")
-_PARTS = ("gate", "up", "down")
 
 
 def load_stored(
@@ -58,7 +56,7 @@ def load_stored(
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
-    formats = [_format_of_layer(weights, module, len_of(layer)) for module, layer in expert_modules(model).items()]
+    formats = [_format_of(module, weights.expert(module, 0)) for module in expert_modules(model)]
     conductor = attach(model, config, device, formats)
     is_quantized = _fill_dense(model, weights, device.torch_device)
     if source.method and not is_quantized and not any(m.is_quantized for f in formats for m in f.matrices.values()):
@@ -77,36 +75,21 @@ def load_stored(
     return model.requires_grad_(False).eval()
 
 
-def len_of(module: Any) -> int:
-    """How many experts a module has."""
-    return int(module.down_proj.shape[0])
-
-
-def _format_of_layer(weights: Weights, module: str, experts: int) -> ExpertFormat:
-    """The format that all experts of a layer are in.
+def _format_of(module: str, expert: ExpertWeights) -> ExpertFormat:
+    """The format that an expert is stored in: one object for equal ones.
 
     Raises:
-        ModelError: they are in several, or activations would have to be gathered.
+        ModelError: activations would have to be gathered for it.
     """
-    found = {tuple(_formats(module, weights.expert(module, expert))) for expert in range(experts)}
-    if len(found) > 1:
-        raise ModelError(f"the experts of {module} are in several formats: {sorted(map(str, found))}")
-    names = dict(found.pop())
-    first = {part: format_named(names[part]) for part in ("gate", "up") if part in names}
-    return ExpertFormat(format_named(names["down"]), gate=first.get("gate", first["up"]), up=first["up"])
-
-
-def _formats(module: str, weights: ExpertWeights) -> Iterable[tuple[str, str]]:
-    for part in _PARTS:
-        if part not in weights.matrices:
-            continue
-        one = weights.matrices[part]
+    names = {}
+    for part, one in expert.matrices.items():
         if part != "down" and one.columns is not None:
             raise ModelError(
                 f"{module} was quantized with act-order (desc_act), for which activations would have to be "
                 "reordered; Moestro does not do that yet: use a checkpoint without act-order"
             )
-        yield part, format_of(one.raw).name
+        names[part] = format_of(one.raw).name
+    return expert_format_named("+".join((names.get("gate", names["up"]), names["up"], names["down"])))
 
 
 def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
@@ -114,6 +97,8 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
         math = conductor.math[index]
         for expert in range(conductor.spec.layers[index].experts):
             stored = weights.expert(module, expert)
+            if (found := _format_of(module, stored)) is not math.format:
+                raise ModelError(f"{module} has experts in several formats: {math.format.name} and {found.name}")
             parts = {part: (one.raw, one.rows, one.columns) for part, one in stored.matrices.items()}
             target = home(conductor, index, expert)
             packed = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
@@ -137,16 +122,10 @@ def _fill_dense(model: Any, weights: Weights, device: torch.device) -> bool:
         parameter = nn.Parameter(_plain(value).to(device, module._parameters[leaf].dtype), requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         module._parameters[leaf] = parameter
-    tied = getattr(model, "all_tied_weights_keys", {})
-    experts = {id(module) for module in expert_modules(model).values()}
-    for name, module in model.named_modules():
+    for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device=device)
-        for leaf, parameter in module._parameters.items():
-            is_left = parameter is not None and parameter.is_meta and id(module) not in experts
-            if is_left and f"{name}.{leaf}".lstrip(".") not in tied:
-                raise CheckpointError(f"the checkpoint has no {name}.{leaf}; it is incomplete: download it again")
     return is_quantized
 
 

@@ -7,6 +7,8 @@ have those that weights of any checkpoint can be put in; the others are kept as 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .codes import Coded
@@ -21,15 +23,18 @@ FLOAT_FORMATS: dict[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "
 FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}
 
 
+@functools.cache
 def expert_format_named(name: str) -> ExpertFormat:
     """The format of experts by its name, such as "q4_k" or "q4_k+q4_k+q6_k" (gate, up, down).
 
     Raises:
         KeyError: there is none.
     """
-    if name in FORMATS:
-        return FORMATS[name]
     gate, up, down = (name.split("+") * 3)[:3]
+    if gate == up == down and gate in FORMATS:
+        return FORMATS[gate]
+    if gate == up == down and gate != name:
+        return expert_format_named(gate)
     return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up))
 
 
