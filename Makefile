@@ -16,7 +16,7 @@ test: install  ## set up .venv, then lint, type-check and run the tests
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-long: install  ## run the tests that take minutes each
-	$(BIN)/pytest -n 2 --dist worksteal -m long -o timeout=3600
+	$(BIN)/pytest -n 2 --dist worksteal -m long -o timeout=3600 --seed $$(date +%s)
 
 test-versions:  ## run the tests on the oldest and the newest versions that pyproject.toml allows (an hour, 6 GB each)
 	$(PYTHON) scripts/test_versions.py $(COMBINATION)

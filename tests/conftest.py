@@ -1,13 +1,21 @@
-"""What all tests share: options, quiet libraries, and fresh random numbers that can be had again."""
+"""What all tests share: options, quiet libraries, and random numbers that can be had again.
+
+Each test and each shared fixture draws from a seed of its own, made of its name and of --seed. So a run of the same
+tests always sees the same numbers, however pytest-xdist shares them out, and another --seed makes fresh ones.
+"""
 
 from __future__ import annotations
 
 import random
 import re
 import sys
+import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import hypothesis
+import numpy
 import pytest
 import torch
 
@@ -22,7 +30,7 @@ import transformers  # noqa: E402
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write the documents that tests generate")
     parser.addoption("--kernels", help="another build of the kernels to test: with sanitizers, by make sanitize-python")
-    parser.addoption("--seed", type=int, default=None, help="the random numbers of an earlier run")
+    parser.addoption("--seed", type=int, default=0, help="of all random numbers; make test-long takes a fresh one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,8 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     transformers.utils.logging.disable_progress_bar()
     if config.getoption("--kernels") is not None:
         _use_kernels(Path(config.getoption("--kernels")).resolve())
-    if config.getoption("--seed") is None:
-        config.option.seed = random.SystemRandom().randrange(2**31)
+    if config.getoption("--seed") == 0:
+        hypothesis.settings.register_profile("same examples", derandomize=True)
+        hypothesis.settings.load_profile("same examples")
 
 
 def _use_kernels(path: Path) -> None:
@@ -51,9 +60,24 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random numbers: --seed {config.getoption('--seed')}"
 
 
-@pytest.fixture(autouse=True)
-def _seed(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(request.config.getoption("--seed"))
+def _seed(config: pytest.Config, name: str) -> None:
+    seed = zlib.crc32(f"{config.getoption('--seed')} {name}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[None]:
+    if fixturedef.scope != "function":  # which test comes first to it is chance
+        _seed(request.config, f"{fixturedef.baseid} {fixturedef.argname} {getattr(request, 'param', '')!r}")
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield
+    _seed(item.config, item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
