@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from moestro import MoestroError, load, load_tokenizer
 from moestro.cli.main import app
 from moestro.compute.cpu import levels
-from moestro.compute.repack import pack_stored
+from moestro.compute.repack import format_of, pack_stored
+from moestro.decode.cpu.dense import Packed
 from moestro.engine.families import FamilyLayout, expert_modules
+from moestro.engine.gates import find_router
 from moestro.loading.sources import ExpertWeights, Part, open_source
 from moestro.loading.stored import _format_of
 from moestro.memory.formats import ExpertFormat, ExpertShape, expert_format_named, format_named
@@ -68,12 +70,34 @@ def _kept(found: Any, formats: set[str]) -> None:
     assert {fmt.name for math in found.moestro.math for fmt in math.format.matrices.values()} == formats
 
 
+def _dense_kept(found: Any, expected: Any, path: Path) -> None:
+    """Every linear layer, head and embedding but the routers computes in the form that the file has it in, exactly."""
+    values, kept = dict(open_source(str(path)).weights(expected).dense()), list[str]()
+    routers = {id(find_router(found, name)) for name in expert_modules(found)}
+    for name, module in found.named_modules():
+        value = values.get(f"{name}.weight")
+        if value is None or id(module) in routers or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        raw = value if isinstance(value, Tensor) else value.raw
+        if isinstance(module, nn.Embedding) and isinstance(raw, Tensor):
+            continue  # rows of floats are looked up in torch
+        assert isinstance(module, Packed), name
+        assert module.matrix.fmt is format_of(raw), name
+        tolerance = 2**-20 if module.matrix.fmt.name == "nvfp4" else 0
+        wanted = expected.get_submodule(name).weight.detach()
+        torch.testing.assert_close(module.matrix.unpack(torch.float32), wanted, rtol=tolerance, atol=0)
+        kept.append(name)
+    assert len(kept) > 2 * len(routers)
+
+
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
 @pytest.mark.parametrize(("family", "kind"), [case for case in CASES if "act-order" not in case[1]])
 def test_quantized_safetensors(family: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     expected = write_checkpoint(tmp_path, FAMILY[family], kind)
     model = load(str(tmp_path), dtype="float32", threads=2, **options)
     assert all(fmt.is_quantized for math in model.moestro.math for fmt in math.format.matrices.values())
+    if options["device"] == "cpu":
+        _dense_kept(model, expected, tmp_path)
     _same(model, expected)
 
 
@@ -88,7 +112,9 @@ def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     write_gguf(path, model, arch, kind, TYPES[kind](kind))
     found = load(str(path), dtype="float32", threads=2)
     _kept(found, {{"F16": "fp16"}.get(kind, kind.lower())})
-    _same(found, _as_stored(path, model))
+    expected = _as_stored(path, model)
+    _dense_kept(found, expected, path)
+    _same(found, expected)
 
 
 def _as_stored(path: Path, model: nn.Module) -> nn.Module:

@@ -109,29 +109,39 @@ def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer, or a table of rows: packed bytes of [rows, columns] in `fmt`, and its float32 bias."""
+    """A linear layer, or a table of rows: packed bytes of [rows, columns] in `fmt`, and its float32 bias.
+
+    order: int64 [columns], in which columns are packed and activations are gathered; None for their own.
+    """
 
     packed: Tensor
     fmt: MatrixFormat
     rows: int
     columns: int
     bias: Tensor | None = None
+    order: Tensor | None = None
 
     @functools.cached_property
     def linear(self) -> _kernels.Linear:
-        """As the kernels take it; ValueError if they lack the format, or bytes or bias are not of that size."""
+        """As the kernels take it; they read no `order`.
+
+        Raises:
+            ValueError: they lack the format, or bytes or bias are not of that size.
+        """
         fmt = kernel_format(self.fmt)
         if fmt is None:
             raise ValueError(f"the kernels do not take matrices in {self.fmt.name}")
         return _kernels.Linear(self.packed, fmt, self.rows, self.columns, self.bias)
 
     def __reduce__(self) -> tuple[type[Matrix], tuple[Any, ...]]:
-        return Matrix, (self.packed, self.fmt, self.rows, self.columns, self.bias)  # a copy makes its own `linear`
+        parts = (self.packed, self.fmt, self.rows, self.columns, self.bias, self.order)
+        return Matrix, parts  # a copy makes its own `linear`
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """[rows, columns], rounded once."""
         exact = dtype if dtype.itemsize > 4 else torch.float32
-        return self.fmt.unpack(self.panels, self.columns, exact)[: self.rows].to(dtype)
+        found = self.fmt.unpack(self.panels, self.columns, exact)[: self.rows].to(dtype)
+        return found if self.order is None else torch.empty_like(found).index_copy_(1, self.order, found)
 
     @property
     def panels(self) -> Tensor:
@@ -152,7 +162,7 @@ def run_linear(matrix: Matrix, x: Tensor, *, threads: int, level: str = "") -> T
     """
     if kernel_format(matrix.fmt) is None or level == "torch":
         return torch.nn.functional.linear(x.float(), matrix.unpack(torch.float32), matrix.bias).to(x.dtype)
-    x = _readable(x)
+    x = _readable(x if matrix.order is None else x.index_select(-1, matrix.order))
     out = x.new_empty((*x.shape[:-1], matrix.rows))
     runner(threads).run_linear(level, matrix.linear, x, out)
     return out

@@ -18,6 +18,8 @@ from .cpu import _kernels, kernel_format, runner
 
 Stored: TypeAlias = "_kernels.Stored"
 
+_ROWS_OF_JOB = 256  # of a matrix, on one thread
+
 
 def format_of(raw: RawMatrix | Tensor) -> MatrixFormat:
     """The format that keeps a stored matrix as it is; a float tensor's own."""
@@ -66,6 +68,42 @@ def pack_stored(
         _kernels.repack(runner(threads), jobs)
     except ValueError as error:
         raise CheckpointError(f"these experts cannot be kept as they are stored: {error}") from error
+
+
+def pack_stored_matrix(
+    packed: Tensor, raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None, *, threads: int
+) -> None:
+    """Write one matrix into panels of `format_of(raw)`.
+
+    Args:
+        packed: uint8 [matrix_bytes], on the CPU.
+        rows, columns: as in `pack_stored`.
+
+    Raises:
+        CheckpointError: as in `pack_stored`.
+    """
+    fmt = format_of(raw)
+    n_rows, n_columns = raw.shape if isinstance(raw, Tensor) else (raw.rows, raw.columns)
+    n_rows = n_rows if rows is None else len(rows)
+    if _kernels is None:
+        if isinstance(raw, Tensor):
+            taken = raw if rows is None else raw[rows]
+            panels = fmt.pack(taken if columns is None else taken[:, columns])
+        else:
+            panels = fmt.write(read_raw(raw, rows, columns))
+        packed.copy_(panels.view(-1))
+        return
+    matrix, job_bytes = _stored(raw, rows, columns), fmt.matrix_bytes(_ROWS_OF_JOB, n_columns)
+    outs = packed.split(job_bytes)
+    firsts = range(0, n_rows, _ROWS_OF_JOB)
+    jobs = [
+        (matrix, first, min(_ROWS_OF_JOB, n_rows - first), 0, n_columns, out)
+        for first, out in zip(firsts, outs, strict=True)
+    ]
+    try:
+        _kernels.repack(runner(threads), jobs)
+    except ValueError as error:
+        raise CheckpointError(f"this matrix cannot be kept as it is stored: {error}") from error
 
 
 def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None) -> Stored:

@@ -23,7 +23,7 @@ from ..compute.cpu import CpuExperts, first_touch
 from ..compute.experts import ExpertMath
 from ..decode.capture import capture_steps, forget_steps
 from ..decode.cpu import fuse
-from ..decode.cpu.dense import DenseFormats, dense_bytes, dense_weights, pack_dense
+from ..decode.cpu.dense import DenseFormats, StoredWeight, dense_bytes, dense_weights, pack_dense, packable
 from ..decode.hooks import Fused
 from ..devices import Device
 from ..engine.conductor import Conductor
@@ -41,7 +41,7 @@ from ..engine.watch import Watch
 from ..errors import ModelError, RequestError
 from ..machine.measure import this_machine
 from ..machine.probe import available_ram_bytes
-from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat, expert_format_named
+from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat, MatrixFormat, expert_format_named
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
@@ -87,25 +87,34 @@ class ExpertLayer:
         self.note(module)
 
 
-def attach(
-    model: Any, config: MoestroConfig, device: Device, experts: Sequence[ExpertFormat] | None = None
-) -> Conductor:
+@dataclass(frozen=True, slots=True)
+class StoredFormats:
+    """The forms that a checkpoint has its weights in and that they keep.
+
+    experts: of each layer's experts. dense: of weights outside the experts, by the model's names.
+    """
+
+    experts: Sequence[ExpertFormat]
+    dense: Mapping[str, MatrixFormat]
+
+
+def attach(model: Any, config: MoestroConfig, device: Device, stored: StoredFormats | None = None) -> Conductor:
     """Plan for a Transformers model on the meta device and make its conductor, `model.moestro`.
 
     Args:
-        experts: the format of each layer's experts, where a checkpoint has them quantized; None for the config's.
+        stored: what keeps its form; None where the config says all.
 
     Raises:
         What `plan_for` does.
     """
-    return build(plan_for(model, config, device, experts), model, device, config.threads)
+    return build(plan_for(model, config, device, stored), model, device, config.threads)
 
 
-def plan_for(model: Any, config: MoestroConfig, device: Device, experts: Sequence[ExpertFormat] | None = None) -> Plan:
+def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFormats | None = None) -> Plan:
     """The plan for a Transformers model on the meta device, from its sizes and the machine's free memory.
 
     Args:
-        experts: as in `attach`.
+        stored: as in `attach`.
 
     Raises:
         ModelError: it has no experts that Moestro can store.
@@ -115,9 +124,12 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, experts: Sequenc
     longest = model_context(model.config)
     planned_context(longest, config.context)  # refused before the work
     layouts = _layouts_of(model)
-    if experts is None:
+    experts: Sequence[ExpertFormat]
+    if stored is None:
         experts = [FORMATS[_format_name(config.expert_bits or config.bits, model.config.dtype)]] * len(layouts)
-    dense = dense_formats(model, config, device)
+    else:
+        experts = stored.experts
+    dense = dense_formats(model, config, device, stored)
     spec = _spec_of(model, layouts, experts, dense_bytes(model, dense))
     virtual = config.clock == "virtual"
     machine = None if config.machine in (None, THIS) else machine_named(config.machine)
@@ -138,9 +150,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, experts: Sequenc
         make_plan,
         spec,
         facts=facts,
-        formats=Formats(
-            tuple(fmt.name for fmt in experts), *(() if dense is None else (dense.other.name, dense.head.name))
-        ),
+        formats=Formats(tuple(fmt.name for fmt in experts), *_dense_names(model, dense)),
         policy=config.policy,
         budget=config.budget,
         context=config.context,
@@ -234,18 +244,28 @@ def home(conductor: Conductor, layer: int, expert: int) -> Tensor:
     return conductor.slots[layer, expert][: conductor.spec.layers[layer].expert_bytes]
 
 
-def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool = False) -> None:
+def pack_rest(
+    model: Any,
+    config: MoestroConfig,
+    device: Device,
+    *,
+    fast: bool = False,
+    stored: StoredFormats | None = None,
+    weights: Mapping[str, StoredWeight] | None = None,
+) -> None:
     """Finish a model whose weights have loaded: on the CPU pack its dense layers and fuse small operations.
 
     On a device, have its decode steps captured.
 
     Args:
         fast: find scales at once rather than fit them, as in `MatrixFormat.pack`.
+        stored: as in `attach`. weights: those outside the experts that are packed from a checkpoint's own bytes, by
+            the model's names.
     """
-    formats = dense_formats(model, config, device)
+    dense = dense_formats(model, config, device, stored)
     threads = model.moestro.cpu.threads
-    if formats is not None:
-        pack_dense(model, formats, threads, fast=fast)
+    if dense is not None:
+        pack_dense(model, dense, threads, fast=fast, stored=weights)
     modules = expert_modules(model).values()
     for module in modules:
         keep_in_store(module, module._moestro.layout)
@@ -260,8 +280,13 @@ def pack_rest(model: Any, config: MoestroConfig, device: Device, *, fast: bool =
         module._moestro.note(module)
 
 
-def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFormats | None:
+def dense_formats(
+    model: Any, config: MoestroConfig, device: Device, stored: StoredFormats | None = None
+) -> DenseFormats | None:
     """The formats of the dense layers; None where they stay in torch: on a GPU, or with --no-pack-dense.
+
+    Args:
+        stored: as in `attach`.
 
     Raises:
         RequestError: bits below 16 for dense layers that are not on the CPU.
@@ -279,7 +304,17 @@ def dense_formats(model: Any, config: MoestroConfig, device: Device) -> DenseFor
     return DenseFormats(
         other=MATRIX_FORMATS[_format_name(config.dense_bits or config.bits, dtype)],
         head=MATRIX_FORMATS[_format_name(config.head_bits or config.bits, dtype)],
+        stored={} if stored is None else stored.dense,
     )
+
+
+def _dense_names(model: Any, formats: DenseFormats | None) -> tuple[str | None, str | None]:
+    """The formats of the dense layers and of head and embedding, by name; several are joined, the largest first."""
+    sizes: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+    for layer in () if formats is None else packable(model, formats):
+        sizes[layer.is_head][layer.fmt.name] += layer.n_bytes
+    dense, head = ("+".join(name for name, _ in of.most_common()) or None for of in sizes)
+    return dense, head
 
 
 def _layouts_of(model: Any) -> dict[str, FamilyLayout]:

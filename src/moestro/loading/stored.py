@@ -1,12 +1,15 @@
 """Load a checkpoint that is quantized already: its experts keep their bits, repacked straight from the file's bytes.
 
-Transformers builds the model and computes everything but the experts; nothing goes through a dequantized layer. What is
-quantized outside the experts is dequantized to the model's dtype, matrix by matrix, and packed as other dense layers.
+Transformers builds the model and computes everything but the experts; nothing goes through a dequantized layer. Linear
+layers outside the experts, the head and the embedding keep their form too where our kernels compute them, which is on
+the CPU; elsewhere they are dequantized to the model's dtype, matrix by matrix.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
-from ..compute.repack import format_of, pack_stored
+from ..compute.repack import format_of, pack_stored, pack_stored_matrix
+from ..decode.cpu.dense import DenseFormats, StoredWeight, packable
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError
-from ..memory.formats import ExpertFormat, expert_format_named
+from ..memory.formats import FLOAT_FORMATS, ExpertFormat, MatrixFormat, expert_format_named
 from ..memory.formats.codes import values
-from ..memory.formats.raw import read_raw
+from ..memory.formats.raw import RawMatrix, read_raw
 from ..planning.options import METHOD
-from .build import attach, home, pack_rest
+from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights
 
@@ -56,23 +60,66 @@ def load_stored(
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
-    formats = [_format_of(module, weights.expert(module, 0)) for module in expert_modules(model)]
-    conductor = attach(model, config, device, formats)
-    is_quantized = _fill_dense(model, weights, device.torch_device)
-    if source.method and not is_quantized and not any(m.is_quantized for f in formats for m in f.matrices.values()):
+    experts = [_format_of(module, weights.expert(module, 0)) for module in expert_modules(model)]
+    dense = dict(weights.dense())
+    is_quantized = any(fmt.is_quantized for of in experts for fmt in of.matrices.values())
+    if source.method and not is_quantized and not any(_is_quantized(value) for value in dense.values()):
         raise CheckpointError(
             f"the config.json of {name} says that it is quantized ({source.method}), but none of its tensors is; "
             "take quantization_config out of it"
         )
+    stored = StoredFormats(experts, _kept_formats(model, dense, config))
+    conductor = attach(model, config, device, stored)
+    kept = _kept_weights(model, dense, stored, dense_formats(model, config, device, stored), conductor.cpu.threads)
+    _fill_dense(model, dense, device.torch_device)
     _fill_experts(model, conductor, weights)
     for layer in expert_modules(model).values():
         for part in layer._moestro.layout.parameters:
             del layer._parameters[part]
     model.initialize_weights()
     model.tie_weights()
-    pack_rest(model, config, device)
+    pack_rest(model, config, device, stored=stored, weights=kept)
     _take_generation_config(model, Path(name))
     return model.requires_grad_(False).eval()
+
+
+def _is_quantized(value: Tensor | Part) -> bool:
+    return isinstance(value, Part) and not isinstance(value.raw, Tensor)
+
+
+def _kept_formats(model: Any, dense: Mapping[str, Tensor | Part], config: MoestroConfig) -> dict[str, MatrixFormat]:
+    """The formats of dense weights that keep their form: quantized ones, and floats unless bits were asked for."""
+    heads = {id(layer.weight) for layer in (model.get_output_embeddings(), model.get_input_embeddings()) if layer}
+    formats = {}
+    for name, parameter in model.named_parameters():
+        if (value := dense.get(name)) is None or parameter.dim() != 2:
+            continue
+        bits = config.head_bits if id(parameter) in heads else config.dense_bits
+        raw = value.raw if isinstance(value, Part) else value
+        if isinstance(raw, RawMatrix) or (bits is None and raw.dtype in FLOAT_FORMATS):
+            formats[name] = format_of(raw)
+    return formats
+
+
+def _kept_weights(
+    model: Any,
+    dense: dict[str, Tensor | Part],
+    stored: StoredFormats,
+    formats: DenseFormats | None,
+    threads: int,
+) -> dict[str, StoredWeight]:
+    """Take out of `dense` the weights that are packed from their own bytes."""
+    kept = {}
+    for layer in () if formats is None else packable(model, formats):
+        if layer.name in stored.dense:
+            value = dense.pop(layer.name)
+            part = Part(value) if isinstance(value, Tensor) else value
+            layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            write = functools.partial(
+                pack_stored_matrix, raw=part.raw, rows=part.rows, columns=part.columns, threads=threads
+            )
+            kept[layer.name] = StoredWeight(write, part.columns)
+    return kept
 
 
 def _format_of(module: str, expert: ExpertWeights) -> ExpertFormat:
@@ -108,11 +155,10 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
                 target.copy_(packed)
 
 
-def _fill_dense(model: Any, weights: Weights, device: torch.device) -> bool:
-    """Give the model's parameters their values, and its buffers memory; returns whether any value was quantized."""
-    is_quantized = False
-    for name, value in weights.dense():
-        is_quantized |= isinstance(value, Part) and not isinstance(value.raw, Tensor)
+def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.device) -> None:
+    """Give the model's parameters their values, taken out of `dense` one by one, and its buffers memory."""
+    while dense:
+        name, value = dense.popitem()
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
@@ -126,7 +172,6 @@ def _fill_dense(model: Any, weights: Weights, device: torch.device) -> bool:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device=device)
-    return is_quantized
 
 
 def _plain(value: Tensor | Part) -> Tensor:

@@ -46,9 +46,9 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """Names of the formats that weights are stored in: of each layer's experts, and of the rest.
+    """Names of the formats that weights are stored in: of each layer's experts, of dense layers, and of the head.
 
-    None where Transformers keeps the weights.
+    Dense layers in several are named like "q4_k+q6_k", the largest first. None where Transformers keeps the weights.
     """
 
     experts: tuple[str, ...]

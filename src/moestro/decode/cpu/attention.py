@@ -195,7 +195,8 @@ class FusedAttention(Fused):
 
 def _looks_known(module: Any) -> bool:
     children = dict(module.named_children())
-    if not all(isinstance(children.get(name), PackedLinear) for name in _PROJECTIONS):
+    projections = [children.get(name) for name in _PROJECTIONS]
+    if not all(isinstance(one, PackedLinear) and one.matrix.order is None for one in projections):
         return False
     norms = [children.get(name) for name in _NORMS]
     if (norms[0] is None) != (norms[1] is None) or not all(norm is None or norm_of(norm) for norm in norms):

@@ -10,8 +10,8 @@ Legend: T tokens, R rows (outputs), K columns (inputs).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,26 @@ from ...memory.store import map_memory
 
 @dataclass(frozen=True, slots=True)
 class DenseFormats:
-    """How the dense layers are written down: `head` for the output head and the embedding, `other` for the rest."""
+    """How the dense layers are written down.
 
-    other: MatrixFormat
-    head: MatrixFormat
+    other, head: of the output head and the embedding, and of the rest; None for what Transformers makes of them.
+    stored: of weights that keep the form that their checkpoint has them in, by name; it goes before the others.
+    """
+
+    other: MatrixFormat | None
+    head: MatrixFormat | None
+    stored: Mapping[str, MatrixFormat] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight that is packed from a checkpoint's own bytes.
+
+    write: fills its panels, uint8 [matrix_bytes]. order: as in `Matrix`.
+    """
+
+    write: Callable[[Tensor], None]
+    order: Tensor | None = None
 
 
 _KEEP = "load the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
@@ -128,9 +144,18 @@ class Packed(nn.Module):
 class PackedLinear(Packed, nn.Linear):  # type: ignore[override]  # whose weight is a property here
     """A linear layer whose packed weights are read by our kernels."""
 
-    def __init__(self, packed: Tensor, fmt: MatrixFormat, linear: nn.Linear, threads: int, *, is_shared: bool) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        fmt: MatrixFormat,
+        linear: nn.Linear,
+        threads: int,
+        *,
+        is_shared: bool,
+        order: Tensor | None = None,
+    ) -> None:
         bias = None if linear.bias is None else linear.bias.detach().float().clone()
-        matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias)
+        matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias, order)
         super().__init__(matrix, linear.weight.dtype, threads, is_shared=is_shared)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -172,8 +197,17 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # likewi
     """An embedding that unpacks the rows it is asked for; may share its bytes with the head."""
 
     def __init__(
-        self, packed: Tensor, fmt: MatrixFormat, embedding: nn.Embedding, threads: int, *, is_shared: bool
+        self,
+        packed: Tensor,
+        fmt: MatrixFormat,
+        embedding: nn.Embedding,
+        threads: int,
+        *,
+        is_shared: bool,
+        order: Tensor | None = None,
     ) -> None:
+        if order is not None:
+            raise ModelError("an embedding whose columns are stored in another order; use a checkpoint without it")
         matrix = Matrix(packed, fmt, embedding.num_embeddings, embedding.embedding_dim)
         super().__init__(matrix, embedding.weight.dtype, threads, is_shared=is_shared)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
@@ -191,8 +225,15 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # likewi
 
 
 def _pack(value: Any, matrix: Matrix) -> None:
-    """Write another weight, [R, K], into a matrix's bytes."""
-    matrix.panels.copy_(matrix.fmt.pack(_checked(value, (matrix.rows, matrix.columns))))
+    """Write another weight, [R, K], into a matrix's bytes.
+
+    Raises:
+        ModelError: it does not fit, or nothing here quantizes to the format that the checkpoint has.
+    """
+    weight = _checked(value, (matrix.rows, matrix.columns))
+    if not matrix.fmt.is_packable:
+        raise ModelError(f"a layer that its checkpoint has in {matrix.fmt.name} takes no other weight; {_KEEP}")
+    matrix.panels.copy_(matrix.fmt.pack(weight if matrix.order is None else weight[:, matrix.order]))
 
 
 def _checked(value: Any, shape: tuple[int, ...]) -> Tensor:
@@ -215,7 +256,7 @@ def dense_bytes(model: nn.Module, formats: DenseFormats | None) -> int:
     """Bytes that the weights outside the experts will take, packed ones as they are packed."""
     sizes = {key: t.numel() * t.element_size() for key, t in _dense_tensors(model).items()}
     if formats is not None:
-        sizes |= {id(weight): fmt.matrix_bytes(*weight.shape) for weight, fmt, _ in _packable(model, formats)}
+        sizes |= {id(each.weight): each.n_bytes for each in packable(model, formats)}
     return sum(sizes.values())
 
 
@@ -234,61 +275,92 @@ def _dense_tensors(model: nn.Module) -> dict[int, Tensor]:
     return found
 
 
-def pack_dense(model: nn.Module, formats: DenseFormats, threads: int, *, fast: bool = False) -> None:
+def pack_dense(
+    model: nn.Module,
+    formats: DenseFormats,
+    threads: int,
+    *,
+    fast: bool = False,
+    stored: Mapping[str, StoredWeight] | None = None,
+) -> None:
     """Swap the dense layers of a loaded model for packed ones.
 
     Args:
         threads: of the kernels. fast: as in `MatrixFormat.pack`.
+        stored: weights that are not in the model, by the names that `packable` has for them.
     """
-    packable = list(_packable(model, formats))
-    total = sum(_aligned(fmt.matrix_bytes(*weight.shape)) for weight, fmt, _ in packable)
-    memory, at = map_memory(total), 0
+    layers, stored = list(packable(model, formats)), stored or {}
+    memory, at = map_memory(sum(_aligned(layer.n_bytes) for layer in layers)), 0
     first_touch(memory, threads)
-    while packable:
-        weight, fmt, owners = packable.pop(0)
-        size = fmt.matrix_bytes(*weight.shape)
-        packed = memory[at : at + size]
-        packed.view(-1, fmt.panel_bytes(weight.shape[1])).copy_(fmt.pack(weight.detach(), fast=fast))
-        at += _aligned(size)
-        for name, module in owners:
+    while layers:
+        layer = layers.pop(0)
+        packed = memory[at : at + layer.n_bytes]
+        at += _aligned(layer.n_bytes)
+        source = stored.get(layer.name)
+        if source is None:
+            packed.view(-1, layer.fmt.panel_bytes(layer.weight.shape[1])).copy_(
+                layer.fmt.pack(layer.weight.detach(), fast=fast)
+            )
+        else:
+            source.write(packed)
+        for name, module in layer.owners:
             parent, _, leaf = name.rpartition(".")
             kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear
-            new = kind(packed, fmt, module, threads, is_shared=len(owners) > 1)
+            order = None if source is None else source.order
+            new = kind(packed, layer.fmt, module, threads, is_shared=len(layer.owners) > 1, order=order)
             new.train(module.training)
             setattr(model.get_submodule(parent), leaf, new)
             module.weight = None  # code that still holds the module must not hold the weight
-        del weight, owners
+        del layer
 
 
-def _packable(model: nn.Module, formats: DenseFormats) -> Iterator[tuple[Tensor, MatrixFormat, list[tuple[str, Any]]]]:
-    """Each weight to be packed, its format, and the modules that it belongs to by name."""
+@dataclass(slots=True)
+class PackableLayer:
+    """A weight to be packed, under its own name, and the modules that it belongs to by theirs."""
+
+    name: str
+    weight: Tensor
+    fmt: MatrixFormat
+    is_head: bool  # the output head or the embedding
+    owners: list[tuple[str, Any]]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.fmt.matrix_bytes(*self.weight.shape)
+
+
+def packable(model: nn.Module, formats: DenseFormats) -> Iterator[PackableLayer]:
+    """Each weight outside the experts that is to be packed, once, whichever layers share it."""
     experts = expert_modules(model)
     routers = {id(router) for name in experts if (router := find_router(model, name)) is not None}
     left_alone = {id(m) for name in experts for m in experts[name].modules()} | routers
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     tied = getattr(model, "all_tied_weights_keys", {})
-    owners: dict[int, tuple[Tensor, MatrixFormat, list[tuple[str, Any]]]] = {}
+    layers: dict[int, PackableLayer] = {}
     for name, module in model.named_modules():
         is_head = module is head or module is embedding
         if type(module) not in (nn.Linear, nn.Embedding) or id(module) in left_alone:
             continue
         if type(module) is nn.Embedding and (module is not embedding or module.max_norm is not None):
             continue
-        weight = _find(model, tied.get(f"{name}.weight", f"{name}.weight"))
-        fmt = formats.head if is_head else formats.other
-        if weight is None or not weight.is_floating_point():
+        weight_name = tied.get(f"{name}.weight", f"{name}.weight")
+        weight = _find(model, weight_name)
+        fmt = formats.stored.get(weight_name, formats.head if is_head else formats.other)
+        if fmt is None or weight is None or not weight.is_floating_point():
             continue
         # Without kernels, what is not quantized is best left to torch.
         if not levels() and not fmt.is_quantized:
             continue
-        owners.setdefault(id(weight), (weight, fmt, []))[2].append((name, module))
+        layers.setdefault(id(weight), PackableLayer(weight_name, weight, fmt, is_head, [])).owners.append(
+            (name, module)
+        )
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for weight, fmt, modules in owners.values():
-        if users[id(weight)] > len(modules):
+    for layer in layers.values():
+        if users[id(layer.weight)] > len(layer.owners):
             continue  # shared with something that reads it in a way of its own
-        if all(isinstance(module, nn.Embedding) for _, module in modules) and not fmt.is_quantized:
+        if all(isinstance(module, nn.Embedding) for _, module in layer.owners) and not layer.fmt.is_quantized:
             continue  # a lookup is as fast as it gets
-        yield weight, fmt, modules
+        yield layer
 
 
 def _find(model: nn.Module, name: str) -> Tensor | None:

@@ -23,6 +23,11 @@ class MatrixFormat(Descriptor):
 
     __slots__ = ()
 
+    @property
+    def is_packable(self) -> bool:
+        """Whether weights are quantized to this format here, or are floats; a checkpoint has the others."""
+        return self.is_float or self.name in ("int8", "int4")
+
     def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
         """[R, K] of any float dtype -> uint8 [P, panel_bytes], on the same device.
 
@@ -34,7 +39,7 @@ class MatrixFormat(Descriptor):
         """
         if self.is_float:
             return pack_floats(self, matrix)
-        if self.name not in ("int8", "int4"):
+        if not self.is_packable:
             raise ValueError(f"nothing here quantizes to {self.name}: a checkpoint has it")
         if self.name == "int8":
             return pack_codes(self, quantize_int8(matrix, self.group))
