@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from moestro.bench.models import ALONE, OURS, ModelWorker, _transformers_alone
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
 from moestro.errors import BudgetError, RequestError
-from moestro.loading.random_model import shape_config
+from moestro.loading import plug  # noqa: F401  # registers the experts function
+from moestro.loading.config import MoestroConfig
+from moestro.loading.random_model import build_random_model, shape_config
+from moestro.loading.random_stored import MIXES
+from moestro.memory.formats import FLOAT_FORMATS, format_names
 from moestro.planning.shapes import SHAPES
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
@@ -68,6 +73,34 @@ def test_other_engines_take_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [("tiny", 4, 1, 1)]
     assert [(row.engine, row.bits) for row in report.engines] == [(OURS, 4), ("another", 4)]
     assert report.ratios.keys() == {"another"}
+
+
+@pytest.mark.parametrize("name", sorted({*MIXES, *format_names(), "int4g128", "int8row", "int4g32bf16z"}))
+def test_random_weights_in_each_form(name: str) -> None:
+    """Every matrix but routers and the embedding is in the form's formats, finite, and of the size of other weights."""
+    model: Any = build_random_model("tiny", MoestroConfig(device="cpu", threads=1), dtype="auto", seed=0, form=name)
+    for layer, math in enumerate(model.moestro.math):
+        assert {fmt.is_quantized for fmt in math.format.matrices.values()} == {name not in FLOAT_FORMATS.values()}
+        packed = model.moestro.store[layer, 0]
+        expert = math.format.unpack(packed, math.shape, range(math.shape.neurons), torch.float32)
+        for weights in (expert.gate, expert.up, expert.down):
+            assert weights is not None
+            assert 1e-3 < float(weights.std()) < 1e-2
+    projection = model.model.layers[0].self_attn.q_proj
+    if levels() or name not in FLOAT_FORMATS.values():
+        assert {"mxfp4": "q8_0", "q4_k_m": "q4_k"}.get(name, name) == projection.matrix.fmt.name
+    assert 1e-3 < float(projection.weight.float().std()) < 1e-2
+    assert bool(model(torch.arange(8)[None]).logits.isfinite().all())
+
+
+@needs_kernels
+def test_forms_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="no format 'q9'; there are: fp32"):
+        measure_decode("tiny", "q9")
+    monkeypatch.setattr(sys, "argv", ["moestro", "bench", "decode", "--format", "q8_0", "--bits", "4"])
+    with pytest.raises(SystemExit) as ended:
+        cli()
+    assert ended.value.code == 2
 
 
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"])

@@ -18,7 +18,9 @@ from types import MappingProxyType
 import torch
 
 from ..compute.cpu import best_level, core_cpus, read_gbps
+from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model
+from ..memory.formats import format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
 from .kernels import PREFETCH_FLOATS, one_torch_thread
@@ -35,10 +37,14 @@ _RAM_SHARE = 0.92  # of what is free, for all engines together
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """Medians of one engine's turns. share: of the limit of decode; None where a token's bytes are not known."""
+    """Medians of one engine's turns.
+
+    bits: of a weight, or the form of a checkpoint that the weights are in, like "q4_k_m".
+    share: of the limit of decode; None where a token's bytes are not known.
+    """
 
     engine: str
-    bits: int
+    bits: int | str
     prefill_tok_s: dict[int, float]
     decode_tok_s: float
     share: float | None
@@ -75,7 +81,7 @@ class DecodeReport(Report):
 
 def measure_decode(
     shape: str,
-    bits: int,
+    bits: int | str,
     *,
     layers: int | None = None,
     rounds: int = 5,
@@ -86,6 +92,7 @@ def measure_decode(
     """Measure a shape at so many bits.
 
     Args:
+        bits: of a weight, or the form of a checkpoint, as `stored_formats` takes it.
         layers: the depth to cut the model to, so that all engines fit in RAM together; None for all layers.
         rounds: turns of each engine.
         threads: of each engine; None for one on each physical core.
@@ -93,21 +100,23 @@ def measure_decode(
         others: by their names, functions that start other engines at the same bits.
 
     Raises:
-        RequestError: no kernels, or no such shape. BudgetError: too little RAM.
+        RequestError: no kernels, or no such shape or form. BudgetError: too little RAM.
     """
     check_kernels()
     depth = len(spec_of_shape(shape, layers).layers)
     _check_ram(shape, depth, [bits, *(bits for _ in others), *([16] if alone else [])])
     count = threads or len(core_cpus())
     with ExitStack() as stack, one_torch_thread():
-        engines: dict[str, tuple[int, EngineWorker]] = {}
+        engines: dict[str, tuple[int | str, EngineWorker]] = {}
         ours = ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count)
 
-        def add(name: str, engine_bits: int, engine: AbstractContextManager[EngineWorker]) -> None:
+        def add(name: str, engine_bits: int | str, engine: AbstractContextManager[EngineWorker]) -> None:
             engines[name] = (engine_bits, stack.enter_context(engine))
 
         add(OURS, bits, ours)
         for name, start in others.items():
+            if isinstance(bits, str):
+                raise RequestError(f"{name} is measured at so many bits here, not in {bits}")
             add(name, bits, start(shape, bits, depth, count))
         if alone:
             add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
@@ -115,7 +124,12 @@ def measure_decode(
 
 
 def _take_turns(
-    shape: str, layers: int, threads: int, ours: ModelWorker, engines: dict[str, tuple[int, EngineWorker]], rounds: int
+    shape: str,
+    layers: int,
+    threads: int,
+    ours: ModelWorker,
+    engines: dict[str, tuple[int | str, EngineWorker]],
+    rounds: int,
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
     limits: list[float] = []
@@ -156,12 +170,18 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _check_ram(shape: str, layers: int, bits_of_engines: list[int]) -> None:
+def _most_bits(bits: int | str) -> float:
+    """Of a weight, scales included: 4 and 8 bits take up to 4.5 and 8.5."""
+    if isinstance(bits, int):
+        return bits if bits == 16 else bits + 0.5
+    return {"q4_k_m": 6.6, "mxfp4": 8.5, "fp8": 16}.get(bits) or format_asked_for(bits).matrices["down"].bits_per_weight
+
+
+def _check_ram(shape: str, layers: int, bits_of_engines: list[int | str]) -> None:
     def need_bytes(depth: int) -> float:
         spec = spec_of_shape(shape, depth)
-        # With scales, 4 and 8 bits take up to 4.5 and 8.5. A twentieth and half a GiB an engine are added for caches,
-        # activations and what loading leaves behind.
-        each = sum((bits if bits == 16 else bits + 0.5) / 8 for bits in bits_of_engines)
+        # A twentieth and half a GiB an engine are added for caches, activations and what loading leaves behind.
+        each = sum(_most_bits(bits) / 8 for bits in bits_of_engines)
         return (spec.dense_bytes + spec.expert_bytes) / 2 * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
 
     free_bytes = available_ram_bytes() * _RAM_SHARE

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
-from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
-from ..memory.formats import FLOAT_FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape, expert_format_named, format_names
+from ..memory.formats import FLOAT_FORMATS, ExpertShape, format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import REAL_SHAPES, spec_of_shape, top_k_of_shape
 from .report import Report, check_kernels, print_table
@@ -111,7 +110,7 @@ def measure_kernels(
     for name in shapes:
         moe_layer(name)  # refused before the work
     for name in formats:
-        _format_named(name)
+        format_asked_for(name)
     size_bytes = max(read_bytes, CACHES * last_level_cache_bytes()) if read_bytes == READ_BYTES else read_bytes
     check_ram("weights that no cache holds", size_bytes, 0.8 * available_ram_bytes(), "free some")
     memory = plausible_weights(size_bytes)
@@ -159,7 +158,7 @@ def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, thr
     """
     name, format_name, tokens = case
     shape, _, top_k = moe_layer(name)
-    math = ExpertMath(shape, _format_named(format_name), swiglu)
+    math = ExpertMath(shape, format_asked_for(format_name), swiglu)
     size = math.format.expert_bytes(shape)
     data = memory.view(torch.uint8)
     x = torch.randn(tokens, shape.hidden).to(hidden_dtype(format_name))
@@ -212,16 +211,3 @@ def plausible_weights(size_bytes: int) -> Tensor:
         part = flat[start : start + piece.numel()]
         part.copy_(piece[: part.numel()])
     return memory
-
-
-def _format_named(name: str) -> ExpertFormat:
-    """The format of experts of that name.
-
-    Raises:
-        RequestError: there is none.
-    """
-    try:
-        return expert_format_named(name)
-    except KeyError:
-        known = ", ".join(dict.fromkeys((*MATRIX_FORMATS, *format_names())))
-        raise RequestError(f"no format {name!r}; there are: {known}, and the like of int4g128, int8row") from None

@@ -2,7 +2,8 @@
 
     python -m moestro.bench.models ENGINE SHAPE BITS LAYERS THREADS
 
-It answers by the protocol of worker.py, and times forward passes with a cache and random tokens; it does not sample.
+BITS is a number or the form of a checkpoint, like q4_k_m. The worker answers by the protocol of worker.py, and times
+forward passes with a cache and random tokens; it does not sample.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class ModelWorker(EngineWorker):
     """A model in its own process. engine: "moestro" or "transformers" (alone, in bfloat16). python: its interpreter."""
 
     def __init__(
-        self, engine: str, shape: str, *, bits: int, layers: int, threads: int, python: str = sys.executable
+        self, engine: str, shape: str, *, bits: int | str, layers: int, threads: int, python: str = sys.executable
     ) -> None:
         numbers = map(str, (bits, layers, threads))
         super().__init__("moestro.bench.models", [engine, shape, *numbers], python=python)
@@ -33,7 +34,7 @@ class ModelWorker(EngineWorker):
 class Engine:
     """The model that the worker times."""
 
-    def __init__(self, engine: str, shape: str, bits: int, layers: int, threads: int) -> None:
+    def __init__(self, engine: str, shape: str, bits: int | str, layers: int, threads: int) -> None:
         import torch
 
         from ..compute.cpu import runner
@@ -44,8 +45,9 @@ class Engine:
         self._torch = torch
         torch.set_num_threads(threads)
         if engine == OURS:
-            config = MoestroConfig(device="cpu", threads=threads, bits=bits)
-            self._model: Any = build_random_model(shape, config, dtype=torch.bfloat16, seed=0, layers=layers)
+            form = bits if isinstance(bits, str) else None
+            config = MoestroConfig(device="cpu", threads=threads, bits=bits if isinstance(bits, int) else None)
+            self._model: Any = build_random_model(shape, config, dtype=torch.bfloat16, seed=0, layers=layers, form=form)
         else:
             self._model = _transformers_alone(shape, layers)
         self._runner = runner(threads)
@@ -116,10 +118,10 @@ def _transformers_alone(shape: str, layers: int) -> Any:
 def main() -> None:
     """Load the model that the command line names, then answer questions."""
 
-    engine, shape, *numbers = sys.argv[1:]
+    engine, shape, bits, layers, threads = sys.argv[1:]
 
     def start() -> tuple[dict[str, Any], Handlers]:
-        model = Engine(engine, shape, *map(int, numbers))
+        model = Engine(engine, shape, int(bits) if bits.isdigit() else bits, int(layers), int(threads))
         handlers: Handlers = {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
         return model.card(), {**handlers, "outside_s": lambda: model.outside_s}
 

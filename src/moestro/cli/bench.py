@@ -73,10 +73,19 @@ def bench_kernels(
 
 
 @bench.command("decode", epilog="Example: moestro bench decode --shape olmoe-1b-7b --bits 4")
-@takes_options(only=("shape", "bits", "threads"), bits=4)
+@takes_options(only=("shape", "bits", "threads"))
 def bench_decode(
     measured: ShapeOptions,
     options: Options,
+    form: Annotated[
+        str | None,
+        unset(
+            "NAME",
+            "Weights as a checkpoint has them, instead of --bits: q4_k_m, mxfp4, q8_0, fp8, or any number format.",
+            "none",
+            "--format",
+        ),
+    ] = None,
     layers: Layers = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns to take medians of.")] = 5,
     alone: Annotated[bool, typer.Option(help="Also Transformers alone, in bfloat16.")] = True,
@@ -85,9 +94,10 @@ def bench_decode(
     """Time a whole random-weight model beside Transformers alone."""
     from ..bench.decode import measure_decode
 
-    assert options.bits is not None
+    if form is not None and options.bits is not None:
+        raise RequestError("--format says all about the weights; leave --bits out")
     report = measure_decode(
-        measured.shape, options.bits, layers=layers, rounds=rounds, threads=options.threads, alone=alone
+        measured.shape, form or options.bits or 4, layers=layers, rounds=rounds, threads=options.threads, alone=alone
     )
     show(report, as_json)
 

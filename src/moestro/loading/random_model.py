@@ -15,6 +15,7 @@ the wanted frequencies.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from ..compute.experts import ExpertMath
+from ..decode.cpu.dense import StoredWeight
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import expert_modules
 from ..engine.gates import find_router
+from ..memory.formats import MatrixFormat
 from ..planning.options import METHOD
 from ..planning.shapes import shape_named
-from .build import attach, home, pack_rest
+from .build import StoredFormats, attach, home, pack_rest
 from .config import MoestroConfig
+from .random_stored import random_experts, random_panels, stored_formats
 
 # Popularity against rank, both as fractions: the densities of the cumulative figures of Fiddler's
 # profiles (10 % of the experts take 12.4 % of the tokens, 25 % 28.8 %, 75 % 78.9 %), extremes 1.35, 0.25.
@@ -43,7 +47,7 @@ _INITIALIZER_STD = 0.003  # small, so that a token's own embedding outlives the 
 
 
 def build_random_model(
-    name: str, config: MoestroConfig, *, dtype: Any, seed: int, layers: int | None = None
+    name: str, config: MoestroConfig, *, dtype: Any, seed: int, layers: int | None = None, form: str | None = None
 ) -> PreTrainedModel:
     """A random model of a real shape, its experts in the store.
 
@@ -52,9 +56,10 @@ def build_random_model(
         dtype: a torch dtype, or "auto" for bfloat16.
         seed: of all weights.
         layers: the depth to cut the model to; None for all layers.
+        form: that of a checkpoint, as `stored_formats` takes it; None for the config's bits.
 
     Raises:
-        RequestError: no such shape. BudgetError: it does not fit.
+        RequestError: no such shape or form. BudgetError: it does not fit.
     """
     shape = shape_config(name, layers)
     shape.initializer_range = _INITIALIZER_STD
@@ -63,7 +68,8 @@ def build_random_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
         model.set_experts_implementation(METHOD)
-    conductor = attach(model, config, device)
+    stored = None if form is None else stored_formats(model, form)
+    conductor = attach(model, config, device, stored)
     modules = expert_modules(model)
     for module in modules.values():
         for part in module._moestro.layout.parameters:
@@ -75,7 +81,7 @@ def build_random_model(
         model.tie_weights()
         _fill_experts(conductor)
         _route(model, skewed=True)
-        pack_rest(model, config, device, fast=True)
+        pack_rest(model, config, device, fast=True, stored=stored, weights=_random_weights(model, stored))
     return model.requires_grad_(False).eval()
 
 
@@ -100,16 +106,33 @@ def shape_config(name: str, layers: int | None = None) -> Any:
     return AutoConfig.for_model(**values, tie_word_embeddings=False)
 
 
+def _random_weights(model: Any, stored: StoredFormats | None) -> dict[str, StoredWeight]:
+    """Random bytes for the weights outside the experts that are in a checkpoint's form."""
+
+    def write(packed: Tensor, fmt: MatrixFormat, rows: int, columns: int) -> None:
+        packed.copy_(random_panels(fmt, rows, columns, _INITIALIZER_STD * 3**0.5))
+
+    kept = {} if stored is None else stored.dense
+    return {
+        name: StoredWeight(partial(write, fmt=fmt, rows=size[0], columns=size[1]))
+        for name, fmt in kept.items()
+        if (size := model.get_parameter(name).shape)
+    }
+
+
 def _fill_experts(conductor: Conductor) -> None:
     """Pack one random layer; expert e of layer l is that layer's expert e + l with its blocks rotated by l.
 
     Rotating blocks reorders neurons, which changes the bytes but no result. The bytes repeat after as many layers as an
-    expert has blocks.
+    expert has blocks. There is such a layer for each format.
     """
-    math, count = conductor.math[0], conductor.spec.layers[0].experts
-    fmt, shape = math.format, math.shape
-    base = [_random_expert(math) for _ in range(count)]
+    bases: dict[str, list[Tensor]] = {}
     for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
+        math, count = conductor.math[layer], conductor.spec.layers[layer].experts
+        fmt, shape = math.format, math.shape
+        if fmt.name not in bases:
+            bases[fmt.name] = _random_experts(math, count)
+        base = bases[fmt.name]
         turn = fmt.byte_range(shape, range(layer % fmt.blocks(shape) * fmt.block)).stop
         end = fmt.byte_range(shape, range(shape.neurons // fmt.block * fmt.block)).stop
         for expert in range(count):
@@ -122,10 +145,17 @@ def _fill_experts(conductor: Conductor) -> None:
             target[end:].copy_(source[end:])
 
 
-def _random_expert(math: ExpertMath) -> Tensor:
-    """The packed bytes of an expert with uniform weights of the initializer's spread."""
-    packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
+def _random_experts(math: ExpertMath, count: int) -> list[Tensor]:
+    """The packed bytes of experts with uniform weights of the initializer's spread."""
     bound = _INITIALIZER_STD * 3**0.5
+    if all(matrix.is_packable for matrix in math.format.matrices.values()):
+        return [_packed_expert(math, bound) for _ in range(count)]
+    make = random_experts(math.format, math.shape, bound)
+    return [make() for _ in range(count)]
+
+
+def _packed_expert(math: ExpertMath, bound: float) -> Tensor:
+    packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
     parts = {name: torch.empty(size).uniform_(-bound, bound) for name, size in math.shape.parts.items()}
     math.format.pack(packed, math.shape, parts, fast=True)
     return packed

@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from ...errors import RequestError
 from .codes import Coded
 from .descriptor import PANEL
 from .experts import ExpertFormat, ExpertShape, UnpackedExpert
@@ -38,6 +39,19 @@ def expert_format_named(name: str) -> ExpertFormat:
     return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up))
 
 
+def format_asked_for(name: str) -> ExpertFormat:
+    """As `expert_format_named`, for a name that a user gave.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        return expert_format_named(name)
+    except KeyError:
+        known = ", ".join(dict.fromkeys((*MATRIX_FORMATS, *format_names())))
+        raise RequestError(f"no format {name!r}; there are: {known}, and the like of int4g128, int8row") from None
+
+
 __all__ = [
     "FLOAT_FORMATS",
     "FORMATS",
@@ -49,6 +63,7 @@ __all__ = [
     "MatrixFormat",
     "UnpackedExpert",
     "expert_format_named",
+    "format_asked_for",
     "format_named",
     "format_names",
     "uniform",
