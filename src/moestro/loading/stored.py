@@ -25,12 +25,11 @@ from ..engine.conductor import Conductor
 from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, MatrixFormat, expert_format_named
-from ..memory.formats.codes import values
-from ..memory.formats.raw import RawMatrix, read_raw
+from ..memory.formats.raw import RawMatrix
 from ..planning.options import METHOD
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .config import MoestroConfig
-from .sources import ExpertWeights, Part, Source, Weights
+from .sources import ExpertWeights, Part, Source, Weights, floats_of
 
 logger = logging.getLogger("moestro")
 
@@ -73,11 +72,11 @@ def load_stored(
     kept = _kept_weights(model, dense, stored, dense_formats(model, config, device, stored), conductor.cpu.threads)
     _fill_dense(model, dense, device.torch_device)
     _fill_experts(model, conductor, weights)
+    model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
+    model.tie_weights()
     for layer in expert_modules(model).values():
         for part in layer._moestro.layout.parameters:
             del layer._parameters[part]
-    model.initialize_weights()
-    model.tie_weights()
     pack_rest(model, config, device, stored=stored, weights=kept)
     _take_generation_config(model, Path(name))
     return model.requires_grad_(False).eval()
@@ -162,31 +161,16 @@ def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.devic
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
-            buffer = module._buffers[leaf] = _plain(value).to(device, module._buffers[leaf].dtype)
+            buffer = module._buffers[leaf] = floats_of(value).to(device, module._buffers[leaf].dtype)
             buffer._is_hf_initialized = True  # type: ignore[attr-defined]
             continue
-        parameter = nn.Parameter(_plain(value).to(device, module._parameters[leaf].dtype), requires_grad=False)
+        parameter = nn.Parameter(floats_of(value).to(device, module._parameters[leaf].dtype), requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         module._parameters[leaf] = parameter
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device=device)
-
-
-def _plain(value: Tensor | Part) -> Tensor:
-    """The weights of a dense layer as floats; a copy, so that the file may go."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value.raw, Tensor):
-        return value.raw.clone()
-    coded = read_raw(value.raw, value.rows, value.columns)
-    dense = values(value.raw.fmt, coded)
-    if value.columns is None:
-        return dense
-    back = torch.empty_like(dense)
-    back[:, value.columns] = dense
-    return back
 
 
 def _take_generation_config(model: Any, folder: Path) -> None:

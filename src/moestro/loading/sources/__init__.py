@@ -5,7 +5,7 @@ Knows files, formats of tensors and families' names; does not know where weights
 
 from __future__ import annotations
 
-from .base import ExpertWeights, Part, Source, Weights
+from .base import ExpertWeights, Part, Source, Weights, floats_of
 from .open import open_source
 
-__all__ = ["ExpertWeights", "Part", "Source", "Weights", "open_source"]
+__all__ = ["ExpertWeights", "Part", "Source", "Weights", "floats_of", "open_source"]

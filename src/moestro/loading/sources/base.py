@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ...errors import CheckpointError, first_line
-from ...memory.formats.raw import RawMatrix
+from ...memory.formats.codes import values
+from ...memory.formats.raw import RawMatrix, read_raw
 from ..checkpoint import refuse_code
 
 
@@ -90,6 +91,18 @@ class Source(Protocol):
         Raises:
             CheckpointError: an expert is not there.
         """
+
+
+def floats_of(value: Tensor | Part) -> Tensor:
+    """A weight as floats, those of a quantized matrix as float32 [R, K]; a copy, so that the file may go."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value.raw, Tensor):
+        return value.raw.clone()
+    dense = values(value.raw.fmt, read_raw(value.raw, value.rows, value.columns))
+    if value.columns is None:
+        return dense
+    return torch.empty_like(dense).index_copy_(1, value.columns, dense)
 
 
 @functools.lru_cache

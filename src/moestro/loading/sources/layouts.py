@@ -72,8 +72,8 @@ def split_name(name: str) -> tuple[str, str]:
     for ending in _ENDINGS:
         if last == ending:
             return name[: -len(ending) - 1], ending
-    for ending in _ENDINGS:  # of stacked experts: gate_up_proj_blocks
-        if last.endswith(f"proj_{ending}"):
+    for ending in _ENDINGS:  # of stacked experts: gate_up_proj_blocks, w13_weight_scale
+        if last.endswith((f"proj_{ending}", f"_weight_{ending}")):
             return name[: -len(ending) - 1], ending
     return name, "weight"
 

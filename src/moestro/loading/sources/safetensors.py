@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError, ModelError, first_line
 from ..checkpoint import read_config, weight_files
-from .base import ExpertWeights, Part, ordered, row_index, tokenizer_from
+from .base import ExpertWeights, Part, floats_of, ordered, row_index, tokenizer_from
 from .layouts import WEIGHTS, Matrix, read_matrix, split_name
 from .names import Piece, Renamer, find_experts
 from .quantization import Quantization
@@ -112,7 +113,7 @@ class SafetensorsWeights:
         return ordered(weights)
 
     def dense(self) -> Iterator[tuple[str, Tensor | Part]]:
-        renamer, unused = Renamer(self._model), list[str]()
+        renamer, unused, joined = Renamer(self._model), list[str](), 0
         state: dict[str, Tensor] = self._model.state_dict()
         experts = {piece.name for pieces in self._experts.values() for piece in pieces.values()}
         missing = {name for name in state if not name.startswith(tuple(f"{module}." for module in self._experts))}
@@ -131,15 +132,14 @@ class SafetensorsWeights:
                     value = self._quantized(base, state[target]) if quantized else self._tensors[name]()
                     yield target, _fitting(target, value, state)
                     continue
-                if quantized:
-                    raise ModelError(
-                        f"{name} is quantized, but Transformers takes it apart or joins it with others ({target}), "
-                        "which Moestro does with plain weights only; use the unquantized checkpoint"
-                    )
-                renamer.collect(name, target, pattern, self._tensors[name]())
+                value = self._floats(base, target) if quantized else self._tensors[name]()
+                joined += quantized
+                renamer.collect(name, target, pattern, value.to(state[target].dtype) if quantized else value)
         for target, converted in renamer.converted():
             missing.discard(target)
             yield target, _fitting(target, converted, state)
+        if joined:
+            logger.warning("%d quantized matrices are parts of larger ones here, and are kept as floats", joined)
         if unused:
             logger.warning("the config has no place for %d tensors, such as %s", len(unused), min(unused))
         if missing:
@@ -170,6 +170,23 @@ class SafetensorsWeights:
         rows, columns = parameter.shape
         matrix = read_matrix(base, self._read(base), (rows, columns), self._quantization)
         return matrix.raw if isinstance(matrix.raw, Tensor) else Part(matrix.raw, None, matrix.columns)
+
+    def _floats(self, base: str, target: str) -> Tensor:
+        """A quantized matrix of which Transformers makes another parameter with others.
+
+        Raises:
+            ModelError: its tensors do not say its size.
+        """
+        tensors = self._read(base)
+        weight, stated = next(tensors[ending] for ending in WEIGHTS if ending in tensors), tensors.get("weight_shape")
+        shape = weight.shape if stated is None else tuple(stated.tolist())
+        if len(shape) != 2 or (stated is None and weight.dtype not in (torch.float8_e4m3fn, torch.int8)):
+            raise ModelError(
+                f"{base} is quantized in a layout that does not say its size, and Transformers makes {target} of it "
+                "and others; use a checkpoint in FP8 or an unquantized one"
+            )
+        matrix = read_matrix(base, tensors, (int(shape[0]), int(shape[1])), self._quantization)
+        return floats_of(Part(matrix.raw, None, matrix.columns))
 
     def _bias(self, piece: Piece, size: int) -> Tensor:
         tensor = self._tensors[self._groups[piece.name]["weight"]]()
