@@ -13,12 +13,12 @@ void rotate(float* head, const float* cosine, const float* sine, int64_t turned,
   }
 }
 
-void read_first(const Input& x, float* to) { read_row(x, 0, to); }
+void read_first(const Input& x, float* to) { read_row(x, 0, nullptr, to); }
 void write_plain(const float* from, int64_t count, Type type, void* to) { write_row(from, nullptr, count, type, to, 0); }
 
 // All heads of a row of x, read and written in its type.
 void rotate_row(const Input& x, void* out, int64_t head, const float* cosine, const float* sine, int64_t turned, float* row) {
-  read_row(x, 0, row);
+  read_row(x, 0, nullptr, row);
   for (int64_t h = 0; h < x.width; h += head) rotate(row + h, cosine, sine, turned, x.type);
   write_row(row, nullptr, x.width, x.type, out, 0);
 }

@@ -302,8 +302,8 @@ int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std:
 
 void make_shape(Shape* self, int64_t hidden, int64_t neurons, bool has_gate, bool has_bias, const MatrixFormat& gate,
                 const MatrixFormat& up, const MatrixFormat& down, int64_t block, Activation activation, float alpha, float limit,
-                float offset) {
-  const Shape made{hidden, neurons, has_gate, has_bias, gate, up, down, block, activation, alpha, limit, offset};
+                float offset, int64_t orders) {
+  const Shape made{hidden, neurons, has_gate, has_bias, gate, up, down, block, activation, alpha, limit, offset, orders};
   check(made);
   new (self) Shape(made);
 }
@@ -374,7 +374,7 @@ NB_MODULE(_kernels, m) {
       .value("clamped_swiglu", Activation::kClampedSwiglu);
   nb::class_<Shape>(m, "Shape")
       .def("__init__", &make_shape, nb::kw_only(), "hidden"_a, "neurons"_a, "has_gate"_a, "has_bias"_a, "gate"_a, "up"_a,
-           "down"_a, "block"_a, "activation"_a, "alpha"_a, "limit"_a, "offset"_a);
+           "down"_a, "block"_a, "activation"_a, "alpha"_a, "limit"_a, "offset"_a, "orders"_a);
   // The numbers of keep_alive count from the object itself, which is 1.
   nb::class_<Linear>(m, "Linear")
       .def("__init__", &make_linear, "packed"_a, "format"_a, "rows"_a, "columns"_a, "bias"_a.none(), nb::keep_alive<1, 2>(),

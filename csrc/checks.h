@@ -35,12 +35,13 @@ inline void check(const Shape& shape) {
   check(shape.down);
   require(shape.block == 64 || shape.block == 128 || shape.block == kMostBlock, "block: expected 64, 128 or 256 neurons");
   require(shape.block % least_block(shape.down) == 0, "block: cuts the units of down");
+  require(shape.orders >= 0 && shape.orders <= (shape.has_gate ? 2 : 1), "orders: not one of each of gate and up at most");
   require(shape.has_gate || shape.activation != Activation::kClampedSwiglu, "activation: clamped_swiglu needs a gate");
 }
 
 // Bytes of a packed expert, up to a whole cache line.
 inline int64_t expert_bytes(const Shape& shape) {
-  return round_up(shape.blocks() * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), kLineBytes);
+  return round_up(head_bytes(shape) + shape.blocks() * block_bytes(shape) + (shape.has_bias ? shape.hidden * 4 : 0), kLineBytes);
 }
 
 inline void check(const Attention& a) {

@@ -64,6 +64,16 @@ double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// An expert's order of columns by its number; none where it has none. Throws where it names a column that is not there.
+const int32_t* order_of(const Work& work, const Shape& shape, int64_t number) {
+  if (shape.orders == 0) return nullptr;
+  const int32_t* order = reinterpret_cast<const int32_t*>(work.packed + number * order_bytes(shape));
+  for (int64_t i = 0; i < shape.hidden; ++i) {
+    if (order[i] < 0 || order[i] >= shape.hidden) throw std::out_of_range("packed: an order has no column " + std::to_string(order[i]));
+  }
+  return order;
+}
+
 // What one token takes from one item: partial row, weight.
 struct Part {
   const float* partial;
@@ -125,7 +135,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
                  float* out) {
   const Call call(*this);
   Crew& crew = call.crew;
-  const int64_t D = shape.hidden, wide = round_up(D, kPanel);
+  const int64_t D = shape.hidden, wide = round_up(D, kPanel), head = head_bytes(shape);
 
   std::vector<Item> items;
   std::vector<const Work*> owner;
@@ -142,6 +152,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   });
   for (int w = 0; w < count; ++w) {
     const Work& work = works[w];
+    const int32_t *gate_order = order_of(work, shape, 0), *up_order = order_of(work, shape, shape.orders - 1);
     const int64_t begin = work.neuron_begin / shape.block, end = (work.neuron_end + shape.block - 1) / shape.block;
     const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
     const int64_t tile = tile_of(work.tokens, most), chunk = chunk_blocks(shape, work.tokens);
@@ -149,7 +160,8 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
       const int64_t n = std::min(tile, work.tokens - t);
       for (int64_t b = begin; b < end; b += chunk) {
         const int64_t stop = std::min(b + chunk, end);
-        items.push_back({work.packed, b, stop, work.rows + t, n, with_last && stop == end, nullptr, nullptr});
+        items.push_back({work.packed + head, gate_order, up_order, b, stop, work.rows + t, n, with_last && stop == end, nullptr,
+                         nullptr});
         owner.push_back(&work);
         first_row.push_back(t);
         offset.push_back(floats);

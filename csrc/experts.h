@@ -8,6 +8,8 @@
 //
 // An expert is packed in blocks of B neurons: gate rows [B, D], up rows [B, D] and the matching down columns
 // as a matrix [D, B], each in a format of its own, then float32 biases; after the last block the float32 down bias [D].
+// Where the columns of gate and up are in an order of their own (act-order), the orders stand before the first block:
+// int32 [D] each, filled up to a cache line. Column k of a matrix then meets number order[k] of a token.
 //
 // Work is cut into items of (expert, tile of tokens, chunk of blocks). The cut depends on the work alone and
 // never on the number of threads, each item fills its own partial result, and partial results are added in
@@ -42,11 +44,14 @@ struct Shape {
   float alpha = 0;  // these three of kClampedSwiglu
   float limit = 0;
   float offset = 0;
+  int64_t orders = 0;  // of columns: none, one of gate and up together, or gate's and then up's
 
   int64_t blocks() const { return (neurons + block - 1) / block; }
 };
 
 int64_t block_bytes(const Shape& shape);  // of one block of neurons
+inline int64_t order_bytes(const Shape& shape) { return round_up(shape.hidden * 4, kLineBytes); }
+inline int64_t head_bytes(const Shape& shape) { return shape.orders * order_bytes(shape); }  // before the first block
 
 inline int64_t size_of(Type type) { return type == Type::kFp32 ? 4 : 2; }  // of an activation's types
 
@@ -59,7 +64,7 @@ struct Input {
 
 // One expert's share of a step: the neurons [neuron_begin, neuron_end) for n tokens.
 struct Work {
-  const uint8_t* packed = nullptr;
+  const uint8_t* packed = nullptr;  // with its orders, if it has any
   int64_t neuron_begin = 0;
   int64_t neuron_end = 0;
   const int64_t* rows = nullptr;   // [n]: which tokens of x
@@ -69,7 +74,8 @@ struct Work {
 
 // What one item computes: n rows of x through some whole blocks of one expert, into its partial result.
 struct Item {
-  const uint8_t* packed;
+  const uint8_t* packed;           // from the first block on
+  const int32_t *gate_order, *up_order;  // [D], or none
   int64_t block_begin, block_end;  // blocks of the expert
   const int64_t* rows;             // [n]
   int64_t tokens;                  // n
@@ -99,6 +105,7 @@ struct LinearItem {
 // Tokens that a thread has packed, and how.
 struct PackedTokens {
   const int64_t* rows = nullptr;
+  const int32_t* order = nullptr;
   int64_t count = 0;
   int as = -1;
 };

@@ -58,10 +58,16 @@ struct Places {
   }
 };
 
-// One row of x as float32, with zeros behind it up to a whole group.
-inline void read_row(const Input& x, int64_t row, float* to) {
+// One row of x as float32, in that order or in its own, with zeros behind it up to a whole group.
+inline void read_row(const Input& x, int64_t row, const int32_t* order, float* to) {
   const int64_t n = x.width;
-  if (x.type == Type::kFp32) {
+  if (order != nullptr) {
+    const float* floats = static_cast<const float*>(x.data) + row * n;
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * n;
+    if (x.type == Type::kFp32) for (int64_t i = 0; i < n; ++i) to[i] = floats[order[i]];
+    else if (x.type == Type::kBf16) for (int64_t i = 0; i < n; ++i) to[i] = scalar_from_bf16(from[order[i]]);
+    else for (int64_t i = 0; i < n; ++i) to[i] = scalar_from_fp16(from[order[i]]);
+  } else if (x.type == Type::kFp32) {
     memcpy(to, static_cast<const float*>(x.data) + row * n, sizeof(float) * n);
   } else {
     const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * n;
@@ -72,17 +78,17 @@ inline void read_row(const Input& x, int64_t row, float* to) {
 }
 
 // Packs the item's tokens into one of two places, unless this thread did so for its last item.
-inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, Packing as, const Places& places, int place,
-                         Scratch& scratch) {
+inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, const int32_t* order, Packing as,
+                         const Places& places, int place, Scratch& scratch) {
   const Tokens tokens(n, x.width, as, places.x[place]);
   moestro::PackedTokens& packed = scratch.packed[place];
-  const bool same = packed.as == static_cast<int>(as) && packed.count == n && memcmp(packed.rows, rows, n * sizeof(int64_t)) == 0;
+  const bool same = packed.as == static_cast<int>(as) && packed.count == n && packed.order == order && memcmp(packed.rows, rows, n * sizeof(int64_t)) == 0;
   if (same) return tokens;
   pack(tokens, 0, tokens.columns, [&](int64_t t) {
-    read_row(x, rows[t], places.row);
+    read_row(x, rows[t], order, places.row);
     return places.row;
   });
-  packed = {rows, n, static_cast<int>(as)};
+  packed = {rows, order, n, static_cast<int>(as)};
   return tokens;
 }
 
@@ -94,12 +100,13 @@ inline void ask_for(const uint8_t* w, int64_t stride, int64_t panels) {
 
 void run_item(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
   const int64_t D = shape.hidden, B = shape.block, n = item.tokens, wide = moestro::round_up(D, kPanel);
-  const bool thin = n <= moestro::kThinTokens, joined = shape.has_gate && shape.gate == shape.up;
+  const bool thin = n <= moestro::kThinTokens, same_order = item.gate_order == item.up_order;
+  const bool joined = shape.has_gate && shape.gate == shape.up && same_order;
   const MatrixFormat& gate = shape.has_gate ? shape.gate : shape.up;
   const Places at(scratch, D, n, B);
   const Packing gate_as = packing_of(gate, n, input.type), up_as = packing_of(shape.up, n, input.type);
-  const Tokens x = pack_input(input, item.rows, n, gate_as, at, 0, scratch);
-  const Tokens up_x = up_as == gate_as ? x : pack_input(input, item.rows, n, up_as, at, 1, scratch);
+  const Tokens x = pack_input(input, item.rows, n, item.gate_order, gate_as, at, 0, scratch);
+  const Tokens up_x = up_as == gate_as && same_order ? x : pack_input(input, item.rows, n, item.up_order, up_as, at, 1, scratch);
   const Tokens h(n, thin ? B : (item.block_end - item.block_begin) * B, packing_of(shape.down, n, Type::kFp32), at.h);
   const TileRows configured(n);
   const int64_t gate_panel = moestro::panel_bytes(gate, D), up_panel = moestro::panel_bytes(shape.up, D);
@@ -152,7 +159,7 @@ void run_linear(const Input& input, const LinearItem& item, Scratch& scratch) {
   const moestro::Linear& linear = *item.linear;
   const int64_t n = item.tokens, K = linear.columns, stride = moestro::panel_bytes(linear.format, K);
   const Places at(scratch, K, n, 0);
-  const Tokens x = pack_input(input, item.rows, n, packing_of(linear.format, n, input.type), at, 0, scratch);
+  const Tokens x = pack_input(input, item.rows, n, nullptr, packing_of(linear.format, n, input.type), at, 0, scratch);
   const TileRows configured(n);
   for (int64_t p = item.panel_begin; p < item.panel_end; p += 4) {
     const int64_t panels = item.panel_end - p < 4 ? item.panel_end - p : 4, r = p * kPanel;

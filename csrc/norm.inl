@@ -12,7 +12,7 @@ inline float rounded(float value, Type type) {
 // weight) in float32. `row` has room for x.width floats rounded up to a group; weight is float32 [width].
 void rms_norm(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row) {
   const int64_t n = x.width;
-  read_row(x, at, row);
+  read_row(x, at, nullptr, row);
   V squares[VP];  // 16 sums at every level, since one sum of thousands of squares loses bits
   for (V& s : squares) s = V::zero();
   for (int64_t i = 0; i < moestro::round_up(n, kGroup); i += kPanel)

@@ -24,7 +24,7 @@ from torch import Tensor
 from moestro.compute import cpu
 from moestro.compute.cpu import kernel_format, levels, type_of
 from moestro.compute.experts import ExpertWork
-from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape, format_named
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape, format_named
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 kernels: Any = cpu._kernels
@@ -148,6 +148,7 @@ def shape_values(**changes: Any) -> dict[str, Any]:
         "alpha": 0.0,
         "limit": 0.0,
         "offset": 0.0,
+        "orders": 0,
     } | changes
 
 
@@ -212,9 +213,12 @@ def _(m: Memory) -> Row:
     clamped = kernels.Activation.clamped_swiglu
     wrong = {"hidden": sizes, "neurons": sizes, "activation": [None, 5, -1]}
     wrong |= {name: [None, 7, kernels.Type.fp32] for name in ("gate", "up", "down")} | {"block": [0, -64, 32, 65, 512]}
+    wrong["orders"] = [-1, 3, 2**40, None]
     free = frozenset({"has_bias", "alpha", "limit", "offset", "has_gate"})
     with pytest.raises(ValueError, match="needs a gate"):
         kernels.Shape(**shape_values(has_gate=False, activation=clamped))
+    with pytest.raises(ValueError, match="orders"):
+        kernels.Shape(**shape_values(has_gate=False, orders=2))
     return Row(kernels.Shape, shape_values(), wrong, free)
 
 
@@ -337,7 +341,7 @@ def _(m: Memory) -> Row:
     experts = tuple(expert(m) for _ in range(EXPERTS))
     shape = kernels.Shape(**shape_values())
     others = [shape_values(hidden=D + 1), shape_values(neurons=NEURONS + 64), shape_values(has_bias=False)]
-    others += [shape_values(has_gate=False), shape_values(up=KERNEL_FORMATS["int8"])]
+    others += [shape_values(has_gate=False), shape_values(up=KERNEL_FORMATS["int8"]), shape_values(orders=1)]
     routers = [router(m, width=D - 1), router(m, experts=EXPERTS + 1), router(m, experts=EXPERTS - 1)]
     wrong = {
         "first": [first_half(m, width=D + 1), first_half(m, dtype="fp32"), first_half(m, dtype="fp16"), None],
@@ -638,11 +642,15 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     run.look_up(level, matrix, m.hold(torch.randint(0, rows, (tokens,))), numbers(m, tokens, width, dtype=dtype))
     run.rms_norm(level, x, m.hold(torch.rand(width)), 1.0, 1e-6, numbers(m, tokens, width, dtype=dtype))
     shape = ExpertShape(width, data.draw(st.integers(1, 150)), data.draw(st.booleans()), data.draw(st.booleans()))
-    packed = m.hold(torch.zeros(FORMATS[name].expert_bytes(shape), dtype=torch.uint8))
+    orders = data.draw(st.integers(0, 1 + shape.has_gate))
+    size = ExpertFormat(MATRIX_FORMATS[name], orders=orders).expert_bytes(shape)
+    packed = m.hold(torch.zeros(size, dtype=torch.uint8))
     part = range(shape.neurons if data.draw(st.booleans()) else min(64, shape.neurons))
     index = m.hold(torch.randint(0, tokens, (data.draw(st.integers(0, 40)),)))
     values = {"hidden": width, "neurons": shape.neurons, "has_gate": shape.has_gate, "has_bias": shape.has_bias}
-    kernel = kernels.Shape(**shape_values(**values, **dict.fromkeys(("gate", "up", "down"), KERNEL_FORMATS[name])))
+    kernel = kernels.Shape(
+        **shape_values(orders=orders, **values, **dict.fromkeys(("gate", "up", "down"), KERNEL_FORMATS[name]))
+    )
     work = ExpertWork(packed, part, index, m.hold(torch.rand(len(index))))
     run.run(level, kernel, x, [work], m.hold(torch.zeros(tokens, width)))
     experts = data.draw(st.integers(1, 70))

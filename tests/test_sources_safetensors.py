@@ -130,10 +130,12 @@ def _pack(codes: Tensor, bits: int, dim: int) -> Tensor:
     return ((words + 2**31) % 2**32 - 2**31).to(torch.int32).movedim(-1, dim).contiguous()
 
 
-def gptq(bits: int = 4, group: int = 32, *, act_order: bool = False, sym: bool = True, v2: bool = False) -> Any:
+def gptq(
+    bits: int = 4, group: int = 32, *, act_order: bool = False, sym: bool = True, v2: bool = False, seed: int = 0
+) -> Any:
     def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         rows, columns = weight.shape
-        generator = torch.Generator().manual_seed(columns)  # gate and up see the same activations: the same order
+        generator = torch.Generator().manual_seed(columns + seed)  # gate and up see the same activations: one order
         order = torch.randperm(columns, generator=generator) if act_order else torch.arange(columns)
         g_idx = torch.empty(columns, dtype=torch.int32)
         g_idx[order] = (torch.arange(columns) // group).int()
@@ -217,8 +219,14 @@ CASES = [("mixtral", kind) for kind in KINDS] + [
 ]
 
 
-def write_checkpoint(folder: Path, family: Family, kind: str) -> nn.Module:
-    """Save a tiny model, quantize its linear layers but the router and head, and load what they stand for back."""
+def write_checkpoint(
+    folder: Path, family: Family, kind: str, writer_of: Callable[[str], Write] | None = None
+) -> nn.Module:
+    """Save a tiny model, quantize its linear layers but the router and head, and load what they stand for back.
+
+    Args:
+        writer_of: what writes the weight of that name; None for the kind's own.
+    """
     model = build_model(family)
     model.save_pretrained(folder)
     write, config = KINDS[kind]()
@@ -227,7 +235,7 @@ def write_checkpoint(folder: Path, family: Family, kind: str) -> nn.Module:
     for name, tensor in list(tensors.items()):
         quantized = name.endswith(".weight") and tensor.dim() == 2 and not name.startswith(("lm_head", "model.embed"))
         if quantized and tensor.shape[0] > 8 and tensor.shape[1] % 32 == 0 and tensor.shape[0] % 8 == 0:
-            parts, values[name] = write(tensors.pop(name))
+            parts, values[name] = (writer_of(name) if writer_of else write)(tensors.pop(name))
             values[name] = values[name].contiguous()
             tensors |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
     assert values

@@ -82,6 +82,7 @@ class Shape:
         alpha: float,
         limit: float,
         offset: float,
+        orders: int,
     ) -> None: ...
 
 class Linear:

@@ -104,6 +104,7 @@ def _shape(math: ExpertMath, kernel: Kernel) -> KernelShape:
         alpha=alpha,
         limit=limit,
         offset=offset,
+        orders=math.format.orders,
     )
 
 

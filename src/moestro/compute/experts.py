@@ -71,9 +71,12 @@ def run_experts(math: ExpertMath, x: Tensor, work: Iterable[ExpertWork], out: Te
     for item in work:
         expert = math.format.unpack(item.packed, math.shape, item.neurons, torch.float32)
         for rows, weights in zip(*(part.split(TOKENS_AT_ONCE) for part in item.routed()), strict=True):
-            h = x[rows].float()  # [n, D]
+            of_gate = h = x[rows].float()  # [n, D]
+            if expert.up_order is not None:
+                h = h[:, expert.up_order]
+                of_gate = h if expert.gate_order is expert.up_order else x[rows].float()[:, expert.gate_order]
             up = linear(h, expert.up, expert.up_bias)  # [n, f]
-            gate = None if expert.gate is None else linear(h, expert.gate, expert.gate_bias)  # [n, f]
+            gate = None if expert.gate is None else linear(of_gate, expert.gate, expert.gate_bias)  # [n, f]
             y = linear(math.activation(gate, up), expert.down, expert.down_bias)  # [n, D]
             if math.post_norm is not None:
                 y = math.post_norm(y)

@@ -5,6 +5,7 @@ Only places change, never a number. Legend: R rows, K columns, F expert neurons.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from ..memory.formats.raw import RawMatrix, flip, read_raw, sides
 from .cpu import _kernels, kernel_format, runner
 
 Stored: TypeAlias = "_kernels.Stored"
+StoredPart: TypeAlias = tuple[RawMatrix | Tensor, Tensor | None, Tensor | None]  # matrix, rows, order of columns
 
 _ROWS_OF_JOB = 256  # of a matrix, on one thread
 
@@ -30,7 +32,7 @@ def pack_stored(
     packed: Tensor,
     fmt: ExpertFormat,
     shape: ExpertShape,
-    parts: dict[str, tuple[RawMatrix | Tensor, Tensor | None, Tensor | None]],
+    parts: Mapping[str, StoredPart],
     *,
     threads: int,
 ) -> None:
@@ -39,11 +41,13 @@ def pack_stored(
     Args:
         packed: uint8 [expert_bytes], on the CPU.
         parts: "gate", "up" and "down": the stored matrix, which of its rows and in which order (int64), and the order
-            of its columns (int64 [K]); None for all, in the file's order.
+            of its columns (int64 [K]); None for all, in the file's order. Columns of gate and up in an order of their
+            own need a format that keeps it.
 
     Raises:
         CheckpointError: FP8 whose blocks of 128 rows begin within 16 that are packed together, or with a NaN.
     """
+    fmt.pack_orders(packed, shape, orders_of(fmt, shape, parts))
     if _kernels is None:
         for name, (raw, rows, columns) in parts.items():
             if isinstance(raw, Tensor):
@@ -52,12 +56,12 @@ def pack_stored(
             else:
                 fmt.pack_coded(packed, shape, {name: read_raw(raw, rows, columns)})
         return
-    places, size = dict(fmt.places(shape)), fmt.block_bytes(shape)
+    places, size, head = dict(fmt.places(shape)), fmt.block_bytes(shape), fmt.head_bytes(shape)
     jobs = []
     for name, (raw, rows, columns) in parts.items():
         matrix, place = _stored(raw, rows, columns), places[name]
         for block in range(fmt.blocks(shape)):
-            out = packed[block * size + place.start : block * size + place.stop]
+            out = packed[head + block * size + place.start : head + block * size + place.stop]
             first = block * fmt.block
             jobs.append(
                 (matrix, 0, shape.hidden, first, fmt.block, out)
@@ -104,6 +108,22 @@ def pack_stored_matrix(
         _kernels.repack(runner(threads), jobs)
     except ValueError as error:
         raise CheckpointError(f"this matrix cannot be kept as it is stored: {error}") from error
+
+
+def orders_of(fmt: ExpertFormat, shape: ExpertShape, parts: Mapping[str, StoredPart]) -> list[Tensor]:
+    """The orders of gate's and up's columns that a format keeps, int64 [D] each.
+
+    Raises:
+        ValueError: a matrix has one that the format does not keep.
+    """
+    own = torch.arange(shape.hidden)
+    found = [parts[name][2] for name in ("gate", "up") if name in parts]
+    orders = [own if order is None else order for order in found]
+    kept = [orders[0], orders[-1]][: fmt.orders]
+    for order in orders:
+        if not any(torch.equal(order, one) for one in kept or [own]):
+            raise ValueError(f"{fmt.name} does not keep the order of these columns")
+    return kept
 
 
 def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None) -> Stored:

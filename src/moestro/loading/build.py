@@ -352,6 +352,7 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], formats: Sequence[
                 block_bytes=fmt.block_bytes(layout.shape),
                 matrices=3 if layout.shape.has_gate else 2,
                 block=fmt.block,
+                head_bytes=fmt.head_bytes(layout.shape),
             )
             for layout, fmt in zip(layouts.values(), formats, strict=True)
         ),

@@ -22,9 +22,9 @@ from ..compute.repack import format_of, pack_stored, pack_stored_matrix
 from ..decode.cpu.dense import DenseFormats, StoredWeight, packable
 from ..devices import make_device
 from ..engine.conductor import Conductor
-from ..engine.families import expert_modules
+from ..engine.families import FamilyLayout, expert_modules
 from ..errors import CheckpointError, ModelError
-from ..memory.formats import FLOAT_FORMATS, ExpertFormat, MatrixFormat, expert_format_named
+from ..memory.formats import FLOAT_FORMATS, ORDERS, ExpertFormat, MatrixFormat, expert_format_named
 from ..memory.formats.raw import RawMatrix
 from ..planning.options import METHOD
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
@@ -59,7 +59,8 @@ def load_stored(
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
-    experts = [_format_of(module, weights.expert(module, 0)) for module in expert_modules(model)]
+    modules = expert_modules(model)
+    experts = [_layer_format(weights, name, FamilyLayout.of(name, modules[name]).experts) for name in modules]
     dense = dict(weights.dense())
     is_quantized = any(fmt.is_quantized for of in experts for fmt in of.matrices.values())
     if source.method and not is_quantized and not any(_is_quantized(value) for value in dense.values()):
@@ -74,7 +75,7 @@ def load_stored(
     _fill_experts(model, conductor, weights)
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
-    for layer in expert_modules(model).values():
+    for layer in modules.values():
         for part in layer._moestro.layout.parameters:
             del layer._parameters[part]
     pack_rest(model, config, device, stored=stored, weights=kept)
@@ -121,21 +122,26 @@ def _kept_weights(
     return kept
 
 
-def _format_of(module: str, expert: ExpertWeights) -> ExpertFormat:
-    """The format that an expert is stored in: one object for equal ones.
+def _layer_format(weights: Weights, module: str, experts: int) -> ExpertFormat:
+    """The format that holds each of a layer's experts, of which some may have one order of columns and some two."""
+    first = _format_of(weights.expert(module, 0))
+    if not first.orders:
+        return first
+    found = (_format_of(weights.expert(module, expert)) for expert in range(1, experts))
+    return max((first, *found), key=lambda fmt: fmt.orders)
 
-    Raises:
-        ModelError: activations would have to be gathered for it.
+
+def _format_of(expert: ExpertWeights) -> ExpertFormat:
+    """The format that an expert is stored in, with room for the orders of gate's and up's columns (act-order).
+
+    One object for equal ones.
     """
-    names = {}
-    for part, one in expert.matrices.items():
-        if part != "down" and one.columns is not None:
-            raise ModelError(
-                f"{module} was quantized with act-order (desc_act), for which activations would have to be "
-                "reordered; Moestro does not do that yet: use a checkpoint without act-order"
-            )
-        names[part] = format_of(one.raw).name
-    return expert_format_named("+".join((names.get("gate", names["up"]), names["up"], names["down"])))
+    names = {part: format_of(one.raw).name for part, one in expert.matrices.items()}
+    orders = [expert.matrices[part].columns for part in ("gate", "up") if part in expert.matrices]
+    kept = [order for order in orders if order is not None]
+    is_one = len(kept) == len(orders) and all(torch.equal(order, kept[0]) for order in kept)
+    ending = ORDERS[0 if not kept else 1 if is_one else 2]
+    return expert_format_named("+".join((names.get("gate", names["up"]), names["up"], names["down"])) + ending)
 
 
 def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
@@ -143,7 +149,8 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
         math = conductor.math[index]
         for expert in range(conductor.spec.layers[index].experts):
             stored = weights.expert(module, expert)
-            if (found := _format_of(module, stored)) is not math.format:
+            found = _format_of(stored)
+            if found.matrices != math.format.matrices or found.orders > math.format.orders:
                 raise ModelError(f"{module} has experts in several formats: {math.format.name} and {found.name}")
             parts = {part: (one.raw, one.rows, one.columns) for part, one in stored.matrices.items()}
             target = home(conductor, index, expert)

@@ -27,6 +27,7 @@ class LayerSpec:
     matrices: int = 3  # of an expert: gate, up and down, or without a gate
     block_bytes: int = 0  # of a block; 0 where all of an expert's bytes are in its blocks
     block: int = BLOCK  # neurons of a block; an expert can be divided between blocks
+    head_bytes: int = 0  # before the first block, which every share of the expert needs
 
     @property
     def token_flops(self) -> int:
@@ -38,8 +39,9 @@ class LayerSpec:
         if neurons is None:
             return self.expert_bytes
         block_bytes = self.block_bytes or self.expert_bytes // -(-self.neurons // self.block)
-        stop = self.expert_bytes if neurons.stop >= self.neurons else neurons.stop // self.block * block_bytes
-        return stop - neurons.start // self.block * block_bytes
+        stop = self.head_bytes + neurons.stop // self.block * block_bytes
+        start = 0 if self.head_bytes else neurons.start // self.block * block_bytes
+        return (self.expert_bytes if neurons.stop >= self.neurons else stop) - start
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
 
     def of(layer: LayerSpec) -> LayerSpec:
         weights = layer.matrices * layer.neurons * layer.hidden
-        return replace(layer, expert_bytes=int(weights * BITS_PER_WEIGHT[bits] / 8), block_bytes=0)
+        return replace(layer, expert_bytes=int(weights * BITS_PER_WEIGHT[bits] / 8), block_bytes=0, head_bytes=0)
 
     return replace(spec, layers=tuple(of(layer) for layer in spec.layers))
 

@@ -14,7 +14,7 @@ import torch
 from ...errors import RequestError
 from .codes import Coded
 from .descriptor import PANEL
-from .experts import ExpertFormat, ExpertShape, UnpackedExpert
+from .experts import ORDERS, ExpertFormat, ExpertShape, UnpackedExpert
 from .matrix import MatrixFormat, format_named, format_names, uniform
 
 MATRIX_FORMATS: dict[str, MatrixFormat] = {
@@ -26,17 +26,21 @@ FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix 
 
 @functools.cache
 def expert_format_named(name: str) -> ExpertFormat:
-    """The format of experts by its name, such as "q4_k" or "q4_k+q4_k+q6_k" (gate, up, down).
+    """The format of experts by its name, such as "q4_k", "q4_k+q4_k+q6_k" (gate, up, down) or "int4g128@order".
 
     Raises:
         KeyError: there is none.
     """
-    gate, up, down = (name.split("+") * 3)[:3]
-    if gate == up == down and gate in FORMATS:
+    matrices, at, order = name.partition("@")
+    gate, up, down = (matrices.split("+") * 3)[:3]
+    if gate == up == down and gate in FORMATS and not at:
         return FORMATS[gate]
-    if gate == up == down and gate != name:
-        return expert_format_named(gate)
-    return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up))
+    if gate == up == down and gate != matrices:
+        return expert_format_named(f"{gate}{at}{order}")
+    if at + order not in ORDERS:
+        raise KeyError(name)
+    orders = ORDERS.index(at + order)
+    return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up), orders=orders)
 
 
 def format_asked_for(name: str) -> ExpertFormat:
@@ -56,6 +60,7 @@ __all__ = [
     "FLOAT_FORMATS",
     "FORMATS",
     "MATRIX_FORMATS",
+    "ORDERS",
     "PANEL",
     "Coded",
     "ExpertFormat",

@@ -7,12 +7,16 @@ Block b holds neurons [b*B, (b+1)*B): gate rows [B, D], up rows [B, D] and the m
 has them. After the last block comes the down bias [D] in float32. So a range of blocks is one run of bytes and
 a split by neurons is one contiguous copy. A last block that is not full is padded with zero neurons, which contribute
 nothing.
+
+Before the first block come the orders of gate's and up's columns, where these have one that is not the file's own
+(GPTQ's act-order): int32 [D] each, filled up to a cache line. Column k of such a matrix stands for number order[k] of a
+hidden state. A range of blocks then begins with the orders, whichever blocks these are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +29,8 @@ from .matrix import MatrixFormat
 
 ALIGN_BYTES = 64  # an expert starts on a cache line
 _BIAS_BYTES = 4  # float32, so that no dtype of bias loses a bit
+_ORDER_BYTES = 4  # int32
+ORDERS = ("", "@order", "@orders")  # what a format's name ends in, by how many orders of columns its experts have
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,8 @@ class UnpackedExpert:
     up_bias: Tensor | None = None  # [f]
     gate_bias: Tensor | None = None  # [f]
     down_bias: Tensor | None = None  # [D]; only with the last neuron, so that a split adds it once
+    gate_order: Tensor | None = None  # int32 [D]: which numbers of a hidden state gate's columns stand for
+    up_order: Tensor | None = None  # int32 [D], for up's columns; gate's own tensor where they share an order
 
 
 class ExpertFormat:
@@ -66,6 +74,7 @@ class ExpertFormat:
     Args:
         matrix: the format of all matrices, but for those that `gate` and `up` name: files mix formats.
         block: neurons of a block, B; an expert can be divided between blocks. None for the least that `down` needs.
+        orders: of columns: 0, 1 that gate and up share, or 2, gate's and up's.
     """
 
     def __init__(
@@ -75,11 +84,14 @@ class ExpertFormat:
         *,
         gate: MatrixFormat | None = None,
         up: MatrixFormat | None = None,
+        orders: int = 0,
     ) -> None:
         self.matrices = {"gate": gate or matrix, "up": up or gate or matrix, "down": matrix}
         self.block = block or matrix.block
         names = [fmt.name for fmt in self.matrices.values()]
-        self.name = names[0] if len({*names}) == 1 else "+".join(names)  # as `expert_format_named` takes it
+        self.orders = orders
+        joined = names[0] if len({*names}) == 1 else "+".join(names)
+        self.name = f"{joined}{ORDERS[orders]}"  # as `expert_format_named` takes it
 
     def blocks(self, shape: ExpertShape) -> int:
         """N, the last one possibly padded."""
@@ -87,15 +99,19 @@ class ExpertFormat:
 
     def expert_bytes(self, shape: ExpertShape) -> int:
         """Bytes of one packed expert."""
-        used = self.blocks(shape) * self.block_bytes(shape) + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0)
-        return -(-used // ALIGN_BYTES) * ALIGN_BYTES
+        blocks = self.blocks(shape) * self.block_bytes(shape)
+        return _aligned(self.head_bytes(shape) + blocks + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0))
+
+    def head_bytes(self, shape: ExpertShape) -> int:
+        """Bytes before the first block: the orders of columns."""
+        return self.orders * _aligned(shape.hidden * _ORDER_BYTES)
 
     def byte_range(self, shape: ExpertShape, neurons: range) -> range:
-        """The run of bytes that holds `neurons` (from a multiple of `block` to another, or to F)."""
-        block_bytes = self.block_bytes(shape)
+        """The run of bytes that holds `neurons` (from a multiple of `block` to another, or to F), with the orders."""
+        block_bytes, head = self.block_bytes(shape), self.head_bytes(shape)
         last = neurons.stop >= shape.neurons
-        stop = self.expert_bytes(shape) if last else neurons.stop // self.block * block_bytes
-        return range(neurons.start // self.block * block_bytes, stop)
+        stop = self.expert_bytes(shape) if last else head + neurons.stop // self.block * block_bytes
+        return range(0 if head else neurons.start // self.block * block_bytes, stop)
 
     def pack(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Tensor], *, fast: bool = False) -> None:
         """Write some or all parts of an expert into its bytes.
@@ -144,6 +160,24 @@ class ExpertFormat:
                 block[place.start : place.start + panels.numel()] = panels
                 block[place.start + panels.numel() : place.stop] = 0
 
+    def pack_orders(self, packed: Tensor, shape: ExpertShape, orders: Sequence[Tensor]) -> None:
+        """Write the orders of gate's and up's columns into an expert's bytes.
+
+        Args:
+            orders: as many as the format has, integers [D] each.
+
+        Raises:
+            ValueError: one is no permutation of 0 .. D - 1, or there are more or fewer.
+        """
+        columns = torch.arange(shape.hidden)
+        if len(orders) != self.orders or not all(torch.equal(order.long().sort().values, columns) for order in orders):
+            raise ValueError(f"expected {self.orders} orders of {shape.hidden} columns, each a permutation of them")
+        size = self.head_bytes(shape) // max(self.orders, 1)
+        for number, order in enumerate(orders):
+            head = packed[number * size : (number + 1) * size].view(torch.int32)
+            head[: shape.hidden] = order
+            head[shape.hidden :] = 0
+
     def unpack(self, packed: Tensor, shape: ExpertShape, neurons: range, dtype: torch.dtype) -> UnpackedExpert:
         """The plain tensors of `neurons`, on the device of `packed`, in `dtype`."""
         blocks = self._blocks(packed, shape)[neurons.start // self.block : -(-neurons.stop // self.block)]
@@ -165,6 +199,10 @@ class ExpertFormat:
                 found[name] = rows.flatten(0, 1)[:count]  # [f, D]
         if shape.has_bias and neurons.stop == shape.neurons:
             found["down_bias"] = self._down_bias(packed, shape).to(dtype)
+        if self.orders:
+            size = self.head_bytes(shape) // self.orders
+            heads = [packed[i * size :][: shape.hidden * _ORDER_BYTES].view(torch.int32) for i in range(self.orders)]
+            found |= {"gate_order": heads[0], "up_order": heads[-1]}
         return UnpackedExpert(**found)
 
     def places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
@@ -187,8 +225,12 @@ class ExpertFormat:
     def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:
         """uint8 [N, block_bytes], a view."""
         count, size = self.blocks(shape), self.block_bytes(shape)
-        return packed[: count * size].view(count, size)
+        return packed[self.head_bytes(shape) :][: count * size].view(count, size)
 
     def _down_bias(self, packed: Tensor, shape: ExpertShape) -> Tensor:
-        start = self.blocks(shape) * self.block_bytes(shape)
+        start = self.head_bytes(shape) + self.blocks(shape) * self.block_bytes(shape)
         return packed[start : start + shape.hidden * _BIAS_BYTES].view(torch.float32)
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
