@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernel import WORKSPACE_BYTES, GpuKernel, triton_kernels
+from .kernel import SUM_BYTES, WORKSPACE_BYTES, GpuKernel, triton_kernels
+from .panels import CHUNK
 from .plan import Plan, PlanPart
 
 _ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, `down` splits its neurons
@@ -21,13 +22,6 @@ _LEAST_BLOCKS = 4  # of a split
 _ALIGN_BYTES = 256
 _COMBINED = 512  # columns of one program
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_WORDS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.int32,
-    "int8": torch.int16,
-    "int4": torch.int32,
-}
 
 
 class _Tiling(NamedTuple):
@@ -110,8 +104,9 @@ def run_grouped(
 
 def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspace:
     pairs, tokens = part.pair_token.shape[0], len(part.tokens)
-    sums_at = _aligned(tokens * kernel.groups * kernel.group * _DTYPES[kernel.dtype].itemsize)
-    joined_at = sums_at + _aligned(tokens * kernel.groups * 4)
+    chunks = tokens * kernel.orders * kernel.chunks
+    sums_at = _aligned(chunks * CHUNK * _DTYPES[kernel.dtype].itemsize)
+    joined_at = sums_at + _aligned(chunks * SUM_BYTES)
     rows_bytes = _aligned(pairs * kernel.bytes_of_row)
     block_bytes = max(1, pairs) * kernel.block * 4  # of each block of neurons
     room = limit_bytes - joined_at - rows_bytes - _ALIGN_BYTES
@@ -148,12 +143,10 @@ def _run_part(
     sums = workspace[space.sums_at : space.joined_at].view(torch.float32)
     joined = workspace[space.joined_at : space.rows_at].view(torch.float32)
     rows = workspace[space.rows_at : space.size_bytes].view(torch.float32)
-    words, halves, floats = (pool.view(t) for t in (_WORDS[kernel.format], torch.float16, torch.float32))
-    slots = (words, halves, floats, part.tiles)
-    slot_words = pool.stride(0) // kernel.word_bytes
+    slots = (*(pool.view(dtype) for dtype in (torch.int32, torch.int16, torch.uint8)), part.tiles)
+    slot_words = pool.stride(0) // 4
     if part.tiles.shape[0]:
-        groups = kernels.GROUPS_AT_ONCE.value
-        kernels.order[(tokens, -(-kernel.groups // groups))](x, ordered, sums, kernel)
+        _order(kernel, x, ordered, sums)
     options = {"M": part.rows, "num_warps": tiling.warps, "num_stages": 2 if kernel.dtype == "fp32" else tiling.stages}
     count, neurons, columns = part.tiles.shape[0], kernel.block // tiling.gate_up, -(-kernel.hidden // tiling.down)
     for first in range(0, part.blocks, space.chunk_blocks):
@@ -174,3 +167,16 @@ def _run_part(
         ADD=add,
         N=_COMBINED,
     )
+
+
+def _order(kernel: GpuKernel, x: Tensor, ordered: Tensor, sums: Tensor) -> None:
+    """Write hidden states [T, D] down in the order, or the two orders, of gate and up."""
+    kernels = triton_kernels()
+    assert kernels is not None
+    up, gate = kernel.up_matrix, kernel.gate_matrix
+    matrices = [(up, kernel.either_has_addend)]
+    if kernel.orders == 2:
+        matrices = [(gate, gate.has_addend), (up, up.has_addend)]
+    grid = len(x), -(-kernel.chunks // kernels.CHUNKS_AT_ONCE.value)
+    for number, (matrix, has_addend) in enumerate(matrices):
+        kernels.order[grid](x, ordered, sums, kernel.hidden, number, kernel.orders, matrix, has_addend)

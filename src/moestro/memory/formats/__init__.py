@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from .codes import Coded
+from .codes import IQ4NL, Coded
 from .descriptor import PANEL
 from .experts import ExpertFormat, ExpertShape, UnpackedExpert
 from .matrix import MatrixFormat, format_named, format_names, uniform
@@ -41,6 +41,7 @@ def expert_format_named(name: str) -> ExpertFormat:
 __all__ = [
     "FLOAT_FORMATS",
     "FORMATS",
+    "IQ4NL",
     "MATRIX_FORMATS",
     "PANEL",
     "Coded",
