@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.compute.experts import ExpertMath
-from moestro.compute.gpu import plan_of, plan_on_device
+from moestro.compute.gpu import launch, plan_on_device
 from moestro.memory.formats import ExpertFormat, ExpertShape, MatrixFormat, format_named, format_names
 from test_cpu_kernels import GATES
 from test_formats import UNIFORM, random_coded
@@ -73,15 +73,18 @@ def stored_layer(
 
 
 def check(layer: StoredLayer, tokens: int) -> None:
-    """Both builders' plans, against float64."""
+    """A random choice of experts, against float64."""
     index, weights = choice(tokens, experts=2, k=1)
     x, work = layer.x(tokens), layer.work(index, weights)
-    expected = layer.expected(x, work)
-    for plan in (
-        plan_of(layer.kernel, layer.pool, work, tokens),
-        plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table),
-    ):
-        assert (error := layer.error(layer.run(plan, x), expected)) <= tolerance(layer.kernel), f"{error:.1e}"
+    out = layer.run(plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table), x)
+    assert (error := layer.error(out, layer.expected(x, work))) <= tolerance(layer.kernel), f"{error:.1e}"
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs of many rows each: the interpreter takes as long for a row as for hundreds."""
+    wide = launch.TILINGS[16]._replace(gate_up=64, down=512)
+    monkeypatch.setattr(launch, "TILINGS", dict.fromkeys(launch.TILINGS, wide))
 
 
 def odd_shape(fmt: MatrixFormat) -> tuple[int, int]:
@@ -91,16 +94,18 @@ def odd_shape(fmt: MatrixFormat) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.usefixtures("wide_tiles")
 def test_every_format_against_float64(fmt: MatrixFormat) -> None:
     x = list(DTYPES)[int(torch.randint(3, ()))]
     hidden, neurons = odd_shape(fmt)
-    check(stored_layer((fmt.name,) * 3, None, x, hidden, neurons, has_bias=True), tokens=2)
+    check(stored_layer((fmt.name,) * 3, None, x, hidden, neurons, has_bias=True), tokens=1)
 
 
 @pytest.mark.parametrize("case", MIXED, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.usefixtures("wide_tiles")
 def test_a_format_for_each_matrix(case: tuple[str, str, str, int | None]) -> None:
     *formats, block = case
-    check(stored_layer(tuple(formats), block, "fp16", 300, (block or 256) + 30, has_bias=True), tokens=2)
+    check(stored_layer(tuple(formats), block, "fp16", 300, (block or 256) + 30, has_bias=True), tokens=1)
 
 
 @pytest.mark.long

@@ -21,10 +21,10 @@ _MOST_SPLITS = 8
 _LEAST_BLOCKS = 4  # of a split
 _ALIGN_BYTES = 256
 _COMBINED = 512  # columns of one program
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """How a matrix product is cut: rows of gate and up, and of down, of a program; its warps and pipeline stages."""
 
     gate_up: int
@@ -34,12 +34,12 @@ class _Tiling(NamedTuple):
 
 
 # By pairs of a tile. Compiled for 7.5, 8.6 and 8.9, no format takes more shared memory than these have (64, 99 KiB).
-_TILINGS = {
-    4: _Tiling(32, 32, 4, 2),
-    16: _Tiling(32, 32, 4, 4),
-    32: _Tiling(32, 32, 8, 2),
-    64: _Tiling(64, 64, 4, 3),
-    128: _Tiling(64, 64, 8, 3),
+TILINGS = {
+    4: Tiling(32, 32, 4, 2),
+    16: Tiling(32, 32, 4, 4),
+    32: Tiling(32, 32, 8, 2),
+    64: Tiling(64, 64, 4, 3),
+    128: Tiling(64, 64, 8, 3),
 }
 
 
@@ -105,7 +105,7 @@ def run_grouped(
 def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspace:
     pairs, tokens = part.pair_token.shape[0], len(part.tokens)
     chunks = tokens * kernel.orders * kernel.chunks
-    sums_at = _aligned(chunks * CHUNK * _DTYPES[kernel.dtype].itemsize)
+    sums_at = _aligned(chunks * CHUNK * TORCH_DTYPES[kernel.dtype].itemsize)
     joined_at = sums_at + _aligned(chunks * SUM_BYTES)
     rows_bytes = _aligned(pairs * kernel.bytes_of_row)
     block_bytes = max(1, pairs) * kernel.block * 4  # of each block of neurons
@@ -113,7 +113,7 @@ def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspac
     chunk_blocks = max(1, min(part.blocks, room // block_bytes))
     splits = 1
     if chunk_blocks >= part.blocks:
-        programs = part.tiles.shape[0] * -(-kernel.hidden // _TILINGS[part.rows].down)
+        programs = part.tiles.shape[0] * -(-kernel.hidden // TILINGS[part.rows].down)
         room -= part.blocks * block_bytes
         splits = min(_ENOUGH_PROGRAMS // max(1, programs), part.blocks // _LEAST_BLOCKS, _MOST_SPLITS)
         splits = max(1, min(splits, 1 + room // max(1, rows_bytes)))
@@ -137,9 +137,9 @@ def _run_part(
 ) -> None:
     kernels = triton_kernels()
     assert kernels is not None
-    pairs, tokens, tiling = part.pair_token.shape[0], len(part.tokens), _TILINGS[part.rows]
+    pairs, tokens, tiling = part.pair_token.shape[0], len(part.tokens), TILINGS[part.rows]
     space = _workspace(kernel, part, limit_bytes)
-    ordered = workspace[: space.sums_at].view(_DTYPES[kernel.dtype])
+    ordered = workspace[: space.sums_at].view(TORCH_DTYPES[kernel.dtype])
     sums = workspace[space.sums_at : space.joined_at].view(torch.float32)
     joined = workspace[space.joined_at : space.rows_at].view(torch.float32)
     rows = workspace[space.rows_at : space.size_bytes].view(torch.float32)
