@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from moestro.compute.experts import ExpertMath
 from moestro.compute.gpu import kernel_of, plan_on_device, run_grouped
-from moestro.memory.formats import FORMATS, ExpertShape
+from moestro.memory.formats import ExpertShape, expert_format_named
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -59,7 +59,9 @@ def compile_layer(capability: str, name: str, x: str, tokens: int, hidden: int =
     """All kernels of a layer of one expert."""
     triton.runtime.driver.set_active(_Driver(capability))
     torch.cuda.get_device_capability = lambda device: tuple(map(int, capability.split(".")))
-    math = ExpertMath(ExpertShape(hidden, neurons, has_bias=True), FORMATS[name], lambda g, u: g * torch.sigmoid(g) * u)
+    math = ExpertMath(
+        ExpertShape(hidden, neurons, has_bias=True), expert_format_named(name), lambda g, u: g * torch.sigmoid(g) * u
+    )
     kernel = kernel_of(math, DTYPES[x], torch.device("cuda"))
     assert kernel is not None
     pool = torch.zeros(1, math.format.expert_bytes(math.shape), dtype=torch.uint8)

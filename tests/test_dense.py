@@ -12,7 +12,7 @@ from torch import nn
 from families import EXPERTS, save_model
 from moestro import MoestroConfig, load
 from moestro.compute.cpu import levels
-from moestro.decode.cpu.dense import PackedEmbedding, PackedLinear
+from moestro.decode.dense import PackedEmbedding, PackedLinear
 from moestro.engine.families import expert_modules
 from moestro.errors import RequestError
 from moestro.loading.build import home

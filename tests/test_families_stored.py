@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from families import FAMILIES, Family, build_model, random_ids
 from moestro import load
 from moestro.compute.cpu import levels
-from moestro.decode.cpu.dense import Packed
+from moestro.decode.dense import Packed
 from moestro.engine.families import expert_modules
 from moestro.engine.gates import find_router
 from test_families import DOC, FORMS, needs_its_own_version

@@ -36,28 +36,32 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _tolerance(kernel: GpuKernel) -> float:
+def tolerance(kernel: GpuKernel) -> float:
     """Of the largest result: by how the join of gate and up enters the second half."""
-    if kernel.dtype == "fp32":
+    if kernel.down_is_fp32:
         return 3e-6
-    return 5e-5 if kernel.format == "bf16" else 1e-3
+    return 5e-5 if kernel.down_matrix.code == "bf16" else 1e-3
 
 
-class _Layer:
+class Layer:
     """Random experts in slots, in another order than theirs, among slots of poison."""
 
     def __init__(self, math: ExpertMath, dtype: torch.dtype, experts: int = 3) -> None:
-        shape = math.shape
         self.math, self.experts = math, experts
-        pool = torch.full((experts + 2, math.format.expert_bytes(shape)), 0xFF, dtype=torch.uint8)
+        pool = torch.full((experts + 2, math.format.expert_bytes(math.shape)), 0xFF, dtype=torch.uint8)
         self.slots = torch.randperm(experts + 2)[:experts]
         for slot in self.slots:
-            parts = {name: torch.randn(size) / shape.hidden**0.5 for name, size in shape.parts.items()}
-            math.format.pack(pool[slot], shape, parts, fast=True)
+            self.fill(pool[slot])
         self.pool = pool.to(DEVICE)
         kernel = kernel_of(math, dtype, DEVICE)
         assert kernel is not None
         self.kernel, self.dtype = kernel, dtype
+
+    def fill(self, packed: Tensor) -> None:
+        """Write a random expert."""
+        shape = self.math.shape
+        parts = {name: torch.randn(size) / shape.hidden**0.5 for name, size in shape.parts.items()}
+        self.math.format.pack(packed, shape, parts, fast=True)
 
     @property
     def table(self) -> Tensor:
@@ -98,11 +102,11 @@ class _Layer:
         return float((out - expected).abs().max() / expected.abs().max())
 
 
-def _layer(name: str, x: str, hidden: int = 24, neurons: int = 40, gate: str = "silu", **shape: bool) -> _Layer:
-    return _Layer(ExpertMath(ExpertShape(hidden, neurons, **shape), FORMATS[name], GATES[gate]), DTYPES[x])
+def _layer(name: str, x: str, hidden: int = 24, neurons: int = 40, gate: str = "silu", **shape: bool) -> Layer:
+    return Layer(ExpertMath(ExpertShape(hidden, neurons, **shape), FORMATS[name], GATES[gate]), DTYPES[x])
 
 
-def _choice(tokens: int, experts: int = 3, k: int = 2) -> tuple[Tensor, Tensor]:
+def choice(tokens: int, experts: int = 3, k: int = 2) -> tuple[Tensor, Tensor]:
     """A router's: index int64 [T, K], weights [T, K]."""
     index = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
     return index, torch.rand(tokens, k) + 0.1
@@ -118,11 +122,11 @@ def test_formats_against_float64(name: str, x: str, is_wide: bool) -> None:
     odd = int(torch.randint(1, 64, ()))
     hidden, neurons = (64 + odd, odd) if is_wide else (64, 64 + odd)
     layer = _layer(name, x, hidden=hidden, neurons=neurons, has_bias=odd % 2 == 0)
-    index, weights = _choice(2, k=1)
+    index, weights = choice(2, k=1)
     hidden_states = layer.x(2)
     expected = layer.expected(hidden_states, layer.work(index, weights))
     out = layer.run(plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table), hidden_states)
-    assert (error := layer.error(out, expected)) <= _tolerance(layer.kernel), f"{layer.kernel}: {error:.1e}"
+    assert (error := layer.error(out, expected)) <= tolerance(layer.kernel), f"{layer.kernel}: {error:.1e}"
 
 
 @pytest.mark.parametrize("has_gate", [True, False])
@@ -131,11 +135,11 @@ def test_gates_against_float64(gate: str, has_gate: bool) -> None:
     if not has_gate and gate in ("gpt_oss", "deepseek_v4"):
         pytest.skip("clamped gates join two")
     layer = _layer("fp32", "fp32", gate=gate, has_gate=has_gate, has_bias=True)
-    index, weights = _choice(1)
+    index, weights = choice(1)
     x = layer.x(1) * 4  # meets the clamps
     expected = layer.expected(x, layer.work(index, weights))
     out = layer.run(plan_of(layer.kernel, layer.pool, layer.work(index, weights), 1), x)
-    assert layer.error(out, expected) <= _tolerance(layer.kernel)
+    assert layer.error(out, expected) <= tolerance(layer.kernel)
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
@@ -143,11 +147,11 @@ def test_gates_against_float64(gate: str, has_gate: bool) -> None:
 def test_numbers_of_tokens(name: str, tokens: int) -> None:
     """With 40 an expert has more than a tile of 16."""
     layer = _layer(name, "bf16", neurons=64, has_bias=True)
-    index, weights = _choice(tokens)
+    index, weights = choice(tokens)
     index[:, 0] = 1  # chosen by all, by some of them twice
     x, work = layer.x(tokens), layer.work(index, weights)
     out = layer.run(plan_of(layer.kernel, layer.pool, work, tokens), x)
-    assert layer.error(out, layer.expected(x, work)) <= _tolerance(layer.kernel)
+    assert layer.error(out, layer.expected(x, work)) <= tolerance(layer.kernel)
 
 
 @pytest.mark.parametrize("partly", [False, True], ids=["all", "an expert is missing and one is there in part"])
@@ -158,7 +162,7 @@ def test_both_builders_plan_the_same(
 ) -> None:
     monkeypatch.setattr(plans, "PAIRS_AT_ONCE", pairs_at_once)
     layer = _layer("fp32", "fp32", hidden=8, neurons=130)
-    index, weights = _choice(tokens, k=k)
+    index, weights = choice(tokens, k=k)
     index[torch.rand(tokens, k) < 0.2] += 3  # somebody else's
     weights[torch.rand(tokens, k) < 0.2] = 0
     index[0, 0], weights[0, 0] = 2, 0.5
@@ -191,7 +195,7 @@ def test_what_is_nobodys_adds_nothing() -> None:
     expected = layer.expected(x, work)
     by_host = layer.run(plan_of(layer.kernel, layer.pool, work, 4), x)
     by_device = layer.run(plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table), x)
-    assert layer.error(by_host, expected) <= _tolerance(layer.kernel)
+    assert layer.error(by_host, expected) <= tolerance(layer.kernel)
     assert torch.allclose(by_host, by_device, rtol=1e-5, atol=1e-6)
     assert not by_device[3].any()
     nothing = layer.run(plan_on_device(layer.kernel, (index + 3).to(DEVICE), weights.to(DEVICE), layer.table), x)
@@ -203,22 +207,22 @@ def test_what_is_nobodys_adds_nothing() -> None:
 def test_shares_of_an_expert_add_up(name: str) -> None:
     """The down bias comes with the last neuron; shares may be of one plan or of two, which are added."""
     layer = _layer(name, "fp16", neurons=100, has_bias=True)
-    index, weights = _choice(2, k=1)
+    index, weights = choice(2, k=1)
     x = layer.x(2)
     expected = layer.expected(x, layer.work(index, weights))
     shares = (range(64), range(64, 100))
     together = layer.run(plan_of(layer.kernel, layer.pool, layer.work(index, weights, shares), 2), x)
-    assert layer.error(together, expected) <= _tolerance(layer.kernel)
+    assert layer.error(together, expected) <= tolerance(layer.kernel)
     out = torch.ones(x.shape, device=DEVICE)
     for share in shares:
         work = layer.work(index, weights, (share,))
         run_grouped(layer.kernel, layer.pool, plan_of(layer.kernel, layer.pool, work, 2), x, out)
-    assert layer.error(out.cpu() - 1, expected) <= _tolerance(layer.kernel)
+    assert layer.error(out.cpu() - 1, expected) <= tolerance(layer.kernel)
 
 
 def test_the_workspace_is_bounded_whatever_the_tokens() -> None:
     layer = _layer("bf16", "bf16", neurons=180, has_bias=True)
-    index, weights = _choice(6)
+    index, weights = choice(6)
     x, work = layer.x(6), layer.work(index, weights)
     whole = plan_of(layer.kernel, layer.pool, work, 6)
     limit = workspace_bytes(layer.kernel, whole) // 3
@@ -228,11 +232,11 @@ def test_the_workspace_is_bounded_whatever_the_tokens() -> None:
     ):
         assert len(plan.parts) > 1
         assert workspace_bytes(layer.kernel, plan) <= limit
-        assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= _tolerance(layer.kernel)
+        assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= tolerance(layer.kernel)
     chunked = replace(whole, limit_bytes=limit * 2)
     assert len(chunked.parts) == 1
     assert workspace_bytes(layer.kernel, chunked) < workspace_bytes(layer.kernel, whole)
-    assert layer.error(layer.run(chunked, x), layer.expected(x, work)) <= _tolerance(layer.kernel)
+    assert layer.error(layer.run(chunked, x), layer.expected(x, work)) <= tolerance(layer.kernel)
     with pytest.raises(ValueError, match="a workspace of 1 bytes"):
         run_grouped(layer.kernel, layer.pool, whole, x, x.float(), workspace=torch.empty(1, dtype=torch.uint8))
 
@@ -240,7 +244,7 @@ def test_the_workspace_is_bounded_whatever_the_tokens() -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 300])
 def test_what_is_planned_for_is_enough(tokens: int) -> None:
     layer = _layer("int4", "bf16", neurons=600)
-    index, weights = _choice(tokens)
+    index, weights = choice(tokens)
     for plan in (
         plan_of(layer.kernel, layer.pool, layer.work(index, weights), tokens),
         plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table),
@@ -251,7 +255,7 @@ def test_what_is_planned_for_is_enough(tokens: int) -> None:
 def test_results_are_the_same_bit_for_bit() -> None:
     """Whoever shares its tile, and in whatever order the router names its choice."""
     layer = _layer("int8", "bf16")
-    index, weights = (part.to(DEVICE) for part in _choice(20))
+    index, weights = (part.to(DEVICE) for part in choice(20))
     x = layer.x(20)
     first, second, other_way = (
         layer.run(plan_on_device(layer.kernel, i, w, layer.table), x)
@@ -267,14 +271,14 @@ def test_few_programs_split_the_neurons_of_an_expert() -> None:
     x, work = layer.x(1), layer.work(index, weights)
     results = [layer.run(plan_of(layer.kernel, layer.pool, work, 1), x) for _ in range(2)]
     assert torch.equal(*results)
-    assert layer.error(results[0], layer.expected(x, work)) <= _tolerance(layer.kernel)
+    assert layer.error(results[0], layer.expected(x, work)) <= tolerance(layer.kernel)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e3, 1e9])
 def test_hidden_states_of_any_size(size: float) -> None:
     """The join of gate and up may be larger than any float16."""
     layer = _layer("int8", "bf16")
-    index, weights = _choice(2, k=1)
+    index, weights = choice(2, k=1)
     x = layer.x(2)
     x[0] *= size
     work = layer.work(index, weights)
@@ -287,7 +291,7 @@ def test_hidden_states_of_any_size(size: float) -> None:
 @pytest.mark.parametrize("gate", sorted(GATES))
 def test_nan_shows_in_its_token_alone(gate: str) -> None:
     layer = _layer("int8", "fp16", gate=gate, hidden=20, neurons=20)
-    index, weights = _choice(2)
+    index, weights = choice(2)
     x = layer.x(2)
     x[1, 5] = float("nan")
     out = layer.run(plan_of(layer.kernel, layer.pool, layer.work(index, weights), 2), x)
@@ -298,11 +302,11 @@ def test_nan_shows_in_its_token_alone(gate: str) -> None:
 def test_small_tiles_of_gpus_without_tensor_cores() -> None:
     layer = _layer("int4", "fp16")
     kernel = layer.kernel = replace(layer.kernel, has_tensor_cores=False)
-    index, weights = _choice(2)
+    index, weights = choice(2)
     x, work = layer.x(2), layer.work(index, weights)
     plan = plan_on_device(kernel, index.to(DEVICE), weights.to(DEVICE), layer.table)
     assert {part.rows for part in plan.parts} == {4}
-    assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= _tolerance(kernel)
+    assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= tolerance(kernel)
 
 
 @pytest.mark.parametrize(("pairs", "rows", "without"), [(8, 16, 4), (80, 16, 16), (300, 64, 32), (9000, 128, 32)])
@@ -314,14 +318,14 @@ def test_tiles_grow_with_the_tokens_of_an_expert(pairs: int, rows: int, without:
 
 def test_larger_tiles_give_the_same() -> None:
     layer = _layer("int4", "bf16")
-    index, weights = _choice(20)
+    index, weights = choice(20)
     x, work = layer.x(20), layer.work(index, weights)
     expected = layer.expected(x, work)
     for rows in (32, 64, 128):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plans, "tile_rows", lambda *_, rows=rows: rows)
             plan = plan_of(layer.kernel, layer.pool, work, 20)
-        assert layer.error(layer.run(plan, x), expected) <= _tolerance(layer.kernel)
+        assert layer.error(layer.run(plan, x), expected) <= tolerance(layer.kernel)
 
 
 def test_a_plan_on_the_device_waits_for_nothing() -> None:
@@ -340,7 +344,7 @@ def test_a_plan_on_the_device_waits_for_nothing() -> None:
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_a_graph_is_replayed_with_other_routing(tokens: int) -> None:
     layer = _layer("int4", "fp16")
-    index, weights = (part.to(DEVICE) for part in _choice(tokens))
+    index, weights = (part.to(DEVICE) for part in choice(tokens))
     x, table = layer.x(tokens), layer.table
     out = torch.empty(x.shape, device=DEVICE)
 
@@ -352,12 +356,12 @@ def test_a_graph_is_replayed_with_other_routing(tokens: int) -> None:
     with torch.cuda.graph(graph):
         step()
     for _ in range(3):
-        chosen, mass = _choice(tokens)
+        chosen, mass = choice(tokens)
         index.copy_(chosen)
         weights.copy_(mass)
         graph.replay()
         expected = layer.expected(x, layer.work(chosen, mass))
-        assert layer.error(out.cpu(), expected) <= _tolerance(layer.kernel)
+        assert layer.error(out.cpu(), expected) <= tolerance(layer.kernel)
 
 
 def _math(**changes: object) -> ExpertMath:
@@ -374,7 +378,7 @@ def test_what_is_not_covered_goes_to_the_twin() -> None:
 
 def test_the_twin_agrees() -> None:
     layer = _layer("bf16", "bf16", has_bias=True)
-    index, weights = _choice(3)
+    index, weights = choice(3)
     x = layer.x(3)
     twin = torch.zeros(x.shape, device=DEVICE)
     work = layer.work(index, weights)
@@ -384,7 +388,7 @@ def test_the_twin_agrees() -> None:
 
 def test_bytes_that_are_in_no_slot_are_refused() -> None:
     layer = _layer("bf16", "bf16")
-    index, weights = _choice(1)
+    index, weights = choice(1)
     with pytest.raises(ValueError, match="in none of its slots"):
         plan_of(layer.kernel, layer.pool[3:], layer.work(index, weights), 1)
 

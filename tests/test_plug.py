@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import moestro
 from moestro import MoestroConfig, load
-from moestro.decode.cpu.dense import PackedEmbedding, PackedLinear
+from moestro.decode.dense import PackedEmbedding, PackedLinear
 from moestro.engine.families import expert_modules
 from moestro.errors import ModelError
 from moestro.planning.policies import POLICIES

@@ -115,6 +115,7 @@ class CudaDevice:
 
     def __init__(self, link_gbps: float | None = None) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.dense_keeps_form = gpu.has_kernels()
         self._pinned = PinnedMemory()
         self._buffers = HostBuffers()
         self._spans: GpuSpans | None = None

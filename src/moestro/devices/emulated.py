@@ -64,7 +64,8 @@ class EmulatedDevice(InRam):
     """
 
     name, card_name = "emulated", "an emulated GPU"
-    dense_is_packable, is_pretended = False, True
+    dense_is_packable = False
+    dense_keeps_form = is_pretended = True
 
     def __init__(self, memory_bytes: int = DEFAULT_MEMORY_BYTES, link_gbps: float | None = DEFAULT_LINK_GBPS) -> None:
         self._memory_bytes = memory_bytes

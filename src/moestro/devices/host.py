@@ -15,7 +15,8 @@ class HostDevice(InRam):
 
     name, card_name = "cpu", "no GPU"
     accelerator: Accelerator | None = None
-    dense_is_packable, is_pretended = True, False
+    dense_is_packable = dense_keeps_form = True
+    is_pretended = False
 
     def memory_bytes(self) -> int:
         return 0

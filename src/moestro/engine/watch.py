@@ -5,7 +5,7 @@ a norm's epsilon, the address of a weight. A `Watch` notes every attribute of th
 from, and `holds` compares all of them, in 0.4 us a module. What does not hold any longer goes the original way.
 
 Not noted is what tensors contain: kernels read weights where they lie, each time, and packed weights refuse to be
-edited in place (`decode/cpu/dense.py`). Of classes, the methods of `_METHODS` are noted; functions of Python modules
+edited in place (`decode/dense.py`). Of classes, the methods of `_METHODS` are noted; functions of Python modules
 are not.
 
     >>> norm = torch.nn.RMSNorm(8, eps=1e-5)

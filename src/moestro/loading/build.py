@@ -23,7 +23,7 @@ from ..compute.cpu import CpuExperts, first_touch
 from ..compute.experts import ExpertMath
 from ..decode.capture import capture_steps, forget_steps
 from ..decode.cpu import fuse
-from ..decode.cpu.dense import DenseFormats, StoredWeight, dense_bytes, dense_weights, pack_dense, packable
+from ..decode.dense import DenseFormats, StoredWeight, dense_bytes, dense_weights, pack_dense, packable
 from ..decode.hooks import Fused
 from ..devices import Device
 from ..engine.conductor import Conductor
@@ -265,7 +265,8 @@ def pack_rest(
     dense = dense_formats(model, config, device, stored)
     threads = model.moestro.cpu.threads
     if dense is not None:
-        pack_dense(model, dense, threads, fast=fast, stored=weights)
+        on = None if device.dense_is_packable else device.torch_device
+        pack_dense(model, dense, threads, fast=fast, stored=weights, on=on)
     modules = expert_modules(model).values()
     for module in modules:
         keep_in_store(module, module._moestro.layout)
@@ -283,7 +284,7 @@ def pack_rest(
 def dense_formats(
     model: Any, config: MoestroConfig, device: Device, stored: StoredFormats | None = None
 ) -> DenseFormats | None:
-    """The formats of the dense layers; None where they stay in torch: on a GPU, or with --no-pack-dense.
+    """The formats of the dense layers; None where all stay in torch: with --no-pack-dense, or floats on a GPU.
 
     Args:
         stored: as in `attach`.
@@ -297,7 +298,9 @@ def dense_formats(
                 raise RequestError(
                     f"{option} {value} needs the dense layers on the CPU; use --device cpu, or leave it out"
                 )
-        return None
+        kept = {} if stored is None else {name: fmt for name, fmt in stored.dense.items() if fmt.is_quantized}
+        packs = config.pack_dense and device.dense_keeps_form and kept
+        return DenseFormats(None, None, kept) if packs else None
     if not config.pack_dense:
         return None
     dtype = model.config.dtype

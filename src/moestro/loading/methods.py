@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..decode.cpu.dense import Packed, PackedEmbedding
+from ..decode.dense import Packed, PackedEmbedding
 from ..engine.families import expert_modules
 from ..errors import ModelError
 from ..planning.options import METHOD

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from ..compute.experts import ExpertMath
-from ..decode.cpu.dense import StoredWeight
+from ..decode.dense import StoredWeight
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import expert_modules

@@ -1,8 +1,8 @@
 """Load a checkpoint that is quantized already: its experts keep their bits, repacked straight from the file's bytes.
 
 Transformers builds the model and computes everything but the experts; nothing goes through a dequantized layer. Linear
-layers outside the experts, the head and the embedding keep their form too where our kernels compute them, which is on
-the CPU; elsewhere they are dequantized to the model's dtype, matrix by matrix.
+layers outside the experts, the head and the embedding keep their form too; what our kernels do not compute, and all of
+them with --no-pack-dense, is dequantized to the model's dtype, matrix by matrix.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
 from ..compute.repack import format_of, pack_stored, pack_stored_matrix
-from ..decode.cpu.dense import DenseFormats, StoredWeight, packable
+from ..decode.dense import DenseFormats, StoredWeight, packable
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import FamilyLayout, expert_modules
 from ..errors import CheckpointError, ModelError
 from ..memory.formats import FLOAT_FORMATS, ORDERS, ExpertFormat, MatrixFormat, expert_format_named
 from ..memory.formats.raw import RawMatrix
+from ..memory.store import on_host
 from ..planning.options import METHOD
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .config import MoestroConfig
@@ -153,12 +154,9 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
             if found.matrices != math.format.matrices or found.orders > math.format.orders:
                 raise ModelError(f"{module} has experts in several formats: {math.format.name} and {found.name}")
             parts = {part: (one.raw, one.rows, one.columns) for part, one in stored.matrices.items()}
-            target = home(conductor, index, expert)
-            packed = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-            pack_stored(packed, math.format, math.shape, parts, threads=conductor.cpu.threads)
-            math.format.pack(packed, math.shape, stored.biases)
-            if packed is not target:
-                target.copy_(packed)
+            with on_host(home(conductor, index, expert)) as packed:
+                pack_stored(packed, math.format, math.shape, parts, threads=conductor.cpu.threads)
+                math.format.pack(packed, math.shape, stored.biases)
 
 
 def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.device) -> None:

@@ -12,7 +12,8 @@ Experts that are held on the GPU for good have no bytes here.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -69,3 +70,16 @@ def map_memory(n_bytes: int) -> Tensor:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)[:n_bytes]
+
+
+@contextmanager
+def on_host(target: Tensor) -> Iterator[Tensor]:
+    """Memory of the host to write in the place of a tensor's, which it is copied to at the end; its own if it is there.
+
+    Args:
+        target: uint8, contiguous.
+    """
+    written = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+    yield written
+    if written is not target:
+        target.copy_(written)

@@ -9,17 +9,30 @@ in a CUDA graph whose routing changes from replay to replay.
 
 from __future__ import annotations
 
-from .kernel import GpuKernel, kernel_of
+from .kernel import GpuKernel, kernel_of, triton_kernels
 from .launch import run_grouped, workspace_at_most, workspace_bytes
+from .linear import linear_workspace_bytes, look_up, look_up_twin, run_linear, run_linear_twin
 from .plan import Plan, plan_of, plan_on_device, slot_of, table_of
+
+
+def has_kernels() -> bool:
+    """Whether Triton is installed."""
+    return triton_kernels() is not None
+
 
 __all__ = [
     "GpuKernel",
     "Plan",
+    "has_kernels",
     "kernel_of",
+    "linear_workspace_bytes",
+    "look_up",
+    "look_up_twin",
     "plan_of",
     "plan_on_device",
     "run_grouped",
+    "run_linear",
+    "run_linear_twin",
     "slot_of",
     "table_of",
     "workspace_at_most",

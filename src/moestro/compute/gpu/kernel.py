@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ...memory.formats import MatrixFormat
 from ..activations import recognize
 from ..experts import ExpertMath
+from .panels import CHUNK, PanelSpec, panel_spec
 
 WORKSPACE_BYTES = 256 * 2**20  # for what stands between the kernels; a step that needs more goes in parts
-
-_WORD_BYTES = {"fp32": 4, "fp16": 2, "bf16": 4, "int8": 2, "int4": 4}
-_PLANES = {"fp32": 1, "fp16": 1, "bf16": 2, "int8": 2, "int4": 4}
-_SIDE = 64  # neurons of a block, columns of a group: what the planes in `tiles` are cut for
+SUM_BYTES = 16  # of a chunk of activations: float32, one for each of up to four pieces
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -26,27 +25,24 @@ _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 class GpuKernel:
     """What the kernels are compiled for: a layer's experts, and the dtype in which weights meet hidden states.
 
-    Places and sizes count words, as which a format is loaded: float32, float16, int16 (int8) or int32 (bf16, int4);
-    those of biases count float32.
+    Places and sizes count words of 4 bytes.
     """
 
     hidden: int  # D
     blocks: int  # N
     block: int  # neurons of a block
-    group: int  # columns that are multiplied at once; they share a scale
-    format: str
-    dtype: str  # fp16, bf16 or fp32
+    gate_matrix: PanelSpec  # as `up` where there is no gate
+    up_matrix: PanelSpec
+    down_matrix: PanelSpec
+    dtype: str  # in which gate and up are multiplied: fp16, bf16 or fp32
+    down_is_fp32: bool  # whether down is multiplied in float32
     gate: str
     alpha: float
     limit: float
     offset: float
     has_gate: bool
     has_bias: bool
-    word_bytes: int
-    planes: int
     block_words: int
-    row_panel_words: int  # of gate and up
-    column_panel_words: int  # of down
     up_at: int  # within a block, where gate is at 0
     down_at: int
     gate_bias_at: int
@@ -55,19 +51,24 @@ class GpuKernel:
     has_tensor_cores: bool  # that Triton uses: from compute capability 8.0
 
     @property
-    def groups(self) -> int:
-        """Groups of hidden states."""
-        return -(-self.hidden // self.group)
+    def chunks(self) -> int:
+        """Of 64 hidden states."""
+        return -(-self.hidden // CHUNK)
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether groups have scales."""
-        return self.format in ("int8", "int4")
+    def orders(self) -> int:
+        """In how many orders hidden states are written down: gate and up may want two."""
+        return 1 if self.gate_matrix.order == self.up_matrix.order else 2
+
+    @property
+    def either_has_addend(self) -> bool:
+        """Whether gate or up, in one order, take the sums of hidden states."""
+        return self.gate_matrix.has_addend or self.up_matrix.has_addend
 
     @property
     def bytes_of_token(self) -> int:
         """Workspace of its ordered hidden states and their sums."""
-        return self.groups * (self.group * (4 if self.dtype == "fp32" else 2) + 4)
+        return self.orders * self.chunks * (CHUNK * (4 if self.dtype == "fp32" else 2) + SUM_BYTES)
 
     @property
     def bytes_of_row(self) -> int:
@@ -82,48 +83,49 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
         x_dtype: of the hidden states: float16, bfloat16 or float32.
         device: where the slots are; one without bfloat16 units multiplies in float32 where bfloat16 is asked for.
     """
-    if triton_kernels() is None or math.post_norm is not None:
+    if triton_kernels() is None or math.post_norm is not None or x_dtype not in _DTYPES:
         return None
-    shape, fmt, matrix = math.shape, math.format, math.format.matrices["down"]
-    if fmt.name not in _WORD_BYTES or x_dtype not in _DTYPES or (fmt.block, matrix.group) != (_SIDE, _SIDE):
+    shape, fmt, matrices = math.shape, math.format, math.format.matrices
+    if fmt.block % matrices["down"].block:
         return None
     gate = recognize(math.activation, shape.has_gate)
     if gate is None:
         return None
-    word_bytes = _WORD_BYTES[fmt.name]
-    starts = {name: place.start for name, place in fmt.places(shape)}
+    parts = ("gate", "up") if shape.has_gate else ("up",)
+    dtypes = [product_dtype(matrices[part], x_dtype, device) for part in parts]
+    starts = {name: place.start // 4 for name, place in fmt.places(shape)}
+    up = panel_spec(matrices["up"], shape.hidden)
     return GpuKernel(
         shape.hidden,
         fmt.blocks(shape),
         fmt.block,
-        matrix.group,
-        fmt.name,
-        _product_dtype(fmt.name, _DTYPES[x_dtype], device),
+        panel_spec(matrices["gate"], shape.hidden) if shape.has_gate else up,
+        up,
+        panel_spec(matrices["down"], fmt.block),
+        "fp32" if "fp32" in dtypes else dtypes[0],
+        product_dtype(matrices["down"], x_dtype, device) == "fp32",
         *gate,
         has_gate=shape.has_gate,
         has_bias=shape.has_bias,
-        word_bytes=word_bytes,
-        planes=_PLANES[fmt.name],
-        block_words=fmt.block_bytes(shape) // word_bytes,
-        row_panel_words=matrix.panel_bytes(shape.hidden) // word_bytes,
-        column_panel_words=matrix.panel_bytes(fmt.block) // word_bytes,
-        up_at=starts["up"] // word_bytes,
-        down_at=starts["down"] // word_bytes,
-        gate_bias_at=starts.get("gate_bias", 0) // 4,
-        up_bias_at=starts.get("up_bias", 0) // 4,
+        block_words=fmt.block_bytes(shape) // 4,
+        up_at=starts["up"],
+        down_at=starts["down"],
+        gate_bias_at=starts.get("gate_bias", 0),
+        up_bias_at=starts.get("up_bias", 0),
         down_bias_at=fmt.blocks(shape) * fmt.block_bytes(shape) // 4,
-        has_tensor_cores=_has_tensor_cores(device),
+        has_tensor_cores=has_tensor_cores(device),
     )
 
 
-def _product_dtype(weights: str, x: str, device: torch.device) -> str:
-    """One in which both are exact and that the device multiplies."""
-    if weights not in ("int8", "int4") and weights != x:
+def product_dtype(weights: MatrixFormat, x_dtype: torch.dtype, device: torch.device) -> str:
+    """One in which codes and activations are exact, and that the device multiplies: fp16, bf16 or fp32."""
+    x = _DTYPES[x_dtype]
+    if weights.is_float and weights.name != x:
         return "fp32"
-    return "fp32" if x == "bf16" and not _has_tensor_cores(device) else x
+    return "fp32" if x == "bf16" and not has_tensor_cores(device) else x
 
 
-def _has_tensor_cores(device: torch.device) -> bool:
+def has_tensor_cores(device: torch.device) -> bool:
     """Triton 3.6 compiles for 7.0 and 7.5 as well, but multiplies there without; nor have these any for bfloat16."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -5,7 +5,7 @@ Four kernels follow each other. `order` writes hidden states down in the order i
 token and an expert; `combine` adds a token's pairs, weighted, in a fixed order. `choose` makes the plan for few tokens,
 in one program. None adds atomically and none waits for the host.
 
-Legend: T tokens, D model width, G groups of 64 columns, M pairs and N matrix rows of a tile.
+Legend: T tokens, D model width, C chunks of 64 columns, M pairs and N matrix rows of a tile.
 
 A tile is five int32: slot, first block of neurons, number of blocks, first pair, one past the last pair.
 `spec` is a `GpuKernel`.
@@ -16,11 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import PANEL, add_group, add_joined, column_at, load_planes, place_of
+from .tiles import SUMS, add_joined, add_piece, load_planes, load_sums
+from .weights import column_at, place_of
 
 TILE_INTS = tl.constexpr(5)
 ENTRY_INTS = tl.constexpr(3)  # of the table in `choose`: an expert's slot, first block of neurons, number of blocks
-GROUPS_AT_ONCE = tl.constexpr(16)  # of one program of `order`
+CHUNKS_AT_ONCE = tl.constexpr(16)  # of one program of `order`
 COMPARED = tl.constexpr(16)  # pairs at once in `choose`; all at once take seconds to compile
 
 
@@ -45,18 +46,33 @@ def _join(gate, up, spec: tl.constexpr):
 
 
 @triton.jit
-def order(x, ordered, sums, spec: tl.constexpr):
-    """Hidden states [T, D] -> [T, G * 64] in the planes' order, zeros at the end; sums [T, G] for int4."""
+def order(
+    x,
+    ordered,
+    sums,
+    hidden: tl.constexpr,
+    number: tl.constexpr,
+    orders: tl.constexpr,
+    m: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """Hidden states [T, D] -> [T, orders, C * 64], the number-th, as `m` has its columns, zeros at the end.
+
+    sums: float32 [T, orders, C, 4], of each piece, if they are asked for.
+    """
+    chunks: tl.constexpr = (hidden + 63) // 64
     token = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS_AT_ONCE + tl.arange(0, GROUPS_AT_ONCE)
-    place = tl.arange(0, spec.group)
-    column = group[:, None] * spec.group + column_at(place, spec)[None, :]
-    values = tl.load(x + token * spec.hidden + column, mask=column < spec.hidden, other=0)
+    chunk = tl.program_id(1) * CHUNKS_AT_ONCE + tl.arange(0, CHUNKS_AT_ONCE)
+    place = tl.arange(0, 64)
+    column = chunk[:, None] * 64 + column_at(place, m)[None, :]
+    values = tl.load(x + token * hidden + column, mask=column < hidden, other=0)
     values = values.to(ordered.dtype.element_ty)
-    at = ordered + token * (spec.groups * spec.group) + (group[:, None] * spec.group + place[None, :])
-    tl.store(at, values, mask=(group < spec.groups)[:, None])
-    if spec.format == "int4":
-        tl.store(sums + token * spec.groups + group, tl.sum(values.to(tl.float32), 1), mask=group < spec.groups)
+    first = (token * orders + number) * chunks + chunk
+    is_chunk = (chunk < chunks)[:, None]
+    tl.store(ordered + (first[:, None] * 64 + place[None, :]), values, mask=is_chunk)
+    if SUM:
+        of_pieces = tl.sum(tl.reshape(values.to(tl.float32), (CHUNKS_AT_ONCE, m.pieces, m.piece)), 2)
+        tl.store(sums + (first[:, None] * SUMS + tl.arange(0, m.pieces)[None, :]), of_pieces, mask=is_chunk)
 
 
 @triton.jit(do_not_specialize=["chunk_first", "chunk_blocks"])
@@ -65,7 +81,7 @@ def gate_up(
     x_sums,
     words,
     halves,
-    floats,
+    octets,
     tiles,
     pair_token,
     joined,
@@ -76,7 +92,7 @@ def gate_up(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Neurons of a tile's pairs: joined float32 [pairs, chunk_blocks * 64], each block in the planes' order."""
+    """Neurons of a tile's pairs: joined float32 [pairs, chunk_blocks * block], in the order of down's columns."""
     tile = tiles + tl.program_id(0) * TILE_INTS
     local = tl.program_id(1) // (spec.block // N)  # block of the chunk
     neuron = tl.program_id(1) % (spec.block // N) * N + tl.arange(0, N)
@@ -85,35 +101,60 @@ def gate_up(
         return
     base = tl.load(tile).to(tl.int64) * slot_words
     base += (tl.load(tile + 1) + chunk_first + local).to(tl.int64) * spec.block_words
-    lane = neuron // PANEL * spec.row_panel_words + neuron % PANEL
-    is_row = neuron < spec.block
     pair = first + tl.arange(0, M)
     fits = pair < stop
     token = tl.load(pair_token + pair, mask=fits, other=0).to(tl.int64)
+    is_row = neuron < spec.block
     gate = tl.zeros((M, N), tl.float32)
     up = tl.zeros((M, N), tl.float32)
-    height: tl.constexpr = spec.row_panel_words // PANEL
-    ratio: tl.constexpr = spec.word_bytes // 2
-    for group in range(spec.groups):
-        planes = load_planes(x + token * (spec.groups * spec.group) + group * spec.group, fits, spec)
-        sums = tl.zeros((M,), tl.float32)
-        if spec.format == "int4":
-            sums = tl.load(x_sums + token * spec.groups + group, mask=fits, other=0)
-        at = words + base
-        scales = halves + base * ratio
-        if spec.has_gate:
-            gate = add_group(gate, planes, sums, at, scales, lane, is_row, group, height, spec)
-        at += spec.up_at
-        scales += spec.up_at * ratio
-        up = add_group(up, planes, sums, at, scales, lane, is_row, group, height, spec)
+    gate_at = words + base, halves + 2 * base, octets + 4 * base
+    up_base = base + spec.up_at
+    up_at = words + up_base, halves + 2 * up_base, octets + 4 * up_base
+    at = x + token * (spec.orders * spec.chunks * 64)
+    sums_at = x_sums + token * (spec.orders * spec.chunks * SUMS)
+    second: tl.constexpr = (spec.orders - 1) * spec.chunks  # where the order of up is, in chunks
+    up_pieces: tl.constexpr = spec.up_matrix.pieces
+    gate_pieces: tl.constexpr = spec.gate_matrix.pieces
+    for chunk in range(spec.chunks):
+        for piece in tl.static_range(up_pieces):
+            planes = load_planes(at + (second + chunk) * 64, fits, piece, spec.up_matrix)
+            sums = load_sums(sums_at + (second + chunk) * SUMS, fits, piece, spec.either_has_addend)
+            up = add_piece(up, planes, sums, up_at, neuron, is_row, chunk, piece, spec.up_matrix)
+            if spec.has_gate and spec.orders == 1:
+                gate = add_piece(
+                    gate,
+                    planes,
+                    sums,
+                    gate_at,
+                    neuron,
+                    is_row,
+                    chunk,
+                    piece,
+                    spec.gate_matrix,
+                )
+        if spec.orders == 2:
+            for piece in tl.static_range(gate_pieces):
+                planes = load_planes(at + chunk * 64, fits, piece, spec.gate_matrix)
+                sums = load_sums(sums_at + chunk * SUMS, fits, piece, spec.gate_matrix.has_addend)
+                gate = add_piece(
+                    gate,
+                    planes,
+                    sums,
+                    gate_at,
+                    neuron,
+                    is_row,
+                    chunk,
+                    piece,
+                    spec.gate_matrix,
+                )
     if spec.has_bias:
-        biases = floats + base * spec.word_bytes // 4 + neuron
-        up += tl.load(biases + spec.up_bias_at)[None, :]
+        biases = words + base + neuron
+        up += tl.load(biases + spec.up_bias_at).to(tl.float32, bitcast=True)[None, :]
         if spec.has_gate:
-            gate += tl.load(biases + spec.gate_bias_at)[None, :]
+            gate += tl.load(biases + spec.gate_bias_at).to(tl.float32, bitcast=True)[None, :]
     result = _join(gate, up, spec) if spec.has_gate else _join(up, 1.0, spec)
     at = joined + pair.to(tl.int64)[:, None] * (chunk_blocks * spec.block) + local * spec.block
-    at += place_of(neuron, spec)[None, :]
+    at += place_of(neuron, spec.down_matrix)[None, :]
     tl.store(at, result, mask=fits[:, None])
 
 
@@ -122,7 +163,7 @@ def down(
     joined,
     words,
     halves,
-    floats,
+    octets,
     tiles,
     rows,
     pairs,
@@ -155,17 +196,22 @@ def down(
         total = tl.load(at, mask=mask, other=0)
     elif spec.has_bias:  # with the last neuron, and by one split
         has_last = (first_block + count == spec.blocks) & (tl.program_id(2) == 0)
-        biases = floats + slot * spec.word_bytes // 4 + spec.down_bias_at + column
-        total += tl.load(biases, mask=is_column & has_last, other=0)[None, :]
+        bias = tl.load(words + slot + spec.down_bias_at + column, mask=is_column & has_last, other=0)
+        total += bias.to(tl.float32, bitcast=True)[None, :]
     here = tl.minimum(count - chunk_first, chunk_blocks)
     share = tl.cdiv(here, tl.num_programs(2))
-    lane = column // PANEL * spec.column_panel_words + column % PANEL
     joined += pair.to(tl.int64) * (chunk_blocks * spec.block)
-    for local in range(tl.program_id(2) * share, tl.minimum(tl.program_id(2) * share + share, here)):
-        base = slot + (first_block + chunk_first + local).to(tl.int64) * spec.block_words + spec.down_at
-        planes = load_planes(joined + local * spec.block, fits, spec)
-        half_base = halves + base * (spec.word_bytes // 2)
-        total = add_joined(total, planes, words + base, half_base, lane, is_column, spec)
+    first_local, last_local = tl.program_id(2) * share, tl.minimum(tl.program_id(2) * share + share, here)
+    side: tl.constexpr = spec.block // 64  # chunks of a block
+    pieces: tl.constexpr = spec.down_matrix.pieces
+    for i in range(first_local * side, last_local * side):
+        base = slot + (first_block + chunk_first + i // side).to(tl.int64) * spec.block_words + spec.down_at
+        pointers = words + base, halves + 2 * base, octets + 4 * base
+        for piece in tl.static_range(pieces):
+            planes = load_planes(joined + i * 64, fits, piece, spec.down_matrix)
+            total = add_joined(
+                total, planes, pointers, column, is_column, i % side, piece, spec.down_matrix, spec.down_is_fp32
+            )
     tl.store(at, total, mask=mask)
 
 

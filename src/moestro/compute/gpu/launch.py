@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernel import WORKSPACE_BYTES, GpuKernel, triton_kernels
+from .kernel import SUM_BYTES, WORKSPACE_BYTES, GpuKernel, triton_kernels
+from .panels import CHUNK
 from .plan import Plan, PlanPart
 
 _ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, `down` splits its neurons
@@ -20,17 +21,10 @@ _MOST_SPLITS = 8
 _LEAST_BLOCKS = 4  # of a split
 _ALIGN_BYTES = 256
 _COMBINED = 512  # columns of one program
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_WORDS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.int32,
-    "int8": torch.int16,
-    "int4": torch.int32,
-}
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """How a matrix product is cut: rows of gate and up, and of down, of a program; its warps and pipeline stages."""
 
     gate_up: int
@@ -40,12 +34,12 @@ class _Tiling(NamedTuple):
 
 
 # By pairs of a tile. Compiled for 7.5, 8.6 and 8.9, no format takes more shared memory than these have (64, 99 KiB).
-_TILINGS = {
-    4: _Tiling(32, 32, 4, 2),
-    16: _Tiling(32, 32, 4, 4),
-    32: _Tiling(32, 32, 8, 2),
-    64: _Tiling(64, 64, 4, 3),
-    128: _Tiling(64, 64, 8, 3),
+TILINGS = {
+    4: Tiling(32, 32, 4, 2),
+    16: Tiling(32, 32, 4, 4),
+    32: Tiling(32, 32, 8, 2),
+    64: Tiling(64, 64, 4, 3),
+    128: Tiling(64, 64, 8, 3),
 }
 
 
@@ -110,15 +104,16 @@ def run_grouped(
 
 def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspace:
     pairs, tokens = part.pair_token.shape[0], len(part.tokens)
-    sums_at = _aligned(tokens * kernel.groups * kernel.group * _DTYPES[kernel.dtype].itemsize)
-    joined_at = sums_at + _aligned(tokens * kernel.groups * 4)
+    chunks = tokens * kernel.orders * kernel.chunks
+    sums_at = _aligned(chunks * CHUNK * TORCH_DTYPES[kernel.dtype].itemsize)
+    joined_at = sums_at + _aligned(chunks * SUM_BYTES)
     rows_bytes = _aligned(pairs * kernel.bytes_of_row)
     block_bytes = max(1, pairs) * kernel.block * 4  # of each block of neurons
     room = limit_bytes - joined_at - rows_bytes - _ALIGN_BYTES
     chunk_blocks = max(1, min(part.blocks, room // block_bytes))
     splits = 1
     if chunk_blocks >= part.blocks:
-        programs = part.tiles.shape[0] * -(-kernel.hidden // _TILINGS[part.rows].down)
+        programs = part.tiles.shape[0] * -(-kernel.hidden // TILINGS[part.rows].down)
         room -= part.blocks * block_bytes
         splits = min(_ENOUGH_PROGRAMS // max(1, programs), part.blocks // _LEAST_BLOCKS, _MOST_SPLITS)
         splits = max(1, min(splits, 1 + room // max(1, rows_bytes)))
@@ -142,18 +137,16 @@ def _run_part(
 ) -> None:
     kernels = triton_kernels()
     assert kernels is not None
-    pairs, tokens, tiling = part.pair_token.shape[0], len(part.tokens), _TILINGS[part.rows]
+    pairs, tokens, tiling = part.pair_token.shape[0], len(part.tokens), TILINGS[part.rows]
     space = _workspace(kernel, part, limit_bytes)
-    ordered = workspace[: space.sums_at].view(_DTYPES[kernel.dtype])
+    ordered = workspace[: space.sums_at].view(TORCH_DTYPES[kernel.dtype])
     sums = workspace[space.sums_at : space.joined_at].view(torch.float32)
     joined = workspace[space.joined_at : space.rows_at].view(torch.float32)
     rows = workspace[space.rows_at : space.size_bytes].view(torch.float32)
-    words, halves, floats = (pool.view(t) for t in (_WORDS[kernel.format], torch.float16, torch.float32))
-    slots = (words, halves, floats, part.tiles)
-    slot_words = pool.stride(0) // kernel.word_bytes
+    slots = (*(pool.view(dtype) for dtype in (torch.int32, torch.int16, torch.uint8)), part.tiles)
+    slot_words = pool.stride(0) // 4
     if part.tiles.shape[0]:
-        groups = kernels.GROUPS_AT_ONCE.value
-        kernels.order[(tokens, -(-kernel.groups // groups))](x, ordered, sums, kernel)
+        _order(kernel, x, ordered, sums)
     options = {"M": part.rows, "num_warps": tiling.warps, "num_stages": 2 if kernel.dtype == "fp32" else tiling.stages}
     count, neurons, columns = part.tiles.shape[0], kernel.block // tiling.gate_up, -(-kernel.hidden // tiling.down)
     for first in range(0, part.blocks, space.chunk_blocks):
@@ -174,3 +167,16 @@ def _run_part(
         ADD=add,
         N=_COMBINED,
     )
+
+
+def _order(kernel: GpuKernel, x: Tensor, ordered: Tensor, sums: Tensor) -> None:
+    """Write hidden states [T, D] down in the order, or the two orders, of gate and up."""
+    kernels = triton_kernels()
+    assert kernels is not None
+    up, gate = kernel.up_matrix, kernel.gate_matrix
+    matrices = [(up, kernel.either_has_addend)]
+    if kernel.orders == 2:
+        matrices = [(gate, gate.has_addend), (up, up.has_addend)]
+    grid = len(x), -(-kernel.chunks // kernels.CHUNKS_AT_ONCE.value)
+    for number, (matrix, has_addend) in enumerate(matrices):
+        kernels.order[grid](x, ordered, sums, kernel.hidden, number, kernel.orders, matrix, has_addend)

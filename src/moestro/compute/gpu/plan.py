@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -55,7 +56,19 @@ class Plan:
     limit_bytes: int = WORKSPACE_BYTES
 
 
-def tile_rows(kernel: GpuKernel, pairs: int, experts: int) -> int:
+class Multiplies(Protocol):
+    """What the size of tiles depends on."""
+
+    @property
+    def dtype(self) -> str:
+        """In which is multiplied: fp16, bf16 or fp32."""
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether Triton multiplies with these."""
+
+
+def tile_rows(kernel: Multiplies, pairs: int, experts: int) -> int:
     """Pairs of a tile, about as many as an expert has on average.
 
     16 is the least that tensor cores multiply. Without them each row costs its share, so it may be 4, and of more than

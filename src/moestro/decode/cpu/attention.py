@@ -19,9 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...compute.eager import outside_of_graphs
 from ...compute.one_token import OneTokenAttention
+from ..dense import PackedLinear
 from ..hooks import Fused, has_hooks, put_in_place
 from .cache import CacheKind, append, is_plain
-from .dense import PackedLinear
 from .norm import norm_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -12,7 +12,7 @@ import functools
 import torch
 
 from ...errors import RequestError
-from .codes import Coded
+from .codes import IQ4NL, Coded
 from .descriptor import PANEL
 from .experts import ORDERS, ExpertFormat, ExpertShape, UnpackedExpert
 from .matrix import MatrixFormat, format_named, format_names, uniform
@@ -59,6 +59,7 @@ def format_asked_for(name: str) -> ExpertFormat:
 __all__ = [
     "FLOAT_FORMATS",
     "FORMATS",
+    "IQ4NL",
     "MATRIX_FORMATS",
     "ORDERS",
     "PANEL",

@@ -1,8 +1,9 @@
-"""Dense layers on the CPU: linears, head and embedding with packed weights, through our own kernels.
+"""Dense layers: linears, head and embedding with packed weights, through our own kernels.
 
 Attention projections, shared experts, the head and the embedding are swapped for packed ones after a model
-has loaded, one matrix at a time, each original freed before the next is packed. Routers stay as they are:
-they are small, and a rounded router chooses other experts. Experts stay where their conductor has them.
+has loaded, one matrix at a time, each original freed before the next is packed. On the CPU these are all of them; on a
+GPU those that a checkpoint has quantized. Routers stay as they are: they are small, and a rounded router chooses other
+experts. Experts stay where their conductor has them.
 
 Legend: T tokens, R rows (outputs), K columns (inputs).
 """
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compute.cpu import Matrix, first_touch, levels, look_up, run_linear
-from ...engine.families import expert_modules
-from ...engine.gates import find_router
-from ...errors import ModelError, refuse_gradients
-from ...memory.formats import MatrixFormat
-from ...memory.packed_weight import PackedWeight
-from ...memory.store import map_memory
+from ..compute import cpu, packed_ops
+from ..compute.cpu import Matrix, first_touch, levels
+from ..engine.families import expert_modules
+from ..engine.gates import find_router
+from ..errors import ModelError, refuse_gradients
+from ..memory.formats import MatrixFormat
+from ..memory.packed_weight import PackedWeight
+from ..memory.store import map_memory, on_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,19 @@ class Packed(nn.Module):
 
     Args:
         is_shared: another layer has the same bytes.
+        on_device: it computes by operations of torch, which a device's graphs can capture, where its bytes are.
     """
 
     matrix: Matrix
     weight_dtype: torch.dtype
     threads: int
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype, threads: int, *, is_shared: bool) -> None:
+    def __init__(
+        self, matrix: Matrix, dtype: torch.dtype, threads: int, *, is_shared: bool = False, on_device: bool = False
+    ) -> None:
         nn.Module.__init__(self)
-        self.matrix, self.weight_dtype, self.threads, self._is_shared = matrix, dtype, threads, is_shared
+        self.matrix, self.weight_dtype, self.threads = matrix, dtype, threads
+        self._is_shared, self._on_device = is_shared, on_device
 
     @property
     def weight(self) -> Any:  # a Tensor; torch's layers, which share this class's methods, say a Parameter
@@ -151,12 +157,12 @@ class PackedLinear(Packed, nn.Linear):  # type: ignore[override]  # whose weight
         linear: nn.Linear,
         threads: int,
         *,
-        is_shared: bool,
         order: Tensor | None = None,
+        **where: bool,
     ) -> None:
         bias = None if linear.bias is None else linear.bias.detach().float().clone()
         matrix = Matrix(packed, fmt, linear.out_features, linear.in_features, bias, order)
-        super().__init__(matrix, linear.weight.dtype, threads, is_shared=is_shared)
+        super().__init__(matrix, linear.weight.dtype, threads, **where)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     @property
@@ -181,7 +187,8 @@ class PackedLinear(Packed, nn.Linear):  # type: ignore[override]  # whose weight
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., R]."""
         refuse_gradients(x)
-        return run_linear(self.matrix, x, threads=self.threads)
+        run = packed_ops.run_linear if self._on_device else cpu.run_linear
+        return run(self.matrix, x, threads=self.threads)
 
     def _in_torch(self) -> nn.Linear:
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -203,18 +210,19 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # likewi
         embedding: nn.Embedding,
         threads: int,
         *,
-        is_shared: bool,
         order: Tensor | None = None,
+        **where: bool,
     ) -> None:
         if order is not None:
             raise ModelError("an embedding whose columns are stored in another order; use a checkpoint without it")
         matrix = Matrix(packed, fmt, embedding.num_embeddings, embedding.embedding_dim)
-        super().__init__(matrix, embedding.weight.dtype, threads, is_shared=is_shared)
+        super().__init__(matrix, embedding.weight.dtype, threads, **where)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., D]."""
+        look_up = packed_ops.look_up if self._on_device else cpu.look_up
         return look_up(self.matrix, ids, self.weight_dtype, threads=self.threads)
 
     def _in_torch(self) -> nn.Embedding:
@@ -282,16 +290,22 @@ def pack_dense(
     *,
     fast: bool = False,
     stored: Mapping[str, StoredWeight] | None = None,
+    on: torch.device | None = None,
 ) -> None:
     """Swap the dense layers of a loaded model for packed ones.
 
     Args:
         threads: of the kernels. fast: as in `MatrixFormat.pack`.
         stored: weights that are not in the model, by the names that `packable` has for them.
+        on: the device that computes them; None for the CPU's own kernels.
     """
     layers, stored = list(packable(model, formats)), stored or {}
-    memory, at = map_memory(sum(_aligned(layer.n_bytes) for layer in layers)), 0
-    first_touch(memory, threads)
+    size, at = sum(_aligned(layer.n_bytes) for layer in layers), 0
+    if on is None:
+        memory = map_memory(size)
+        first_touch(memory, threads)
+    else:
+        memory = torch.empty(size, dtype=torch.uint8, device=on)
     while layers:
         layer = layers.pop(0)
         packed = memory[at : at + layer.n_bytes]
@@ -302,12 +316,14 @@ def pack_dense(
                 layer.fmt.pack(layer.weight.detach(), fast=fast)
             )
         else:
-            source.write(packed)
+            with on_host(packed) as target:
+                source.write(target)
         for name, module in layer.owners:
             parent, _, leaf = name.rpartition(".")
             kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear
-            order = None if source is None else source.order
-            new = kind(packed, layer.fmt, module, threads, is_shared=len(layer.owners) > 1, order=order)
+            order = None if source is None or source.order is None else source.order.to(memory.device)
+            where = {"is_shared": len(layer.owners) > 1, "on_device": on is not None}
+            new = kind(packed, layer.fmt, module, threads, order=order, **where)
             new.train(module.training)
             setattr(model.get_submodule(parent), leaf, new)
             module.weight = None  # code that still holds the module must not hold the weight

@@ -1,0 +1,123 @@
+"""Every stored format in the Triton kernels, against float64 of the exact weights.
+
+As `test_gpu_kernels.py`: on the GPU where there is one, else by Triton's interpreter on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moestro.compute.experts import ExpertMath
+from moestro.compute.gpu import launch, plan_on_device
+from moestro.memory.formats import ExpertFormat, ExpertShape, MatrixFormat, format_named, format_names
+from test_cpu_kernels import GATES
+from test_formats import UNIFORM, random_coded
+from test_gpu_kernels import DEVICE, DTYPES, Layer, choice, tolerance
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow, in the interpreter
+
+FORMATS = [*map(format_named, format_names()), *UNIFORM]
+MIXED = [
+    ("q4_k", "q4_k", "q6_k", None),  # gate and up in one order, down in another
+    ("q4_k", "q6_k", "q4_k", None),  # hidden states in two orders
+    ("q5_1", "q3_k", "iq4_xs", None),
+    ("bf16", "bf16", "q8_0", 128),
+    ("int4", "int4g32z", "bf16", 256),  # one order, of which one takes sums in pieces of its own
+    ("q4_0", "q4_1", "fp16", None),  # one order, and gate alone takes no sums
+    ("q4_1", "q4_0", "mxfp4", None),
+    ("fp8", "int8", "nvfp4", 192),
+    ("fp32", "fp16", "int8row", None),
+]
+
+
+def random_part(fmt: MatrixFormat, rows: int, columns: int) -> Tensor | object:
+    """Random floats, or random codes with scales of usual sizes."""
+    return random_coded(fmt, rows, columns, finite=True) if fmt.is_quantized else torch.randn(rows, columns)
+
+
+class StoredLayer(Layer):
+    """Random experts as a checkpoint has them, with hidden states that make results of usual size."""
+
+    def fill(self, packed: Tensor) -> None:
+        shape, fmt = self.math.shape, self.math.format
+        sizes = {name: size for name, size in shape.parts.items() if len(size) == 2}
+        parts = {name: random_part(fmt.matrices[name], *size) for name, size in sizes.items()}
+        coded = {name: part for name, part in parts.items() if not isinstance(part, Tensor)}
+        fmt.pack_coded(packed, shape, coded)
+        biases = {name: torch.randn(size) for name, size in shape.parts.items() if len(size) == 1}
+        fmt.pack(packed, shape, biases | {name: part for name, part in parts.items() if isinstance(part, Tensor)})
+
+    def x(self, tokens: int) -> Tensor:
+        packed = self.pool[self.slots[0]].cpu()
+        up = self.math.format.unpack(packed, self.math.shape, range(self.math.shape.neurons), torch.float32).up
+        size = up.square().mean().sqrt() * self.math.shape.hidden**0.5
+        return (torch.randn(tokens, self.math.shape.hidden) / size).to(self.dtype).to(DEVICE)
+
+
+def stored_layer(
+    formats: tuple[str, str, str],
+    block: int | None,
+    x: str,
+    hidden: int,
+    neurons: int,
+    *,
+    gate: str = "silu",
+    **shape: bool,
+) -> StoredLayer:
+    gate_format, up, down = map(format_named, formats)
+    fmt = ExpertFormat(down, block, gate=gate_format, up=up)
+    return StoredLayer(ExpertMath(ExpertShape(hidden, neurons, **shape), fmt, GATES[gate]), DTYPES[x], experts=2)
+
+
+def check(layer: StoredLayer, tokens: int) -> None:
+    """A random choice of experts, against float64."""
+    index, weights = choice(tokens, experts=2, k=1)
+    x, work = layer.x(tokens), layer.work(index, weights)
+    out = layer.run(plan_on_device(layer.kernel, index.to(DEVICE), weights.to(DEVICE), layer.table), x)
+    assert (error := layer.error(out, layer.expected(x, work))) <= tolerance(layer.kernel), f"{error:.1e}"
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs of many rows each: the interpreter takes as long for a row as for hundreds."""
+    wide = launch.TILINGS[16]._replace(gate_up=64, down=512)
+    monkeypatch.setattr(launch, "TILINGS", dict.fromkeys(launch.TILINGS, wide))
+
+
+def odd_shape(fmt: MatrixFormat) -> tuple[int, int]:
+    """Hidden states and neurons of more than a unit, which neither 64 nor a block of down's divides."""
+    hidden = (fmt.unit or 64) + int(torch.randint(1, 80, ()))
+    return hidden, fmt.block + int(torch.randint(1, 40, ()))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.usefixtures("wide_tiles")
+def test_every_format_against_float64(fmt: MatrixFormat) -> None:
+    x = list(DTYPES)[int(torch.randint(3, ()))]
+    hidden, neurons = odd_shape(fmt)
+    check(stored_layer((fmt.name,) * 3, None, x, hidden, neurons, has_bias=True), tokens=1)
+
+
+@pytest.mark.parametrize("case", MIXED, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.usefixtures("wide_tiles")
+def test_a_format_for_each_matrix(case: tuple[str, str, str, int | None]) -> None:
+    *formats, block = case
+    check(stored_layer(tuple(formats), block, "fp16", 300, (block or 256) + 30, has_bias=True), tokens=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "plain"])
+@pytest.mark.parametrize("x", list(DTYPES))
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_every_format_in_all_dtypes_and_blocks(fmt: MatrixFormat, x: str, has_gate: bool) -> None:
+    hidden, neurons = odd_shape(fmt)
+    for block in (64, 128, 256):
+        if block % fmt.block == 0:
+            gate = "gpt_oss" if has_gate else "relu2"
+            layer = stored_layer(
+                (fmt.name,) * 3, block, x, hidden, neurons + block, gate=gate, has_gate=has_gate, has_bias=block == 128
+            )
+            check(layer, tokens=20)
