@@ -71,6 +71,14 @@ inline void read_mxfp4(const uint8_t* at, UnitRow& row, int64_t g) {
   split_nibbles(at + 1, 16, row.codes + 32 * g);
 }
 
+// The scale of each 16 columns is an e4m3 without a sign; ggml reads 127, which is no number, as 0.
+inline void read_nvfp4(const uint8_t* at, UnitRow& row) {
+  for (int g = 0; g < 4; ++g) {
+    row.scale[g] = at[g] == 127 ? 0 : at[g];
+    split_nibbles(at + 4 + 8 * g, 8, row.codes + 16 * g);
+  }
+}
+
 inline void read_k4_scales(const uint8_t* q, UnitRow& row) {
   for (int j = 0; j < 4; ++j) {
     row.scale[j] = q[j] & 63u;
@@ -172,6 +180,7 @@ inline GgufType gguf_type(const MatrixFormat& f) {
     }
   }
   if (f.code == Code::kE2m1 && f.scale == Scale::kE8m0) return {32, 17};
+  if (f.code == Code::kE2m1 && f.scale == Scale::kE4m3) return f.group == 16 ? GgufType{64, 36} : GgufType{0, 0};
   switch (f.scale) {
     case Scale::kK4: return f.code == Code::kU4 ? GgufType{256, 144} : f.code == Code::kU5 ? GgufType{256, 176} : GgufType{0, 0};
     case Scale::kK6: return f.code == Code::kU6 ? GgufType{256, 210} : GgufType{0, 0};
@@ -192,6 +201,7 @@ void read_gguf(const MatrixFormat& f, const uint8_t* at, int64_t blocks, UnitRow
       case Scale::kK3: read_q3_k(at, row); break;
       case Scale::kIq4xs: read_iq4_xs(at, row); break;
       case Scale::kE8m0: read_mxfp4(at, row, b); break;
+      case Scale::kE4m3: read_nvfp4(at, row); break;  // a unit has one block
       default:
         if (f.code == Code::kS8) read_q8_0(at, row, b);
         else if (f.code == Code::kU5) read_q5(at, f.zero == Zero::kAdd, row, b);
@@ -404,6 +414,14 @@ const char* fault_of_row(const MatrixFormat& f, const UnitRow& first, const Unit
   return nullptr;
 }
 
+// What cannot be kept of a row of GGUF's blocks, or nullptr.
+const char* fault_of_block(const MatrixFormat& f, const UnitRow& row) {
+  if (f.scale != Scale::kE4m3) return nullptr;
+  for (int g = 0; g < 4; ++g)
+    if (row.scale[g] > 127) return "NVFP4: a scale has a sign, which GGUF's do not have";
+  return nullptr;
+}
+
 // Returns what cannot be kept, or nullptr.
 const char* repack_panel(const RepackJob& job, int64_t panel) {
   const Raw& raw = *job.raw;
@@ -429,6 +447,7 @@ const char* repack_panel(const RepackJob& job, int64_t panel) {
       if (raw.layout == Layout::kGguf) {
         const GgufType type = gguf_type(f);
         read_gguf(f, raw.codes + row * row_bytes + from / type.columns * type.bytes, columns / type.columns, rows[r]);
+        if (const char* fault = fault_of_block(f, rows[r])) return fault;
       } else {
         read_codes(raw, f, row, from, columns, rows[r].codes);
         read_sides(raw, f, row, from, columns, rows[r]);

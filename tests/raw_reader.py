@@ -114,7 +114,8 @@ def _gguf(raw: Any) -> Tensor:
     import gguf
 
     kind = gguf.GGMLQuantizationType[raw.fmt.name.upper()]
-    return torch.from_numpy(gguf.dequantize(raw.tensors["weight"].numpy(), kind))
+    values = torch.from_numpy(gguf.dequantize(raw.tensors["weight"].numpy(), kind))
+    return values * raw.tensors["tensor"] if "tensor" in raw.tensors else values
 
 
 READERS = {

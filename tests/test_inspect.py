@@ -16,7 +16,8 @@ from safetensors.torch import save
 from hub_server import Repo, hub_server, run_python
 from moestro.errors import MoestroError
 from moestro.loading.contents import inspect_model
-from moestro.loading.headers import GGML_TYPES, read_header
+from moestro.loading.gguf_header import GGML_TYPES
+from moestro.loading.headers import read_header
 from moestro.loading.hub import Wanted
 
 DEMO = Path(str(files("moestro") / "demo"))
@@ -123,10 +124,10 @@ def test_on_the_hub_only_headers_are_read(tmp_path: Path) -> None:
     [
         ("m.gguf", b"GGML" + bytes(60), "begins with b'GGML' instead of b'GGUF'"),
         ("m.gguf", b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1"),
-        ("m.gguf", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "a count of 1152921504606846976"),
-        ("m.gguf", gguf_file()[:200], "is damaged or cut short (200 bytes)"),
-        ("m.gguf", gguf_file()[:-1], "it is cut short"),
-        ("m.gguf", b"", "is damaged or cut short (0 bytes)"),
+        ("m.gguf", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "it says that 1152921504606846976 things follow"),
+        ("m.gguf", gguf_file()[:200], "is damaged or cut short at byte 200 (it ends too early)"),
+        ("m.gguf", gguf_file()[:-1], "is damaged or cut short: output_norm.weight ends beyond it"),
+        ("m.gguf", b"", "is no GGUF file: it has 0 bytes"),
         ("m.safetensors", b"", "is damaged or cut short (0 bytes)"),
         ("m.safetensors", b"\xff" * 100, "it says that it is"),
         ("m.safetensors", struct.pack("<Q", 2) + b"[]", "has no header that can be read"),

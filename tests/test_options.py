@@ -49,6 +49,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "expert_bits": (3, "--expert-bits 3: there are 16, 8, 4"),
     "dense_bits": (3, "--dense-bits 3: there are 16, 8, 4"),
     "head_bits": (3, "--head-bits 3: there are 16, 8, 4"),
+    "transcode": (4, "--transcode 4: there are 8"),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {
     "shape": ("huge", "no shape 'huge'; there are: mixtral-8x7b"),

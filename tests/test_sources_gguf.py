@@ -69,14 +69,23 @@ def by_package(kind: str) -> Quantize:
 
 
 def random_blocks(kind: str) -> Quantize:
-    """Random bytes are valid blocks of K-quants and IQ4_XS, if their 16-bit scales are."""
+    """Random bytes are valid blocks of K-quants, IQ and TQ if their 16-bit scales are, of NVFP4 if scales have no sign.
+
+    IQ1_M spreads its 16-bit scale over the high halves of four words.
+    """
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
+    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,)}
+    places |= {"TQ2_0": (64,), "NVFP4": (), "IQ1_M": ()}
 
     def quantize(name: str, weight: np.ndarray) -> np.ndarray:
         random = np.random.default_rng(len(name))
         blocks = random.integers(0, 256, (*weight.shape[:-1], weight.shape[-1] // block, size), np.uint8)
-        for place in places:
+        if kind == "NVFP4":
+            blocks[..., :4] = random.integers(8, 28, blocks[..., :4].shape)  # 2^-6 to 2^-4
+            blocks[..., :4][random.random(blocks[..., :4].shape) < 0.02] = 127  # no number, which is read as 0
+        if kind == "IQ1_M":
+            blocks[..., 55] = blocks[..., 55] & 0x0F | 0x20
+        for place in places.get(kind, (0,)):
             scale = (random.random(blocks.shape[:-1]) * 0.01).astype(np.float16)
             blocks[..., place : place + 2] = scale[..., None].view(np.uint8)
         return blocks.reshape(*weight.shape[:-1], -1)
@@ -88,7 +97,7 @@ def write_gguf(
     path: Path,
     model: nn.Module,
     arch: str,
-    kind: str,
+    kind: str | Callable[[str], str],
     quantize: Quantize,
     parts: int = 0,
     stack: bool = True,
@@ -117,10 +126,11 @@ def write_gguf(
                 writer.add_tensor(written.replace("_exps", f".{expert}"), matrix.copy())
             continue
         plain = weight.ndim < 2 or "ffn_gate_inp" in written or "_bias" in written or written.endswith(".bias")
-        if plain or weight.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]:
+        of_type = gguf.GGMLQuantizationType[kind if isinstance(kind, str) else kind(written)]
+        if plain or weight.shape[-1] % gguf.GGML_QUANT_SIZES[of_type][0]:
             writer.add_tensor(written, np.ascontiguousarray(weight))
         else:
-            writer.add_tensor(written, quantize(written, weight), raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(written, quantize(written, weight), raw_dtype=of_type)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -266,7 +276,7 @@ def test_a_converted_model_is_read_as_it_was(family: str, tmp_path: Path) -> Non
 
 TYPES: dict[str, Callable[[str], Quantize]] = {
     **dict.fromkeys(("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"), by_package),
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL"), random_blocks),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "NVFP4"), random_blocks),
 }
 
 
@@ -313,6 +323,50 @@ def test_tensors_are_views_of_the_file(tmp_path: Path) -> None:
     assert len({raw.tensors["weight"].data_ptr() for raw in raws}) == 1
 
 
+@pytest.mark.parametrize("size", [None, 1, 8])
+def test_nvfp4_has_the_scale_of_a_matrix_beside_it(size: int | None, tmp_path: Path) -> None:
+    """As llama.cpp's converter writes ModelOpt's second scale: one for each stacked expert, one for a dense layer."""
+    model, path = _build("mixtral", intermediate_size=128), tmp_path / "m.gguf"
+    scales = torch.rand(size or 1) + 0.5
+
+    def more(writer: Any) -> None:
+        for part in ("gate", "up", "down"):
+            writer.add_tensor(f"blk.1.ffn_{part}_exps.scale", scales.numpy())
+        writer.add_tensor("blk.0.attn_v.scale", scales[:1].numpy())
+
+    write_gguf(path, model, "llama", "NVFP4", random_blocks("NVFP4"), more=more if size else lambda _: None)
+    stored = {
+        one.name: torch.from_numpy(gguf.dequantize(one.data, one.tensor_type).copy())
+        for one in gguf.GGUFReader(path).tensors
+    }
+    weights = open_source(str(path)).weights(model)
+    for expert in range(8):
+        for part, one in weights.expert("model.layers.1.mlp.experts", expert).matrices.items():
+            scale = scales[min(expert, len(scales) - 1)] if size else 1.0
+            wanted = stored[f"blk.1.ffn_{part}_exps.weight"][expert] * scale
+            torch.testing.assert_close(read_raw(one.raw), wanted, rtol=2**-20, atol=0)
+    dense = dict(weights.dense())["model.layers.0.self_attn.v_proj.weight"]
+    wanted = stored["blk.0.attn_v.weight"] * (scales[0] if size else 1.0)
+    torch.testing.assert_close(read_raw(dense.raw), wanted, rtol=2**-20, atol=0)
+
+
+def test_scales_beside_a_matrix_are_not_passed_over(tmp_path: Path) -> None:
+    model, path = _build("mixtral"), tmp_path / "m.gguf"
+
+    def beside(size: int, kind: str) -> None:
+        scale = np.ones(size, np.float32)
+        write_gguf(
+            path, model, "llama", kind, TYPES[kind](kind), more=lambda w: w.add_tensor("blk.1.ffn_up_exps.scale", scale)
+        )
+
+    beside(3, "NVFP4")
+    with pytest.raises(CheckpointError, match=r"has scales of \[3\] in F32, where it needs 8 in F32"):
+        _open_all(path, model)
+    beside(8, "Q8_0")
+    with pytest.raises(ModelError, match="is of type Q8_0 and has a scale beside it, which Moestro reads for NVFP4"):
+        _open_all(path, model)
+
+
 def test_split_files_are_one(tmp_path: Path) -> None:
     model = _build("mixtral")
     write_gguf(tmp_path / "m.gguf", model, "llama", "F32", by_package("F32"), parts=9)
@@ -341,7 +395,7 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     write_gguf(path, model, "llama", "Q8_0", by_package("Q8_0"))
     whole = path.read_bytes()
     for data, match in (
-        (b"GGML" + whole[4:], "does not begin with GGUF"),
+        (b"GGML" + whole[4:], "begins with b'GGML' instead of b'GGUF'"),
         (whole[:4] + b"\x07" + whole[5:], "version 7"),
         (whole[:12], "no GGUF file: it has 12 bytes"),
         (whole[:600], "damaged or cut short"),
@@ -367,7 +421,9 @@ def test_types_and_architectures_that_are_not_read_are_named(tmp_path: Path) -> 
 
     write_gguf(path, model, "llama", "IQ3_XXS", quantize)
     weights = open_source(str(path)).weights(model)
-    with pytest.raises(ModelError, match="IQ3_XXS, which Moestro does not read; use a file of Q4_K_M"):
+    with pytest.raises(
+        ModelError, match=r"IQ3_XXS, which Moestro does not keep: --transcode 8 .* use a file of Q4_K_M"
+    ):
         weights.expert("model.layers.0.mlp.experts", 0)
     write_gguf(path, model, "llama", "F32", by_package("F32"))
     path.write_bytes(path.read_bytes().replace(b"llama", b"bloom"))

@@ -118,9 +118,9 @@ def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     _same(found, expected)
 
 
-def _as_stored(path: Path, model: nn.Module) -> nn.Module:
+def _as_stored(path: Path, model: nn.Module, transcode: int | None = None) -> nn.Module:
     """The model with the weights of the file, by the tests' own reader."""
-    weights = open_source(str(path)).weights(model)
+    weights = open_source(str(path), transcode=transcode).weights(model)
     for name, module in expert_modules(model).items():
         layout = FamilyLayout.of(name, module)
         for expert in range(layout.experts):

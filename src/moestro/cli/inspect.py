@@ -28,3 +28,5 @@ def print_contents(found: Contents) -> None:
         formats = ", ".join(sorted(part.formats, key=lambda kind: -part.formats[kind]))
         table.add_row(name, formats, f"{part.bits:.2f}", f"{part.weights:,}", format_bytes(part.n_bytes))
     console.print(table)
+    if found.transcode:
+        console.print(f"{', '.join(found.transcode)}: loads with --transcode 8, which rounds such weights to 8.25 bits")

@@ -137,6 +137,7 @@ def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None
     given |= {"rows": raw.rows, "columns": raw.columns}
     codes = raw.tensors["blocks" if raw.layout == "mxfp4" else "weight"]
     if raw.layout == "gguf":
+        given["tensor_scale"] = float(raw.tensors.get("tensor", 1.0))
         return _kernels.Stored(**given, layout=layouts.gguf, codes=_flat(codes))
     given["flip"] = flip(raw)
     if raw.fmt.scale is Scale.BLOCK:

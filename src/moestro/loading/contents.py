@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import CheckpointError, first_line
 from .choose import has_tokenizer
+from .gguf_header import TRANSCODED
 from .headers import TensorHeader, read_header
 from .hub import Wanted, find_files
 
@@ -67,6 +68,7 @@ class Contents:
     n_files: int
     n_bytes: int  # of the weights' files
     parts: Mapping[str, Part]
+    transcode: tuple[str, ...] = ()  # formats that only --transcode 8 loads
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values, with the bits of each part."""
@@ -113,6 +115,7 @@ def _gguf(wanted: Wanted, metadata: Mapping[str, Any], tensors: Iterable[TensorH
         n_files=len(wanted.weights),
         n_bytes=sum(wanted.sizes[name] for name in wanted.weights),
         parts=parts,
+        transcode=tuple(sorted({kind for part in parts.values() for kind in part.formats} & set(TRANSCODED))),
     )
 
 

@@ -69,6 +69,7 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
         set_torch_threads(config.threads)
     dtype = "auto" if source.dtype == "auto" else getattr(torch, DTYPES[source.dtype])
     if source.shape is not None:
+        _refuse_transcode(config, source.shape)
         return build_random_model(source.shape, config, dtype=dtype, seed=source.seed)
     assert model is not None
     return _load_checkpoint(model, config, dtype, source)
@@ -118,9 +119,12 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     other = None if options.config is None else resolve(options.config, weights=False)
     if is_stored(source):
         source = resolve(model, options.revision)
-        stored = open_source(source, config=other, trust_remote_code=trust_remote_code)
+        stored = open_source(
+            source, config=other, trust_remote_code=trust_remote_code, transcode=quantization_config.transcode
+        )
         auto = _auto_class(stored.config())
         return load_stored(source, stored, auto, quantization_config, dtype, trust_remote_code)
+    _refuse_transcode(quantization_config, model)
     config = read_config(options.config or model, other or source, trust_remote_code)
     auto = _auto_class(config)
     source = resolve(model, options.revision)
@@ -151,6 +155,16 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     if unused := sorted(info["unexpected_keys"]):
         logger.warning("%s has %d tensors that its config has no place for, such as %s", model, len(unused), unused[0])
     return loaded
+
+
+def _refuse_transcode(config: MoestroConfig, model: str) -> None:
+    """Refuse --transcode for a model that is no GGUF file.
+
+    Raises:
+        RequestError: it was given.
+    """
+    if config.transcode is not None:
+        raise RequestError(f"--transcode {config.transcode} is for GGUF files, and {model} is none; leave it out")
 
 
 def _auto_class(config: Any) -> Any:

@@ -302,6 +302,13 @@ class Options(Checked):
         unset="--bits",
         check=bits_in(BITS),
     )
+    transcode: int | None = option(
+        None,
+        "Bits for GGUF's IQ1 to IQ3 and TQ, which are not kept: 8.",
+        metavar="N",
+        unset="none",
+        check=bits_in((8,)),
+    )
     fuse: bool = option(
         True,
         "Run a decode step in few calls: fused on the CPU, captured and replayed on a GPU. "
@@ -372,16 +379,10 @@ class ReplayOptions(Checked):
         Options, "machine", default="rtx4090", help=f"The machine: {', '.join(machine_names())}.", unset=None
     )
     gpu_memory: str | int | None = option_like(
-        Options,
-        "gpu_memory",
-        help="GPU memory for dense weights and experts.",
-        unset="all that the machine has",
+        Options, "gpu_memory", help="GPU memory for dense weights and experts.", unset="all that the machine has"
     )
     as_shape: str | None = option_like(
-        ModelOptions,
-        "shape",
-        help="Sizes and depth of a real shape, its layers choosing as the trace's do.",
-        unset="the trace's",
+        ModelOptions, "shape", help="A real shape's sizes and depth, for the trace's choices.", unset="the trace's"
     )
     bits: int | None = option_like(
         Options,

@@ -6,6 +6,7 @@ would have. What the converter changes beside names:
     deepseek2           kv_b is split into k_b (transposed) and v_b in newer files; joined again in float32
     granitemoe          a shared expert's gate and up are two tensors; joined again
     qwen2moe            the shared expert's gate loses its dimension of 1
+NVFP4 has the scale of a whole matrix in a tensor NAME.scale, for stacked experts [E]; without one it is 1.
 Experts are stacked, [E, R, K], gate, up and down apart or gate and up in one.
 
 Legend: E experts, R rows, K columns, H heads, N and V width of a head of keys and of values.
@@ -13,6 +14,7 @@ Legend: E experts, R rows, K columns, H heads, N and V width of a head of keys a
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,30 +24,18 @@ import torch
 from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
-from ...errors import CheckpointError, ModelError
-from ...memory.formats import format_named
+from ...errors import CheckpointError
 from ...memory.formats.raw import RawMatrix
+from ...planning.budget import format_bytes
 from ..checkpoint import read_config
+from ..gguf_header import TRANSCODED
 from .base import ExpertWeights, Part, row_index, tokenizer_from
 from .gguf_config import architecture_of, config_of, tokenizer_of
-from .gguf_file import GgufFile, GgufTensor, gguf_package, read_gguf, split_files
+from .gguf_file import GgufFile, gguf_package, read_gguf, split_files
+from .gguf_types import floats_of, int8_bytes, stored_matrix
 from .quantization import Quantization
 
-_QUANTIZED = (
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "Q2_K",
-    "Q3_K",
-    "IQ4_NL",
-    "IQ4_XS",
-    "MXFP4",
-)
+logger = logging.getLogger("moestro")
 _PERMUTED = ("llama", "granitemoe")  # architectures whose converter permutes q and k
 _RENAMED = {  # parameters that Transformers has renamed since the package's tables were written
     "block_sparse_moe.router": "block_sparse_moe.router.layer",
@@ -58,11 +48,20 @@ class GgufSource:
     Args:
         files: the file, or the files of its folder.
         config, tokenizer: a folder or hub id to take the config or the tokenizer from instead.
+        transcode: round types that no format here keeps to int8.
     """
 
     method: str | None = None
 
-    def __init__(self, files: Sequence[Path], *, config: str | None = None, tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        config: str | None = None,
+        tokenizer: str | None = None,
+        transcode: bool = False,
+    ) -> None:
+        self._transcode = transcode
         self._config_from, self._tokenizer_from = config, tokenizer
         self._first = split_files(files)[0]
         self.file = read_gguf(files)
@@ -81,13 +80,14 @@ class GgufSource:
         return tokenizer_of(self._first, self.file)
 
     def weights(self, model: Any) -> GgufWeights:
-        return GgufWeights(model, self.file, self.architecture)
+        return GgufWeights(model, self.file, self.architecture, self._transcode)
 
 
 class GgufWeights:
     """The weights of a GGUF file, under a model's names."""
 
-    def __init__(self, model: Any, file: GgufFile, architecture: str) -> None:
+    def __init__(self, model: Any, file: GgufFile, architecture: str, transcode: bool = False) -> None:
+        self._transcode = transcode
         self._model, self._tensors, self._architecture = model, file.tensors, architecture
         self._layouts = {name: FamilyLayout.of(name, module) for name, module in expert_modules(model).items()}
         gguf = gguf_package()
@@ -96,6 +96,8 @@ class GgufWeights:
         for name, layout in self._layouts.items():
             for part in layout.shape.parts:
                 self._find(_layer(name), part, 0)
+        if transcode:
+            self._say_sizes()
 
     def expert(self, module: str, expert: int) -> ExpertWeights:
         layout = self._layouts[module]
@@ -113,8 +115,10 @@ class GgufWeights:
             index = row_index(range(start, start + shape[0])) if joined else None
             if part.endswith("_bias"):
                 weights.biases[part] = data if index is None else data[index]
+            elif tensor.type in TRANSCODED:
+                weights.matrices[part] = Part(self._stored(name, data if index is None else data[index], expert))
             else:
-                weights.matrices[part] = Part(_raw(name, tensor, data), index)
+                weights.matrices[part] = Part(self._stored(name, data, expert), index)
         return weights
 
     def dense(self) -> Iterator[tuple[str, Tensor | Part]]:
@@ -142,7 +146,7 @@ class GgufWeights:
         stored = self._name_of(name)
         if stored in self._tensors:
             tensor = self._tensors[stored]
-            raw = _raw(stored, tensor, tensor.data)
+            raw = self._stored(stored, tensor.data)
             heads = self._heads(stored)
             if heads is None:
                 return raw if isinstance(raw, Tensor) else Part(raw)
@@ -169,11 +173,41 @@ class GgufWeights:
 
     def _floats(self, name: str) -> Tensor:
         """A tensor of any form as float32 [rows, K]."""
-        tensor, gguf = self._tensors[name], gguf_package()
+        tensor = self._tensors[name]
         data = tensor.data.flatten(0, -2)
-        if not isinstance(_raw(name, tensor, data), Tensor):
-            data = torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[tensor.type]))
-        return data.float()
+        raw = self._stored(name, data)  # refuses types that are not read
+        if isinstance(raw, Tensor):
+            return raw.float()
+        return floats_of(data, tensor.type) * raw.tensors.get("tensor", 1)
+
+    def _stored(self, name: str, data: Tensor, expert: int = 0) -> RawMatrix | Tensor:
+        """A matrix from the bytes of a tensor or of one of its experts, with its scale where it has one.
+
+        Raises:
+            CheckpointError: the scales are of another shape. ModelError: nothing here reads the tensor's type.
+        """
+        tensor, scale = self._tensors[name], None
+        beside = self._tensors.get(f"{name.removesuffix('.weight')}.scale")
+        if beside is not None:
+            wanted = tensor.shape[0] if len(tensor.shape) == 3 and "_exps." in name else 1
+            if beside.data.dtype != torch.float32 or beside.data.numel() not in (1, wanted):
+                raise CheckpointError(
+                    f"{name} has scales of {list(beside.shape)} in {beside.type}, where it needs {wanted} in F32"
+                )
+            scale = float(beside.data.flatten()[min(expert, beside.data.numel() - 1)])
+        return stored_matrix(name, tensor, data, scale=scale, transcode=self._transcode)
+
+    def _say_sizes(self) -> None:
+        """Log what becomes of the tensors that are transcoded."""
+        found = [tensor for tensor in self._tensors.values() if tensor.type in TRANSCODED]
+        if found:
+            now, then = sum(tensor.data.nbytes for tensor in found), sum(map(int8_bytes, found))
+            logger.warning(
+                "%s: %s become %s in int8",
+                ", ".join(sorted({tensor.type for tensor in found})),
+                format_bytes(now),
+                format_bytes(then),
+            )
 
     def _heads(self, stored: str) -> int | None:
         """How many heads a tensor's rows are permuted within; None where they are not."""
@@ -215,22 +249,6 @@ def _layer(module: str) -> str:
     found = re.search(r"layers\.(\d+)\.", module)
     assert found is not None
     return found[1]
-
-
-def _raw(name: str, tensor: GgufTensor, data: Tensor) -> RawMatrix | Tensor:
-    """A tensor's bytes as a matrix, or its numbers.
-
-    Raises:
-        ModelError: it is of a type that Moestro does not read.
-    """
-    if data.dtype != torch.uint8:
-        return data
-    if tensor.type not in _QUANTIZED:
-        raise ModelError(
-            f"{name} is of type {tensor.type}, which Moestro does not read; use a file of Q4_K_M, IQ4_XS, Q8_0 or MXFP4"
-        )
-    fmt = format_named(tensor.type.lower())
-    return RawMatrix("gguf", data.shape[0], tensor.shape[-1], {"weight": data}, fmt)
 
 
 def _shape(part: Part) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import ModelError
+from ...errors import ModelError, RequestError
 from ..checkpoint import weight_files
 from .base import Source
 from .gguf import GgufSource
@@ -12,13 +12,19 @@ from .safetensors import SafetensorsSource
 
 
 def open_source(
-    model: str, *, config: str | None = None, tokenizer: str | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    config: str | None = None,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+    transcode: int | None = None,
 ) -> Source:
     """The source of a checkpoint on this machine.
 
     Args:
         model: a folder of safetensors, a GGUF file, the first of several, or a folder of one GGUF.
         config, tokenizer: a folder or hub id to take the config or the tokenizer from instead of the checkpoint.
+        transcode: bits to which a GGUF file's types that no format here keeps are rounded; None to refuse them.
 
     Raises:
         MoestroError: there is none, or none that Moestro reads.
@@ -30,5 +36,7 @@ def open_source(
         raise ModelError(f"no file or folder {model}")
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if files and (path.is_file() or not weight_files(path)):  # folders of GGUF files often have a config.json beside
-        return GgufSource(files, config=config, tokenizer=tokenizer)
+        return GgufSource(files, config=config, tokenizer=tokenizer, transcode=transcode is not None)
+    if transcode is not None:
+        raise RequestError(f"--transcode {transcode} is for GGUF files, and {model} is none; leave it out")
     return SafetensorsSource(model, path, config=config, tokenizer=tokenizer, trust_remote_code=trust_remote_code)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...errors import CheckpointError
 from .codes import Coded
 from .descriptor import SUPER, Code, Scale, Zero
 from .matrix import MatrixFormat
@@ -27,7 +28,7 @@ class RawMatrix:
     """A matrix [R, K] as a file holds it.
 
     layout, and the tensors that it has:
-        gguf: "weight" uint8 [R, bytes of a row of blocks]; the format says of which type.
+        gguf: "weight" uint8 [R, bytes of a row of blocks]; the format says of which type. "tensor" float32 [] of nvfp4.
         mxfp4: "blocks" uint8 [R, K / 32, 16], the low half of a byte is the even column; "scales" uint8 [R, K / 32].
         nibbles: "weight" uint8 [R, K / 2], likewise; "scales" [R, G] of e4m3 or uint8; "tensor" float32 [], or none.
         fp8: "weight" float8_e4m3fn [R, K]; "scales" float or e8m0 [ceil(R / 128), ceil(K / 128)], uint8 [R, K / 32], or
@@ -144,6 +145,7 @@ GGUF_BLOCKS = {  # columns and bytes of a block
     "q5_1": (32, 24),
     "q8_0": (32, 34),
     "mxfp4": (32, 17),
+    "nvfp4": (64, 36),
     "iq4_nl": (32, 18),
     "q2_k": (256, 84),
     "q3_k": (256, 110),
@@ -158,7 +160,7 @@ def _gguf(raw: RawMatrix) -> Coded:
     size, n_bytes = GGUF_BLOCKS[raw.fmt.name]
     blocks = raw.tensors["weight"].view(raw.rows, raw.columns // size, n_bytes)  # [R, blocks, bytes]
     found = (_super_blocks if size == SUPER else _small_blocks)(raw.fmt, blocks)
-    return replace(found, codes=found.codes.flatten(1))
+    return replace(found, codes=found.codes.flatten(1), tensor=raw.tensors.get("tensor"))
 
 
 def _halves(blocks: Tensor) -> Tensor:
@@ -174,6 +176,12 @@ def _low_then_high(packed: Tensor) -> Tensor:
 def _small_blocks(fmt: MatrixFormat, blocks: Tensor) -> Coded:
     if fmt.name == "mxfp4":
         return Coded(_low_then_high(blocks[..., 1:]), blocks[..., 0])
+    if fmt.name == "nvfp4":
+        scales = blocks[..., :4].flatten(1)
+        if bool((scales > 127).any()):
+            raise CheckpointError("NVFP4: a scale has a sign, which GGUF's do not have")
+        codes = _low_then_high(blocks[..., 4:].unflatten(-1, (4, 8)))
+        return Coded(codes.flatten(2), scales.where(scales != 127, 0))  # ggml reads 127 as 0
     scales, at, zeros = _halves(blocks[..., :2]), 2, None
     if fmt.zero is Zero.ADD:
         zeros, at = _halves(blocks[..., 2:4]), 4
