@@ -267,7 +267,9 @@ def config_of(file: GgufFile) -> Any:
     architecture = architecture_of(file)
     keys = _Keys(file, architecture)
     values = _common(keys) | ARCHITECTURES[architecture](keys)
-    values = {name: value for name, value in values.items() if value is not None or name == "q_lora_rank"}
+    # What a file does not say is the class's default, but not where that default means something else than nothing.
+    kept = ("q_lora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
+    values = {name: value for name, value in values.items() if value is not None or name in kept}
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except Exception as error:  # metadata may hold anything
