@@ -18,11 +18,14 @@ def ask_for_interpreter() -> None:
 
 
 def mend_interpreter() -> None:
-    """Numbers of tensors as numpy 2.4 wants them (3.5, 3.6); bfloat16 not multiplied as integers; less work a call."""
+    """Numbers of tensors as numpy 2.4 wants them (3.5, 3.6); bfloat16 rounded as on GPUs, not multiplied as integers;
+    less work a call.
+    """
     from triton import language
     from triton.runtime import interpreter
 
     patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
     patched: set[str] = set()  # modules; Triton patches its language anew with every call of a function of a kernel
 
     def patch_tensor_and_index(tensor, *scope) -> None:  # 3.5 has no scope, whose end takes patches back
@@ -35,6 +38,12 @@ def mend_interpreter() -> None:
             return handle
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), language.float32)
 
+    def convert_and_round(numbers, source, target, rounding_mode):
+        if (source, target, rounding_mode) != (language.float32, language.bfloat16, None):
+            return convert(numbers, source, target, rounding_mode)
+        rounded = torch.from_numpy(np.array(numbers, np.float32)).bfloat16()  # to the nearest, as without this none is
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
     def call(self, *args, **kwargs):
         if self.fn.__module__ not in patched:
             interpreter._patch_lang(self.fn)
@@ -43,4 +52,5 @@ def mend_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    interpreter._convert_float = convert_and_round
     interpreter.InterpretedFunction.__call__ = call

@@ -22,7 +22,7 @@ from test_gpu_kernels import DEVICE
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow, in the interpreter
 
-ROUNDED = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}  # by the result's dtype, of the largest
+ROUNDED = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # by the result's dtype, of the largest
 
 
 def random_matrix(fmt: MatrixFormat, rows: int, columns: int, *, bias: bool = True) -> Matrix:
@@ -87,12 +87,17 @@ def test_every_format_against_float64(fmt: MatrixFormat) -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16", "int4", "q6_k", "mxfp4"])
-@pytest.mark.parametrize("tokens", [1, 17, 70, 300])
+@pytest.mark.parametrize("tokens", [1, 17, 70])
 def test_numbers_of_tokens(name: str, tokens: int) -> None:
-    matrix = random_matrix(format_named(name), 80, 330, bias=tokens != 17)
+    matrix = random_matrix(format_named(name), 80, 290, bias=tokens != 17)
     check(matrix, states(matrix, tokens, torch.bfloat16))
-    split = states(matrix, tokens, torch.bfloat16)
-    assert torch.equal(run_linear(matrix, split), run_linear(matrix, split))
+
+
+def test_many_tokens_and_the_same_bits_in_every_run() -> None:
+    matrix = random_matrix(format_named("mxfp4"), 40, 96)
+    x = states(matrix, 300, torch.float16)
+    check(matrix, x)
+    assert torch.equal(run_linear(matrix, x), run_linear(matrix, x))
 
 
 def test_leading_dimensions_stay_and_nothing_gives_nothing() -> None:

@@ -5,7 +5,8 @@ Four kernels follow each other. `order` writes hidden states down in the order i
 token and an expert; `combine` adds a token's pairs, weighted, in a fixed order. `choose` makes the plan for few tokens,
 in one program. None adds atomically and none waits for the host.
 
-Legend: T tokens, D model width, C chunks of 64 columns, M pairs and N matrix rows of a tile.
+Legend: T tokens, D model width, C chunks of 64 columns, M pairs and N matrix rows of a tile. A run is the blocks of
+neurons that are joined before `down` takes them.
 
 A tile is five int32: slot, first block of neurons, number of blocks, first pair, one past the last pair.
 `spec` is a `GpuKernel`.
@@ -75,7 +76,7 @@ def order(
         tl.store(sums + (first[:, None] * SUMS + tl.arange(0, m.pieces)[None, :]), of_pieces, mask=is_chunk)
 
 
-@triton.jit(do_not_specialize=["chunk_first", "chunk_blocks"])
+@triton.jit(do_not_specialize=["run_first", "run_blocks"])
 def gate_up(
     x,
     x_sums,
@@ -86,21 +87,21 @@ def gate_up(
     pair_token,
     joined,
     slot_words,
-    chunk_first,
-    chunk_blocks,
+    run_first,
+    run_blocks,
     spec: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Neurons of a tile's pairs: joined float32 [pairs, chunk_blocks * block], in the order of down's columns."""
+    """Neurons of a tile's pairs: joined float32 [pairs, run_blocks * block], in the order of down's columns."""
     tile = tiles + tl.program_id(0) * TILE_INTS
-    local = tl.program_id(1) // (spec.block // N)  # block of the chunk
+    local = tl.program_id(1) // (spec.block // N)  # block of the run
     neuron = tl.program_id(1) % (spec.block // N) * N + tl.arange(0, N)
     first, stop = tl.load(tile + 3), tl.load(tile + 4)
-    if (first >= stop) | (chunk_first + local >= tl.load(tile + 2)):
+    if (first >= stop) | (run_first + local >= tl.load(tile + 2)):
         return
     base = tl.load(tile).to(tl.int64) * slot_words
-    base += (tl.load(tile + 1) + chunk_first + local).to(tl.int64) * spec.block_words
+    base += (tl.load(tile + 1) + run_first + local).to(tl.int64) * spec.block_words
     pair = first + tl.arange(0, M)
     fits = pair < stop
     token = tl.load(pair_token + pair, mask=fits, other=0).to(tl.int64)
@@ -121,44 +122,24 @@ def gate_up(
             sums = load_sums(sums_at + (second + chunk) * SUMS, fits, piece, spec.either_has_addend)
             up = add_piece(up, planes, sums, up_at, neuron, is_row, chunk, piece, spec.up_matrix)
             if spec.has_gate and spec.orders == 1:
-                gate = add_piece(
-                    gate,
-                    planes,
-                    sums,
-                    gate_at,
-                    neuron,
-                    is_row,
-                    chunk,
-                    piece,
-                    spec.gate_matrix,
-                )
+                gate = add_piece(gate, planes, sums, gate_at, neuron, is_row, chunk, piece, spec.gate_matrix)
         if spec.orders == 2:
             for piece in tl.static_range(gate_pieces):
                 planes = load_planes(at + chunk * 64, fits, piece, spec.gate_matrix)
                 sums = load_sums(sums_at + chunk * SUMS, fits, piece, spec.gate_matrix.has_addend)
-                gate = add_piece(
-                    gate,
-                    planes,
-                    sums,
-                    gate_at,
-                    neuron,
-                    is_row,
-                    chunk,
-                    piece,
-                    spec.gate_matrix,
-                )
+                gate = add_piece(gate, planes, sums, gate_at, neuron, is_row, chunk, piece, spec.gate_matrix)
     if spec.has_bias:
         biases = words + base + neuron
         up += tl.load(biases + spec.up_bias_at).to(tl.float32, bitcast=True)[None, :]
         if spec.has_gate:
             gate += tl.load(biases + spec.gate_bias_at).to(tl.float32, bitcast=True)[None, :]
     result = _join(gate, up, spec) if spec.has_gate else _join(up, 1.0, spec)
-    at = joined + pair.to(tl.int64)[:, None] * (chunk_blocks * spec.block) + local * spec.block
+    at = joined + pair.to(tl.int64)[:, None] * (run_blocks * spec.block) + local * spec.block
     at += place_of(neuron, spec.down_matrix)[None, :]
     tl.store(at, result, mask=fits[:, None])
 
 
-@triton.jit(do_not_specialize=["pairs", "chunk_first", "chunk_blocks"])
+@triton.jit(do_not_specialize=["pairs", "run_first", "run_blocks"])
 def down(
     joined,
     words,
@@ -168,15 +149,15 @@ def down(
     rows,
     pairs,
     slot_words,
-    chunk_first,
-    chunk_blocks,
+    run_first,
+    run_blocks,
     spec: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Rows of a tile's pairs, some columns of them: float32 [splits, pairs, D], set by the first chunk, then added to.
+    """Rows of a tile's pairs, some columns of them: float32 [splits, pairs, D], set by the first run, then added to.
 
-    Program (tile, columns, split); a split takes its share of the chunk's blocks.
+    Program (tile, columns, split); a split takes its share of the run's blocks.
     """
     tile = tiles + tl.program_id(0) * TILE_INTS
     column = tl.program_id(1) * N + tl.arange(0, N)
@@ -192,20 +173,20 @@ def down(
     at = rows + row[:, None] * spec.hidden + column[None, :]
     mask = fits[:, None] & is_column[None, :]
     total = tl.zeros((M, N), tl.float32)
-    if chunk_first > 0:
+    if run_first > 0:
         total = tl.load(at, mask=mask, other=0)
     elif spec.has_bias:  # with the last neuron, and by one split
         has_last = (first_block + count == spec.blocks) & (tl.program_id(2) == 0)
         bias = tl.load(words + slot + spec.down_bias_at + column, mask=is_column & has_last, other=0)
         total += bias.to(tl.float32, bitcast=True)[None, :]
-    here = tl.minimum(count - chunk_first, chunk_blocks)
+    here = tl.minimum(count - run_first, run_blocks)
     share = tl.cdiv(here, tl.num_programs(2))
-    joined += pair.to(tl.int64) * (chunk_blocks * spec.block)
+    joined += pair.to(tl.int64) * (run_blocks * spec.block)
     first_local, last_local = tl.program_id(2) * share, tl.minimum(tl.program_id(2) * share + share, here)
     side: tl.constexpr = spec.block // 64  # chunks of a block
     pieces: tl.constexpr = spec.down_matrix.pieces
     for i in range(first_local * side, last_local * side):
-        base = slot + (first_block + chunk_first + i // side).to(tl.int64) * spec.block_words + spec.down_at
+        base = slot + (first_block + run_first + i // side).to(tl.int64) * spec.block_words + spec.down_at
         pointers = words + base, halves + 2 * base, octets + 4 * base
         for piece in tl.static_range(pieces):
             planes = load_planes(joined + i * 64, fits, piece, spec.down_matrix)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernel import SUM_BYTES, WORKSPACE_BYTES, GpuKernel, triton_kernels
-from .panels import CHUNK
+from .panels import CHUNK, PanelSpec
 from .plan import Plan, PlanPart
 
 _ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, `down` splits its neurons
@@ -21,6 +21,7 @@ _MOST_SPLITS = 8
 _LEAST_BLOCKS = 4  # of a split
 _ALIGN_BYTES = 256
 _COMBINED = 512  # columns of one program
+_MANY_LOADS = 4
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -43,10 +44,16 @@ TILINGS = {
 }
 
 
+def pipeline_stages(tiling: Tiling, *matrices: PanelSpec) -> int:
+    """A tiling's, but for one where a stage loads many words, or activations in two orders: shared memory is short."""
+    is_large = max(matrix.loads for matrix in matrices) >= _MANY_LOADS or len({m.order for m in matrices}) > 1
+    return max(2, tiling.stages - is_large)
+
+
 class _Workspace(NamedTuple):
     """What stands between the kernels of one part, and where it begins, in bytes."""
 
-    chunk_blocks: int  # blocks of neurons that are joined before `down` takes them
+    run_blocks: int  # blocks of neurons that are joined before `down` takes them
     splits: int
     sums_at: int
     joined_at: int
@@ -110,15 +117,15 @@ def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspac
     rows_bytes = _aligned(pairs * kernel.bytes_of_row)
     block_bytes = max(1, pairs) * kernel.block * 4  # of each block of neurons
     room = limit_bytes - joined_at - rows_bytes - _ALIGN_BYTES
-    chunk_blocks = max(1, min(part.blocks, room // block_bytes))
+    run_blocks = max(1, min(part.blocks, room // block_bytes))
     splits = 1
-    if chunk_blocks >= part.blocks:
+    if run_blocks >= part.blocks:
         programs = part.tiles.shape[0] * -(-kernel.hidden // TILINGS[part.rows].down)
         room -= part.blocks * block_bytes
         splits = min(_ENOUGH_PROGRAMS // max(1, programs), part.blocks // _LEAST_BLOCKS, _MOST_SPLITS)
         splits = max(1, min(splits, 1 + room // max(1, rows_bytes)))
-    rows_at = joined_at + _aligned(chunk_blocks * block_bytes)
-    return _Workspace(chunk_blocks, splits, sums_at, joined_at, rows_at, rows_at + splits * rows_bytes)
+    rows_at = joined_at + _aligned(run_blocks * block_bytes)
+    return _Workspace(run_blocks, splits, sums_at, joined_at, rows_at, rows_at + splits * rows_bytes)
 
 
 def _aligned(size_bytes: int) -> int:
@@ -147,14 +154,18 @@ def _run_part(
     slot_words = pool.stride(0) // 4
     if part.tiles.shape[0]:
         _order(kernel, x, ordered, sums)
-    options = {"M": part.rows, "num_warps": tiling.warps, "num_stages": 2 if kernel.dtype == "fp32" else tiling.stages}
+    first_half = 2 if kernel.dtype == "fp32" else pipeline_stages(tiling, kernel.gate_matrix, kernel.up_matrix)
+    second_half = 2 if kernel.down_is_fp32 else pipeline_stages(tiling, kernel.down_matrix)
+    options = {"M": part.rows, "num_warps": tiling.warps}
     count, neurons, columns = part.tiles.shape[0], kernel.block // tiling.gate_up, -(-kernel.hidden // tiling.down)
-    for first in range(0, part.blocks, space.chunk_blocks):
-        chunk = (slot_words, first, space.chunk_blocks, kernel)
-        kernels.gate_up[count, space.chunk_blocks * neurons](
-            ordered, sums, *slots, part.pair_token, joined, *chunk, N=tiling.gate_up, **options
+    for first in range(0, part.blocks, space.run_blocks):
+        run = (slot_words, first, space.run_blocks, kernel)
+        kernels.gate_up[count, space.run_blocks * neurons](
+            ordered, sums, *slots, part.pair_token, joined, *run, N=tiling.gate_up, num_stages=first_half, **options
         )
-        kernels.down[count, columns, space.splits](joined, *slots, rows, pairs, *chunk, N=tiling.down, **options)
+        kernels.down[count, columns, space.splits](
+            joined, *slots, rows, pairs, *run, N=tiling.down, num_stages=second_half, **options
+        )
     kernels.combine[(tokens, -(-kernel.hidden // _COMBINED))](
         rows,
         part.pair_weight,

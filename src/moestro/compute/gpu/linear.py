@@ -24,7 +24,7 @@ from ...errors import RequestError
 from ...memory.formats import PANEL, MatrixFormat
 from ..cpu import Matrix
 from .kernel import SUM_BYTES, has_tensor_cores, product_dtype, triton_kernels
-from .launch import TILINGS, TORCH_DTYPES, Tiling
+from .launch import TILINGS, TORCH_DTYPES, Tiling, pipeline_stages
 from .panels import CHUNK, PanelSpec, panel_spec
 from .plan import tile_rows
 
@@ -93,7 +93,7 @@ def run_linear(matrix: Matrix, x: Tensor) -> Tensor:
         N=tiling.down,
         SPLITS=splits,
         num_warps=tiling.warps,
-        num_stages=2 if spec.dtype == "fp32" else tiling.stages,
+        num_stages=2 if spec.dtype == "fp32" else pipeline_stages(tiling, spec.matrix),
     )
     if splits > 1:
         added = tokens, -(-matrix.rows // _ADDED)

@@ -67,6 +67,11 @@ class PanelSpec:
         return CHUNK // self.piece
 
     @property
+    def loads(self) -> int:
+        """Of words, for a chunk's codes."""
+        return self.pieces * (2 if self.high_bits else 1)
+
+    @property
     def order(self) -> tuple[str, int]:
         """What the order of activations depends on."""
         return self.layout, self.piece
