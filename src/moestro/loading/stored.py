@@ -19,12 +19,13 @@ from ..compute.repack import format_of, pack_stored
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import FamilyLayout, expert_modules
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError, first_line
 from ..memory.formats import ORDERS, ExpertFormat, expert_format_named
 from ..memory.formats.codes import values
 from ..memory.formats.raw import read_raw
 from ..planning.options import METHOD
 from .build import attach, home, pack_rest
+from .checkpoint import refuse_code
 from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights
 
@@ -49,15 +50,16 @@ def load_stored(
         )
     hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
-    with torch.device("meta"):
-        model = auto.from_config(
-            hf_config, dtype=stated if dtype == "auto" else dtype, trust_remote_code=trust_remote_code
-        )
+    model = _empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
     modules = expert_modules(model)
-    formats = [_layer_format(weights, name, FamilyLayout.of(name, modules[name]).experts) for name in modules]
+    experts = {module: FamilyLayout.of(module, modules[module]).experts for module in modules}
+    top_k = getattr(hf_config.get_text_config(), "num_experts_per_tok", None)
+    if isinstance(top_k, int) and not 1 <= top_k <= min(experts.values(), default=top_k):
+        raise CheckpointError(f"{name}: its config routes each token to {top_k} of {min(experts.values())} experts")
+    formats = [_layer_format(weights, module, experts[module]) for module in modules]
     conductor = attach(model, config, device, formats)
     is_quantized = _fill_dense(model, weights, device.torch_device)
     if source.method and not is_quantized and not any(m.is_quantized for f in formats for m in f.matrices.values()):
@@ -74,6 +76,22 @@ def load_stored(
     pack_rest(model, config, device)
     _take_generation_config(model, Path(name))
     return model.requires_grad_(False).eval()
+
+
+def _empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    """The model of a config on the meta device.
+
+    Raises:
+        ModelError: it needs code that is not trusted. CheckpointError: the config describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config may hold anything
+        refuse_code(name, error)
+        raise CheckpointError(
+            f"Transformers makes no model from the config of {name} ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _layer_format(weights: Weights, module: str, experts: int) -> ExpertFormat:

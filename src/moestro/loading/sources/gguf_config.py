@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ...errors import CheckpointError, ModelError, first_line
+from ...errors import CheckpointError, ModelError, MoestroError, first_line
 from .gguf_file import GgufFile
 
 _NAME_CONFIG = "name a checkpoint with the same config by --config ORG/REPO"
@@ -266,10 +266,12 @@ def config_of(file: GgufFile) -> Any:
     """
     architecture = architecture_of(file)
     keys = _Keys(file, architecture)
-    values = _common(keys) | ARCHITECTURES[architecture](keys)
-    values = {name: value for name, value in values.items() if value is not None or name == "q_lora_rank"}
     try:
+        values = _common(keys) | ARCHITECTURES[architecture](keys)
+        values = {name: value for name, value in values.items() if value is not None or name == "q_lora_rank"}
         return AutoConfig.for_model(values.pop("model_type"), **values)
+    except MoestroError:
+        raise
     except Exception as error:  # metadata may hold anything
         raise CheckpointError(f"the file's metadata makes no config ({first_line(error)}); {_NAME_CONFIG}") from error
 
