@@ -1,10 +1,7 @@
 """Remembers, while a model is loaded, what would be asked for again: a repository's list of files, an opened GGUF file.
 
-    with remembering():
-        load("org/repo")
-        load_tokenizer("org/repo")  # lists the repository's files no second time
-
-Outside of such a block nothing is remembered, so a later load sees what has changed.
+Inside a block of `remembering`, `once` makes each thing a single time. Outside of one nothing is remembered, so a later
+load sees what has changed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ..memory.formats.codes import values
 from ..memory.formats.raw import read_raw
 from ..planning.options import METHOD
 from .build import attach, home, pack_rest
-from .checkpoint import refuse_code
+from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights
 
@@ -57,6 +57,7 @@ def load_stored(
     modules = expert_modules(model)
     experts = {module: FamilyLayout.of(module, modules[module]).experts for module in modules}
     top_k = getattr(hf_config.get_text_config(), "num_experts_per_tok", None)
+    refuse_groups(name, hf_config.get_text_config())
     if isinstance(top_k, int) and not 1 <= top_k <= min(experts.values(), default=top_k):
         raise CheckpointError(f"{name}: its config routes each token to {top_k} of {min(experts.values())} experts")
     formats = [_layer_format(weights, module, experts[module]) for module in modules]
