@@ -223,6 +223,63 @@ def test_safetensors(kind: str, tmp_path_factory: pytest.TempPathFactory, data: 
     loads_or_says_why(folder)
 
 
+SCALES = ("weight_scale_inv", "weight_scale", "scales")
+
+
+def _without_an_expert(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".experts.3." in name]:
+        del tensors[name]
+
+
+def _without_a_scale(tensors: dict[str, Tensor]) -> None:
+    del tensors[_scale(tensors)]
+
+
+def _scale(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in sorted(tensors) if ".experts.3.w1." in name and name.endswith(SCALES))
+
+
+def _scale_of(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def apply(tensors: dict[str, Tensor]) -> None:
+        name = _scale(tensors)
+        tensors[name] = change(tensors[name]).contiguous()
+
+    return apply
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Tensor]], None], dict[str, Any]]] = {
+    "a missing expert": (_without_an_expert, {}),
+    "a missing scale": (_without_a_scale, {}),
+    "too few scales": (_scale_of(lambda scale: scale[:, :-1]), {}),
+    "scales of too few rows": (_scale_of(lambda scale: scale[:-1]), {}),
+    "scales in three dimensions": (_scale_of(lambda scale: scale[None]), {}),
+    "scales of whole numbers": (_scale_of(lambda scale: scale.to(torch.int64)), {}),
+    "neurons that the config denies": (lambda _: None, {"intermediate_size": 192}),
+    "a width that the config denies": (lambda _: None, {"hidden_size": 128}),
+    "experts that the config denies": (lambda _: None, {"num_local_experts": 16}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_does_not_fit_is_named(
+    kind: str, bad: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    files = dict(whole(kind, tmp_path_factory.getbasetemp()))
+    tensors = load(files["model-1.safetensors"]) | load(files["model-2.safetensors"])
+    change, config = BAD[bad]
+    change(tensors)
+    (tmp_path / "model.safetensors").write_bytes(save(tensors))
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(files["config.json"]) | config))
+    line = _end(tmp_path, 0, 1)
+    assert isinstance(line, str)
+    assert "\n" not in line
+    if config:
+        assert "model.layers.0." in line
+    else:
+        assert "experts.3." in line or line.endswith(" in expert 3")
+
+
 # --- GGUF
 
 

@@ -124,7 +124,9 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
             stored = weights.expert(module, expert)
             found = _format_of(stored)
             if found.matrices != math.format.matrices or found.orders > math.format.orders:
-                raise ModelError(f"{module} has experts in several formats: {math.format.name} and {found.name}")
+                raise ModelError(
+                    f"{module} has experts in several formats: {math.format.name}, and {found.name} in expert {expert}"
+                )
             parts = {part: (one.raw, one.rows, one.columns) for part, one in stored.matrices.items()}
             target = home(conductor, index, expert)
             packed = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
