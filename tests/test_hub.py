@@ -226,6 +226,7 @@ def test_a_safetensors_checkpoint_runs_from_the_hub(hub: Hub, tmp_path: Path) ->
     assert "already here" not in done.stderr  # --json is quiet
     here = run_python(hub, tmp_path, *command[:3], "demo", *command[4:])
     assert json.loads(done.stdout)["text"] == json.loads(here.stdout)["text"]
+    assert len([path for _, path, _ in hub.requests if path.startswith("/api/models/")]) == 1
     hub.repos.clear()
     offline = run_python(hub, tmp_path, *command, HF_HUB_OFFLINE="1")
     assert json.loads(offline.stdout)["text"] == json.loads(here.stdout)["text"]

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from hub_server import Repo, hub_server, run_python
 from moestro.errors import MoestroError
 from moestro.loading.contents import inspect_model
-from moestro.loading.gguf_header import GGML_TYPES
+from moestro.loading.gguf_header import GGML_TYPES, NeedMore, parse_gguf
 from moestro.loading.headers import read_header
 from moestro.loading.hub import Wanted
 
@@ -117,6 +117,21 @@ def test_on_the_hub_only_headers_are_read(tmp_path: Path) -> None:
         last = max(int(asked.split("-")[1]) for _, path, asked in hub.requests if path.endswith("/m.gguf") and asked)
         assert last < 1 << 23
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_part_of_a_header_asks_for_what_it_needs() -> None:
+    """However many of its bytes there are: never for more than the header, nor for what is there."""
+    whole = gguf_file()
+    header = parse_gguf("m", whole, len(whole))
+    header_bytes = whole.index(b"output_norm.weight") + len("output_norm.weight") + struct.calcsize("<IQIQ")
+    for here in range(len(whole) + 1):
+        if here >= header_bytes:
+            assert parse_gguf("m", whole[:here], len(whole)) == header
+            continue
+        with pytest.raises(NeedMore) as more:
+            parse_gguf("m", whole[:here], len(whole))
+        assert here < more.value.need <= header_bytes
+    assert [entry.start % 32 for entry in header.tensors] == [0, 0]
 
 
 @pytest.mark.parametrize(

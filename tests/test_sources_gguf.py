@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typer.testing import CliRunner
 
 from families import Family, build_model
+from moestro.cli.main import app
 from moestro.engine.families import expert_modules
 from moestro.errors import CheckpointError, ModelError, MoestroError
-from moestro.loading.sources import open_source
+from moestro.loading.sources import gguf_file, open_source
 from raw_reader import read_raw
 from test_sources_safetensors import compare
 
@@ -489,6 +491,19 @@ def test_its_tokenizer_splits_text_as_the_original(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", model, "llama", "F32", by_package("F32"))
     with pytest.raises(CheckpointError, match=r"has no tokenizer; name a checkpoint .* --tokenizer ORG/REPO"):
         open_source(str(tmp_path / "m.gguf")).tokenizer()
+
+
+def test_a_run_opens_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its tokenizer and for its model; a later load looks again."""
+    opened = []
+    parse = gguf_file.parse_gguf
+    monkeypatch.setattr(gguf_file, "parse_gguf", lambda *given: opened.append(given[0]) or parse(*given))
+    path = tmp_path / "m.gguf"
+    _with_tokenizer(path, _build("mixtral", vocab_size=4096), "gpt-2")
+    for runs in (1, 2):
+        done = CliRunner().invoke(app, ["run", str(path), "Once", "-n", "2", "--device", "cpu", "-t", "1"])
+        assert done.exit_code == 0, done
+        assert opened == [str(path)] * runs
 
 
 def test_without_the_gguf_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

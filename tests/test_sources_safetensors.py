@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from families import DEEPSEEK_V4, FAMILIES, Family, build_model
+from moestro import load
 from moestro.engine.families import FamilyLayout, expert_modules
 from moestro.errors import CheckpointError, ModelError, MoestroError
 from moestro.loading.sources import open_source
@@ -431,6 +432,23 @@ def test_damaged_files_and_pickles_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
         read_all(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_group": 8, "topk_group": 4}, {"n_group": 3}, {"topk_group": 0}, {"topk_group": 3}, {"num_experts_per_tok": 9}],
+)
+def test_routing_that_cannot_be_is_refused(changes: dict[str, int], tmp_path: Path) -> None:
+    """Two groups of four experts, of which one is chosen, otherwise; quantized or not."""
+    for folder, quantization in ((tmp_path / "plain", None), (tmp_path / "fp8", KINDS["fp8"]()[1])):
+        build_model(FAMILY["deepseek_v3"]).save_pretrained(folder)
+        values = {**changes} if quantization is None else {**changes, "quantization_config": quantization}
+        config = json.loads((folder / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            MoestroError, match=r"chooses .* groups of its 8 experts|routes each token to 9 of 8 experts"
+        ):
+            load(str(folder), device="cpu")
 
 
 STACKED = {"weight": "", "weight_scale_inv": "_scale_inv"}

@@ -244,6 +244,7 @@ def _load(
 
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
+    from ..loading.once import remembering
 
     if options.threads is None:
         options = replace(options, threads=len(core_cpus()))
@@ -252,11 +253,12 @@ def _load(
     if quiet:
         disable_progress_bars()
     trusted = source.trust_remote_code
-    tokenizer = load_tokenizer(
-        model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
-    )
-    check(tokenizer)
-    loaded = load(model, **source.to_dict(), **options.to_dict())
+    with remembering():
+        tokenizer = load_tokenizer(
+            model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
+        )
+        check(tokenizer)
+        loaded = load(model, **source.to_dict(), **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
     return loaded, tokenizer

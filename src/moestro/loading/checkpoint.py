@@ -74,8 +74,26 @@ def read_config(model: str, source: str, trust_remote_code: bool = False, *, qua
         experts, top_k = (getattr(part, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
         if isinstance(experts, int) and isinstance(top_k, int) and not 1 <= top_k <= max(experts, 1):
             raise ModelError(f"{model}: its config.json routes each token to {top_k} of {experts} experts")
+        refuse_groups(model, part)
     _refuse_attention(model, config, trust_remote_code)
     return config
+
+
+def refuse_groups(model: str, config: Any) -> None:
+    """Refuse groups of experts that a router of DeepSeek's kind, which sums the best two of each, cannot choose among.
+
+    Raises:
+        ModelError: naming the numbers.
+    """
+    experts, groups, chosen = (getattr(config, name, None) for name in ("n_routed_experts", "n_group", "topk_group"))
+    if not (isinstance(experts, int) and isinstance(groups, int) and groups > 1):
+        return
+    least = 1 if config.model_type == "deepseek_v2" else 2  # which takes the best one
+    fits = experts % groups == 0 and experts // groups >= least
+    if not fits or (isinstance(chosen, int) and not 1 <= chosen <= groups):
+        raise ModelError(
+            f"{model}: its config chooses {chosen} of {groups} groups of its {experts} experts, which cannot be"
+        )
 
 
 def refuse_code(model: str, error: BaseException) -> None:

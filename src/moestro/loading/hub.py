@@ -25,6 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from ..errors import CheckpointError, ModelError, MoestroError, first_line
 from .choose import beside_weights, choose_gguf, choose_safetensors, gguf_parts
+from .once import once
 
 DEMO = "demo"
 _HUB_NAME = re.compile(r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?")
@@ -117,7 +118,8 @@ def find_files(model: str, revision: str | None = None, *, weights: bool = True)
     ):
         raise ModelError(f"no folder {model}; name a checkpoint's folder, a hub id like org/name, or demo")
     repo, quant = named.groups()
-    return _choose(_listing(repo, revision or "main"), quant, weights)
+    listed = once(("files", repo, revision or "main"), lambda: _listing(repo, revision or "main"))
+    return _choose(listed, quant, weights)
 
 
 def local_path(model: str) -> Path:

@@ -31,6 +31,7 @@ from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_name
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .download import resolve
+from .once import remembering
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source
@@ -72,7 +73,8 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
         _refuse_transcode(config, source.shape)
         return build_random_model(source.shape, config, dtype=dtype, seed=source.seed)
     assert model is not None
-    return _load_checkpoint(model, config, dtype, source)
+    with remembering():
+        return _load_checkpoint(model, config, dtype, source)
 
 
 def load_tokenizer(

@@ -10,6 +10,7 @@ Legend: D model width, T tokens, K top-k.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from ..engine.families import expert_modules
 from ..errors import CheckpointError, ModelError, refuse_gradients
 from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
+from .checkpoint import is_stored
 from .config import MoestroConfig
 
 logger = logging.getLogger("moestro")
@@ -101,6 +103,12 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         return weight_conversions + own
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for folder in {str(Path(file).parent) for file in kwargs.get("checkpoint_files") or ()}:
+            if is_stored(folder):  # by a method that Transformers does not know, or it would have refused
+                raise ModelError(
+                    f"{folder} is quantized, which from_pretrained does not load with a MoestroConfig; "
+                    f"use moestro.load({folder!r})"
+                )
         attach(model, self.quantization_config, self._device)
         self._layers = {name: module._moestro for name, module in expert_modules(model).items()}
         self._not_loaded = {f"{n}.{part}" for n, layer in self._layers.items() for part in layer.layout.parameters}

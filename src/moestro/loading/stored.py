@@ -23,12 +23,13 @@ from ..decode.dense import DenseFormats, StoredWeight, packable
 from ..devices import make_device
 from ..engine.conductor import Conductor
 from ..engine.families import FamilyLayout, expert_modules
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError, first_line
 from ..memory.formats import FLOAT_FORMATS, ORDERS, ExpertFormat, MatrixFormat, expert_format_named
 from ..memory.formats.raw import RawMatrix
 from ..memory.store import on_host
 from ..planning.options import METHOD
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
+from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights, floats_of
 
@@ -53,15 +54,17 @@ def load_stored(
         )
     hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
-    with torch.device("meta"):
-        model = auto.from_config(
-            hf_config, dtype=stated if dtype == "auto" else dtype, trust_remote_code=trust_remote_code
-        )
+    model = _empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
     modules = expert_modules(model)
-    experts = [_layer_format(weights, name, FamilyLayout.of(name, modules[name]).experts) for name in modules]
+    counts = {module: FamilyLayout.of(module, modules[module]).experts for module in modules}
+    top_k = getattr(hf_config.get_text_config(), "num_experts_per_tok", None)
+    refuse_groups(name, hf_config.get_text_config())
+    if isinstance(top_k, int) and not 1 <= top_k <= min(counts.values(), default=top_k):
+        raise CheckpointError(f"{name}: its config routes each token to {top_k} of {min(counts.values())} experts")
+    experts = [_layer_format(weights, module, counts[module]) for module in modules]
     dense = dict(weights.dense())
     is_quantized = any(fmt.is_quantized for of in experts for fmt in of.matrices.values())
     if source.method and not is_quantized and not any(_is_quantized(value) for value in dense.values()):
@@ -123,6 +126,22 @@ def _kept_weights(
     return kept
 
 
+def _empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    """The model of a config on the meta device.
+
+    Raises:
+        ModelError: it needs code that is not trusted. CheckpointError: the config describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config may hold anything
+        refuse_code(name, error)
+        raise CheckpointError(
+            f"Transformers makes no model from the config of {name} ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
 def _layer_format(weights: Weights, module: str, experts: int) -> ExpertFormat:
     """The format that holds each of a layer's experts, of which some may have one order of columns and some two."""
     first = _format_of(weights.expert(module, 0))
@@ -152,7 +171,9 @@ def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
             stored = weights.expert(module, expert)
             found = _format_of(stored)
             if found.matrices != math.format.matrices or found.orders > math.format.orders:
-                raise ModelError(f"{module} has experts in several formats: {math.format.name} and {found.name}")
+                raise ModelError(
+                    f"{module} has experts in several formats: {math.format.name}, and {found.name} in expert {expert}"
+                )
             parts = {part: (one.raw, one.rows, one.columns) for part, one in stored.matrices.items()}
             with on_host(home(conductor, index, expert)) as packed:
                 pack_stored(packed, math.format, math.shape, parts, threads=conductor.cpu.threads)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
-from ...errors import CheckpointError
+from ...errors import CheckpointError, first_line
 from ...memory.formats.raw import RawMatrix
 from ...planning.budget import format_bytes
 from ..checkpoint import read_config
@@ -128,7 +128,12 @@ class GgufWeights:
         for name, parameter in state.items():
             if name.startswith(experts):
                 continue
-            found = self._dense(name)
+            try:
+                found = self._dense(name)
+            except (IndexError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"the tensors of {name} do not fit together or not to the file's metadata ({first_line(error)})"
+                ) from error
             if found is None:
                 if name in tied:
                     continue

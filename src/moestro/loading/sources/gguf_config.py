@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ...errors import CheckpointError, ModelError, first_line
+from ...errors import CheckpointError, ModelError, MoestroError, first_line
 from .gguf_file import GgufFile
 
 _NAME_CONFIG = "name a checkpoint with the same config by --config ORG/REPO"
@@ -266,12 +266,14 @@ def config_of(file: GgufFile) -> Any:
     """
     architecture = architecture_of(file)
     keys = _Keys(file, architecture)
-    values = _common(keys) | ARCHITECTURES[architecture](keys)
-    # What a file does not say is the class's default, but not where that default means something else than nothing.
-    kept = ("q_lora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
-    values = {name: value for name, value in values.items() if value is not None or name in kept}
     try:
+        values = _common(keys) | ARCHITECTURES[architecture](keys)
+        # What a file does not say is the class's default, but not where that default means something else than nothing.
+        kept = ("q_lora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
+        values = {name: value for name, value in values.items() if value is not None or name in kept}
         return AutoConfig.for_model(values.pop("model_type"), **values)
+    except MoestroError:
+        raise
     except Exception as error:  # metadata may hold anything
         raise CheckpointError(f"the file's metadata makes no config ({first_line(error)}); {_NAME_CONFIG}") from error
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, ModelError, first_line
 from ..gguf_header import parse_gguf
+from ..once import once
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _DTYPES |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
@@ -49,7 +50,7 @@ def read_gguf(paths: Sequence[Path]) -> GgufFile:
     gguf_package()
     whole = GgufFile({}, {})
     for path in split_files(paths):
-        part = _read_file(path)
+        part = once(("gguf", path), lambda path=path: _read_file(path))  # type: ignore[misc]
         whole.metadata = whole.metadata or part.metadata
         if twice := whole.tensors.keys() & part.tensors.keys():
             raise CheckpointError(f"{path} holds {min(twice)} a second time; the files do not belong together")

@@ -210,6 +210,9 @@ def _qweight(name: str, tensors: Tensors, shape: tuple[int, int], quantization: 
     """AutoAWQ and GPTQ: matrices [K, R] in 32-bit words, along R and along K."""
     rows, columns = shape
     scales, words, is_awq = tensors["scales"], tensors["qweight"], quantization.method == "awq"
+    if quantization.method not in ("awq", "gptq"):
+        said = f"says {quantization.method}" if quantization.method else "says nothing of quantization"
+        raise CheckpointError(f"{name} has a qweight, as AWQ and GPTQ write it, but the config.json {said}")
     bits = 4 if is_awq else words.shape[0] * 32 // columns  # which single modules may have otherwise than the config
     if bits not in (4, 8):
         raise CheckpointError(f"{name} is {list(shape)}, but its words are {list(words.shape)}: not of 4 or 8 bits")

@@ -85,9 +85,10 @@ class Quantization:
             ModelError: no part of the config is about that module.
         """
         if self.method != "compressed-tensors":
-            return int(self.config["bits"] if "bits" in self.config else self.config.get("w_bit", 4))
-        weights = self._group_of(name).get("weights") or {}
-        bits = weights.get("num_bits")
+            found = self.config["bits"] if "bits" in self.config else self.config.get("w_bit", 4)
+            return found if isinstance(found, int) else 0
+        weights = self._group_of(name).get("weights")
+        bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
         if bits not in (4, 8):
             raise ModelError(f"{name} has weights of {bits} bits in 32-bit words; Moestro reads 4 and 8; {_INSTEAD}")
         return int(bits)
@@ -98,7 +99,7 @@ class Quantization:
         return bool(self.config.get("checkpoint_format", "gptq") != "gptq_v2")
 
     def _group_of(self, name: str) -> Mapping[str, Any]:
-        groups = list(self.config.get("config_groups", {}).values())
+        groups = list(self.config.get("config_groups", {}).values())  # checked when they were taken off
         for group in groups:
             for target in group.get("targets", ()):
                 is_pattern = target.startswith("re:")
@@ -116,9 +117,12 @@ class Quantization:
             ModelError: naming it.
         """
         block = self.config.get("weight_block_size")
-        if self.method == "fp8" and block is not None and list(block) not in ([128, 128], [1, 32]):
+        if self.method == "fp8" and block not in (None, [128, 128], (128, 128), [1, 32], (1, 32)):
+            raise ModelError(f"{model} has FP8 scales for blocks of {block}; Moestro reads [128, 128] and [1, 32]")
+        groups = self.config.get("config_groups", {})
+        if not isinstance(groups, Mapping) or not all(_is_group(group) for group in groups.values()):
             raise ModelError(
-                f"{model} has FP8 scales for blocks of {list(block)}; Moestro reads [128, 128] and [1, 32]"
+                f"{model}: the config_groups of its quantization_config are no groups of targets and weights"
             )
         if self.method in ("awq", "gptq") and (bits := self.bits_of("")) not in (
             (4,) if self.method == "awq" else (4, 8)
@@ -129,3 +133,11 @@ class Quantization:
         version = str(self.config.get("version", "gemm")).lower()
         if self.method == "awq" and version != "gemm":
             raise ModelError(f"{model} has AWQ weights in the order {version!r}; Moestro reads 'gemm'; {_INSTEAD}")
+
+
+def _is_group(group: Any) -> bool:
+    """Whether it is as compressed-tensors writes one: names of modules, and what their weights are."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping | None):
+        return False
+    targets = group.get("targets", ())
+    return isinstance(targets, list | tuple) and all(isinstance(target, str) for target in targets)
