@@ -2,8 +2,9 @@
 
     python tests/compile_gpu_kernels.py 8.6:int4:fp16:1 9.0:bf16:bf16:300
 
-compiles for compute capability 8.6, int4 weights, float16 hidden states and 1 token of an expert, and so on. Prints a
-line of JSON a kernel: how it multiplies ("wgmma", "mma" or, without tensor cores, "fma") and its shared memory.
+compiles for compute capability 8.6, int4 weights, float16 hidden states and 1 token of an expert, and so on; and
+for down's weights ("q4_k+q4_k+q6_k": gate, up, down) a linear layer and an embedding. Prints a line of JSON a kernel:
+how it multiplies ("wgmma", "mma" or, without tensor cores, "fma") and its shared memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from moestro.compute import gpu
+from moestro.compute.cpu import Matrix
 from moestro.compute.experts import ExpertMath
 from moestro.compute.gpu import kernel_of, plan_on_device, run_grouped
 from moestro.memory.formats import ExpertShape, expert_format_named
@@ -55,14 +58,29 @@ def compile_instead(compiled: list[dict[str, object]]) -> None:
     JITFunction.run = compile_only
 
 
-def compile_layer(capability: str, name: str, x: str, tokens: int, hidden: int = 256, neurons: int = 256) -> None:
-    """All kernels of a layer of one expert."""
+def pretend(capability: str) -> None:
+    """That GPU is the device, and the tensors, which are on the host, are on it."""
     triton.runtime.driver.set_active(_Driver(capability))
-    torch.cuda.get_device_capability = lambda device: tuple(map(int, capability.split(".")))
+    has_cores = float(capability) >= 8
+    gpu.kernel.has_tensor_cores = gpu.linear.has_tensor_cores = lambda device: has_cores
+    gpu.linear._spec.cache_clear()
+
+
+def compile_linear(name: str, x: str, tokens: int, rows: int = 256, columns: int = 512) -> None:
+    """All kernels of a linear layer and an embedding."""
+    fmt = expert_format_named(name).matrices["down"]
+    packed = torch.zeros(fmt.matrix_bytes(rows, columns), dtype=torch.uint8)
+    matrix = Matrix(packed, fmt, rows, columns, torch.zeros(rows))
+    gpu.run_linear(matrix, torch.zeros(tokens, columns, dtype=DTYPES[x]))
+    gpu.look_up(matrix, torch.zeros(tokens, dtype=torch.int64), DTYPES[x])
+
+
+def compile_layer(name: str, x: str, tokens: int, hidden: int = 256, neurons: int = 256) -> None:
+    """All kernels of a layer of one expert."""
     math = ExpertMath(
         ExpertShape(hidden, neurons, has_bias=True), expert_format_named(name), lambda g, u: g * torch.sigmoid(g) * u
     )
-    kernel = kernel_of(math, DTYPES[x], torch.device("cuda"))
+    kernel = kernel_of(math, DTYPES[x], torch.device("cpu"))
     assert kernel is not None
     pool = torch.zeros(1, math.format.expert_bytes(math.shape), dtype=torch.uint8)
     states = torch.zeros(tokens, hidden, dtype=DTYPES[x])
@@ -78,6 +96,8 @@ if __name__ == "__main__":
     for layer in sys.argv[1:]:
         already = len(lines)
         *names, count = layer.split(":")
-        compile_layer(*names, tokens=int(count))
+        pretend(names[0])
+        compile_layer(*names[1:], tokens=int(count))
+        compile_linear(*names[1:], tokens=int(count))
         for line in lines[already:]:
             print(json.dumps({"layer": layer} | line))

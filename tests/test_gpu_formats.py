@@ -11,7 +11,16 @@ from torch import Tensor
 
 from moestro.compute.experts import ExpertMath
 from moestro.compute.gpu import launch, plan_on_device
-from moestro.memory.formats import ExpertFormat, ExpertShape, MatrixFormat, format_named, format_names
+from moestro.devices.emulated import EmulatedDevice
+from moestro.devices.work import StepSum
+from moestro.memory.formats import (
+    ExpertFormat,
+    ExpertShape,
+    MatrixFormat,
+    expert_format_named,
+    format_named,
+    format_names,
+)
 from test_cpu_kernels import GATES
 from test_formats import UNIFORM, random_coded
 from test_gpu_kernels import DEVICE, DTYPES, Layer, choice, tolerance
@@ -19,7 +28,8 @@ from test_gpu_kernels import DEVICE, DTYPES, Layer, choice, tolerance
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow, in the interpreter
 
-FORMATS = [*map(format_named, format_names()), *UNIFORM]
+NAMED = list(map(format_named, format_names()))
+FORMATS = [*NAMED, *UNIFORM[::3]]  # the others, in all dtypes: make test-long
 MIXED = [
     ("q4_k", "q4_k", "q6_k", None),  # gate and up in one order, down in another
     ("q4_k", "q6_k", "q4_k", None),  # hidden states in two orders
@@ -111,7 +121,7 @@ def test_a_format_for_each_matrix(case: tuple[str, str, str, int | None]) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "plain"])
 @pytest.mark.parametrize("x", list(DTYPES))
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [*NAMED, *UNIFORM], ids=lambda fmt: fmt.name)
 def test_every_format_in_all_dtypes_and_blocks(fmt: MatrixFormat, x: str, has_gate: bool) -> None:
     hidden, neurons = odd_shape(fmt)
     for block in (64, 128, 256):
@@ -121,3 +131,31 @@ def test_every_format_in_all_dtypes_and_blocks(fmt: MatrixFormat, x: str, has_ga
                 (fmt.name,) * 3, block, x, hidden, neurons + block, gate=gate, has_gate=has_gate, has_bias=block == 128
             )
             check(layer, tokens=20)
+
+
+@pytest.mark.parametrize("names", ["q4_k+q4_k+q6_k", "mxfp4", "fp8", "nvfp4", "int4g128z", "q5_1+q3_k+iq4_nl"])
+def test_the_emulated_device_copies_and_computes_them(names: str) -> None:
+    """One expert whole, of another the neurons of its first block, into slots that were full of poison."""
+    fmt = expert_format_named(names)
+    neurons = 2 * fmt.block + 20
+    layer = StoredLayer(
+        ExpertMath(ExpertShape(300, neurons, has_bias=True), fmt, GATES["silu"]), torch.float32, experts=2
+    )
+    device = EmulatedDevice(link_gbps=None)
+    pool = device.pool(2, fmt.expert_bytes(layer.math.shape)).fill_(0xFF)
+    x, (index, weights) = layer.x(5), choice(5, experts=2, k=2)
+    total, done = StepSum(x.cpu(), pool), []
+    work = [item._replace(rows=item.rows.contiguous()) for item in layer.work(index, weights)]
+    work[1] = work[1]._replace(neurons=range(fmt.block))
+    try:
+        for slot, item in enumerate(work):
+            span = fmt.byte_range(layer.math.shape, item.neurons)
+            source, target = item.packed.cpu()[span.start : span.stop], pool[slot, span.start : span.stop]
+            copy = device.copy(source, target, True, (0, slot))
+            done.append(device.run(layer.math, total, [item._replace(packed=pool[slot])], (0, slot), copy))
+        for queued in done:
+            queued.wait()
+    finally:
+        device.close()
+    assert total.out is not None
+    assert layer.error(total.out, layer.expected(x, work)) <= 3e-6
