@@ -46,7 +46,7 @@ sys.stdin.readline()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load: seconds of the call, bytes of the packed experts, of one layer of them, and the peak above the start."""
+    """One load: seconds of the call, bytes of the packed experts, of a layer of them, and the peak above the start."""
 
     seconds: float
     packed_bytes: int
