@@ -36,12 +36,39 @@ inline uint32_t load32(const uint8_t* at) { uint32_t v; memcpy(&v, at, 4); retur
 inline uint64_t load64(const uint8_t* at) { uint64_t v; memcpy(&v, at, 8); return v; }
 inline void store16(uint8_t* at, uint16_t v) { memcpy(at, &v, 2); }
 inline void store32(uint8_t* at, uint32_t v) { memcpy(at, &v, 4); }
+inline void store64(uint8_t* at, uint64_t v) { memcpy(at, &v, 8); }
 
-// 16 bytes of nibbles, of which the low ones come before the high ones.
-inline void split_nibbles(const uint8_t* from, int64_t n, uint8_t* to) {
-  for (int64_t j = 0; j < n; ++j) to[j] = from[j] & 15;
-  for (int64_t j = 0; j < n; ++j) to[n + j] = from[j] >> 4;
+constexpr uint64_t kEach = 0x0101010101010101ull;  // a one in each of 8 bytes
+
+// Bits of n bytes, a multiple of 8, 8 bytes at a time: those of `mask` once they are shifted down by Down and up by Up.
+template <int Down, int Up, int Mask>
+inline uint64_t some_bits(uint64_t eight) { return (eight >> Down << Up) & kEach * Mask; }
+
+template <int Down, int Up, int Mask>
+inline void take_bits(const uint8_t* from, int n, uint8_t* to) {
+  for (int i = 0; i < n; i += 8) store64(to + i, some_bits<Down, Up, Mask>(load64(from + i)));
 }
+
+template <int Down, int Up, int Mask>
+inline void add_bits(const uint8_t* from, int n, uint8_t* to) {
+  for (int i = 0; i < n; i += 8) store64(to + i, load64(to + i) | some_bits<Down, Up, Mask>(load64(from + i)));
+}
+
+// n bytes of nibbles, of which the low ones come before the high ones.
+inline void split_nibbles(const uint8_t* from, int n, uint8_t* to) {
+  take_bits<0, 0, 15>(from, n, to);
+  take_bits<4, 0, 15>(from, n, to + n);
+}
+
+// For each byte, its 8 bits as 8 bytes, the lowest first.
+struct SpreadBits {
+  uint64_t of[256] = {};
+  constexpr SpreadBits() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0; bit < 8; ++bit) of[byte] |= static_cast<uint64_t>(byte >> bit & 1) << 8 * bit;
+  }
+};
+constexpr SpreadBits kSpread;
 
 // GGUF's blocks, each as ggml's quantization code defines it.
 
@@ -60,10 +87,9 @@ inline void read_q5(const uint8_t* at, bool has_add, UnitRow& row, int64_t g) {
   row.scale[g] = load16(at);
   if (has_add) row.zero[g] = load16(at + 2);
   at += has_add ? 4 : 2;
-  const uint32_t high = load32(at);
   uint8_t* to = row.codes + 32 * g;
   split_nibbles(at + 4, 16, to);
-  for (int j = 0; j < 32; ++j) to[j] |= static_cast<uint8_t>((high >> j & 1) << 4);
+  for (int j = 0; j < 4; ++j) store64(to + 8 * j, load64(to + 8 * j) | kSpread.of[at[j]] << 4);
 }
 
 inline void read_mxfp4(const uint8_t* at, UnitRow& row, int64_t g) {
@@ -100,12 +126,15 @@ inline void read_q5_k(const uint8_t* at, UnitRow& row) {
   row.dmin = load16(at + 2);
   read_k4_scales(at + 4, row);
   const uint8_t* high = at + 16;
-  for (int j = 0; j < 4; ++j) {
-    uint8_t* to = row.codes + 64 * j;
-    split_nibbles(at + 48 + 32 * j, 32, to);
-    for (int i = 0; i < 32; ++i) to[i] |= static_cast<uint8_t>((high[i] >> 2 * j & 1) << 4);
-    for (int i = 0; i < 32; ++i) to[32 + i] |= static_cast<uint8_t>((high[i] >> (2 * j + 1) & 1) << 4);
-  }
+  for (int j = 0; j < 4; ++j) split_nibbles(at + 48 + 32 * j, 32, row.codes + 64 * j);
+  add_bits<0, 4, 16>(high, 32, row.codes);
+  add_bits<0, 3, 16>(high, 32, row.codes + 32);
+  add_bits<0, 2, 16>(high, 32, row.codes + 64);
+  add_bits<0, 1, 16>(high, 32, row.codes + 96);
+  add_bits<0, 0, 16>(high, 32, row.codes + 128);
+  add_bits<1, 0, 16>(high, 32, row.codes + 160);
+  add_bits<2, 0, 16>(high, 32, row.codes + 192);
+  add_bits<3, 0, 16>(high, 32, row.codes + 224);
 }
 
 inline void read_q6_k(const uint8_t* at, UnitRow& row) {
@@ -113,23 +142,23 @@ inline void read_q6_k(const uint8_t* at, UnitRow& row) {
   for (int half = 0; half < 2; ++half) {
     const uint8_t *low = at + 64 * half, *high = at + 128 + 32 * half;
     uint8_t* to = row.codes + 128 * half;
-    split_nibbles(low, 32, to);  // the low ones of the first 32 bytes are columns 0 to 31, the high ones 64 to 95
-    memcpy(to + 64, to + 32, 32);
-    uint8_t other[64];
-    split_nibbles(low + 32, 32, other);
-    memcpy(to + 32, other, 32);
-    memcpy(to + 96, other + 32, 32);
-    for (int q = 0; q < 4; ++q)
-      for (int i = 0; i < 32; ++i) to[32 * q + i] |= static_cast<uint8_t>((high[i] >> 2 * q & 3) << 4);
+    split_nibbles(low, 64, to);
+    add_bits<0, 4, 48>(high, 32, to);
+    add_bits<0, 2, 48>(high, 32, to + 32);
+    add_bits<0, 0, 48>(high, 32, to + 64);
+    add_bits<2, 0, 48>(high, 32, to + 96);
   }
   for (int g = 0; g < 16; ++g) row.scale[g] = scales[g];
   row.d = load16(at + 208);
 }
 
 inline void read_two_bits(const uint8_t* q, uint8_t* to) {
-  for (int half = 0; half < 2; ++half)
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < 32; ++i) to[128 * half + 32 * j + i] = q[32 * half + i] >> 2 * j & 3;
+  for (int half = 0; half < 2; ++half, q += 32, to += 128) {
+    take_bits<0, 0, 3>(q, 32, to);
+    take_bits<2, 0, 3>(q, 32, to + 32);
+    take_bits<4, 0, 3>(q, 32, to + 64);
+    take_bits<6, 0, 3>(q, 32, to + 96);
+  }
 }
 
 inline void read_q2_k(const uint8_t* at, UnitRow& row) {
@@ -145,8 +174,14 @@ inline void read_q2_k(const uint8_t* at, UnitRow& row) {
 inline void read_q3_k(const uint8_t* at, UnitRow& row) {
   const uint8_t *high = at, *scales = at + 96;
   read_two_bits(at + 32, row.codes);
-  for (int j = 0; j < 8; ++j)
-    for (int i = 0; i < 32; ++i) row.codes[32 * j + i] |= static_cast<uint8_t>((high[i] >> j & 1) << 2);
+  add_bits<0, 2, 4>(high, 32, row.codes);
+  add_bits<0, 1, 4>(high, 32, row.codes + 32);
+  add_bits<0, 0, 4>(high, 32, row.codes + 64);
+  add_bits<1, 0, 4>(high, 32, row.codes + 96);
+  add_bits<2, 0, 4>(high, 32, row.codes + 128);
+  add_bits<3, 0, 4>(high, 32, row.codes + 160);
+  add_bits<4, 0, 4>(high, 32, row.codes + 192);
+  add_bits<5, 0, 4>(high, 32, row.codes + 224);
   for (int g = 0; g < 16; ++g) {
     const unsigned low = g < 8 ? scales[g] & 15u : scales[g - 8] >> 4;
     row.scale[g] = low | (scales[8 + g % 4] >> 2 * (g / 4) & 3u) << 4;
@@ -281,16 +316,13 @@ inline uint32_t nibble_word(uint64_t eight) {
 template <int Bits>
 inline void write_plane(const UnitRow* rows, int64_t chunk, int shift, uint8_t* to) {
   constexpr int kSteps = 4 / Bits;  // of 8 columns, that share a word
-  constexpr uint64_t kMask = 0x0101010101010101ull * ((1 << Bits) - 1);
   for (int r = 0; r < kPanel; ++r) {
     const uint8_t* codes = rows[r].codes + kGroup * chunk;
     for (int word = 0; word < 8 / kSteps; ++word) {
-      uint32_t all = 0;
-      for (int s = 0; s < kSteps; ++s) {
-        const uint64_t eight = load64(codes + 8 * (kSteps * word + s)) >> shift & kMask;
-        all |= quad(eight, 0) << Bits * 2 * s | quad(eight, 1) << Bits * (2 * s + 1);
-      }
-      store32(to + (word * kPanel + r) * 4, all);
+      uint64_t steps = 0;  // those of a column in its byte
+      for (int s = 0; s < kSteps; ++s)
+        steps |= (load64(codes + 8 * (kSteps * word + s)) >> shift & kEach * ((1 << Bits) - 1)) << Bits * 2 * s;
+      store32(to + (word * kPanel + r) * 4, quad(steps, 0) | quad(steps, 1) << Bits);
     }
   }
 }
@@ -298,8 +330,28 @@ inline void write_plane(const UnitRow* rows, int64_t chunk, int shift, uint8_t* 
 inline void write_nibbles(const UnitRow* rows, int64_t chunk, uint8_t* to) {
   for (int r = 0; r < kPanel; ++r)
     for (int i = 0; i < 8; ++i) {
-      const uint64_t eight = load64(rows[r].codes + kGroup * chunk + 8 * i) & 0x0F0F0F0F0F0F0F0Full;
+      const uint64_t eight = load64(rows[r].codes + kGroup * chunk + 8 * i) & kEach * 15;
       store32(to + (i * kPanel + r) * 4, nibble_word(eight));
+    }
+}
+
+// Pairs of columns: [32][16 rows][2], four pairs of four rows at a time.
+inline void write_bytes(const UnitRow* rows, int64_t chunk, uint8_t* to) {
+  const auto even = [](uint64_t a, uint64_t b) { return (a & 0x0000FFFF0000FFFFull) | (b & 0x0000FFFF0000FFFFull) << 16; };
+  const auto odd = [](uint64_t a, uint64_t b) { return (a >> 16 & 0x0000FFFF0000FFFFull) | (b & 0xFFFF0000FFFF0000ull); };
+  const auto low = [](uint64_t a, uint64_t b) { return (a & 0xFFFFFFFFull) | b << 32; };
+  const auto high = [](uint64_t a, uint64_t b) { return a >> 32 | (b & 0xFFFFFFFF00000000ull); };
+  for (int j = 0; j < kGroup / 2; j += 4)
+    for (int r = 0; r < kPanel; r += 4) {
+      uint64_t row[4];
+      for (int i = 0; i < 4; ++i) row[i] = load64(rows[r + i].codes + kGroup * chunk + 2 * j);
+      const uint64_t even01 = even(row[0], row[1]), even23 = even(row[2], row[3]);  // pairs 0 and 2
+      const uint64_t odd01 = odd(row[0], row[1]), odd23 = odd(row[2], row[3]);      // pairs 1 and 3
+      uint8_t* at = to + (j * kPanel + r) * 2;
+      store64(at, low(even01, even23));
+      store64(at + 2 * kPanel, low(odd01, odd23));
+      store64(at + 4 * kPanel, high(even01, even23));
+      store64(at + 6 * kPanel, high(odd01, odd23));
     }
 }
 
@@ -311,10 +363,7 @@ inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* 
     case Code::kU5: write_nibbles(rows, chunk, to); return write_plane<1>(rows, chunk, 4, to + kNibbleBytes);
     case Code::kU6: write_nibbles(rows, chunk, to); return write_plane<2>(rows, chunk, 4, to + kNibbleBytes);
     case Code::kU4: case Code::kE2m1: case Code::kIq4nl: return write_nibbles(rows, chunk, to);
-    default:
-      for (int r = 0; r < kPanel; ++r)
-        for (int j = 0; j < kGroup / 2; ++j)
-          memcpy(to + (j * kPanel + r) * 2, rows[r].codes + kGroup * chunk + 2 * j, 2);
+    default: return write_bytes(rows, chunk, to);
   }
 }
 
@@ -441,8 +490,10 @@ const char* repack_panel(const RepackJob& job, int64_t panel) {
     const int64_t from = job.column_begin + k;
     const int64_t columns = std::max<int64_t>(0, std::min({unit, job.columns - k, raw.columns - from}));
     for (int64_t r = 0; r < kPanel; ++r) {
-      memset(&rows[r], 0, sizeof(UnitRow));
-      if (columns == 0 || first + r >= std::min(job.row_begin + job.rows, raw.rows_taken)) continue;
+      const bool is_there = columns > 0 && first + r < std::min(job.row_begin + job.rows, raw.rows_taken);
+      // GGUF's blocks say all of a whole unit that a panel keeps.
+      if (!is_there || columns < unit || raw.layout != Layout::kGguf) memset(&rows[r], 0, sizeof(UnitRow));
+      if (!is_there) continue;
       const int64_t row = raw.row_order ? raw.row_order[first + r] : first + r;
       if (raw.layout == Layout::kGguf) {
         const GgufType type = gguf_type(f);

@@ -69,13 +69,13 @@ def write_gguf(path: Path, shape: str, bits: int, layers: int | None = None, see
         raise RequestError(f"no GGUF of {shape} with {bits} bits and {layers or 'no'} layers; {known}")
     gguf: Any = import_module("gguf")
     part = path.with_name(path.name + ".part")
-    writer = _describe_model(gguf, part, shape, bits, layers)
-    tensors = list(_tensors(shape, layers))
+    writer = describe_model(gguf, part, shape, PACKINGS[bits].name, layers)
+    tensors = list(tensors_of(shape, layers))
     matrix_type = gguf.GGMLQuantizationType[PACKINGS[bits].name]
     try:
         for name, dimensions in tensors:
             size = _tensor_bytes(name, dimensions, bits)
-            plain = _is_float32(name)
+            plain = is_float32(name)
             dtype = np.dtype(np.float32)  # what is stored is said by raw_dtype
             raw_type = gguf.GGMLQuantizationType.F32 if plain else matrix_type
             writer.add_tensor_info(name, dimensions, dtype, size, raw_dtype=raw_type)
@@ -92,7 +92,8 @@ def write_gguf(path: Path, shape: str, bits: int, layers: int | None = None, see
         part.unlink(missing_ok=True)
 
 
-def _describe_model(gguf: Any, path: Path, shape: str, bits: int, layers: int | None) -> Any:
+def describe_model(gguf: Any, path: Path, shape: str, kind: str, layers: int | None) -> Any:
+    """The gguf package's writer with the metadata of a shape; kind: as in the package's MOSTLY_<kind>."""
     config = SHAPES[shape]
     writer = gguf.GGUFWriter(path, {"mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(config["model_type"], "olmoe"))
     head_dim = _head_dim(config)
@@ -113,7 +114,7 @@ def _describe_model(gguf: Any, path: Path, shape: str, bits: int, layers: int | 
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{PACKINGS[bits].name}"])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     return writer
 
 
@@ -121,7 +122,7 @@ def _head_dim(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _tensors(shape: str, layers: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensors_of(shape: str, layers: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and dimensions of each tensor, the longest stride first (llama.cpp prints them the other way round)."""
     config = SHAPES[shape]
     hidden, vocabulary, layer_spec = config["hidden_size"], config["vocab_size"], spec_of_shape(shape).layers[0]
@@ -149,13 +150,14 @@ def _tensors(shape: str, layers: int | None) -> Iterator[tuple[str, tuple[int, .
     yield "output.weight", (vocabulary, hidden)
 
 
-def _is_float32(name: str) -> bool:
+def is_float32(name: str) -> bool:
+    """Whether a tensor of that name is not quantized."""
     return "norm" in name or "gate_inp" in name
 
 
 def _tensor_bytes(name: str, dimensions: tuple[int, ...], bits: int) -> int:
     count = int(np.prod(dimensions, dtype=np.int64))
-    return count * 4 if _is_float32(name) else count // PACKINGS[bits].values * PACKINGS[bits].block_bytes
+    return count * 4 if is_float32(name) else count // PACKINGS[bits].values * PACKINGS[bits].block_bytes
 
 
 def _contents(tensors: list[tuple[str, tuple[int, ...]]], bits: int, seed: int) -> Iterator[NDArray[Any]]:
@@ -170,7 +172,7 @@ def _contents(tensors: list[tuple[str, tuple[int, ...]]], bits: int, seed: int) 
     for name, dimensions in others:
         if "norm" in name:
             yield np.ones(dimensions, np.float32)
-        elif _is_float32(name):
+        elif is_float32(name):
             yield generator.standard_normal(dimensions, dtype=np.float32) * np.float32(STD)
         else:
             start = int(generator.integers(POOL_BLOCKS[bits])) * block_bytes

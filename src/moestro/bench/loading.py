@@ -143,13 +143,13 @@ def _watch(folder: str) -> tuple[int, int, float]:
     with child:
         if child.stdout.readline().strip() != "imported":
             raise RequestError("the loading process could not import moestro; run moestro doctor")
-        before_bytes = _anonymous_bytes(child.pid)
+        before_bytes = anonymous_bytes(child.pid)
         start_s = time.perf_counter()
         child.stdin.write("go\n")
         child.stdin.close()
         peak_bytes, samples = before_bytes, 0
         while child.poll() is None:
-            peak_bytes = max(peak_bytes, _anonymous_bytes(child.pid))
+            peak_bytes = max(peak_bytes, anonymous_bytes(child.pid))
             samples += 1
             time.sleep(SAMPLE_S)
         seconds = time.perf_counter() - start_s
@@ -158,7 +158,8 @@ def _watch(folder: str) -> tuple[int, int, float]:
     return peak_bytes - before_bytes, samples, seconds
 
 
-def _anonymous_bytes(pid: int) -> int:
+def anonymous_bytes(pid: int) -> int:
+    """Bytes of a process's anonymous memory (RssAnon), 0 once it has ended. Linux only."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
