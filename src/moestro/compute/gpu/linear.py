@@ -1,7 +1,6 @@
 """Linear layers and embeddings on a GPU, straight from packed bytes of any format, by Triton kernels.
 
-    out = run_linear(matrix, x)  # [..., columns] -> [..., rows]
-    h = look_up(table, ids, torch.bfloat16)  # [...] -> [..., columns]
+`run_linear` takes [..., columns] to [..., rows], `look_up` ids [...] to rows [..., columns].
 
 The matrix is a `compute.cpu.Matrix` whose tensors are on the device. As with experts (`tiles.py`), codes are multiplied
 exactly, activations are rounded no further than their own dtype, and sums are float32. The same call gives the same
