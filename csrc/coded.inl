@@ -63,10 +63,30 @@ inline void convert(const Coded& c, const uint8_t* panel, int64_t begin, int64_t
   }
 }
 
+// Whether one token's activations meet codes as bytes: by one instruction for four of them, or by one for two, where the
+// 16-bit sums of a sixteenth suffice: of 8 products of a code and a signed byte.
+template <class C>
+constexpr bool meets_bytes() {
+  if constexpr (std::is_same_v<C, E4m3>) {
+    return false;
+  } else if constexpr (!C::kQuads) {
+    return false;
+  } else {
+#if defined(MOESTRO_BYTE_DOTS)
+    return true;
+#elif defined(MOESTRO_BYTE_PAIRS)
+    return 8 * C::kLargest * 128 <= 32767;
+#else
+    return false;
+#endif
+  }
+}
+
 inline Packing packing_of(const Coded& c, int64_t n, Type) {
   if (n > moestro::kThinTokens || !c.is_whole()) return Packing::kFloats;
-  const bool quads = c.code != Code::kS8 && c.code != Code::kU8;
-  return n == 1 && quads && kHasByteDots ? Packing::kBytePlanes : Packing::kWhole;
+  bool bytes = false;
+  with_code(c.code, [&](auto code) { bytes = meets_bytes<decltype(code)>(); });
+  return n == 1 && bytes ? Packing::kBytePlanes : Packing::kWhole;
 }
 
 // One token's sums with a sixteenth s of P panels. There are two sums of a panel where registers allow, which total()
@@ -77,6 +97,28 @@ inline void meet(const uint8_t* codes, int64_t stride, int s, const int16_t* x, 
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < kStepBytes; i += 64) prefetch(codes + p * stride + s * kStepBytes + i + kAhead);
+#if defined(MOESTRO_BYTE_PAIRS)
+  if constexpr (meets_bytes<C>()) {
+    I of_x[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) of_x[i] = I::set_pair(x + 2 * i);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < VP; ++v) {
+        Quads q;
+        C::quads(codes + p * stride, s, 0, v, table, q);
+        I high = add16(multiply_bytes(q[0], of_x[0]), multiply_bytes(q[1], of_x[2]));
+        I low = add16(multiply_bytes(q[0], of_x[1]), multiply_bytes(q[1], of_x[3]));
+        C::quads(codes + p * stride, s, 1, v, table, q);
+        high = add16(high, add16(multiply_bytes(q[0], of_x[4]), multiply_bytes(q[1], of_x[6])));
+        low = add16(low, add16(multiply_bytes(q[0], of_x[5]), multiply_bytes(q[1], of_x[7])));
+        I& sum = dots[p][0][v];
+        sum = dot_pairs(low, I::set16(1), dot_pairs(high, I::set16(256), sum));
+      }
+    return;
+  }
+#endif
   if constexpr (C::kQuads) {
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i, x += 8) {

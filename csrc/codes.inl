@@ -16,6 +16,7 @@ using Quads = I[2];
 
 struct U2 {
   static constexpr bool kQuads = true;
+  static constexpr int kLargest = 3;
   static constexpr int kBytes = 256;  // of a chunk
   template <class T>
   static void quads(const uint8_t* codes, int s, int i, int v, T, Quads& q) {
@@ -33,6 +34,7 @@ inline I bits_of_plane(const uint8_t* plane, int s, int v) {
 
 struct U3 {
   static constexpr bool kQuads = true;
+  static constexpr int kLargest = 7;
   static constexpr int kBytes = 384;
   template <class T>
   static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
@@ -45,6 +47,7 @@ struct U3 {
 
 struct U4 {
   static constexpr bool kQuads = true;
+  static constexpr int kLargest = 15;
   static constexpr int kBytes = 512;
   template <class T>
   static void quads(const uint8_t* codes, int s, int i, int v, T, Quads& q) {
@@ -56,6 +59,7 @@ struct U4 {
 
 struct U5 {
   static constexpr bool kQuads = true;
+  static constexpr int kLargest = 31;
   static constexpr int kBytes = 640;
   template <class T>
   static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
@@ -68,6 +72,7 @@ struct U5 {
 
 struct U6 {
   static constexpr bool kQuads = true;
+  static constexpr int kLargest = 63;
   static constexpr int kBytes = 768;
   template <class T>
   static void quads(const uint8_t* codes, int s, int i, int v, T none, Quads& q) {
@@ -78,8 +83,10 @@ struct U6 {
   }
 };
 
+template <int Largest>
 struct Table {
   static constexpr bool kQuads = true;
+  static constexpr int kLargest = Largest;
   static constexpr int kBytes = 512;
   template <class T>
   static void quads(const uint8_t* codes, int s, int i, int v, T table, Quads& q) {
@@ -87,6 +94,9 @@ struct Table {
     for (I& quad : q) quad = look_up_bytes(table, quad);
   }
 };
+
+using E2m1 = Table<24>;
+using Iq4nl = Table<240>;
 
 struct S8 {
   static constexpr bool kQuads = false;
@@ -147,7 +157,8 @@ inline void with_code(Code code, Do do_with) {
     case Code::kU6: return do_with(U6());
     case Code::kU8: return do_with(U8());
     case Code::kE4m3: return do_with(E4m3());
-    default: return do_with(Table());
+    case Code::kE2m1: return do_with(E2m1());
+    default: return do_with(Iq4nl());
   }
 }
 

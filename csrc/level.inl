@@ -101,7 +101,7 @@ inline void pack_whole(const float* row, int64_t columns, int64_t N, Packing as,
     int32_t of_group[kSixteens];
     scales[g * N] = whole_of(row + g * kGroup, whole, of_group, &sums[g * N]);
     for (int i = 0; i < kSixteens; ++i) sixteens[(g * kSixteens + i) * N] = of_group[i];
-#if defined(MOESTRO_BYTE_DOTS)
+#if defined(MOESTRO_BYTE_DOTS) || defined(MOESTRO_BYTE_PAIRS)
     if (as == Packing::kBytePlanes) to_byte_planes(whole, kGroup);
 #else
     (void)as;

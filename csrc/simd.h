@@ -127,6 +127,12 @@ inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd,
 #if defined(__AVX512VNNI__)
 #define MOESTRO_BYTE_DOTS
 inline I dot_bytes(I a, I b, I sum) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }  // bytes: a unsigned, b signed
+#else
+#define MOESTRO_BYTE_PAIRS
+// Sums of two products of bytes, a unsigned and b signed, as 16-bit integers: the caller sees that these suffice.
+inline I multiply_bytes(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
+inline I add16(I a, I b) { return {_mm512_add_epi16(a.v, b.v)}; }
+#endif
 // Eight 16-bit integers q as two signed bytes each, q = 256 high + low, |q| at most 32639: the high bytes of elements
 // 0 4 1 5, their low bytes, then those of 2 6 3 7, which is the order of Int4's nibbles.
 inline void to_byte_planes(int16_t* q, int64_t count) {
@@ -137,7 +143,6 @@ inline void to_byte_planes(int16_t* q, int64_t count) {
     _mm512_storeu_si512(q + i, _mm512_shuffle_epi8(both, order));
   }
 }
-#endif
 inline V to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline V even_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, 16), 16))}; }
 inline V odd_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(a.v, 16))}; }
@@ -218,6 +223,19 @@ template <int N> inline I shift_right32(I a) { return {_mm256_srai_epi32(a.v, N)
 template <int N> inline I shift_left32(I a) { return {_mm256_slli_epi32(a.v, N)}; }
 template <int N> inline I shift_right16(I a) { return {_mm256_srli_epi16(a.v, N)}; }
 inline I dot_pairs(I a, I b, I sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+#define MOESTRO_BYTE_PAIRS
+inline I multiply_bytes(I a, I b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
+inline I add16(I a, I b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline void to_byte_planes(int16_t* q, int64_t count) {
+  const __m128i one = _mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14);
+  const __m256i order = _mm256_broadcastsi128_si256(one);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m256i whole = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i));
+    const __m256i high = _mm256_add_epi16(whole, _mm256_set1_epi16(128));
+    const __m256i both = _mm256_blendv_epi8(whole, high, _mm256_set1_epi16(-256));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_shuffle_epi8(both, order));
+  }
+}
 inline V to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline V even_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a.v, 16), 16))}; }
 inline V odd_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(a.v, 16))}; }

@@ -214,7 +214,7 @@ def test_random_blocks_are_plausible_weights(bits: int, request: pytest.FixtureR
     ("shape", "parameters"), [("mixtral-8x7b", 46.70e9), ("olmoe-1b-7b", 6.92e9), ("qwen3-30b-a3b", 30.53e9)]
 )
 def test_a_model_has_as_many_parameters_as_its_card_says(shape: str, parameters: float) -> None:
-    count = sum(int(np.prod(dimensions, dtype=np.int64)) for _, dimensions in llama_cpp._tensors(shape, None))
+    count = sum(int(np.prod(dimensions, dtype=np.int64)) for _, dimensions in llama_cpp.tensors_of(shape, None))
     assert count == pytest.approx(parameters, rel=0.001)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import moestro
 from families import Family
-from moestro.decode.cpu import dense
+from moestro.decode import dense
 from moestro.errors import MoestroError
 from moestro.loading.gguf_header import parse_gguf
 from moestro.memory import store

@@ -81,7 +81,7 @@ def bench_decode(
         str | None,
         unset(
             "NAME",
-            "Weights as a checkpoint has them, instead of --bits: q4_k_m, mxfp4, q8_0, fp8, or any number format.",
+            "Weights as a checkpoint has them, not of so many bits: q4_k_m, mxfp4, q8_0, fp8, or any number format.",
             "none",
             "--format",
         ),
