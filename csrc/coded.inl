@@ -213,6 +213,13 @@ inline void multiply_one(const Coded& c, const Panels& to, const Tokens& x) {
   finish(to, acc);
 }
 
+#if !defined(MOESTRO_E4M3_ROWS)
+inline void load_e4m3_rows(const uint8_t* p, V (&even)[VP], V (&odd)[VP]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < VP; ++v) load_e4m3(p + v * W * 2, even[v], odd[v]);
+}
+#endif
+
 template <int P>
 inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x) {
   const int groups = c.layout.groups, of_group = kPairs / groups;
@@ -237,13 +244,12 @@ inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x)
         for (int j = i; j < i + 2; ++j) {
           const V first = V::set(xs[2 * j]), second = V::set(xs[2 * j + 1]);
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p)
+          for (int p = 0; p < P; ++p) {
+            V even[VP], odd[VP];
+            load_e4m3_rows(codes + p * to.stride + j * kPanel * 2, even, odd);
 #pragma GCC unroll 4
-            for (int v = 0; v < VP; ++v) {
-              V even, odd;
-              load_e4m3(codes + p * to.stride + (j * kPanel + v * W) * 2, even, odd);
-              part[p][v] = fma(odd, second, fma(even, first, part[p][v]));
-            }
+            for (int v = 0; v < VP; ++v) part[p][v] = fma(odd[v], second, fma(even[v], first, part[p][v]));
+          }
         }
       }
 #pragma GCC unroll 4
