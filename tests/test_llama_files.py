@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from moestro import load
+from moestro import MoestroError, load, load_tokenizer
+from moestro.loading.contents import inspect_model
 
 pytest.importorskip("gguf")
 
@@ -54,3 +55,17 @@ def test_logits_and_tokens_are_llama_cpps(name: str, expected: dict[str, torch.T
 @pytest.mark.parametrize("name", ["deepseek3-iq4_xs", "gpt-oss-mxfp4", "mixtral-q5_k_m"])
 def test_with_experts_in_slots(name: str, expected: dict[str, torch.Tensor]) -> None:
     _compare(expected, name, **SMALL_DEVICE)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_inspect_says_what_a_run_meets(name: str) -> None:
+    """These files hold no tokenizer, though they name its kind; and their experts' bytes are what loading packs."""
+    path = str(FOLDER / f"{name}.gguf")
+    found = inspect_model(path)
+    assert not found.tokenizer
+    with pytest.raises(MoestroError, match="has no tokenizer"):
+        load_tokenizer(path)
+    model = load(path, device="cpu", threads=1)
+    kinds = {fmt.name for math in model.moestro.math for fmt in math.format.matrices.values()}
+    named = {kind.lower().replace("f32", "fp32").replace("f16", "fp16") for kind in found.parts["experts"].formats}
+    assert kinds <= named

@@ -110,7 +110,7 @@ def _gguf(wanted: Wanted, metadata: Mapping[str, Any], tensors: Iterable[TensorH
         experts=number("expert_count"),
         experts_per_token=number("expert_used_count"),
         context=number("context_length"),
-        tokenizer="tokenizer.ggml.model" in metadata or has_tokenizer(wanted.sizes),
+        tokenizer="tokenizer.ggml.tokens" in metadata,
         quantization=None,
         n_files=len(wanted.weights),
         n_bytes=sum(wanted.sizes[name] for name in wanted.weights),
