@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from moestro.bench.machine_card import git_commit, machine_card, slug
 from moestro.bench.models import Engine
 from moestro.bench.worker import EngineWorker, Handlers, serve
+from moestro.loading.random_stored import has_more_bits
 
 from .rivals.llama_cpp import LlamaCpp, describe_model, is_float32, tensors_of
 
@@ -49,9 +50,7 @@ def type_of(kind: str, name: str, layers: int) -> str:
     found = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down_exps)\.weight", name)
     if found is None:
         return "Q4_K"
-    layer = int(found[1])
-    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    return "Q6_K" if more else "Q4_K"
+    return "Q6_K" if has_more_bits(int(found[1]), layers) else "Q4_K"
 
 
 def _scale(blocks: NDArray[np.uint8], at: int, value: float, random: np.random.Generator) -> None:

@@ -54,6 +54,13 @@ inline void add_bits(const uint8_t* from, int n, uint8_t* to) {
   for (int i = 0; i < n; i += 8) store64(to + i, load64(to + i) | some_bits<Down, Up, Mask>(load64(from + i)));
 }
 
+// A plane of single bits of 256 codes: bit j of byte i belongs to code 32 j + i, as its bit number Place.
+template <int Place, int J = 0>
+inline void add_plane(const uint8_t* plane, uint8_t* codes) {
+  add_bits<(J > Place ? J - Place : 0), (Place > J ? Place - J : 0), 1 << Place>(plane, 32, codes + 32 * J);
+  if constexpr (J < 7) add_plane<Place, J + 1>(plane, codes);
+}
+
 // n bytes of nibbles, of which the low ones come before the high ones.
 inline void split_nibbles(const uint8_t* from, int n, uint8_t* to) {
   take_bits<0, 0, 15>(from, n, to);
@@ -127,14 +134,7 @@ inline void read_q5_k(const uint8_t* at, UnitRow& row) {
   read_k4_scales(at + 4, row);
   const uint8_t* high = at + 16;
   for (int j = 0; j < 4; ++j) split_nibbles(at + 48 + 32 * j, 32, row.codes + 64 * j);
-  add_bits<0, 4, 16>(high, 32, row.codes);
-  add_bits<0, 3, 16>(high, 32, row.codes + 32);
-  add_bits<0, 2, 16>(high, 32, row.codes + 64);
-  add_bits<0, 1, 16>(high, 32, row.codes + 96);
-  add_bits<0, 0, 16>(high, 32, row.codes + 128);
-  add_bits<1, 0, 16>(high, 32, row.codes + 160);
-  add_bits<2, 0, 16>(high, 32, row.codes + 192);
-  add_bits<3, 0, 16>(high, 32, row.codes + 224);
+  add_plane<4>(high, row.codes);
 }
 
 inline void read_q6_k(const uint8_t* at, UnitRow& row) {
@@ -174,14 +174,7 @@ inline void read_q2_k(const uint8_t* at, UnitRow& row) {
 inline void read_q3_k(const uint8_t* at, UnitRow& row) {
   const uint8_t *high = at, *scales = at + 96;
   read_two_bits(at + 32, row.codes);
-  add_bits<0, 2, 4>(high, 32, row.codes);
-  add_bits<0, 1, 4>(high, 32, row.codes + 32);
-  add_bits<0, 0, 4>(high, 32, row.codes + 64);
-  add_bits<1, 0, 4>(high, 32, row.codes + 96);
-  add_bits<2, 0, 4>(high, 32, row.codes + 128);
-  add_bits<3, 0, 4>(high, 32, row.codes + 160);
-  add_bits<4, 0, 4>(high, 32, row.codes + 192);
-  add_bits<5, 0, 4>(high, 32, row.codes + 224);
+  add_plane<2>(high, row.codes);
   for (int g = 0; g < 16; ++g) {
     const unsigned low = g < 8 ? scales[g] & 15u : scales[g - 8] >> 4;
     row.scale[g] = low | (scales[8 + g % 4] >> 2 * (g / 4) & 3u) << 4;

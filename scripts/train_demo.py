@@ -12,6 +12,7 @@ Shapes: B windows, C context, T = B * C tokens, E experts, K experts a token, V 
 """
 
 import hashlib
+import lzma
 import math
 import os
 import pickle
@@ -194,10 +195,14 @@ def encode(tokenizer: Tokenizer, text: str, context: int, what: str) -> Tensor:
 
 
 def read_text(path: Path) -> str:
+    """A text, which may be compressed by xz."""
+    opened = lzma.open if path.suffix == ".xz" else open
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        with opened(path, "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        broken = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no xz file, or cut short"
+        reason = error.strerror if isinstance(error, OSError) else broken
         raise UserError(f"cannot read {path}: {reason}") from None
 
 
@@ -347,7 +352,7 @@ def train(
 @app.command()
 def main(
     out: Annotated[Path | None, Option(help="Directory for model and checkpoint; needed to train.")] = None,
-    corpus: Annotated[Path, Option(help="Text to train on.")] = Path("data/stories/train.txt"),
+    corpus: Annotated[Path, Option(help="Text to train on.")] = Path("data/stories/train.txt.xz"),
     heldout: Annotated[Path, Option(help="Text to evaluate on.")] = Path("data/stories/heldout.txt"),
     tokens: Annotated[int, Option(min=1, help="To train on; the schedule's length.")] = 12_500_000,
     batch_tokens: Annotated[int, Option(min=1, help="Tokens a step, a multiple of --context.")] = 4096,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -95,8 +96,9 @@ def test_random_weights_in_each_form(name: str) -> None:
 
 @needs_kernels
 def test_forms_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="no format 'q9'; there are: fp32"):
-        measure_decode("tiny", "q9")
+    for name in ("q9", "int4g128@order", "q4_k+q9", ""):
+        with pytest.raises(RequestError, match=f"no format '{re.escape(name)}'; there are: fp32"):
+            measure_decode("tiny", name)
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "decode", "--format", "q8_0", "--bits", "4"])
     with pytest.raises(SystemExit) as ended:
         cli()

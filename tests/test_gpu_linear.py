@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.compute import gpu
+from moestro.compute import cpu, gpu
 from moestro.compute.cpu import Matrix
-from moestro.compute.gpu import launch, linear_workspace_bytes, look_up, look_up_twin, run_linear, run_linear_twin
+from moestro.compute.gpu import launch, linear_workspace_bytes, look_up, run_linear
 from moestro.errors import RequestError
 from moestro.memory.formats import MatrixFormat, format_named
 from test_formats import random_coded
@@ -83,7 +83,8 @@ def test_every_format_against_float64(fmt: MatrixFormat) -> None:
     exactly = matrix.unpack(torch.float64)[ids].cpu()
     found = look_up(matrix, ids, torch.float32)
     assert ((found.cpu() - exactly).abs() <= 2e-7 * exactly.abs().max() + 2**-20 * exactly.abs()).all()
-    assert torch.equal(look_up_twin(matrix, ids, torch.float32).cpu(), matrix.unpack(torch.float32)[ids].cpu())
+    twin = cpu.look_up(_on_host(matrix), ids.cpu(), torch.float32, threads=1, level="torch")
+    assert torch.equal(twin, matrix.unpack(torch.float32)[ids].cpu())
 
 
 @pytest.mark.parametrize("name", ["bf16", "int4", "q6_k", "mxfp4"])
@@ -127,11 +128,16 @@ def test_scales_that_no_float16_has() -> None:
                     assert (out - expected).abs().max() <= bound * expected.abs().max()
 
 
+def _on_host(matrix: Matrix) -> Matrix:
+    return replace(matrix, packed=matrix.packed.cpu(), bias=None if matrix.bias is None else matrix.bias.cpu())
+
+
 def test_the_twin_agrees() -> None:
-    matrix = random_matrix(format_named("q5_k"), 5000, 70)  # more rows than it unpacks at once
+    matrix = random_matrix(format_named("q5_k"), 5000, 70)
     x = states(matrix, 2, torch.float32)
     expected = exact(matrix, x)
-    assert (run_linear_twin(matrix, x).cpu() - expected).abs().max() <= 2e-6 * expected.abs().max()
+    twin = cpu.run_linear(_on_host(matrix), x.cpu(), threads=1, level="torch")
+    assert (twin - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -172,12 +178,14 @@ def test_activations_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("bad", [-1, 20])
 def test_ids_that_are_no_row_are_refused(bad: int) -> None:
     table = random_matrix(format_named("q8_0"), 20, 64)
-    for function in (look_up, look_up_twin):
-        with pytest.raises(IndexError):
-            function(table, torch.tensor([3, bad]), torch.float32)
+    ids = torch.tensor([3, bad])
+    with pytest.raises(IndexError):
+        look_up(table, ids, torch.float32)
+    with pytest.raises(IndexError):
+        cpu.look_up(table, ids, torch.float32, threads=1, level="torch")
 
 
-def test_without_triton_the_twin_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = random_matrix(format_named("int8"), 16, 64)
     x = states(matrix, 1, torch.float32)
     monkeypatch.setattr(gpu.linear, "triton_kernels", lambda: None)
@@ -185,4 +193,3 @@ def test_without_triton_the_twin_has_to_be_asked_for(monkeypatch: pytest.MonkeyP
         run_linear(matrix, x)
     with pytest.raises(RequestError, match="Triton is not installed"):
         look_up(matrix, torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.float32)
-    assert run_linear_twin(matrix, x).isfinite().all()

@@ -1,6 +1,7 @@
 """The training recipe: an interrupted run ends in the bits of an uninterrupted one; what it writes loads."""
 
 import importlib.util
+import lzma
 import random
 import signal
 import sys
@@ -50,6 +51,20 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sentences.append(f"Once the {who} went down to the {where}, and the {who} was glad.")
         (folder / name).write_text("\n".join(sentences) + "\n")
     return folder
+
+
+def test_texts_may_be_compressed(stories: Path, tmp_path: Path) -> None:
+    """As the one that the demo was trained on is; what is no whole file of it is said in a line."""
+    packed = lzma.compress((stories / "train.txt").read_bytes())
+    (tmp_path / "t.xz").write_bytes(packed)
+    assert train_demo.read_text(tmp_path / "t.xz") == train_demo.read_text(stories / "train.txt")
+    for broken in (packed[:-1], packed[:40], b"", b"plain", b"\0" * 100):
+        (tmp_path / "t.xz").write_bytes(broken)
+        with pytest.raises(train_demo.UserError, match="no xz file, or cut short"):
+            train_demo.read_text(tmp_path / "t.xz")
+    corpus = train_demo.read_text(Path(__file__).parents[1] / "data/stories/train.txt.xz")
+    assert corpus.startswith("<|book|>")
+    assert corpus.count("<|book|>\n") == 44
 
 
 def run(stories: Path, *arguments: str, batch_tokens: int = 128) -> Result:

@@ -50,7 +50,7 @@ def stored_formats(model: Any, name: str) -> StoredFormats:
     head = next((name for name in linears if model.get_submodule(name) is model.get_output_embeddings()), None)
     layers = len(expert_modules(model))
     if name == "q4_k_m":
-        many = [_has_more_bits(layer, layers) for layer in range(layers)]
+        many = [has_more_bits(layer, layers) for layer in range(layers)]
         experts = [expert_format_named("q4_k+q4_k+q6_k" if more else "q4_k") for more in many]
         dense = {one: format_named("q6_k" if _is_six_bit(one, many) or one == head else "q4_k") for one in linears}
     else:
@@ -61,7 +61,7 @@ def stored_formats(model: Any, name: str) -> StoredFormats:
     return StoredFormats(experts, {f"{one}.weight": fmt for one, fmt in dense.items()})
 
 
-def _has_more_bits(layer: int, layers: int) -> bool:
+def has_more_bits(layer: int, layers: int) -> bool:
     """Whether llama.cpp's Q4_K_M takes 6 bits for a layer's down and value matrices (`use_more_bits`)."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .kernel import GpuKernel, kernel_of, triton_kernels
 from .launch import run_grouped, workspace_at_most, workspace_bytes
-from .linear import linear_workspace_bytes, look_up, look_up_twin, run_linear, run_linear_twin
+from .linear import linear_workspace_bytes, look_up, run_linear
 from .plan import Plan, plan_of, plan_on_device, slot_of, table_of
 
 
@@ -27,12 +27,10 @@ __all__ = [
     "kernel_of",
     "linear_workspace_bytes",
     "look_up",
-    "look_up_twin",
     "plan_of",
     "plan_on_device",
     "run_grouped",
     "run_linear",
-    "run_linear_twin",
     "slot_of",
     "table_of",
     "workspace_at_most",

@@ -5,7 +5,7 @@
 The matrix is a `compute.cpu.Matrix` whose tensors are on the device. As with experts (`tiles.py`), codes are multiplied
 exactly, activations are rounded no further than their own dtype, and sums are float32. The same call gives the same
 bits, and nothing waits for the device, so calls fit in a CUDA graph. Tile sizes and splits were chosen by arithmetic;
-no GPU has run them yet. `run_linear_twin` and `look_up_twin` compute the same in plain torch, where that is asked for.
+no GPU has run them yet. Their twin is `compute.cpu`'s at level "torch".
 
 Legend: T tokens, K columns, R rows.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RequestError
-from ...memory.formats import PANEL, MatrixFormat
+from ...memory.formats import MatrixFormat
 from ..cpu import Matrix
 from .kernel import SUM_BYTES, has_tensor_cores, product_dtype, triton_kernels
 from .launch import TILINGS, TORCH_DTYPES, Tiling, pipeline_stages
@@ -32,7 +32,6 @@ _MOST_SPLITS = 8
 _LEAST_CHUNKS = 4  # of a split
 _ADDED = 512  # rows of one program that adds splits
 _TAKEN = 32  # rows of a table that one program unpacks
-_ROWS_OF_TWIN = 4096  # unpacked at once
 _INT32_BYTES = 2**31
 
 
@@ -128,25 +127,6 @@ def look_up(table: Matrix, ids: Tensor, dtype: torch.dtype) -> Tensor:
         raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())} in a table of {table.rows} rows")
     linears.take[(-(-ids.numel() // _TAKEN), spec.chunks)](*_views(table), ids, out, ids.numel(), spec, N=_TAKEN)
     return out
-
-
-def run_linear_twin(matrix: Matrix, x: Tensor) -> Tensor:
-    """As `run_linear`, in plain torch and float32, some thousand rows of the matrix at a time."""
-    parts = []
-    for panels in matrix.panels.split(_ROWS_OF_TWIN // PANEL):
-        weights = matrix.fmt.unpack(panels, matrix.columns, torch.float32)
-        parts.append(torch.nn.functional.linear(x.float(), weights))
-    out = torch.cat(parts, -1)[..., : matrix.rows]
-    return (out if matrix.bias is None else out + matrix.bias).to(x.dtype)
-
-
-def look_up_twin(table: Matrix, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `look_up`, in plain torch; each row takes its panel of 16 along."""
-    rows = ids.flatten()
-    panel = torch.where((rows >= 0) & (rows < table.rows), rows // PANEL, len(table.panels))  # torch refuses that one
-    near = table.fmt.unpack(table.panels[panel], table.columns, torch.float32).unflatten(0, (-1, PANEL))
-    taken: Tensor = near[torch.arange(len(rows), device=rows.device), rows % PANEL]
-    return taken.to(dtype).view(*ids.shape, table.columns)
 
 
 def _kernels() -> tuple[types.ModuleType, types.ModuleType]:

@@ -44,12 +44,14 @@ def expert_format_named(name: str) -> ExpertFormat:
 
 
 def format_asked_for(name: str) -> ExpertFormat:
-    """As `expert_format_named`, for a name that a user gave.
+    """As `expert_format_named`, for a name that a user gave; without orders of columns, which belong to a checkpoint.
 
     Raises:
         RequestError: there is none.
     """
     try:
+        if "@" in name:
+            raise KeyError(name)
         return expert_format_named(name)
     except KeyError:
         known = ", ".join(dict.fromkeys((*MATRIX_FORMATS, *format_names())))
