@@ -41,7 +41,7 @@ inline void convert(const Coded& c, const uint8_t* panel, int64_t begin, int64_t
   for (int64_t chunk = begin / kGroup; chunk * kGroup < begin + count; ++chunk) {
     factors_of(c, panel, 0, 1, chunk, chunk == begin / kGroup, &f);
     const uint8_t* codes = c.codes_at(panel, chunk);
-    const uint8_t* next = codes + (count + kGroup - 1) / kGroup * c.layout.chunk_bytes();
+    const uint8_t* next = c.codes_at(panel, chunk + (count + kGroup - 1) / kGroup);
     for (int64_t i = 0; i < c.layout.codes; i += 64) prefetch(next + i);
     with_code(c.code, [&](auto code) { decode(code, c, codes, pairs); });
     for (int i = 0; i < kPairs; ++i, to += 2 * kPanel) {
@@ -332,8 +332,9 @@ inline void few_product(const Coded& c, const Panels& all, int64_t panels, const
       const int64_t count = chunks - k < kFewChunks ? chunks - k : kFewChunks;
       for (int i = 0; i < height; ++i)
         for (int64_t j = 0; j < count; ++j) {
-          const uint8_t *panel = all.w + (p + i) * all.stride, *codes = c.codes_at(panel, k + j);
-          for (int64_t b = 0; b < c.layout.chunk_bytes(); b += 64) prefetch(codes + b + count * c.layout.chunk_bytes());
+          const uint8_t* panel = all.w + (p + i) * all.stride;
+          const uint8_t *codes = c.codes_at(panel, k + j), *next = c.codes_at(panel, k + j + count);
+          for (int64_t b = 0; b < c.layout.codes; b += 64) prefetch(next + b);
           factors_of(c, panel, 0, 1, k + j, true, &w.factors[i][j]);
           with_code(c.code, [&](auto code) { decode(code, c, codes, w.pairs[i][j]); });
         }

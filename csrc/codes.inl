@@ -141,7 +141,7 @@ struct Coded {
   }
   bool is_whole() const { return code != Code::kE4m3; }
   const uint8_t* codes_at(const uint8_t* panel, int64_t chunk) const {
-    return panel + layout.chunk_at(chunk) + layout.chunk_header;
+    return panel + layout.codes_at(chunk);
   }
 };
 
@@ -230,12 +230,13 @@ __attribute__((noinline))
 #endif
 void factors_of(const Coded& c, const uint8_t* panel, int64_t stride, int panels, int64_t chunk, bool first, Factors* f) {
   const PanelLayout& l = c.layout;
-  if (l.chunk_header == 0 && !first && (chunk & ((int64_t{1} << l.unit_shift) - 1)) != 0) return;
-  const int64_t unit = l.unit_at(chunk), chunk_at = l.chunk_at(chunk);
-  const int64_t header = c.group == moestro::kRow ? 0 : l.chunk_header == 0 || c.scale >= Scale::kBlock ? unit : chunk_at;
+  if (l.own == 0 && !first && !l.begins_unit(chunk)) return;
+  const int64_t unit = l.unit_at(chunk), scales = l.scales_at(chunk);
+  const bool begins = l.begins_unit(chunk);
   for (int p = 0; p < panels; ++p, panel += stride, ++f) {
+    if (begins) for (int64_t i = 0; i < l.unit_header; i += 64) prefetch(panel + unit + i + kAhead);
     if (c.scale >= Scale::kK4) {
-      two_level(c, panel + unit, panel + chunk_at, *f);
+      two_level(c, panel + unit, panel + scales, *f);
       continue;
     }
     float one = c.unit, more = 1;
@@ -245,8 +246,8 @@ void factors_of(const Coded& c, const uint8_t* panel, int64_t stride, int panels
       for_rows([&](int r) { times.store(f->scale[0] + r); });
       continue;
     }
-    const uint8_t *scales = panel + header, *zeros = scales + l.groups * c.scale_bytes;
-    for (int g = 0; g < l.groups; ++g) load_scale(c.scale, scales + g * c.scale_bytes, times, f->scale[g]);
+    const uint8_t *of_groups = panel + scales, *zeros = of_groups + l.groups * c.scale_bytes;
+    for (int g = 0; g < l.groups; ++g) load_scale(c.scale, of_groups + g * c.scale_bytes, times, f->scale[g]);
     if (!c.adds) continue;
     for (int g = 0; g < l.groups; ++g) {
       const bool high = c.shares_zeros && g % 2;

@@ -33,10 +33,9 @@ int64_t zero_bytes(const MatrixFormat& f, int64_t groups) {
 }
 
 constexpr int kWholeRow = 40;  // as a unit_shift
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
-}  // namespace
-
-PanelLayout layout_of(const MatrixFormat& f) {
+PanelLayout parts_of(const MatrixFormat& f) {
   const int64_t codes = kPanel * kGroup * bits_of(f.code) / 8;
   switch (f.scale) {
     case Scale::kBlock: return {0, 4, 0, codes, 1, 1};
@@ -49,10 +48,21 @@ PanelLayout layout_of(const MatrixFormat& f) {
   }
   const int64_t tensor = f.scale == Scale::kE4m3 ? 4 : 0;
   const int groups = f.group == kRow || f.group >= kGroup ? 1 : static_cast<int>(kGroup / f.group);
-  const int64_t header = groups * kPanel * scale_bytes(f.scale) + zero_bytes(f, groups);
-  if (f.group == kRow) return {tensor + header, 0, 0, codes, kWholeRow, 1};
-  if (f.group > kGroup) return {tensor, header, 0, codes, 1, 1};
-  return {tensor, 0, header, codes, 0, groups};
+  const int64_t sides = groups * kPanel * scale_bytes(f.scale) + zero_bytes(f, groups);
+  if (f.group == kRow) return {tensor, sides, 0, codes, kWholeRow, 1};
+  if (f.group > kGroup) return {tensor, sides, 0, codes, 1, 1};
+  return {tensor, 0, sides, codes, f.group < kGroup ? 1 : 0, groups};
+}
+
+}  // namespace
+
+PanelLayout layout_of(const MatrixFormat& f) {
+  PanelLayout l = parts_of(f);
+  l.unit_header = l.shared + (l.own << l.unit_shift);
+  // Codes begin on a cache line where that costs no more than 1 %.
+  const int64_t more = round_up(l.unit_header, kLine) - l.unit_header;
+  if (is_two_level(f) && 100 * more <= l.unit_header + (l.codes << l.unit_shift)) l.unit_header += more;
+  return l;
 }
 
 int64_t panel_bytes(const MatrixFormat& f, int64_t K) {
@@ -60,13 +70,13 @@ int64_t panel_bytes(const MatrixFormat& f, int64_t K) {
   if (f.is_float()) return (f.code == Code::kBf16 ? round_up(K, 2) : K) * kPanel * 2;
   const PanelLayout l = layout_of(f);
   const int64_t chunks = (K + kGroup - 1) / kGroup, units = ((chunks - 1) >> l.unit_shift) + 1;
-  return l.panel_header + units * l.unit_header + chunks * l.chunk_bytes();
+  return l.panel_header + units * l.unit_header + chunks * l.codes;
 }
 
 int64_t least_block(const MatrixFormat& down) {
   if (down.is_float()) return 64;
   if (down.group == kRow || is_two_level(down)) return 256;
-  return down.group == 128 && down.scale != Scale::kBlock ? 128 : 64;
+  return down.scale == Scale::kBlock ? kGroup : kGroup << layout_of(down).unit_shift;
 }
 
 const char* fault_of(const MatrixFormat& f) {

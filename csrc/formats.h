@@ -1,8 +1,8 @@
 // A number format as a value, and the bytes that follow from it; memory/formats/base.py has the same in Python.
 //
 // A matrix [R, K] lies in panels of 16 rows. A panel of floats is its columns one after another. All others:
-//   panel = [panel header][unit]...   unit = [unit header][chunk]...   chunk = [chunk header][codes of 64 columns]
-// with scales and zeros in the headers, of 16 rows side by side. A weight is scale * (code - zero), or
+//   panel = [panel header][unit]...   unit = [what its chunks share][what each chunk has][codes of 64 columns]...
+// with scales and zeros before the codes, of 16 rows side by side. A weight is scale * (code - zero), or
 // scale * code + zero where the zero is additive.
 #pragma once
 
@@ -64,15 +64,22 @@ constexpr MatrixFormat kInt4{Code::kU4, 64, Scale::kFp16, Zero::kFp16, 0};
 
 // Where things lie in a panel of codes, in bytes.
 struct PanelLayout {
-  int64_t panel_header, unit_header, chunk_header, codes;  // codes: of a chunk
-  int unit_shift;  // a unit is 2^unit_shift chunks
-  int groups;      // of a chunk that have scales of their own
+  int64_t panel_header, shared, own;  // shared by the chunks of a unit, and of each chunk
+  int64_t codes;                      // of a chunk
+  int unit_shift;                     // a unit is 2^unit_shift chunks
+  int groups;                         // of a chunk that have scales of their own
+  int64_t unit_header = 0;            // all that is before a unit's codes
 
-  int64_t chunk_bytes() const { return chunk_header + codes; }
-  int64_t unit_bytes() const { return unit_header + (chunk_bytes() << unit_shift); }
-  int64_t unit_at(int64_t chunk) const { return panel_header + (chunk >> unit_shift) * (unit_shift < 8 ? unit_bytes() : 0); }
-  int64_t chunk_at(int64_t chunk) const {
-    return panel_header + ((chunk >> unit_shift) + 1) * unit_header + chunk * chunk_bytes();
+  bool begins_unit(int64_t chunk) const { return (chunk & ((int64_t{1} << unit_shift) - 1)) == 0; }
+  int64_t unit_at(int64_t chunk) const {
+    return panel_header + (chunk >> unit_shift) * (unit_header + (codes << unit_shift));
+  }
+  // Where the scales are that a chunk has for itself; if it has none, those of its unit.
+  int64_t scales_at(int64_t chunk) const {
+    return unit_at(chunk) + (own == 0 ? 0 : shared + (chunk & ((int64_t{1} << unit_shift) - 1)) * own);
+  }
+  int64_t codes_at(int64_t chunk) const {
+    return panel_header + ((chunk >> unit_shift) + 1) * unit_header + chunk * codes;
   }
 };
 

@@ -12,7 +12,7 @@ constexpr int64_t kSuper = 256;  // columns of a super-group
 // Columns of a unit, at most 256: a whole row goes in as many pieces as it needs.
 int64_t repack_unit(const MatrixFormat& f) {
   const PanelLayout layout = layout_of(f);
-  return layout.unit_shift >= 2 ? kSuper : kGroup << layout.unit_shift;
+  return f.group == kRow ? kSuper : kGroup << layout.unit_shift;
 }
 
 // A scale of a block or of a row is repeated in each part of it.
@@ -105,10 +105,10 @@ inline void read_mxfp4(const uint8_t* at, UnitRow& row, int64_t g) {
 }
 
 // The scale of each 16 columns is an e4m3 without a sign; ggml reads 127, which is no number, as 0.
-inline void read_nvfp4(const uint8_t* at, UnitRow& row) {
+inline void read_nvfp4(const uint8_t* at, UnitRow& row, int64_t b) {
   for (int g = 0; g < 4; ++g) {
-    row.scale[g] = at[g] == 127 ? 0 : at[g];
-    split_nibbles(at + 4 + 8 * g, 8, row.codes + 16 * g);
+    row.scale[4 * b + g] = at[g] == 127 ? 0 : at[g];
+    split_nibbles(at + 4 + 8 * g, 8, row.codes + 64 * b + 16 * g);
   }
 }
 
@@ -229,7 +229,7 @@ void read_gguf(const MatrixFormat& f, const uint8_t* at, int64_t blocks, UnitRow
       case Scale::kK3: read_q3_k(at, row); break;
       case Scale::kIq4xs: read_iq4_xs(at, row); break;
       case Scale::kE8m0: read_mxfp4(at, row, b); break;
-      case Scale::kE4m3: read_nvfp4(at, row); break;  // a unit has one block
+      case Scale::kE4m3: read_nvfp4(at, row, b); break;
       default:
         if (f.code == Code::kS8) read_q8_0(at, row, b);
         else if (f.code == Code::kU5) read_q5(at, f.zero == Zero::kAdd, row, b);
@@ -361,7 +361,7 @@ inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* 
 }
 
 // Scales [groups][16], then zeros, of groups that begin at `first` of a unit.
-inline uint8_t* write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t first, int64_t groups, uint8_t* to) {
+inline void write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t first, int64_t groups, uint8_t* to) {
   const int64_t size = scale_bytes(f.scale);
   for (int64_t g = 0; g < groups; ++g)
     for (int r = 0; r < kPanel; ++r, to += size) memcpy(to, &rows[r].scale[first + g], size);
@@ -376,15 +376,12 @@ inline uint8_t* write_sides(const MatrixFormat& f, const UnitRow* rows, int64_t 
         *to++ = static_cast<uint8_t>(rows[r].zero[first + g] | high);
       }
   }
-  return to;
 }
 
-inline uint8_t* write_chunk_header(const MatrixFormat& f, const UnitRow* rows, int64_t chunk, uint8_t* to) {
-  if (!is_two_level(f)) {
-    if (f.group == 0 || f.group > kGroup) return to;
-    const int64_t groups = layout_of(f).groups;
-    return write_sides(f, rows, chunk * groups, groups, to);
-  }
+// What a chunk of a unit has for itself.
+inline void write_own(const MatrixFormat& f, const PanelLayout& layout, const UnitRow* rows, int64_t chunk, uint8_t* to) {
+  if (layout.own == 0) return;
+  if (!is_two_level(f)) return write_sides(f, rows, chunk * layout.groups, layout.groups, to);
   for (int r = 0; r < kPanel; ++r) {
     const uint32_t *s = rows[r].scale + chunk * kGroup / f.group, *m = rows[r].zero + chunk * kGroup / f.group;
     const auto put = [&](int array, uint32_t value) { to[array * kPanel + r] = static_cast<uint8_t>(value); };
@@ -403,24 +400,19 @@ inline uint8_t* write_chunk_header(const MatrixFormat& f, const UnitRow* rows, i
         for (int g = 0; g < 4; ++g) put(g, s[g] | m[g] << 4);
         break;
       default:
-        for (int g = 0; g < kGroup / f.group; ++g) put(g, s[g]);
+        for (int g = 0; g < layout.groups; ++g) put(g, s[g]);
     }
   }
-  return to + layout_of(f).chunk_header;
 }
 
-inline uint8_t* write_unit_header(const MatrixFormat& f, const UnitRow* rows, uint8_t* to) {
-  if (f.scale == Scale::kBlock) {
-    store32(to, rows[0].scale[0]);
-    return to + 4;
-  }
-  if (is_two_level(f)) {
-    for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].d);
-    if (f.zero == Zero::kMin)
-      for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].dmin);
-    return to;
-  }
-  return f.group > kGroup ? write_sides(f, rows, 0, 1, to) : to;
+// What all chunks of a unit share.
+inline void write_shared(const MatrixFormat& f, const PanelLayout& layout, const UnitRow* rows, uint8_t* to) {
+  if (layout.shared == 0) return;
+  if (f.scale == Scale::kBlock) return store32(to, rows[0].scale[0]);
+  if (!is_two_level(f)) return write_sides(f, rows, 0, 1, to);
+  for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].d);
+  if (f.zero == Zero::kMin)
+    for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].dmin);
 }
 
 // Floats as they are: [K][16], or for bf16 pairs of columns [K / 2][16][2].
@@ -457,9 +449,9 @@ const char* fault_of_row(const MatrixFormat& f, const UnitRow& first, const Unit
 }
 
 // What cannot be kept of a row of GGUF's blocks, or nullptr.
-const char* fault_of_block(const MatrixFormat& f, const UnitRow& row) {
+const char* fault_of_blocks(const MatrixFormat& f, const UnitRow& row, int64_t columns) {
   if (f.scale != Scale::kE4m3) return nullptr;
-  for (int g = 0; g < 4; ++g)
+  for (int64_t g = 0; g < columns / 16; ++g)
     if (row.scale[g] > 127) return "NVFP4: a scale has a sign, which GGUF's do not have";
   return nullptr;
 }
@@ -468,17 +460,16 @@ const char* fault_of_block(const MatrixFormat& f, const UnitRow& row) {
 const char* repack_panel(const RepackJob& job, int64_t panel) {
   const Raw& raw = *job.raw;
   const MatrixFormat& f = job.format;
-  uint8_t* to = job.out + panel * panel_bytes(f, job.columns);
+  uint8_t* const out = job.out + panel * panel_bytes(f, job.columns);
   const int64_t first = job.row_begin + panel * kPanel;
   if (f.is_float()) {
-    repack_floats(job, first, to);
+    repack_floats(job, first, out);
     return nullptr;
   }
+  const PanelLayout layout = layout_of(f);
   const int64_t unit = repack_unit(f), row_bytes = raw_row_bytes(raw, f);
   UnitRow rows[kPanel];
-  uint8_t* header = to;
-  to += layout_of(f).panel_header;
-  if (f.scale == Scale::kE4m3) memcpy(header, &raw.tensor_scale, 4);
+  if (f.scale == Scale::kE4m3) memcpy(out, &raw.tensor_scale, 4);
   for (int64_t k = 0; k < job.columns; k += unit) {
     const int64_t from = job.column_begin + k;
     const int64_t columns = std::max<int64_t>(0, std::min({unit, job.columns - k, raw.columns - from}));
@@ -491,19 +482,21 @@ const char* repack_panel(const RepackJob& job, int64_t panel) {
       if (raw.layout == Layout::kGguf) {
         const GgufType type = gguf_type(f);
         read_gguf(f, raw.codes + row * row_bytes + from / type.columns * type.bytes, columns / type.columns, rows[r]);
-        if (const char* fault = fault_of_block(f, rows[r])) return fault;
+        if (const char* fault = fault_of_blocks(f, rows[r], columns)) return fault;
       } else {
         read_codes(raw, f, row, from, columns, rows[r].codes);
         read_sides(raw, f, row, from, columns, rows[r]);
         if (const char* fault = fault_of_row(f, rows[0], rows[r], columns)) return fault;
       }
     }
-    if (k == 0 && f.group == 0) write_sides(f, rows, 0, 1, header);
-    to = write_unit_header(f, rows, to);
+    const int64_t chunk = k / kGroup;
+    if (layout.begins_unit(chunk)) {
+      memset(out + layout.unit_at(chunk), 0, layout.unit_header);
+      write_shared(f, layout, rows, out + layout.unit_at(chunk));
+    }
     for (int64_t c = 0; c * kGroup < std::min(unit, job.columns - k); ++c) {
-      to = write_chunk_header(f, rows, c, to);
-      write_codes(f.code, rows, c, to);
-      to += kPanel * kGroup * bits_of(f.code) / 8;
+      write_own(f, layout, rows, c, out + layout.scales_at(chunk + c));
+      write_codes(f.code, rows, c, out + layout.codes_at(chunk + c));
     }
   }
   return nullptr;

@@ -142,7 +142,7 @@ Pair factors_at(const MatrixFormat& f, const uint8_t* panel, const uint8_t* unit
     default: break;
   }
   const int64_t groups = f.group == kRow || f.group >= 64 ? 1 : 64 / f.group;
-  const uint8_t* header = f.group == kRow ? panel : f.group == 128 ? unit : at;
+  const uint8_t* header = f.group == kRow || f.group == 128 ? unit : at;
   const int64_t size = f.scale == Scale::kFp32 ? 4 : f.scale == Scale::kFp16 || f.scale == Scale::kBf16 ? 2 : 1;
   const uint8_t *scale = header + (g * 16 + r) * size, *zeros = header + groups * 16 * size;
   Pair p{0, 0};
@@ -218,45 +218,44 @@ std::vector<double> random_matrix(const MatrixFormat& format, uint8_t* packed, i
   const CodeInfo info = info_of(format.code);
   const int64_t chunks = (K + 63) / 64, codes = 16 * 64 * info.bits / 8, groups = format.group == kRow || format.group >= 64 ? 1 : 64 / format.group;
   const double size = scale / info.largest * 2;
+  const bool two_level = format.scale >= Scale::kK4, is_block = format.scale == Scale::kBlock;
   const auto half_of = [&](double s) { return fp16_bits(s * (1 + rng.below(1024) / 1024.0)); };
+  const auto sides_bytes = [&](int64_t g) {  // scales, then zeros, of g groups
+    const int64_t zeros = format.zero == Zero::kFp16 || format.zero == Zero::kAdd ? g * 32
+                          : format.zero != Zero::kInt ? 0 : info.bits <= 4 && g > 1 ? g * 8 : g * 16;
+    return g * 16 * (format.scale == Scale::kFp32 ? 4 : format.scale == Scale::kFp16 || format.scale == Scale::kBf16 ? 2 : 1) + zeros;
+  };
+  const bool shares = format.group == kRow || format.group == 128;
+  const int64_t of_unit = two_level ? 4 : format.group == kRow ? chunks : format.group == 64 ? 1 : 2;
+  const int64_t own = format.scale == Scale::kK4 || format.scale == Scale::kK3 ? 48 : format.scale == Scale::kIq4xs ? 32
+                      : two_level ? 64 : is_block || shares ? 0 : sides_bytes(groups);
+  const int64_t shared = is_block ? 4 : two_level ? (format.zero == Zero::kMin ? 64 : 32) : shares ? sides_bytes(1) : 0;
+  int64_t unit_header = shared + of_unit * own;
+  if (const int64_t more = (64 - unit_header % 64) % 64; two_level && more * 100 <= unit_header + of_unit * codes) unit_header += more;
   for (int64_t p = 0; p * kPanel < R; ++p) {
     uint8_t *panel = packed + p * stride, *at = panel, *unit = panel;
     if (format.scale == Scale::kE4m3) { const float tensor = static_cast<float>(size); memcpy(at, &tensor, 4); at += 4; }
-    if (format.group == kRow) {
-      fill_header(format, at, 1, R - p * 16, scale, rng);
-      at += 16 * (format.scale == Scale::kFp32 ? 4 : 2) + (format.zero == Zero::kFp16 ? 32 : format.zero == Zero::kInt ? 16 : 0);
-    }
     for (int64_t c = 0; c < chunks; ++c) {
-      const bool two_level = format.scale >= Scale::kK4, wide = format.scale == Scale::kBlock || format.group == 128;
-      if (two_level && c % 4 == 0) {
+      if (c % of_unit == 0) {
         unit = at;
+        at += unit_header;
+        memset(unit, 0, unit_header);
         const double most = format.scale == Scale::kK2 ? 15 : format.scale == Scale::kK4 ? 63 : 32;
-        for (int r = 0; r < 16; ++r) put16(at + 2 * r, p * 16 + r < R ? half_of(size / most) : 0);
-        at += 32;
-        if (format.zero == Zero::kMin) {
-          for (int r = 0; r < 16; ++r) put16(at + 2 * r, p * 16 + r < R ? half_of(size * info.largest / 2 / most) : 0);
-          at += 32;
-        }
-      } else if (wide && c % 2 == 0) {
-        unit = at;
-        if (format.scale == Scale::kBlock) { const float s = static_cast<float>(size); memcpy(at, &s, 4); at += 4; }
-        else {
-          fill_header(format, at, 1, R - p * 16, scale, rng);
-          at += 16 * (format.scale == Scale::kFp32 ? 4 : 2) + (format.zero == Zero::kFp16 || format.zero == Zero::kAdd ? 32 : format.zero == Zero::kInt ? 16 : 0);
+        if (is_block) { const float s = static_cast<float>(size); memcpy(unit, &s, 4); }
+        else if (two_level) {
+          for (int r = 0; r < 16; ++r) put16(unit + 2 * r, p * 16 + r < R ? half_of(size / most) : 0);
+          if (format.zero == Zero::kMin)
+            for (int r = 0; r < 16; ++r) put16(unit + 32 + 2 * r, p * 16 + r < R ? half_of(size * info.largest / 2 / most) : 0);
+        } else if (shares) {
+          fill_header(format, unit, 1, R - p * 16, scale, rng);
         }
       }
-      uint8_t* header = at;
+      uint8_t* header = unit + shared + c % of_unit * own;
       if (two_level) {
-        const int64_t length = format.scale == Scale::kK4 || format.scale == Scale::kK3 ? 48 : format.scale == Scale::kIq4xs ? 32 : 64;
-        for (int64_t i = 0; i < length; ++i) {
-          *at++ = static_cast<uint8_t>(format.scale == Scale::kK6 || format.scale == Scale::kIq4xs ? static_cast<int>(rng.below(64)) - 32 : rng.engine());
-        }
-      } else if (!wide && format.group != kRow) {
-        fill_header(format, at, groups, R - p * 16, scale, rng);
-        const int64_t scales = groups * 16 * (format.scale == Scale::kFp32 ? 4 : format.scale == Scale::kFp16 || format.scale == Scale::kBf16 ? 2 : 1);
-        const int64_t zeros = format.zero == Zero::kFp16 || format.zero == Zero::kAdd ? groups * 32
-                              : format.zero != Zero::kInt ? 0 : info.bits <= 4 && groups > 1 ? groups * 8 : groups * 16;
-        at += scales + zeros;
+        for (int64_t i = 0; i < own; ++i)
+          header[i] = static_cast<uint8_t>(format.scale == Scale::kK6 || format.scale == Scale::kIq4xs ? static_cast<int>(rng.below(64)) - 32 : rng.engine());
+      } else if (own > 0) {
+        fill_header(format, header, groups, R - p * 16, scale, rng);
       }
       for (int64_t i = 0; i < codes; ++i) {
         at[i] = static_cast<uint8_t>(rng.engine());

@@ -14,6 +14,7 @@ BITS = {"U2": 2, "U3": 3, "U4": 4, "U5": 5, "U6": 6, "E2M1": 4, "IQ4NL": 4}
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word is, the lowest first
 TWO_LEVEL = ("K4", "K2", "K6", "K3", "IQ4XS")
+UNITS = dict.fromkeys(TWO_LEVEL, 256)  # columns; of other scales as their group says
 
 
 class PanelWriter:
@@ -34,20 +35,35 @@ class PanelWriter:
         out = b""
         if self.scale == "E4M3":
             out += struct.pack("<f", float(self.coded.tensor))  # type: ignore[arg-type]
-        if self.fmt.group == 0:
-            out += self._column(self.coded.scales, row, 0) + self._zeros(row, 0, 1)
-        for start in range(0, self.columns, 64):
-            if self.scale == "BLOCK" and start % 128 == 0:
-                out += struct.pack("<f", float(self.coded.scales[row, start // 128]))
-            if self.scale in TWO_LEVEL and start % 256 == 0:
-                out += self._column(self.coded.d, row, start // 256)
-                out += self._column(self.coded.dmin, row, start // 256) if self.zero == "MIN" else b""
-            if self.fmt.group == 128 and self.scale != "BLOCK" and start % 128 == 0:
-                out += self._column(self.coded.scales, row, start // 128) + self._zeros(row, start // 128, 1)
-            out += self._chunk_header(row, start) + self._chunk_codes(row, start)
+        unit = UNITS.get(self.scale, {0: self.columns, 64: 64}.get(self.fmt.group, 128))
+        for start in range(0, max(1, self.columns), unit or 1):
+            header = self._shared(row, start)
+            for chunk in range(start, start + unit, 64):
+                header += self._own(row, chunk)
+            out += header + bytes(self._fills_up(len(header), unit))
+            for chunk in range(start, min(start + unit, self.columns), 64):
+                out += self._chunk_codes(row, chunk)
         return out
 
-    def _chunk_header(self, row: int, start: int) -> bytes:
+    def _fills_up(self, header: int, unit: int) -> int:
+        """How many bytes bring the header of a unit of two levels to a multiple of 64, if they are 1 % of it at most."""
+        whole = header + unit * 16 * BITS.get(self.fmt.code.name, 8) // 8
+        return -header % 64 if self.scale in TWO_LEVEL and -header % 64 * 100 <= whole else 0
+
+    def _shared(self, row: int, start: int) -> bytes:
+        """What all chunks of a unit share."""
+        if self.scale == "BLOCK":
+            return struct.pack("<f", float(self.coded.scales[row, start // 128]))
+        if self.scale in TWO_LEVEL:
+            d = self._column(self.coded.d, row, start // 256)
+            return d + (self._column(self.coded.dmin, row, start // 256) if self.zero == "MIN" else b"")
+        if self.fmt.group in (16, 32, 64):
+            return b""
+        group = start // self.fmt.group if self.fmt.group else 0
+        return self._column(self.coded.scales, row, group) + self._zeros(row, group, 1)
+
+    def _own(self, row: int, start: int) -> bytes:
+        """What a chunk has for itself."""
         if self.scale in TWO_LEVEL:
             return self._small(row, start)
         if self.fmt.group not in (16, 32, 64):

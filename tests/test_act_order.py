@@ -102,7 +102,7 @@ def test_a_share_of_an_expert_has_the_orders_with_it() -> None:
         block_bytes=fmt.block_bytes(SHAPE),
         head_bytes=fmt.head_bytes(SHAPE),
     )
-    for share in (range(64), range(64, 128), range(128, SHAPE.neurons)):
+    for share in (range(fmt.block), range(fmt.block, SHAPE.neurons)):
         part = fmt.byte_range(SHAPE, share)
         assert len(part) == of.share_bytes(share)
         slot = torch.full_like(packed, 0xFF)
@@ -110,7 +110,7 @@ def test_a_share_of_an_expert_has_the_orders_with_it() -> None:
         run_experts(math, x, [ExpertWork(slot, share, torch.arange(5), torch.ones(5))], out)
     torch.testing.assert_close(out.double(), _ffn(values, x), rtol=0, atol=1e-4)
     assert of.share_bytes(None) == fmt.expert_bytes(SHAPE)
-    assert replace(of, head_bytes=0).share_bytes(range(64)) == fmt.block_bytes(SHAPE)
+    assert replace(of, head_bytes=0).share_bytes(range(fmt.block)) == fmt.block_bytes(SHAPE)
 
 
 def test_no_token_is_read_where_an_order_points_outside() -> None:

@@ -506,10 +506,10 @@ def _(m: Memory) -> Row:
 @row("repack")
 def _(m: Memory) -> Row:
     matrix = kernels.Stored(**stored_values(m))
-    out = m.hold(torch.zeros(2 * format_named("int4g32z").panel_bytes(64), dtype=torch.uint8))
-    right = (matrix, 0, 32, 0, 64, out)
+    out = m.hold(torch.zeros(2 * format_named("int4g32z").panel_bytes(128), dtype=torch.uint8))
+    right = (matrix, 0, 32, 0, 128, out)
     wrong: list[Any] = [None, [None], [right[:5]], [(*right, 0)], [(None, *right[1:])]]
-    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-64, 1, 32, 96], [0, 32, 128, -1]), start=1):
+    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-128, 1, 32, 64, 96], [0, 32, 64, 256, -1]), start=1):
         wrong += [[(*right[:place], value, *right[place + 1 :])] for value in values]
     wrong += [[(*right[:5], bad)] for bad in wrong_tensors(out, m)]
     return Row(kernels.repack, {"runner": runner(), "jobs": [right]}, {"runner": [None, 3], "jobs": wrong})

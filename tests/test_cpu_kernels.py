@@ -16,10 +16,11 @@ from torch import Tensor
 
 from moestro.compute import cpu
 from moestro.compute.activations import recognize
-from moestro.compute.cpu import CpuExperts, levels, look_up, run_linear
+from moestro.compute.cpu import CpuExperts, Matrix, levels, look_up, run_linear
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
-from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape, MatrixFormat
 from packing import pack_matrix
+from test_formats import CODED, random_coded
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 
@@ -120,6 +121,18 @@ def test_linear_against_float64(level: str, name: str, tokens: int) -> None:
     error = (results[0] - expected).norm() / expected.norm()
     assert error <= _tolerance(name, level, tokens), f"[{rows}, {columns}]: relative error {error:.2e}"
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", CODED, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_every_quantized_format_against_float64(level: str, fmt: MatrixFormat, tokens: int) -> None:
+    rows, columns = int(torch.randint(1, 200, ())), int(torch.randint(1, 800, ()))
+    matrix = Matrix(fmt.write(random_coded(fmt, rows, columns, finite=True)).flatten(), fmt, rows, columns)
+    x = torch.randn(tokens, columns)
+    expected = torch.nn.functional.linear(x.double(), matrix.unpack(torch.float64))
+    error = (run_linear(matrix, x, threads=2, level=level) - expected).norm() / expected.norm()
+    assert error <= 5e-4, f"[{rows}, {columns}]: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -211,7 +211,7 @@ def test_kernels_refuse_other_blocks_and_groups_and_the_twin_computes_them(matri
             assert (getattr(unpacked, name) - tensor).abs().max() < step
         x, rows, weights = torch.randn(3, shape.hidden), torch.arange(3), torch.rand(3)
         out = torch.zeros(3, shape.hidden)
-        edge = 3 * fmt.block
+        edge = fmt.block
         shares = (range(edge), range(edge, shape.neurons))
         CpuExperts(threads=1).run(math, x, [ExpertWork(packed, share, rows, weights) for share in shares], out)
         rounded = {name: getattr(unpacked, name) for name in parts}

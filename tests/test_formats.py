@@ -227,9 +227,9 @@ def test_parts_that_do_not_go_together_are_refused(parts: tuple[object, ...]) ->
 
 MIXED = [
     ("q4_k", "q4_k", "q6_k", 512, 512, 256),
-    ("q4_0", "q5_1", "q8_0", 64, 160, 64),
-    ("mxfp4", "mxfp4", "mxfp4", 96, 160, 64),
-    ("nvfp4", "nvfp4", "nvfp4", 80, 144, 64),
+    ("q4_0", "q5_1", "q8_0", 64, 160, 128),
+    ("mxfp4", "mxfp4", "mxfp4", 96, 160, 128),
+    ("nvfp4", "nvfp4", "nvfp4", 80, 144, 128),
     ("fp8", "fp8", "fp8", 200, 330, 64),
     ("int4g128", "int4g128", "int4g128bf16z", 256, 384, 128),
     ("int8row", "int8row", "int8row", 100, 300, 256),

@@ -38,7 +38,7 @@ MIXED = [
     ("int4", "int4g32z", "bf16", 256),  # one order, of which one takes sums in pieces of its own
     ("q4_0", "q4_1", "fp16", None),  # one order, and gate alone takes no sums
     ("q4_1", "q4_0", "mxfp4", None),
-    ("fp8", "int8", "nvfp4", 192),
+    ("fp8", "int8", "nvfp4", 128),
     ("fp32", "fp16", "int8row", None),
 ]
 

@@ -29,7 +29,7 @@ class PanelSpec:
     code, scale, zero: the descriptor's, in lower case. constant: likewise.
     layout: "plain", a number a column; "pairs", two columns side by side; "nibbles", words of 8 columns.
     low_bits, high_bits: of a code in "nibbles", in words of their own.
-    unit_chunks: chunks that share a unit's header. height: rows of numbers, or of pairs, of a panel of floats.
+    unit_chunks: chunks whose scales lie together before their codes. height: rows of numbers, or of pairs, of a panel of floats.
     """
 
     code: str
@@ -44,11 +44,11 @@ class PanelSpec:
     high_bits: int
     panel_words: int
     panel_header: int
-    unit_words: int
     unit_header: int
     unit_chunks: int
-    chunk_words: int
-    chunk_header: int
+    shared_words: int
+    own_words: int
+    code_words: int
     height: int
 
     @property
@@ -86,8 +86,7 @@ def panel_spec(fmt: MatrixFormat, columns: int) -> PanelSpec:
         layout, piece = "pairs" if bits == 8 else "nibbles", min(fmt.group or CHUNK, CHUNK)
     planes = 1 if layout == "plain" else min(2 if layout == "pairs" else 4, piece // _LEAST_PRODUCT)
     low_bits = _LOW_BITS[bits] if layout == "nibbles" else 0
-    panel, unit, chunk = (size // _WORD_BYTES for size in fmt.header_bytes)
-    chunk_words = chunk + PANEL * CHUNK * bits // 8 // _WORD_BYTES
+    panel, shared, own = (size // _WORD_BYTES for size in fmt.side_bytes)
     chunks = -(-columns // CHUNK)
     unit_chunks = chunks if fmt.unit is None else fmt.unit // CHUNK
     return PanelSpec(
@@ -103,10 +102,10 @@ def panel_spec(fmt: MatrixFormat, columns: int) -> PanelSpec:
         high_bits=bits - low_bits if layout == "nibbles" else 0,
         panel_words=fmt.panel_bytes(columns) // _WORD_BYTES,
         panel_header=panel,
-        unit_words=unit + unit_chunks * chunk_words,
-        unit_header=unit,
+        unit_header=fmt.unit_header_bytes // _WORD_BYTES,
         unit_chunks=unit_chunks,
-        chunk_words=chunk_words,
-        chunk_header=chunk,
+        shared_words=shared,
+        own_words=own,
+        code_words=fmt.code_bytes // _WORD_BYTES,
         height=-(-columns // 2) if layout == "pairs" else columns,
     )

@@ -58,18 +58,20 @@ def place_of(column, m: tl.constexpr):
 
 @triton.jit
 def _unit_at(chunk, m: tl.constexpr):
-    """Where the header of a chunk's unit is in its panel."""
-    return m.panel_header + chunk // m.unit_chunks * m.unit_words
+    """Where a chunk's unit is in its panel, with what its chunks share."""
+    return m.panel_header + chunk // m.unit_chunks * (m.unit_header + m.unit_chunks * m.code_words)
 
 
 @triton.jit
-def _chunk_at(chunk, m: tl.constexpr):
-    """Where a chunk is in its panel."""
-    if m.unit_header == 0:
-        at = m.panel_header + chunk * m.chunk_words
-    else:
-        at = _unit_at(chunk, m) + m.unit_header + chunk % m.unit_chunks * m.chunk_words
-    return at
+def _own_at(chunk, m: tl.constexpr):
+    """Where a chunk's own scales are in its panel."""
+    return _unit_at(chunk, m) + m.shared_words + chunk % m.unit_chunks * m.own_words
+
+
+@triton.jit
+def _codes_at(chunk, m: tl.constexpr):
+    """Where a chunk's codes are in its panel."""
+    return m.panel_header + (chunk // m.unit_chunks + 1) * m.unit_header + chunk * m.code_words
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def load_codes(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
         side: tl.constexpr = m.piece // 2  # pairs
         place = tl.arange(0, 32 if m.planes == 2 and m.piece == 64 else 16)
         pair = piece * side + place % side
-        at = 2 * (lane + _chunk_at(chunk, m) + m.chunk_header) + row % PANEL
+        at = 2 * (lane + _codes_at(chunk, m)) + row % PANEL
         loaded = tl.load(halves + (at[None, :] + (pair * PANEL)[:, None]), mask=fits[None, :], other=0)
         low = loaded.to(tl.int32) >> (place // side * 8)[:, None]
         high = low
@@ -107,7 +109,7 @@ def _load_nibbles(at, fits, chunk, piece: tl.constexpr, m: tl.constexpr):
     step = piece * steps + place % steps
     nibble = place // steps * m.planes
     pair = nibble // 2 * 8 + nibble % 2 * 2 + step % 2 * 4  # where the two bits of a code are
-    at += _chunk_at(chunk, m) + m.chunk_header
+    at += _codes_at(chunk, m)
     mask = fits[None, :]
     if m.low_bits == 4:
         low = tl.load(at[None, :] + (step * PANEL)[:, None], mask=mask, other=0) >> (nibble * 4)[:, None]
@@ -212,7 +214,7 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
     within = row % PANEL
     if m.scale == "k4" or m.scale == "k2" or m.scale == "k6" or m.scale == "k3" or m.scale == "iq4xs":
         d = _half(halves + 2 * (lane + _unit_at(chunk, m)) + within, fits, False)
-        small = octets + 4 * (lane + _chunk_at(chunk, m)) + within
+        small = octets + 4 * (lane + _own_at(chunk, m)) + within
         scale = d * _small_scale(small, fits, piece, m)
     elif m.scale == "block":
         scale = tl.load(words + lane + _unit_at(chunk, m), mask=fits, other=0).to(tl.float32, bitcast=True)
@@ -224,7 +226,7 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
     addend = scale
     if m.zero == "min":
         dmin = _half(halves + 2 * (lane + _unit_at(chunk, m)) + PANEL + within, fits, False)
-        addend = -dmin * _small_min(octets + 4 * (lane + _chunk_at(chunk, m)) + within, fits, piece, m)
+        addend = -dmin * _small_min(octets + 4 * (lane + _own_at(chunk, m)) + within, fits, piece, m)
     elif m.zero == "int":
         addend = -scale * _whole_zero(octets + 4 * (lane + _zeros_at(chunk, m)) + within, fits, piece, m)
     elif m.zero == "fp16" or m.zero == "add":
@@ -236,12 +238,10 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
 @triton.jit
 def _side_at(chunk, m: tl.constexpr):
     """Where the scales are that a chunk's groups have for themselves, in its panel."""
-    if m.group == 0:
-        at = chunk * 0 + (1 if m.scale == "e4m3" else 0)
-    elif m.group > 64:
+    if m.group == 0 or m.group > 64:
         at = _unit_at(chunk, m)
     else:
-        at = _chunk_at(chunk, m)
+        at = _own_at(chunk, m)
     return at
 
 

@@ -96,33 +96,31 @@ def pack_codes(fmt: Descriptor, coded: Coded) -> Tensor:
     chunks, panels = -(-columns // CHUNK), -(-rows // PANEL)
     codes = _padded(coded.codes, rows=panels * PANEL, columns=chunks * CHUNK).view(panels, PANEL, chunks, CHUNK)
     packed = _write_codes(fmt.code, codes)  # [P, chunks, bytes]
-    panel_header, unit_header, chunk_header = _write_headers(fmt, coded, panels, chunks)
-    if chunk_header is not None:
-        packed = torch.cat((chunk_header, packed), -1)
-    if unit_header is not None:
-        of_unit = (fmt.unit or 0) // CHUNK
-        full = pad(packed, (0, 0, 0, -chunks % of_unit)).unflatten(1, (-1, of_unit)).flatten(2)
-        whole = torch.cat((unit_header, full), -1).flatten(1)
-        packed = whole[:, : fmt.panel_bytes(columns) - fmt.header_bytes[0]]
-    packed = packed.flatten(1)
-    return packed if panel_header is None else torch.cat((panel_header, packed), -1)
+    tensor, shared, own = _write_sides(fmt, coded, panels, chunks)
+    of_unit = chunks if fmt.unit is None else fmt.unit // CHUNK
+    parts = [part for part in (shared, _of_units(own, of_unit)) if part is not None]
+    header = torch.cat(parts, -1)
+    header = pad(header, (0, fmt.unit_header_bytes - header.shape[-1]))
+    units = torch.cat((header, _of_units(packed, of_unit)), -1).flatten(1)
+    whole = units if tensor is None else torch.cat((tensor, units), -1)
+    return whole[:, : fmt.panel_bytes(columns)].contiguous()
 
 
 def read_codes(fmt: Descriptor, panels: Tensor, columns: int) -> Coded:
     """The matrix [P * 16, K] that panels uint8 [P, panel_bytes] hold."""
-    panel_bytes, unit_bytes, chunk_bytes = fmt.header_bytes
-    chunks, code_bytes = -(-columns // CHUNK), PANEL * CHUNK * fmt.code_bits // 8
-    header, body = panels[:, :panel_bytes], panels[:, panel_bytes:]
-    units = None
-    if unit_bytes:
-        of_unit = (fmt.unit or 0) // CHUNK
-        whole = unit_bytes + of_unit * (chunk_bytes + code_bytes)
-        body = pad(body, (0, -body.shape[1] % whole)).unflatten(1, (-1, whole))
-        units, body = body[..., :unit_bytes], body[..., unit_bytes:].flatten(1)
-    body = body[:, : chunks * (chunk_bytes + code_bytes)].unflatten(1, (chunks, -1))
-    codes = _read_code_bytes(fmt.code, body[..., chunk_bytes:])  # [P, 16, chunks, 64]
+    tensor_bytes, shared_bytes, own_bytes = fmt.side_bytes
+    chunks = -(-columns // CHUNK)
+    of_unit = chunks if fmt.unit is None else fmt.unit // CHUNK
+    tensor, body = panels[:, :tensor_bytes], panels[:, tensor_bytes:]
+    unit_bytes = fmt.unit_header_bytes + of_unit * fmt.code_bytes
+    units = pad(body, (0, -body.shape[1] % unit_bytes)).unflatten(1, (-1, unit_bytes))
+    header, packed = units[..., : fmt.unit_header_bytes], units[..., fmt.unit_header_bytes :]
+    packed = packed.unflatten(2, (of_unit, -1)).flatten(1, 2)[:, :chunks]
+    codes = _read_code_bytes(fmt.code, packed)  # [P, 16, chunks, 64]
     found = Coded(codes.flatten(2).flatten(0, 1)[:, :columns], torch.empty(0))
-    return _read_headers(fmt, found, header, units, body[..., :chunk_bytes], columns)
+    shared, own = header[..., :shared_bytes], header[..., shared_bytes : shared_bytes + of_unit * own_bytes]
+    own = own.unflatten(2, (of_unit, own_bytes)).flatten(1, 2)
+    return _read_sides(fmt, found, tensor, shared, own, columns)
 
 
 def unpack(fmt: Descriptor, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -240,10 +238,18 @@ def _spread(of_groups: Tensor, group: int, columns: int) -> Tensor:
     return of_groups if group == ROW else of_groups.repeat_interleave(group, 1)[:, :columns]
 
 
-def _write_headers(
+def _of_units(of_chunks: Tensor | None, of_unit: int) -> Tensor | None:
+    """[P, chunks, bytes] -> [P, units, bytes of some chunks], filled up with zeros."""
+    if of_chunks is None:
+        return None
+    whole: Tensor = pad(of_chunks, (0, 0, 0, -of_chunks.shape[1] % of_unit)).unflatten(1, (-1, of_unit))
+    return whole.flatten(2)
+
+
+def _write_sides(
     fmt: Descriptor, coded: Coded, panels: int, chunks: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Bytes of the headers: of panels [P, bytes], of units [P, units, bytes] and of chunks [P, chunks, bytes]."""
+    """Bytes of what a panel has [P, bytes], of what units share [P, units, bytes], and of chunks [P, chunks, bytes]."""
     units = 1 if fmt.unit is None else -(-chunks * CHUNK // fmt.unit)
     if fmt.scale is Scale.BLOCK:
         scales = _sides(coded.scales, panels, units)  # [P, 16, units]
@@ -275,30 +281,22 @@ def _write_headers(
     if fmt.scale is Scale.E4M3:
         assert coded.tensor is not None
         tensor = coded.tensor.float().reshape(1).view(torch.uint8).expand(panels, 4)
-    if fmt.group == ROW:
-        return together[:, 0] if tensor is None else torch.cat((tensor, together[:, 0]), -1), None, None
-    return (tensor, together, None) if fmt.group > CHUNK else (tensor, None, together)
+    return (tensor, together, None) if fmt.group == ROW or fmt.group > CHUNK else (tensor, None, together)
 
 
-def _read_headers(
-    fmt: Descriptor, found: Coded, header: Tensor, units: Tensor | None, chunk: Tensor, columns: int
-) -> Coded:
+def _read_sides(fmt: Descriptor, found: Coded, tensor: Tensor, shared: Tensor, own: Tensor, columns: int) -> Coded:
     groups = 1 if fmt.group == ROW else -(-columns // fmt.group)
     if fmt.scale is Scale.BLOCK:
-        assert units is not None
-        scales = units.contiguous().view(torch.float32)[:, None, :, 0].expand(-1, PANEL, -1)
+        scales = shared.contiguous().view(torch.float32)[:, None, :, 0].expand(-1, PANEL, -1)
         return replace(found, scales=scales.flatten(0, 1)[:, :groups])
     if fmt.is_two_level:
-        assert units is not None
-        parts = units.contiguous().view(torch.float16).unflatten(2, (-1, PANEL))  # [P, units, d and dmin, 16]
+        parts = shared.contiguous().view(torch.float16).unflatten(2, (-1, PANEL))  # [P, units, d and dmin, 16]
         d, dmin = (_rows(parts[:, :, i], parts.shape[1]) if i < parts.shape[2] else None for i in range(2))
-        scales, mins = _two_level_numbers(fmt.scale, chunk.unflatten(2, (-1, PANEL)))
+        scales, mins = _two_level_numbers(fmt.scale, own.unflatten(2, (-1, PANEL)))
         return replace(
             found, scales=_rows(scales, groups), zeros=None if mins is None else _rows(mins, groups), d=d, dmin=dmin
         )
-    skip = 4 if fmt.scale is Scale.E4M3 else 0
-    sides = header[:, None, skip:] if fmt.group == ROW else units if fmt.group > CHUNK else chunk
-    assert sides is not None
+    sides = shared if fmt.group == ROW or fmt.group > CHUNK else own
     size = fmt.groups_of_chunk * PANEL * {Scale.FP16: 2, Scale.BF16: 2, Scale.FP32: 4}.get(fmt.scale, 1)
     scales = sides[..., :size].contiguous()
     if fmt.scale in _SCALE_DTYPES:
@@ -313,8 +311,8 @@ def _read_headers(
         zeros = zeros.view(torch.float16).unflatten(2, (-1, PANEL))
     else:
         zeros = None
-    tensor = header[0, :4].contiguous().view(torch.float32)[0] if skip else None
-    return replace(found, scales=scales, zeros=None if zeros is None else _rows(zeros, groups), tensor=tensor)
+    of_tensor = tensor[0].contiguous().view(torch.float32)[0] if fmt.scale is Scale.E4M3 else None
+    return replace(found, scales=scales, zeros=None if zeros is None else _rows(zeros, groups), tensor=of_tensor)
 
 
 def _two_level_bytes(scale: Scale, s: Any, m: Any) -> Tensor:

@@ -7,7 +7,7 @@ Everything that depends on a format follows from its descriptor: the bytes of a 
 twin (`codes.py`), and the C++ and Triton kernels. A weight is scale * (code - zero), or scale * code + zero where the
 zero is additive.
 
-Legend: R rows, K columns. A chunk is 64 columns, a unit the columns that share a header: 64, 128, 256 or all.
+Legend: R rows, K columns. A chunk is 64 columns, a unit the chunks whose scales lie together: 1, 2, 4 or all of a row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ PANEL = 16  # rows
 CHUNK = 64  # columns
 SUPER = 256  # columns of a super-group, in llama.cpp's K-quants and IQ4_XS
 ROW = 0  # as a group: all columns of a row
+_LINE = 64  # bytes of a cache line
+_LEAST_PER_LINE = 100  # bytes of a unit for each byte that fills a line up
 _BLOCK = 128  # rows and columns that share a scale of `Scale.BLOCK`
 
 
@@ -123,10 +125,12 @@ class Descriptor:
 
     @property
     def unit(self) -> int | None:
-        """Columns that share a header; None for all of a row."""
+        """Columns whose scales lie together before their codes; None for all of a row."""
         if self.is_two_level:
             return SUPER
-        return None if self.group == ROW else max(CHUNK, self.group)
+        if self.group == ROW:
+            return None
+        return CHUNK if self.is_float or self.group == CHUNK else 2 * CHUNK
 
     @property
     def groups_of_chunk(self) -> int:
@@ -154,8 +158,8 @@ class Descriptor:
         return PANEL * (-(-groups // 2) if self.code_bits <= 4 else groups)
 
     @property
-    def header_bytes(self) -> tuple[int, int, int]:
-        """Bytes before a panel, before each unit, and before the codes of each chunk."""
+    def side_bytes(self) -> tuple[int, int, int]:
+        """Bytes of what a panel has before its units, what chunks of a unit share, and what each has for itself."""
         if self.is_two_level:
             return 0, PANEL * (4 if self.zero is Zero.MIN else 2), _TWO_LEVEL_BYTES[self.scale]
         if self.is_float:
@@ -164,9 +168,22 @@ class Descriptor:
             return 0, 4, 0
         groups, tensor = self.groups_of_chunk, 4 if self.scale is Scale.E4M3 else 0
         sides = PANEL * groups * _SCALE_BYTES[self.scale] + self.zero_bytes(groups)
-        if self.group == ROW:
-            return tensor + sides, 0, 0
-        return (tensor, sides, 0) if self.group > CHUNK else (tensor, 0, sides)
+        return (tensor, sides, 0) if self.group == ROW or self.group > CHUNK else (tensor, 0, sides)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of a chunk."""
+        return PANEL * CHUNK * self.code_bits // 8
+
+    @property
+    def unit_header_bytes(self) -> int:
+        """Bytes before the codes of a unit: with scales of two levels, up to a whole cache line where that is cheap."""
+        _, shared, own = self.side_bytes
+        chunks = 1 if self.unit is None else self.unit // CHUNK
+        header = shared + chunks * own
+        more = -header % _LINE
+        is_cheap = _LEAST_PER_LINE * more <= header + chunks * self.code_bytes
+        return header + (more if self.is_two_level and is_cheap else 0)
 
     def panel_bytes(self, columns: int) -> int:
         """Bytes of a panel of so many columns."""
@@ -175,8 +192,7 @@ class Descriptor:
             return -(-columns // together) * together * PANEL * self.code_bits // 8
         chunks = -(-columns // CHUNK)
         units = 1 if self.unit is None else -(-columns // self.unit)
-        panel, unit, chunk = self.header_bytes
-        return panel + units * unit + chunks * (chunk + PANEL * CHUNK * self.code_bits // 8)
+        return self.side_bytes[0] + units * self.unit_header_bytes + chunks * self.code_bytes
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a packed matrix."""
