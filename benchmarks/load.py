@@ -4,7 +4,8 @@
 
 For each kind a random checkpoint is written (benchmarks/checkpoints.py) and read once, so that its pages are in memory.
 A fresh process imports everything by loading a small checkpoint of the kind, then loads the large one, timed, while its
-anonymous memory (RssAnon) is sampled every 2 ms. Prints a line for each kind, and a line of JSON last. Linux only.
+anonymous memory (RssAnon) is sampled every 2 ms. Then it touches as much fresh memory as the packed experts take, with
+the same threads: the time that no load can go below. Prints a line for each kind, and a line of JSON last. Linux only.
 """
 
 from __future__ import annotations
@@ -41,14 +42,24 @@ layers = list(zip(model.moestro.math, model.moestro.spec.layers, strict=True))
 each = [math.format.expert_bytes(math.shape) * layer.experts for math, layer in layers]
 print(seconds, sum(each), max(each), flush=True)
 sys.stdin.readline()
+from moestro.compute.cpu import first_touch
+from moestro.memory.store import map_memory
+memory = map_memory(sum(each))
+start_s = time.perf_counter()
+first_touch(memory, int(threads))
+print(time.perf_counter() - start_s, flush=True)
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load: seconds of the call, bytes of the packed experts, of a layer of them, and the peak above the start."""
+    """One load: seconds of the call, bytes of the packed experts, of a layer of them, and the peak above the start.
+
+    touch_s: how long the machine takes to give as much fresh memory as the packed experts.
+    """
 
     seconds: float
+    touch_s: float
     packed_bytes: int
     layer_bytes: int
     peak_bytes: int
@@ -74,9 +85,10 @@ def watch_load(small: Path, large: Path, threads: int) -> Load:
         found = child.stdout.readline().split()
         peak_bytes = max(peak_bytes, anonymous_bytes(child.pid))
         child.stdin.close()
-    if len(found) != 3:
+        touch = child.stdout.readline()
+    if len(found) != 3 or not touch:
         raise RuntimeError(f"could not load {large}")
-    return Load(float(found[0]), int(found[1]), int(found[2]), peak_bytes - before_bytes)
+    return Load(float(found[0]), float(touch), int(found[1]), int(found[2]), peak_bytes - before_bytes)
 
 
 def file_bytes(path: Path) -> int:
@@ -110,11 +122,16 @@ def main() -> None:
         seconds = median(one.seconds for one in loads)
         peak = max(one.peak_bytes for one in loads)
         row = {"kind": kind, "file_bytes": n_bytes, "seconds": seconds, "gbps": n_bytes / seconds / 1e9}
-        row |= {"packed_bytes": loads[0].packed_bytes, "layer_bytes": loads[0].layer_bytes, "peak_bytes": peak}
+        row |= {
+            "touch_s": median(one.touch_s for one in loads),
+            "packed_bytes": loads[0].packed_bytes,
+            "layer_bytes": loads[0].layer_bytes,
+            "peak_bytes": peak,
+        }
         rows.append(row)
         print(
-            f"{kind:6} {n_bytes / 1e9:.2f} GB in {seconds:.2f} s: {row['gbps']:.2f} GB/s; peak "
-            f"{peak / loads[0].packed_bytes:.3f} x the packed experts"
+            f"{kind:6} {n_bytes / 1e9:.2f} GB in {seconds:.2f} s: {row['gbps']:.2f} GB/s; fresh memory alone "
+            f"{row['touch_s']:.2f} s; peak {peak / loads[0].packed_bytes:.3f} x the packed experts"
         )
     print(json.dumps({"threads": given.threads, "loads": rows}))
 
