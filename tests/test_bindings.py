@@ -643,9 +643,10 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     run.rms_norm(level, x, m.hold(torch.rand(width)), 1.0, 1e-6, numbers(m, tokens, width, dtype=dtype))
     shape = ExpertShape(width, data.draw(st.integers(1, 150)), data.draw(st.booleans()), data.draw(st.booleans()))
     orders = data.draw(st.integers(0, 1 + shape.has_gate))
-    size = ExpertFormat(MATRIX_FORMATS[name], orders=orders).expert_bytes(shape)
+    fmt = ExpertFormat(MATRIX_FORMATS[name], orders=orders)
+    size = fmt.expert_bytes(shape)
     packed = m.hold(torch.zeros(size, dtype=torch.uint8))
-    part = range(shape.neurons if data.draw(st.booleans()) else min(64, shape.neurons))
+    part = range(shape.neurons if data.draw(st.booleans()) else min(fmt.block, shape.neurons))
     index = m.hold(torch.randint(0, tokens, (data.draw(st.integers(0, 40)),)))
     values = {"hidden": width, "neurons": shape.neurons, "has_gate": shape.has_gate, "has_bias": shape.has_bias}
     kernel = kernels.Shape(

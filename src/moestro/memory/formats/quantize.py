@@ -1,4 +1,9 @@
-"""int8 and int4: weights that come as floats, rounded to whole numbers with a scale for each row and group."""
+"""Weights that come as floats, rounded to whole numbers with a scale (and a zero) for each row and group.
+
+int8 has the largest of a group at 127. Fewer bits are fitted by half-quadratic quantization (`hqq_solver.py`), of which
+hqq4, hqq3 and hqq2 also keep scales and zeros in bytes, as Eliseev & Mazur do (arXiv 2312.17238, 4.2: quantized scales
+and zeros). Theirs are relative to a super-group's range; ours to a power of two, which keeps small rows beside large ones.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .codes import Coded
+from .descriptor import SUPER, Descriptor
 from .hqq_solver import solve_hqq
+
+_MOST = 255  # of a scale or zero in a byte
 
 
 def quantize_int8(matrix: Tensor, group: int) -> Coded:
@@ -25,6 +33,35 @@ def quantize_int4(matrix: Tensor, group: int, *, fit: bool = True) -> Coded:
     whole, scale, zero = solve_hqq(_groups(matrix, group), bits=4, fit=fit)
     codes = whole.to(torch.uint8).flatten(1)[:, : matrix.shape[1]]
     return Coded(codes, scale.squeeze(-1), zero.squeeze(-1))
+
+
+def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
+    """[R, K] -> whole numbers, a scale and a zero of a byte for each group, and a power of two for each super-group.
+
+    The solver's scales and zeros are rounded to what bytes hold, then weights to the whole numbers that fit these best.
+    """
+    groups = _groups(matrix, fmt.group)
+    bits, most = fmt.code_bits, 2**fmt.code_bits - 1
+    _, scale, zero = (each.float() for each in solve_hqq(groups, bits=bits, fit=fit))
+    # A byte has zeros between the least and the largest code: a group on one side of 0 gets a range that reaches 0.
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    is_outside = (zero < -0.5) | (zero > most + 0.5)
+    scale = torch.where(is_outside, (high - low) / most, scale)
+    zero = torch.where(is_outside, -low / scale, zero).nan_to_num(0.0)
+
+    in_super = SUPER // fmt.group
+    largest = pad(scale.squeeze(-1), (0, -scale.shape[1] % in_super)).unflatten(1, (-1, in_super)).amax(-1)
+    exponent = torch.frexp(largest / _MOST).exponent.clamp(-127, 127)
+    power = torch.ldexp(torch.ones_like(largest), exponent).repeat_interleave(in_super, 1)[:, : scale.shape[1], None]
+    whole_scale = (scale / power).round().clamp(0, _MOST)
+    whole_scale = torch.where((scale > 0) & (whole_scale == 0), 1, whole_scale)
+    whole_zero = ((zero + 0.5) * 2 ** (8 - bits)).round().clamp(0, _MOST)
+
+    scale, zero = power * whole_scale, whole_zero * 2 ** (bits - 8) - 0.5
+    codes = (groups / scale + zero).nan_to_num(0.0, 0.0, 0.0).round().clamp(0, most)
+    sides = (each.squeeze(-1).to(torch.uint8) for each in (whole_scale, whole_zero))
+    exponent = torch.where(largest > 0, exponent + 127, 0)
+    return Coded(codes.to(torch.uint8).flatten(1)[:, : matrix.shape[1]], *sides, d=exponent.to(torch.uint8))
 
 
 def _groups(matrix: Tensor, group: int) -> Tensor:
