@@ -105,7 +105,7 @@ def test_weights_that_are_zero_or_equal_or_tiny_survive(name: str) -> None:
     matrix[3:10] = (torch.rand(7, 130) - 0.5) * ranges
     fmt = MATRIX_FORMATS[name]
     again = fmt.unpack(fmt.pack(matrix), 130, torch.float32)[:20]
-    rtol = 1 / 256 if fmt.scale is Scale.SHIFTED else 1e-3  # half a step of a scale in a byte
+    rtol = 1 / 100 if fmt.scale is Scale.SHIFTED else 1e-3  # a scale and a zero are rounded to bytes
     torch.testing.assert_close(again[:3], matrix[:3], rtol=rtol, atol=0)
     steps = min(15, 2**fmt.code_bits - 1)
     assert ((again[3:10] - matrix[3:10]).abs() <= ranges / steps * 1.1).all()
