@@ -14,11 +14,11 @@ from torch import Tensor
 
 import moestro
 from moestro.compute import cpu
-from moestro.compute.cpu import levels, solve_hqq
+from moestro.compute.cpu import levels, solve_hqq, write_fitted
 from moestro.errors import CheckpointError
 from moestro.memory.formats import MATRIX_FORMATS
 from moestro.memory.formats.hqq_solver import SOLVER_BITS, SOLVER_GROUPS, Fitted, solve_in_torch
-from moestro.memory.formats.quantize import quantize_int4
+from moestro.memory.formats.quantize import quantize_int4, write_in_torch
 
 DEMO = Path(moestro.__file__).parent / "demo"
 LEVELS = [*(name for name, usable in levels().items() if usable), "torch"]
@@ -208,3 +208,16 @@ def test_strides_and_gradients_and_no_rows(fit: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not any(part.requires_grad for part in a)
     assert solve_hqq(torch.randn(0, 70), bits=4, group=64, fit=fit).codes.shape == (0, 128)
+
+
+@pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+@pytest.mark.parametrize("name", ["hqq4", "hqq3", "hqq2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_panels_with_bytes_are_what_the_twin_writes(name: str, dtype: torch.dtype, kind: str) -> None:
+    """Odd sizes too, and rows of zeros, of equal weights and of one sign."""
+    fmt, rows, columns = MATRIX_FORMATS[name], int(torch.randint(4, 40, ())), int(torch.randint(1, 600, ()))
+    matrix = KINDS[kind][:rows, :columns].to(dtype).clone()
+    matrix[0], matrix[1], matrix[2] = 0, -0.5, matrix[2].abs() + 1
+    fitted = solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=True)
+    assert torch.equal(write_fitted(matrix, fmt, fitted, threads=2), write_in_torch(matrix, fmt, fitted))
