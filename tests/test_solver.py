@@ -89,7 +89,7 @@ def test_as_the_package(kind: str, bits: int, group: int, fit: bool) -> None:
     assert can_step.float().mean() > 0.9
     assert (ours.codes == theirs.codes)[can_step].float().mean() >= EQUAL_CODES
     assert _error(ours, weights) <= WORSE_ERROR * _error(theirs, weights)
-    assert ours.codes.max() < 2**bits
+    assert int(ours.codes.max()) < 2**bits
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -123,7 +123,7 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     bits=st.sampled_from(SOLVER_BITS),
     exponent=st.integers(-45, 38),
