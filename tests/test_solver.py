@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,12 @@ def _kinds() -> dict[str, Tensor]:
     }
     kinds = {name: weights.bfloat16() for name, weights in kinds.items()}
     for name, weights in load_file(DEMO / "model.safetensors").items():
-        if weights.dim() >= 2 and ("layers.0" in name or "layers" not in name):
-            kinds[f"demo {name}"] = weights.flatten(0, -2)
+        if (
+            weights.dim() == 2
+            and ("layers.0" in name or "layers" not in name)
+            and not re.search(r"experts\.[2-9]", name)
+        ):
+            kinds[f"demo {name}"] = weights
     return kinds
 
 
@@ -92,14 +97,14 @@ def test_as_the_package(kind: str, bits: int, group: int, fit: bool) -> None:
     assert int(ours.codes.max()) < 2**bits
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", SOLVER_BITS)
-def test_levels_agree_with_the_twin(level: str, bits: int) -> None:
+def test_levels_agree_with_the_twin(bits: int) -> None:
     for group in SOLVER_GROUPS:
-        for spread in (0.02, 2.0):  # where no error is shrunk to more than 0, and where most are
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                weights = (torch.randn(37, 330) * spread).to(dtype)
-                twin = solve_in_torch(weights, bits=bits, group=group, fit=True)
+        # The last: where many errors are shrunk to more than 0.
+        for dtype, spread in ((torch.float32, 0.02), (torch.float16, 0.02), (torch.bfloat16, 2.0)):
+            weights = (torch.randn(37, 330) * spread).to(dtype)
+            twin = solve_in_torch(weights, bits=bits, group=group, fit=True)
+            for level in LEVELS[:-1]:
                 ours = solve_hqq(weights, bits=bits, group=group, fit=True, threads=1, level=level)
                 assert torch.equal(ours.scales, twin.scales)
                 assert (ours.codes == twin.codes).float().mean() >= EQUAL_CODES
