@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,16 @@ def test_formats_take_the_kernels_solver(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu, "_kernels", None)
     by_twin = fmt.unpack(fmt.pack(weights), 256, torch.float32)
     assert torch.allclose(by_kernels, by_twin, atol=1e-4)
+
+
+def test_loading_a_model_takes_the_kernels_solver() -> None:
+    code = (
+        "import sys, moestro.loading.load, moestro.memory.formats.hqq_solver as solver;"
+        "print(solver._solver is sys.modules['moestro.compute.cpu'].solve_hqq)"
+    )
+    for first in ("", "import moestro.memory.formats;"):
+        done = subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "True"
 
 
 @pytest.mark.parametrize("fit", [True, False])
