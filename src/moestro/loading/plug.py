@@ -23,7 +23,7 @@ from ..compute.eager import outside_of_graphs
 from ..decode.capture import current_capture
 from ..devices import Device, make_device
 from ..engine.families import expert_modules
-from ..errors import CheckpointError, ModelError, refuse_gradients
+from ..errors import CheckpointError, ModelError, in_tensor, refuse_gradients
 from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
 from .checkpoint import is_stored
@@ -75,6 +75,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         self._layers: dict[str, ExpertLayer] = {}  # by the name of the experts module
         self._not_loaded: set[str] = set()  # expert parameters
         self._misshapen: list[str] = []
+        self._unfit: list[CheckpointError] = []
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any]:
         # One device and no "cpu" beside it: other maps bring accelerate's hooks.
@@ -115,6 +116,8 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         model.set_experts_implementation(METHOD)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._unfit:
+            raise self._unfit[0]
         if self._misshapen:
             raise CheckpointError(f"{self._misshapen[0]}; the checkpoint and its config.json do not belong together")
         if self._not_loaded:
@@ -132,8 +135,8 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
     def take(self, name: str, tensor: Tensor) -> None:
         """Pack one parameter of all experts of a layer into the store or slots.
 
-        A wrong shape is noted for `_process_model_after_weight_loading`: an error raised here would reach the user
-        inside Transformers' loading report.
+        A wrong shape, or a weight that cannot be quantized, is noted for `_process_model_after_weight_loading`: an
+        error raised here would reach the user inside Transformers' loading report.
 
         Args:
             name: of the parameter in the model.
@@ -149,7 +152,12 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         math = layer.conductor.math[layer.index]
         for expert in range(layer.layout.experts):
             packed = home(layer.conductor, layer.index, expert)
-            math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
+            try:
+                with in_tensor(f"{name} of expert {expert}"):
+                    math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
+            except CheckpointError as error:
+                self._unfit.append(error)
+                return
         self._not_loaded.discard(name)
         logger.debug("packed %s of %d experts, %d bytes as loaded", name, layer.layout.experts, tensor.nbytes)
 
