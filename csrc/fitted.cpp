@@ -33,10 +33,12 @@ void take_sides(const float* weights, int64_t group, float levels, float* scale,
   *zero = *scale > 0 ? -low / *scale : 0.0f;
 }
 
-// Codes of a group, of a scale and zero that were rounded.
-void write_codes(const float* weights, int64_t group, float scale, float zero, float levels, uint8_t* to) {
+// Codes of a group's weights, of a scale and zero that were rounded.
+void write_codes(const float* weights, int64_t count, float scale, float zero, float levels, uint8_t* to) {
   if (scale == 0) return;  // they are 0 already
-  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<uint8_t>(nearest(std::min(std::max(weights[i] / scale + zero, 0.0f), levels)));
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<uint8_t>(nearest(std::min(std::max(weights[i] / scale + zero, 0.0f), levels)));
+  }
 }
 
 // Columns [k, k + count) of a row, up to 256, filled up with weights of 0. `to` holds zeros.
@@ -61,7 +63,8 @@ void read_row(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, Unit
     if (scale == 0 && scales[g] > 0) scale = 1;
     const float zero = nearest(std::min(std::max((zeros[g] + 0.5f) * steps, 0.0f), kMostByte));
     to.scale[g] = static_cast<uint32_t>(scale), to.zero[g] = static_cast<uint32_t>(zero);
-    write_codes(weights + g * group, group, power * scale, zero / steps - 0.5f, levels, to.codes + g * group);
+    write_codes(weights + g * group, std::min(group, count - g * group), power * scale, zero / steps - 0.5f, levels,
+                to.codes + g * group);
   }
 }
 
