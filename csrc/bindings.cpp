@@ -358,10 +358,11 @@ NB_MODULE(_kernels, m) {
   nb::enum_<Scale>(m, "Scale")
       .value("NONE", Scale::kNone).value("FP16", Scale::kFp16).value("BF16", Scale::kBf16).value("FP32", Scale::kFp32)
       .value("E8M0", Scale::kE8m0).value("E4M3", Scale::kE4m3).value("BLOCK", Scale::kBlock).value("K4", Scale::kK4)
-      .value("K2", Scale::kK2).value("K6", Scale::kK6).value("K3", Scale::kK3).value("IQ4XS", Scale::kIq4xs);
+      .value("K2", Scale::kK2).value("K6", Scale::kK6).value("K3", Scale::kK3).value("IQ4XS", Scale::kIq4xs)
+      .value("SHIFTED", Scale::kShifted);
   nb::enum_<Zero>(m, "Zero")
       .value("NONE", Zero::kNone).value("CONSTANT", Zero::kConstant).value("FP16", Zero::kFp16).value("INT", Zero::kInt)
-      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin);
+      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin).value("FIXED", Zero::kFixed);
   nb::class_<MatrixFormat>(m, "MatrixFormat")
       .def("__init__", &make_format, nb::kw_only(), "code"_a, "group"_a, "scale"_a, "zero"_a, "constant"_a)
       .def("panel_bytes", &bytes_of_panel, "columns"_a)
