@@ -13,7 +13,7 @@ from statistics import median
 
 from ..compute.cpu import core_cpus
 from ..machine.probe import available_ram_bytes
-from ..memory.formats import FORMATS
+from ..memory.formats import expert_format_named
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
 from .decode import CONTEXT, NEW_TOKENS
@@ -76,7 +76,9 @@ def _check_ram(shape: str, layers: int, cells: Sequence[tuple[int, int]]) -> Non
 
     def need_bytes(depth: int) -> float:
         spec = spec_of_shape(shape, depth)
-        experts = [depth * moe.experts * FORMATS[name_of_bits(bits)].expert_bytes(moe.expert) for _, bits in cells]
+        experts = [
+            depth * moe.experts * expert_format_named(name_of_bits(bits)).expert_bytes(moe.expert) for _, bits in cells
+        ]
         # Dense layers as if all had 16 bits. A twentieth and half a GiB a model are added, as in `measure_decode`.
         return (sum(experts) + len(cells) * spec.dense_bytes) * 1.05 + len(cells) * 2**29
 

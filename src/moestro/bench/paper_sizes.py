@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape
+from ..memory.formats import ExpertShape, expert_format_named, format_named
 from ..planning.shapes import shape_named
 
 GIB = 2**30
@@ -53,7 +53,10 @@ PAPER_GROUPS = {4: Grouping(64, 256), 3: Grouping(64, 128), 2: Grouping(16, 128)
 
 @dataclass(frozen=True, slots=True)
 class PaperSize:
-    """A cell of the size column, in GiB. ours_gib: of the same weights in our formats."""
+    """A cell of the size column, in GiB with the two decimals that the paper prints.
+
+    ours_gib: of the same weights in our formats.
+    """
 
     dense_bits: int
     expert_bits: int
@@ -65,10 +68,11 @@ class PaperSize:
 def paper_sizes() -> tuple[PaperSize, ...]:
     """All cells of the size column, attention's bits outermost, as in the paper."""
     return tuple(
-        PaperSize(dense, expert, gib, rebuilt_bytes(dense, expert) / GIB, our_bytes(dense, expert) / GIB)
+        PaperSize(
+            dense, expert, gib, round(rebuilt_bytes(dense, expert) / GIB, 2), round(our_bytes(dense, expert) / GIB, 2)
+        )
         for dense, row in PAPER_GIB.items()
         for expert, gib in zip(PAPER_BITS, row, strict=True)
-        if {name_of_bits(dense), name_of_bits(expert)} <= FORMATS.keys()
     )
 
 
@@ -91,7 +95,7 @@ def rebuilt_bytes(dense_bits: int, expert_bits: int) -> float:
 def our_bytes(dense_bits: int, expert_bits: int) -> int:
     """Bytes of Mixtral-8x7B in our formats, from the formats' own account of their bytes. dense_bits: of attention."""
     counts = _count_weights()
-    expert_format, dense_format = (FORMATS[name_of_bits(expert_bits)], MATRIX_FORMATS[name_of_bits(dense_bits)])
+    expert_format, dense_format = expert_format_named(name_of_bits(expert_bits)), format_named(name_of_bits(dense_bits))
     experts = counts.layers * counts.experts_of_layer * expert_format.expert_bytes(counts.expert)
     attention = counts.layers * sum(dense_format.matrix_bytes(*size) for size in counts.projections)
     return experts + attention + counts.other * 2
@@ -128,4 +132,4 @@ def _count_weights() -> _Counts:
 
 def name_of_bits(bits: int) -> str:
     """The format of weights of so many bits that a bfloat16 checkpoint is loaded in."""
-    return "bf16" if bits == 16 else f"int{bits}"
+    return {16: "bf16", 8: "int8"}.get(bits, f"hqq{bits}")
