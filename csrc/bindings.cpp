@@ -10,13 +10,12 @@
 #include <vector>
 
 #include "arrays.h"
+#include "bindings.h"
 #include "checks.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace moestro;
-
-void bind_repack(nb::module_& m);  // bindings_repack.cpp
 
 namespace {
 
@@ -29,12 +28,16 @@ const std::string& process_level() {
   return name;
 }
 
+}  // namespace
+
 const Level& level_of(const std::string& given) {
   const std::string& name = given.empty() ? process_level() : given;
   const Level* level = find_level(name.c_str());
   if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + name).c_str());
   return *level;
 }
+
+namespace {
 
 struct Range {
   int64_t begin, end;
@@ -412,6 +415,7 @@ NB_MODULE(_kernels, m) {
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
       .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
   bind_repack(m);
+  bind_solver(m);
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

@@ -186,5 +186,19 @@ class Stored:
     ) -> None: ...
 
 def repack(runner: Runner, jobs: Sequence[tuple[Stored, int, int, int, int, Tensor]]) -> None: ...
+def solve(
+    runner: Runner,
+    level: str,
+    weights: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group: int,
+    iterate: bool,
+    round_zero: bool,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+) -> None: ...
 def best_level() -> str: ...
 def levels() -> list[tuple[str, bool]]: ...
