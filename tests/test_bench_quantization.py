@@ -43,7 +43,7 @@ from moestro.planning.options import ModelOptions
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 DEMO = Path(moestro.__file__).parent / "demo"
 ROOT = Path(__file__).parent.parent
-NAMES = {16: "bf16", 8: "int8", 4: "int4"}  # the formats of so many bits
+NAMES = {16: "bf16", 4: "hqq4", 3: "hqq3", 2: "hqq2"}  # the formats of so many bits
 READING = Reading("demo", ModelOptions(), tokens=512, window=64)
 Run = Callable[..., tuple[int, str, str]]
 
@@ -212,7 +212,7 @@ def _rounded(dense: int, expert: int) -> tuple[Any, int]:
 def test_the_command(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "story.txt"
     text.write_text(HELDOUT.read_text()[:2500])
-    small = ["--tokens", "0", "--window", "128", "-t", "1", "--expert-bits", "16", "--expert-bits", "8"]
+    small = ["--tokens", "0", "--window", "128", "-t", "1", "--expert-bits", "16", "--expert-bits", "3"]
     status, out, err = run("demo", "--text", str(text), *small, "--dense-bits", "16", "--json")
     assert not status, err
     printed = json.loads(out.splitlines()[-1])

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..loading.build import QUANTIZED
 from ..memory.formats import ExpertShape, expert_format_named, format_named
 from ..planning.shapes import shape_named
 
@@ -132,4 +133,4 @@ def _count_weights() -> _Counts:
 
 def name_of_bits(bits: int) -> str:
     """The format of weights of so many bits that a bfloat16 checkpoint is loaded in."""
-    return {16: "bf16", 8: "int8"}.get(bits, f"hqq{bits}")
+    return "bf16" if bits == 16 else QUANTIZED[bits]
