@@ -187,16 +187,18 @@ def test_cells_are_recomputed() -> None:
 
 
 def _rounded(dense: int, expert: int) -> tuple[Any, int]:
-    """Transformers' model, with each matrix as our formats keep it, and the bytes of all weights."""
+    """Transformers' model, with each matrix as our formats keep it, and the bytes of all weights.
+
+    The neurons of an expert are filled up to whole blocks of 256, where a format is quantized.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     size = 2 * sum(p.numel() for p in model.parameters())
 
-    def rounded(matrix: torch.Tensor, bits: int) -> int:
-        """Round in place; the bytes that this takes off."""
+    def rounded(matrix: torch.Tensor, bits: int, more_rows: int = 0, more_columns: int = 0) -> int:
+        """Round in place; the bytes that this adds, or takes off."""
         fmt = format_named(NAMES[bits])
-        packed = fmt.pack(matrix)
-        matrix.copy_(fmt.unpack(packed, matrix.shape[1], torch.float32)[: len(matrix)])
-        return packed.numel() - 2 * matrix.numel()
+        matrix.copy_(fmt.unpack(fmt.pack(matrix), matrix.shape[1], torch.float32)[: len(matrix)])
+        return fmt.pack(torch.nn.functional.pad(matrix, (0, more_columns, 0, more_rows))).numel() - 2 * matrix.numel()
 
     with torch.no_grad():
         for layer in model.model.layers:
@@ -204,8 +206,10 @@ def _rounded(dense: int, expert: int) -> tuple[Any, int]:
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
                 size += rounded(projection.weight, dense)
             experts = layer.mlp.experts
+            more = 0 if expert == 16 else -experts.down_proj.shape[2] % 256
             for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-                size += sum(rounded(matrix, expert) for matrix in (*gate_up.chunk(2), down))
+                size += sum(rounded(matrix, expert, more_rows=more) for matrix in gate_up.chunk(2))
+                size += rounded(down, expert, more_columns=more)
     return model, size
 
 
