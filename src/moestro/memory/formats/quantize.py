@@ -78,11 +78,13 @@ def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
     bits, most = fmt.code_bits, 2**fmt.code_bits - 1
     _, scales, zeros = solve_hqq(matrix, bits=bits, group=fmt.group, fit=fit)
     groups, scale, zero = _groups(matrix, fmt.group), scales[..., None], zeros[..., None]
-    # A byte has zeros between the least and the largest code: a group on one side of 0 gets a range that reaches 0.
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    is_outside = (zero < -0.5) | (zero > most + 0.5)
-    scale = torch.where(is_outside, (high - low) / most, scale)
-    zero = torch.where(is_outside, -low / scale, zero).nan_to_num(0.0)
+    # A byte has zeros between the least and the largest code. Groups that want another, and those of equal weights, of
+    # which the solver makes one large step, get a range that reaches from 0 to their weights.
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    from_zero = (zero < -0.5) | (zero > most + 0.5) | (low == high)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = torch.where(from_zero, (high - low) / most, scale)
+    zero = torch.where(from_zero, -low / scale, zero).nan_to_num(0.0)
 
     in_super = SUPER // fmt.group
     largest = pad(scale.squeeze(-1), (0, -scale.shape[1] % in_super)).unflatten(1, (-1, in_super)).amax(-1)
