@@ -26,7 +26,7 @@ from moestro.simulate.trace import Trace
 
 DEMO = str(Path(moestro.__file__).parent / "demo")
 PROMPT = "Once upon a time"
-BENCHES = ("load", "kernels", "decode", "policies", "hybrid", "host", "recall")
+BENCHES = ("load", "kernels", "decode", "policies", "hybrid", "host", "recall", "quantization")
 
 
 def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:

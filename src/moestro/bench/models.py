@@ -1,9 +1,10 @@
 """The worker of `moestro bench decode`: a random model of a real shape, by Moestro or by Transformers alone.
 
-    python -m moestro.bench.models ENGINE SHAPE BITS LAYERS THREADS
+    python -m moestro.bench.models ENGINE SHAPE BITS LAYERS THREADS [EXPERT_BITS]
 
-BITS is a number or the form of a checkpoint, like q4_k_m. The worker answers by the protocol of worker.py, and times
-forward passes with a cache and random tokens; it does not sample.
+BITS is a number or the form of a checkpoint, like q4_k_m. With EXPERT_BITS, it is that of the dense layers, and
+embedding and head have 16. The worker answers by the protocol of worker.py, and times forward passes with a cache and
+random tokens; it does not sample.
 """
 
 from __future__ import annotations
@@ -18,13 +19,27 @@ OURS, ALONE = "moestro", "transformers"
 
 
 class ModelWorker(EngineWorker):
-    """A model in its own process. engine: "moestro" or "transformers" (alone, in bfloat16). python: its interpreter."""
+    """A model in its own process.
+
+    Args:
+        engine: "moestro" or "transformers" (alone, in bfloat16).
+        bits: of all weights, or a checkpoint's form. With `expert_bits`, of the dense layers alone.
+        python: its interpreter.
+    """
 
     def __init__(
-        self, engine: str, shape: str, *, bits: int | str, layers: int, threads: int, python: str = sys.executable
+        self,
+        engine: str,
+        shape: str,
+        *,
+        bits: int | str,
+        layers: int,
+        threads: int,
+        expert_bits: int | None = None,
+        python: str = sys.executable,
     ) -> None:
-        numbers = map(str, (bits, layers, threads))
-        super().__init__("moestro.bench.models", [engine, shape, *numbers], python=python)
+        numbers = (bits, layers, threads, *(() if expert_bits is None else (expert_bits,)))
+        super().__init__("moestro.bench.models", [engine, shape, *map(str, numbers)], python=python)
 
     def outside_s(self) -> float:
         """Seconds a token that the last `decode_s` spent outside our kernels."""
@@ -34,7 +49,9 @@ class ModelWorker(EngineWorker):
 class Engine:
     """The model that the worker times."""
 
-    def __init__(self, engine: str, shape: str, bits: int | str, layers: int, threads: int) -> None:
+    def __init__(
+        self, engine: str, shape: str, bits: int | str, layers: int, threads: int, expert_bits: int | None = None
+    ) -> None:
         import torch
 
         from ..compute.cpu import runner
@@ -46,7 +63,13 @@ class Engine:
         torch.set_num_threads(threads)
         if engine == OURS:
             form = bits if isinstance(bits, str) else None
-            config = MoestroConfig(device="cpu", threads=threads, bits=bits if isinstance(bits, int) else None)
+            config = MoestroConfig(
+                device="cpu",
+                threads=threads,
+                bits=bits if isinstance(bits, int) else None,
+                expert_bits=expert_bits,
+                head_bits=None if expert_bits is None else 16,
+            )
             self._model: Any = build_random_model(shape, config, dtype=torch.bfloat16, seed=0, layers=layers, form=form)
         else:
             self._model = _transformers_alone(shape, layers)
@@ -118,10 +141,11 @@ def _transformers_alone(shape: str, layers: int) -> Any:
 def main() -> None:
     """Load the model that the command line names, then answer questions."""
 
-    engine, shape, bits, layers, threads = sys.argv[1:]
+    engine, shape, bits, layers, threads, *expert_bits = sys.argv[1:]
 
     def start() -> tuple[dict[str, Any], Handlers]:
-        model = Engine(engine, shape, int(bits) if bits.isdigit() else bits, int(layers), int(threads))
+        form = int(bits) if bits.isdigit() else bits
+        model = Engine(engine, shape, form, int(layers), int(threads), *map(int, expert_bits))
         handlers: Handlers = {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
         return model.card(), {**handlers, "outside_s": lambda: model.outside_s}
 

@@ -11,7 +11,7 @@ from ..bench.options import ComparedOptions, ShapeOptions
 from ..errors import RequestError
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
-from ..planning.shapes import REAL_SHAPES
+from ..planning.shapes import REAL_SHAPES, SHAPES
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
 from .terminal import show
 
@@ -225,6 +225,59 @@ def bench_recall(
         writable(plot)
     reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
     report = measure_recall(reading.record(FARTHEST))
+    if plot is not None:
+        report.plot(Path(plot))
+    show(report, as_json)
+
+
+@bench.command("quantization", epilog="Example: moestro bench quantization demo --shape olmoe-1b-7b --plot table.svg")
+@takes_options(only=("revision", "tokenizer", "trust_remote_code", "threads"))
+def bench_quantization(
+    source: ModelOptions,
+    options: Options,
+    model: Annotated[
+        str, typer.Argument(help="An unquantized checkpoint's folder, a hub id, or demo.", metavar="MODEL")
+    ],
+    text: Annotated[str | None, unset("FILE", "The text to read.", "held-out stories, for demo", "--text")] = None,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=0, help="The most tokens to read, from the text's beginning; 0 for all.")
+    ] = 32_768,
+    window: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Tokens of a window; published figures mostly have 2048.")
+    ] = 256,
+    dense_bits: Annotated[
+        list[int] | None,
+        unset("N", "Only this row; may be given several times.", "16, 4, 3, 2"),
+    ] = None,
+    expert_bits: Annotated[
+        list[int] | None, unset("N", "Only this column; may be given several times.", "16, 4, 3, 2")
+    ] = None,
+    shape: Annotated[
+        str | None, unset("NAME", f"Also decode speeds of a shape, with random weights: {', '.join(SHAPES)}.", "none")
+    ] = None,
+    layers: Layers = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns of decoding to take medians of.")] = 5,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Size and perplexity by bits of dense layers and of experts: the table of the paper that began this.
+
+    Each cell loads the model anew and reads the text. The paper's own sizes for Mixtral-8x7B stand below.
+    """
+    from ..bench.plots import plotting
+    from ..bench.quantization import TABLE_BITS, Reading, SpeedRequest, measure_quantization
+    from ..text.files import writable
+
+    if plot is not None:  # refused before the work
+        plotting()
+        writable(plot)
+    report = measure_quantization(
+        Reading(model, source, text, tokens, window),
+        dense_bits=dense_bits or TABLE_BITS,
+        expert_bits=expert_bits or TABLE_BITS,
+        speed=None if shape is None else SpeedRequest(shape, layers, rounds),
+        threads=options.threads,
+    )
     if plot is not None:
         report.plot(Path(plot))
     show(report, as_json)

@@ -54,7 +54,7 @@ from .context import model_context
 from .gpu_need import Need
 from .methods import give_methods
 
-_QUANTIZED = {8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}  # by bits
+QUANTIZED = {8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}  # by bits
 
 logger = logging.getLogger("moestro")
 
@@ -379,5 +379,5 @@ def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
     if bits is None:
         return FLOAT_FORMATS[dtype]
     if bits < 16:
-        return _QUANTIZED[bits]
+        return QUANTIZED[bits]
     return "fp16" if dtype == torch.float16 else "bf16"
