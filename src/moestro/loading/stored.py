@@ -54,7 +54,7 @@ def load_stored(
         )
     hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
-    model = _empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
+    model = empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
@@ -126,7 +126,7 @@ def _kept_weights(
     return kept
 
 
-def _empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+def empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     """The model of a config on the meta device.
 
     Raises:

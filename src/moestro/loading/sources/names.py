@@ -69,7 +69,7 @@ def find_experts(model: Any, has: Callable[[str], bool]) -> dict[str, Pieces]:
     found = {}
     for name, published in _published(model, layouts).items():
         layout = layouts[name]
-        own = _trace(_labels(name, layout), layout)
+        own = _trace(small_labels(name, layout), layout)
         candidates = list(_candidates(name, published, own, model.base_model_prefix))
         found[name] = max(candidates, key=lambda pieces: _count(pieces, has))
         lacking = sorted({piece.name for piece in found[name].values() if not has(piece.name)})
@@ -91,7 +91,7 @@ def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pie
     """
     labels: dict[str, Tensor] = {}
     for index, (name, layout) in enumerate(layouts.items()):
-        labels |= {key: label + (index << 40) for key, label in _labels(name, layout).items()}
+        labels |= {key: label + (index << 40) for key, label in small_labels(name, layout).items()}
     try:
         saved = revert_weight_conversion(model, labels)
     except Exception as error:  # a conversion is any code
@@ -104,7 +104,7 @@ def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pie
     return {name: _trace(labels, layouts[name]) for name, labels in of_module.items()}
 
 
-def _labels(name: str, layout: FamilyLayout) -> dict[str, Tensor]:
+def small_labels(name: str, layout: FamilyLayout) -> dict[str, Tensor]:
     """The parameters of an experts module, of few neurons and little width, each weight a number that says what it is.
 
     A number is ((expert * 6 + part) * neurons + neuron) * width + column; a down matrix counts columns and rows
@@ -120,6 +120,39 @@ def _labels(name: str, layout: FamilyLayout) -> dict[str, Tensor]:
                 view.copy_(torch.arange(first, first + view.numel()).view(view.shape))
         labels[f"{name}.{parameter}"] = label
     return labels
+
+
+def small_tensors(pieces: Pieces, layout: FamilyLayout) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """The tensors that pieces are in, as small as those of `small_labels` and with its numbers: what should stand there.
+
+    Returns:
+        The tensor's name, as in `Piece` -> the small one, int64, and the shape that the checkpoint's must have.
+    """
+    small = replace(layout.shape, hidden=_WIDTH, neurons=_NEURONS)
+    found: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    for (expert, part), piece in pieces.items():
+        shapes = []
+        for size in (small.parts[part], layout.shape.parts[part]):
+            one = (size[0] * piece.shared, *size[1:])
+            one = one[::-1] if piece.transposed else one
+            shapes.append(one if piece.index is None else (layout.experts, *one))
+        label, _ = found.setdefault(piece.name, (torch.full(shapes[0], -1, dtype=torch.int64), shapes[1]))
+        at = label if piece.index is None else label[piece.index]
+        rows = at.T if piece.transposed else at  # of a matrix [out, in], or a bias [out]
+        count = small.parts[part][0]
+        which = _scaled(piece.rows, layout.shape.parts[part][0], count)
+        first = (expert * 6 + _PARTS.index(part)) * _NEURONS * _WIDTH
+        target = rows[which.start : which.stop : which.step]
+        target.copy_(torch.arange(first, first + target.numel()).view(target.shape))
+    return found
+
+
+def _scaled(rows: range | None, size: int, count: int) -> range:
+    """The rows of a part of `size` rows, in a tensor whose parts have `count` instead."""
+    if rows is None:
+        return range(count)
+    start = rows.start // size * count if rows.step == 1 else rows.start
+    return range(start, start + count * rows.step if rows.step == 1 else rows.stop // size * count, rows.step)
 
 
 def _trace(labels: Mapping[str, Tensor], layout: FamilyLayout) -> Pieces:
@@ -197,11 +230,27 @@ class Renamer:
 
         None where the model has no such parameter.
         """
+        found = self.place(name)
+        return found if found[0] in self._wanted else None
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """As `rename`, for a tensor that the model may have no place for."""
         base = self._model.base_model_prefix
-        found = rename_source_key(name, self._renamings, self._converters, base, self._wanted)
+        found: tuple[str, str | None] = rename_source_key(name, self._renamings, self._converters, base, self._wanted)
         if found[0] not in self._wanted and name in self._wanted:
             found = rename_source_key(name, [], [], base, self._wanted)
-        return found if found[0] in self._wanted else None
+        return found
+
+    def renamed(self, target: str, pattern: str | None) -> set[str]:
+        """The names of all parameters that a tensor would become that the model has no place for."""
+        if pattern is None:
+            return {target}
+        targets = self._by_pattern[pattern].target_patterns
+        return {target.replace(targets[0], each) for each in targets}
+
+    def converter(self, pattern: str) -> Any:
+        """Transformers' conversion of a pattern, which has collected nothing."""
+        return deepcopy(self._by_pattern[pattern])
 
     def collect(self, name: str, target: str, pattern: str, tensor: Tensor) -> None:
         """Keep a tensor that a conversion needs; `converted` gives what becomes of all."""
