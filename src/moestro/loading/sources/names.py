@@ -104,47 +104,61 @@ def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pie
     return {name: _trace(labels, layouts[name]) for name, labels in of_module.items()}
 
 
-def small_labels(name: str, layout: FamilyLayout) -> dict[str, Tensor]:
+def alike_sizes(layout: FamilyLayout) -> tuple[int, int]:
+    """A small width and few neurons, for which the matrices are square that are square in the model, and no others."""
+    hidden, neurons = layout.shape.hidden, layout.shape.neurons
+    return {neurons: _NEURONS, 2 * neurons: 2 * _NEURONS}.get(hidden, _WIDTH), _NEURONS
+
+
+def small_labels(name: str, layout: FamilyLayout, sizes: tuple[int, int] = (_WIDTH, _NEURONS)) -> dict[str, Tensor]:
     """The parameters of an experts module, of few neurons and little width, each weight a number that says what it is.
 
     A number is ((expert * 6 + part) * neurons + neuron) * width + column; a down matrix counts columns and rows
     the other way round.
     """
-    small = replace(layout, shape=replace(layout.shape, hidden=_WIDTH, neurons=_NEURONS))
+    width, neurons = sizes
+    small = replace(layout, shape=replace(layout.shape, hidden=width, neurons=neurons))
     labels = {}
     for parameter, shape in small.parameters.items():
         label = torch.zeros((layout.experts, *shape), dtype=torch.int64)
         for expert in range(layout.experts):
             for part, view in small.parts(parameter, label[expert]).items():
-                first = (expert * 6 + _PARTS.index(part)) * _NEURONS * _WIDTH
+                first = (expert * 6 + _PARTS.index(part)) * neurons * width
                 view.copy_(torch.arange(first, first + view.numel()).view(view.shape))
         labels[f"{name}.{parameter}"] = label
     return labels
 
 
-def small_tensors(pieces: Pieces, layout: FamilyLayout) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+def small_tensors(
+    pieces: Pieces, layout: FamilyLayout, sizes: tuple[int, int]
+) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
     """The tensors that pieces are in, as small as those of `small_labels` and with its numbers: what should stand there.
 
     Returns:
         The tensor's name, as in `Piece` -> the small one, int64, and the shape that the checkpoint's must have.
     """
-    small = replace(layout.shape, hidden=_WIDTH, neurons=_NEURONS)
+    width, neurons = sizes
+    small = replace(layout.shape, hidden=width, neurons=neurons).parts
     found: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     for (expert, part), piece in pieces.items():
-        shapes = []
-        for size in (small.parts[part], layout.shape.parts[part]):
-            one = (size[0] * piece.shared, *size[1:])
-            one = one[::-1] if piece.transposed else one
-            shapes.append(one if piece.index is None else (layout.experts, *one))
-        label, _ = found.setdefault(piece.name, (torch.full(shapes[0], -1, dtype=torch.int64), shapes[1]))
+        if piece.name not in found:
+            shapes = (stored_shape(piece, parts[part], layout.experts) for parts in (small, layout.shape.parts))
+            found[piece.name] = torch.full(next(shapes), -1, dtype=torch.int64), next(shapes)
+        label = found[piece.name][0]
         at = label if piece.index is None else label[piece.index]
         rows = at.T if piece.transposed else at  # of a matrix [out, in], or a bias [out]
-        count = small.parts[part][0]
-        which = _scaled(piece.rows, layout.shape.parts[part][0], count)
-        first = (expert * 6 + _PARTS.index(part)) * _NEURONS * _WIDTH
+        which = _scaled(piece.rows, layout.shape.parts[part][0], small[part][0])
         target = rows[which.start : which.stop : which.step]
+        first = (expert * 6 + _PARTS.index(part)) * neurons * width
         target.copy_(torch.arange(first, first + target.numel()).view(target.shape))
     return found
+
+
+def stored_shape(piece: Piece, shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    """The shape of a piece's tensor. shape: of the part, as in `ExpertShape.parts`."""
+    one = (shape[0] * piece.shared, *shape[1:])
+    one = one[::-1] if piece.transposed else one
+    return one if piece.index is None else (experts, *one)
 
 
 def _scaled(rows: range | None, size: int, count: int) -> range:

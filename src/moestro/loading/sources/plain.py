@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import MoestroError, first_line
 from .base import ExpertWeights, Part
-from .names import Renamer, find_experts, small_labels, small_tensors
+from .names import Pieces, Renamer, alike_sizes, find_experts, small_labels, small_tensors, stored_shape
 from .safetensors import open_tensors
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,15 +54,16 @@ class PlainWeights:
         self._cast_to = load_dtypes(model)
         try:
             self._tensors = {name: read() for name, read in open_tensors(folder).items()}
-            self._experts = find_experts(model, lambda base: self._full(base) in self._tensors)
+            found = find_experts(model, lambda base: self._full(base) in self._tensors)
         except MoestroError as error:
             raise Unproven(str(error)) from error
+        self._experts = {name: self._oriented(pieces, self._layouts[name]) for name, pieces in found.items()}
         renamer = Renamer(model)
         places = {name: renamer.place(name) for name in sorted(self._tensors, key=_natural)}
         known = {name: place for name, place in places.items() if place[0] in self._state}
         of_experts = {f"{name}.{part}" for name, layout in self._layouts.items() for part in layout.parameters}
         experts = {name: place for name, place in known.items() if place[0] in of_experts}
-        _prove_experts(renamer, experts, self._sources(), self._labels(), self._tensors)
+        _prove_experts(_Small(model, self._labels()), experts, self._sources(), self._tensors)
         self.dense = {}
         self._add_dense(model, renamer, {name: place for name, place in known.items() if name not in experts})
         self._prove_complete(model, of_experts)
@@ -99,11 +100,23 @@ class PlainWeights:
         """The checkpoint's name of a tensor, from a name that may lack its ".weight"."""
         return base if base in self._tensors else f"{base}.weight"
 
+    def _oriented(self, pieces: Pieces, layout: FamilyLayout) -> Pieces:
+        """The same, with matrices stored the other way round where their shape says so."""
+        shapes = layout.shape.parts
+        found = {}
+        for (expert, part), piece in pieces.items():
+            turned = replace(piece, transposed=not piece.transposed)
+            stored = tuple(self._tensors[self._full(piece.name)].shape)
+            as_is, as_turned = (stored_shape(each, shapes[part], layout.experts) for each in (piece, turned))
+            found[expert, part] = turned if len(shapes[part]) == 2 and stored == as_turned != as_is else piece
+        return found
+
     def _sources(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         """For each tensor of experts, what stands for it: a small one with labels, and the shape it must have."""
         found: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         for index, (module, pieces) in enumerate(self._experts.items()):
-            for base, (small, shape) in small_tensors(pieces, self._layouts[module]).items():
+            layout = self._layouts[module]
+            for base, (small, shape) in small_tensors(pieces, layout, alike_sizes(layout)).items():
                 found[self._full(base)] = (small + (index << 40), shape)
         return found
 
@@ -111,7 +124,8 @@ class PlainWeights:
         """For each parameter of experts, the small one that its tensors must become."""
         labels: dict[str, Tensor] = {}
         for index, module in enumerate(self._experts):
-            small = small_labels(module, self._layouts[module])
+            layout = self._layouts[module]
+            small = small_labels(module, layout, alike_sizes(layout))
             labels |= {name: label + (index << 40) for name, label in small.items()}
         return labels
 
@@ -231,11 +245,24 @@ class _Converted:
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
 
+class _Small:
+    """A model as Transformers' conversions see it, whose experts are small tensors of labels."""
+
+    def __init__(self, model: Any, labels: Mapping[str, Tensor]) -> None:
+        self._model, self.labels = model, labels
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Any:
+        """The parameter of that name, by whose shape some conversions go."""
+        return self.labels[name] if name in self.labels else self._model.get_parameter(name)
+
+
 def _prove_experts(
-    renamer: Renamer,
+    model: _Small,
     places: Mapping[str, tuple[str, str | None]],
     sources: Mapping[str, tuple[Tensor, tuple[int, ...]]],
-    labels: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Have Transformers' conversions make the experts of small tensors, and compare.
@@ -243,7 +270,7 @@ def _prove_experts(
     Args:
         places: for each tensor of the checkpoint that becomes experts, which parameter, and by which conversion; in
             the order in which they are converted.
-        sources: as `PlainWeights._sources`. labels: as `PlainWeights._labels`. tensors: of the checkpoint.
+        sources: as `PlainWeights._sources`. tensors: of the checkpoint.
 
     Raises:
         Unproven: an expert's weight would be another one.
@@ -251,16 +278,17 @@ def _prove_experts(
     if apart := sorted(sources.keys() ^ places.keys()):
         raise Unproven(f"{apart[0]} is not where the experts of this family are expected")
     found: dict[str, Tensor] = {}
+    renamer = Renamer(model)
     for name, (target, pattern) in places.items():
-        small, shape = sources[name]
-        if tuple(tensors[name].shape) != shape or tensors[name].dtype not in _FLOATS:
-            raise Unproven(f"{name} is {tensors[name].dtype} of {list(tensors[name].shape)}, not floats of {list(shape)}")
-        if pattern is None:
-            if target in found:
-                raise Unproven(f"several tensors are {target}")
-            found[target] = small
-        else:
+        (small, shape), tensor = sources[name], tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in _FLOATS:
+            raise Unproven(f"{name} is {tensor.dtype} of {list(tensor.shape)}, where the model needs {list(shape)}")
+        if pattern is not None:
             renamer.collect(name, target, pattern, small)
+        elif target in found:
+            raise Unproven(f"several tensors are {target}")
+        else:
+            found[target] = small
     try:
         made = dict(renamer.converted())
     except MoestroError as error:
@@ -268,6 +296,7 @@ def _prove_experts(
     if doubled := sorted(made.keys() & found.keys()):
         raise Unproven(f"several tensors are {doubled[0]}")
     found |= made
+    labels = model.labels
     if found.keys() != labels.keys() or not all(torch.equal(found[name], label) for name, label in labels.items()):
         raise Unproven("this family's experts are converted in a way that is not known here")
 
