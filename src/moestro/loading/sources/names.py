@@ -132,7 +132,7 @@ def small_labels(name: str, layout: FamilyLayout, sizes: tuple[int, int] = (_WID
 def small_tensors(
     pieces: Pieces, layout: FamilyLayout, sizes: tuple[int, int]
 ) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-    """The tensors that pieces are in, as small as those of `small_labels` and with its numbers: what should stand there.
+    """The tensors that pieces are in, as small as those of `small_labels`, with its numbers as they should stand there.
 
     Returns:
         The tensor's name, as in `Piece` -> the small one, int64, and the shape that the checkpoint's must have.
@@ -268,8 +268,9 @@ class Renamer:
 
     def collect(self, name: str, target: str, pattern: str, tensor: Tensor) -> None:
         """Keep a tensor that a conversion needs; `converted` gives what becomes of all."""
-        waiting = self._waiting.setdefault(target, deepcopy(self._by_pattern[pattern]))
-        waiting.add_tensor(target, name, pattern, tensor)
+        if target not in self._waiting:
+            self._waiting[target] = self.converter(pattern)
+        self._waiting[target].add_tensor(target, name, pattern, tensor)
 
     def converted(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that conversions give of the tensors that were collected.

@@ -136,8 +136,9 @@ class PlainWeights:
             if wanted.is_floating_point and (not tensor.is_floating_point() or tensor.itemsize < 2):
                 raise Unproven(f"{name} has weights of {tensor.dtype}")
             if pattern is not None:
-                group = converted.setdefault(target, _Converted(model, target, renamer.converter(pattern)))
-                group.sources.append((name, pattern, tensor, wanted))
+                if target not in converted:
+                    converted[target] = _Converted(model, target, renamer.converter(pattern))
+                converted[target].sources.append((name, pattern, tensor, wanted))
             else:
                 self._add(target, tuple(tensor.shape), _Cast(tensor, wanted))
         for group in converted.values():
