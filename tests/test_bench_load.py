@@ -28,7 +28,7 @@ def test_the_report_tells_when_the_limit_is_exceeded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fat = LoadReport(packed_bytes=1000, layer_bytes=100, peak_bytes=1500, samples=3, seconds=0.1)
-    assert fat.limit_bytes == 1500
+    assert fat.limit_bytes == 1200
     assert not fat.within_limit
     fat.print()
     assert "EXCEEDED" in capsys.readouterr().out

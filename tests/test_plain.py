@@ -1,4 +1,4 @@
-"""Plain safetensors that are read from the mapped files: the same model, bit for bit, as through Transformers' loader."""
+"""Plain safetensors read from the mapped files: the same model, bit for bit, as by Transformers' own loader."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moestro import load
 from moestro.bench.loading import anonymous_bytes
 from moestro.decode.dense import Packed
 from moestro.loading import load as loading
+from moestro.loading.build import home
 from moestro.loading.sources.plain import Unproven
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -69,8 +70,9 @@ def load_by_transformers(path: Path, **options: Any) -> Any:
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
-    """The bytes of the store, the slots, the packed layers, and of all parameters and buffers; and the dtypes."""
-    found = {"store": model.moestro.store.memory, "slots": model.moestro.slots.memory}
+    """The bytes of the experts, the packed layers, and of all parameters and buffers; and the dtypes."""
+    layers = enumerate(model.moestro.spec.layers)
+    found = {f"expert {n} {e}": home(model.moestro, n, e) for n, layer in layers for e in range(layer.experts)}
     for name, module in model.named_modules():
         if isinstance(module, Packed):
             found[f"{name} in {module.matrix.fmt.name} of {module.weight_dtype}"] = module.matrix.packed

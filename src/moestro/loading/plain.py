@@ -33,6 +33,7 @@ from .plug import MoestroQuantizer
 from .sources import ExpertWeights
 from .sources.plain import PlainWeights, Unproven, first_dtype
 from .stored import empty_model
+from .timing import spent
 
 _DTYPES = {name: dtype for dtype, name in FLOAT_FORMATS.items()}
 
@@ -82,7 +83,7 @@ def _refuse_what_transformers_reads(folder: Path, config: Any, trust_remote_code
     Raises:
         Unproven: saying what.
     """
-    if trust_remote_code and getattr(config, "auto_map", None):
+    if trust_remote_code and (getattr(config, "auto_map", None) or (folder / "custom_generate").exists()):
         raise Unproven("the checkpoint brings code of its own")
     files = weight_files(folder)
     if not files or any(file.suffix != ".safetensors" for file in files):
@@ -175,9 +176,12 @@ def _fill_experts(model: Any, weights: PlainWeights) -> None:
     conductor = model.moestro
     for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
         math = conductor.math[index]
-        for expert in range(conductor.spec.layers[index].experts):
-            with on_host(home(conductor, index, expert)) as packed:
-                _write_expert(packed, math.format, math.shape, weights.expert(module, expert), conductor.cpu.threads)
+        weights.fetch(module)
+        with spent("packing"):
+            for expert in range(conductor.spec.layers[index].experts):
+                with on_host(home(conductor, index, expert)) as packed:
+                    stored = weights.expert(module, expert)
+                    _write_expert(packed, math.format, math.shape, stored, conductor.cpu.threads)
 
 
 def _write_expert(packed: Tensor, fmt: ExpertFormat, shape: ExpertShape, expert: ExpertWeights, threads: int) -> None:

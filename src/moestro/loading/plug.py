@@ -30,6 +30,7 @@ from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
 from .checkpoint import is_stored
 from .config import MoestroConfig
+from .timing import spent
 
 logger = logging.getLogger("moestro")
 
@@ -151,9 +152,10 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             self._misshapen.append(f"{name} is {list(tensor.shape)} in the checkpoint, but {expected} by its config")
             return
         math = layer.conductor.math[layer.index]
-        for expert in range(layer.layout.experts):
-            packed = home(layer.conductor, layer.index, expert)
-            math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
+        with spent("packing"):
+            for expert in range(layer.layout.experts):
+                packed = home(layer.conductor, layer.index, expert)
+                math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
         self._not_loaded.discard(name)
         logger.debug("packed %s of %d experts, %d bytes as loaded", name, layer.layout.experts, tensor.nbytes)
 

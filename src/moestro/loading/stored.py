@@ -32,6 +32,7 @@ from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights, floats_of
+from .timing import spent
 
 logger = logging.getLogger("moestro")
 
@@ -76,7 +77,8 @@ def load_stored(
     conductor = attach(model, config, device, stored)
     kept = _kept_weights(model, dense, stored, dense_formats(model, config, device, stored), conductor.cpu.threads)
     _fill_dense(model, dense, device.torch_device)
-    _fill_experts(model, conductor, weights)
+    with spent("packing"):
+        _fill_experts(model, conductor, weights)
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
     for layer in modules.values():

@@ -27,6 +27,7 @@ from .base import ExpertWeights, Part
 from .names import Pieces, Renamer, alike_sizes, find_experts, small_labels, small_tensors, stored_shape
 from .safetensors import open_tensors
 
+_PAGE_BYTES = 4096
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,6 +92,13 @@ class PlainWeights:
             else:
                 weights.matrices[part] = Part(cast)
         return weights
+
+    def fetch(self, module: str) -> None:
+        """Have the pages that hold a module's experts in memory and mapped: look at one byte of each."""
+        names = {self._full(piece.name) for piece in self._experts[module].values()}
+        for name in sorted(names):
+            flat = self._tensors[name].flatten()
+            flat.view(torch.uint8)[::_PAGE_BYTES].sum()
 
     def dtype_of(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter is loaded with."""
