@@ -1,4 +1,4 @@
-"""Random checkpoints of any size, quantized and not, written as fast as the disk takes them: what loading is measured with.
+"""Random checkpoints of any size, quantized or not, written as fast as the disk takes them, to measure loading with.
 
     from benchmarks.checkpoints import KINDS, Sizes
     KINDS["fp8"](Path("folder"), Sizes(layers=8, experts=16, hidden=1024, neurons=1024))

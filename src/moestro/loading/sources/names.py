@@ -10,7 +10,7 @@ Legend: E experts, D model width, F expert neurons.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,8 +70,8 @@ def find_experts(model: Any, has: Callable[[str], bool]) -> dict[str, Pieces]:
     for name, published in _published(model, layouts).items():
         layout = layouts[name]
         own = _trace(small_labels(name, layout), layout)
-        candidates = list(_candidates(name, published, own, model.base_model_prefix))
-        found[name] = max(candidates, key=lambda pieces: _count(pieces, has))
+        candidates = _candidates(name, published, own, model.base_model_prefix)
+        found[name] = _fullest(candidates, has)
         lacking = sorted({piece.name for piece in found[name].values() if not has(piece.name)})
         if lacking:
             more = f" and {len(lacking) - 1} more tensors of its experts" if len(lacking) > 1 else ""
@@ -79,8 +79,16 @@ def find_experts(model: Any, has: Callable[[str], bool]) -> dict[str, Pieces]:
     return found
 
 
-def _count(pieces: Pieces, has: Callable[[str], bool]) -> int:
-    return sum(has(piece.name) for piece in pieces.values())
+def _fullest(candidates: Iterable[Pieces], has: Callable[[str], bool]) -> Pieces:
+    """The first of which all is there, or else the first of which most is."""
+    best, most = Pieces(), -1
+    for pieces in candidates:
+        count = sum(has(piece.name) for piece in pieces.values())
+        if count == len(pieces):
+            return pieces
+        if count > most:
+            best, most = pieces, count
+    return best
 
 
 def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pieces]:
