@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from families import FAMILIES, Family, build_model, random_ids, save_model
 from moestro import load
@@ -22,6 +23,7 @@ from moestro.bench.loading import anonymous_bytes
 from moestro.decode.dense import Packed
 from moestro.loading import load as loading
 from moestro.loading.build import home
+from moestro.loading.sources import names
 from moestro.loading.sources.plain import Unproven
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -127,9 +129,36 @@ def test_16_bits_in_the_file(name: str, dtype: torch.dtype, tmp_path: Path) -> N
 def test_square_experts_are_turned_as_transformers_turns_them(sizes: tuple[int, int], tmp_path: Path) -> None:
     """Qwen3-VL's are stored [in, out] and turned where the shape is not the model's: square ones are not."""
     save_model("qwen3_vl_moe", tmp_path, {"hidden_size": sizes[0], "moe_intermediate_size": sizes[1], "head_dim": 16})
-    with ways():
-        mine = load(str(tmp_path), device="cpu", threads=1, dtype="float32")
-    assert_same(mine, load_by_transformers(tmp_path, dtype="float32"))
+    assert_same(load_mapped(tmp_path, dtype="float32"), load_by_transformers(tmp_path, dtype="float32"))
+
+
+class _Swap(ConversionOps):
+    """Experts in the reverse order."""
+
+    def convert(self, input_dict: Any, target_patterns: list[str], **_: Any) -> dict[str, Tensor]:
+        (tensor,) = input_dict.values()
+        return {target_patterns[0]: (tensor[0] if isinstance(tensor, list) else tensor).flip(0)}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_vl_moe", "deepseek_v3"])
+def test_a_conversion_that_puts_weights_elsewhere_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and shapes are as expected, but the loader's conversion would give each expert another one's weights."""
+    save_model(name, tmp_path)
+    original = names.get_model_conversion_mapping
+
+    def changed(model: Any) -> list[Any]:
+        mapping = list(original(model))
+        for one in mapping:
+            if isinstance(one, WeightConverter) and "down_proj" in one.target_patterns[0]:
+                one.operations = [*one.operations, _Swap()]
+        return mapping
+
+    monkeypatch.setattr(names, "get_model_conversion_mapping", changed)
+    with ways() as found:
+        load(str(tmp_path), device="cpu", threads=1)
+    assert found == ["this family's experts are converted in a way that is not known here"]
 
 
 def test_a_config_without_a_dtype(tmp_path: Path) -> None:

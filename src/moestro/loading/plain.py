@@ -23,7 +23,7 @@ from transformers.utils.logging import tqdm
 from ..compute.repack import pack_stored, pack_stored_matrix
 from ..decode.dense import DenseFormats, StoredWeight, packable
 from ..engine.families import expert_modules
-from ..errors import MoestroError
+from ..errors import MoestroError, first_line
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat
 from ..memory.store import on_host
 from .build import dense_formats, home
@@ -60,7 +60,7 @@ def load_plain(
     hf_config.name_or_path = name
     dtype = _stated_dtype(folder, hf_config) if dtype == "auto" else dtype
     model = _made_on_meta(name, auto, hf_config, dtype, trust_remote_code)
-    weights = PlainWeights(model, folder)
+    weights = _proven(model, folder)
     quantizer = MoestroQuantizer(config)
     model.hf_quantizer = quantizer
     quantizer.preprocess_model(model=model, dtype=dtype)
@@ -111,6 +111,20 @@ def _made_on_meta(name: str, auto: Any, config: Any, dtype: Any, trust_remote_co
     return model
 
 
+def _proven(model: Any, folder: Path) -> PlainWeights:
+    """The weights of a folder, each of which is surely where Transformers would take it from.
+
+    Raises:
+        Unproven: saying why not.
+    """
+    try:
+        return PlainWeights(model, folder)
+    except Unproven:
+        raise
+    except Exception as error:  # names and conversions are of any family, and conversions are any code
+        raise Unproven(f"{type(error).__name__}: {first_line(error)}") from error
+
+
 def _stated_dtype(folder: Path, config: Any) -> torch.dtype:
     """The dtype of a checkpoint as Transformers finds it: its config's, its index's, or its first tensor's.
 
@@ -121,8 +135,8 @@ def _stated_dtype(folder: Path, config: Any) -> torch.dtype:
     index = folder / "model.safetensors.index.json"
     if found is None and index.exists() and not (folder / "model.safetensors").exists():
         found = json.loads(index.read_text()).get("metadata", {}).get("dtype")
-    found = getattr(torch, found, None) if isinstance(found, str) else found
     found = first_dtype(folder) if found is None else found
+    found = getattr(torch, found, None) if isinstance(found, str) else found
     if not isinstance(found, torch.dtype):
         raise Unproven("neither its config nor its files say a dtype")
     return found

@@ -1,8 +1,9 @@
 """Where the seconds of a load go.
 
-    with timing() as times:
-        model = moestro.load("demo")
-    print(times.packing_s)
+    >>> with timing() as times, spent("packing"):
+    ...     time.sleep(0.01)
+    >>> times.packing_s >= 0.01 > times.reading_s
+    True
 
 A load says by `spent` which part of it goes on; outside of a block of `timing` nothing is noted. Knows no model. Needs
 the standard library and psutil.

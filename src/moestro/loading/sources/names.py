@@ -280,15 +280,18 @@ class Renamer:
             self._waiting[target] = self.converter(pattern)
         self._waiting[target].add_tensor(target, name, pattern, tensor)
 
-    def converted(self) -> Iterator[tuple[str, Tensor]]:
+    def converted(self, model: Any = None) -> Iterator[tuple[str, Tensor]]:
         """The parameters that conversions give of the tensors that were collected.
+
+        Args:
+            model: what conversions see in place of the model.
 
         Raises:
             CheckpointError: tensors are not all there or do not fit together.
         """
         for target, converter in self._waiting.items():
             try:
-                values = converter.convert(target, model=self._model, config=self._model.config)
+                values = converter.convert(target, model=model or self._model, config=self._model.config)
             except Exception as error:  # a conversion is any code
                 raise CheckpointError(
                     f"the tensors for {target} are not all there or do not fit together ({first_line(error)})"

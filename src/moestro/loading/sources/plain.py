@@ -64,7 +64,7 @@ class PlainWeights:
         known = {name: place for name, place in places.items() if place[0] in self._state}
         of_experts = {f"{name}.{part}" for name, layout in self._layouts.items() for part in layout.parameters}
         experts = {name: place for name, place in known.items() if place[0] in of_experts}
-        _prove_experts(_Small(model, self._labels()), experts, self._sources(), self._tensors)
+        _prove_experts(renamer, _Small(model, self._labels()), experts, self._sources(), self._tensors)
         self.dense = {}
         self._add_dense(model, renamer, {name: place for name, place in known.items() if name not in experts})
         self._prove_complete(model, of_experts)
@@ -109,7 +109,7 @@ class PlainWeights:
         return base if base in self._tensors else f"{base}.weight"
 
     def _oriented(self, pieces: Pieces, layout: FamilyLayout) -> Pieces:
-        """The same, with matrices stored the other way round where their shape says so."""
+        """Pieces of matrices that are stored as [in, out] instead of [out, in], or the reverse, as their shapes say."""
         shapes = layout.shape.parts
         found = {}
         for (expert, part), piece in pieces.items():
@@ -269,6 +269,7 @@ class _Small:
 
 
 def _prove_experts(
+    renamer: Renamer,
     model: _Small,
     places: Mapping[str, tuple[str, str | None]],
     sources: Mapping[str, tuple[Tensor, tuple[int, ...]]],
@@ -287,7 +288,6 @@ def _prove_experts(
     if apart := sorted(sources.keys() ^ places.keys()):
         raise Unproven(f"{apart[0]} is not where the experts of this family are expected")
     found: dict[str, Tensor] = {}
-    renamer = Renamer(model)
     for name, (target, pattern) in places.items():
         (small, shape), tensor = sources[name], tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype not in _FLOATS:
@@ -299,7 +299,7 @@ def _prove_experts(
         else:
             found[target] = small
     try:
-        made = dict(renamer.converted())
+        made = dict(renamer.converted(model))
     except MoestroError as error:
         raise Unproven(str(error)) from error
     if doubled := sorted(made.keys() & found.keys()):
