@@ -43,9 +43,9 @@ AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16)
 for _ in range(2):
     model = None
     gc.collect()
-    start_s = time.perf_counter()
+    start_s, cpu_s = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(large, dtype=torch.bfloat16)
-    print(time.perf_counter() - start_s, flush=True)
+    print(time.perf_counter() - start_s, time.process_time() - cpu_s, flush=True)
 """
 
 _CHILD = """
@@ -59,9 +59,9 @@ seconds = []
 for _ in range(2):
     model = None
     gc.collect()
-    start_s = time.perf_counter()
+    start_s, cpu_s = time.perf_counter(), time.process_time()
     model = moestro.load(large, device="cpu", threads=int(threads))
-    seconds.append(time.perf_counter() - start_s)
+    seconds += [time.perf_counter() - start_s, time.process_time() - cpu_s]
 layers = list(zip(model.moestro.math, model.moestro.spec.layers, strict=True))
 each = [math.format.expert_bytes(math.shape) * layer.experts for math, layer in layers]
 print(*seconds, sum(each), max(each), flush=True)
@@ -81,12 +81,13 @@ print(time.perf_counter() - start_s, flush=True)
 class Load:
     """One load: seconds of the call, bytes of the packed experts, of a layer of them, and the peak above the start.
 
-    again_s: of the second call in the process. touch_s: how long the machine takes to give as much fresh memory as the
-    packed experts.
+    again_s: of the second call in the process. again_cpu_s: what that took of all cores together.
+    touch_s: how long the machine takes to give as much fresh memory as the packed experts.
     """
 
     seconds: float
     again_s: float
+    again_cpu_s: float
     touch_s: float
     packed_bytes: int
     layer_bytes: int
@@ -114,24 +115,23 @@ def watch_load(small: Path, large: Path, threads: int) -> Load:
         peak_bytes = max(peak_bytes, anonymous_bytes(child.pid))
         child.stdin.close()
         touch = child.stdout.readline()
-    if len(found) != 4 or not touch:
+    if len(found) != 6 or not touch:
         raise RuntimeError(f"could not load {large}")
-    seconds, again_s, packed_bytes, layer_bytes = found
-    memory = int(packed_bytes), int(layer_bytes), peak_bytes - before_bytes
-    return Load(float(seconds), float(again_s), float(touch), *memory)
+    times, sizes = list(map(float, found[:4])), list(map(int, found[4:]))
+    return Load(times[0], *times[2:], float(touch), *sizes, peak_bytes - before_bytes)
 
 
-def load_alone(small: Path, large: Path, threads: int) -> tuple[float, float]:
-    """Seconds of two loads by Transformers alone, in bf16, in a fresh process that has loaded a small checkpoint.
+def load_alone(small: Path, large: Path, threads: int) -> list[float]:
+    """Seconds and CPU seconds of a first and a second load by Transformers alone, in bf16, in a process as ours.
 
     Raises:
         RuntimeError: the process failed.
     """
     line = [sys.executable, "-c", _ALONE, str(small), str(large), str(threads)]
     found = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False).stdout.split()
-    if len(found) != 2:
+    if len(found) != 4:
         raise RuntimeError(f"Transformers could not load {large}")
-    return float(found[0]), float(found[1])
+    return list(map(float, found))
 
 
 def file_bytes(path: Path) -> int:
@@ -149,7 +149,7 @@ def measure(kind: str, size_bytes: int, threads: int, rounds: int) -> dict[str, 
     per_weight = {"fp8": 1.0} | dict.fromkeys(PLAIN, 2.0)
     layer_bytes = int(32 * 3 * 1024 * 1024 * per_weight.get(kind, 0.55))
     sizes = Sizes(max(4, size_bytes // layer_bytes), 32, 1024, 1024)
-    loads, alone = list[Load](), list[tuple[float, float]]()
+    loads, alone = list[Load](), list[list[float]]()
     with tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
         small = KINDS[kind](Path(folder) / "small", SMALL)
         large = KINDS[kind](Path(folder) / "large", sizes)
@@ -159,13 +159,15 @@ def measure(kind: str, size_bytes: int, threads: int, rounds: int) -> dict[str, 
             if kind in PLAIN:
                 alone.append(load_alone(small, large, threads))
     row = {"kind": kind, "file_bytes": n_bytes, "seconds": median(one.seconds for one in loads)}
+    row |= {"again_cpu_s": median(one.again_cpu_s for one in loads)}
     row |= {"again_s": median(one.again_s for one in loads), "gbps": n_bytes / row["seconds"] / 1e9}
     row |= {"again_gbps": n_bytes / row["again_s"] / 1e9, "touch_s": median(one.touch_s for one in loads)}
     row |= {"packed_bytes": loads[0].packed_bytes, "layer_bytes": loads[0].layer_bytes}
     row |= {"peak_bytes": max(one.peak_bytes for one in loads)}
     if alone:
-        row |= {"alone_s": median(first for first, _ in alone), "alone_again_s": median(again for _, again in alone)}
-        row |= {"times_alone": median(other / one.again_s for one, (_, other) in zip(loads, alone, strict=True))}
+        names = ("alone_s", "alone_cpu_s", "alone_again_s", "alone_again_cpu_s")
+        row |= {name: median(each) for name, each in zip(names, zip(*alone, strict=True), strict=True)}
+        row |= {"times_alone": median(other[2] / one.again_s for one, other in zip(loads, alone, strict=True))}
     return row
 
 
@@ -183,13 +185,14 @@ def main() -> None:
         rows.append(row)
         print(
             f"{kind:10} {row['file_bytes'] / 1e9:.2f} GB in {row['seconds']:.2f} s: {row['gbps']:.2f} GB/s; again in "
-            f"{row['again_s']:.2f} s: {row['again_gbps']:.2f} GB/s; fresh memory alone {row['touch_s']:.2f} s; "
+            f"{row['again_s']:.2f} s ({row['again_cpu_s']:.2f} s of CPU): {row['again_gbps']:.2f} GB/s; "
+            f"fresh memory alone {row['touch_s']:.2f} s; "
             f"peak {row['peak_bytes'] / row['packed_bytes']:.3f} x the packed experts"
         )
         if "alone_s" in row:
             print(
-                f"{'':10} Transformers alone {row['alone_s']:.2f} s, again {row['alone_again_s']:.2f} s: "
-                f"{row['times_alone']:.2f} x as long as ours again"
+                f"{'':10} Transformers alone {row['alone_s']:.2f} s, again {row['alone_again_s']:.2f} s "
+                f"({row['alone_again_cpu_s']:.2f} s of CPU): {row['times_alone']:.2f} x as long as ours again"
             )
     print(json.dumps({"threads": given.threads, "loads": rows}))
 

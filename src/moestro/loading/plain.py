@@ -12,6 +12,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
-from ..compute.repack import pack_stored, pack_stored_matrix
+from ..compute.repack import pack_stored_experts, pack_stored_matrix
 from ..decode.dense import DenseFormats, StoredWeight, packable
 from ..engine.families import expert_modules
 from ..errors import MoestroError, first_line
@@ -35,6 +36,7 @@ from .sources.plain import PlainWeights, Unproven, first_dtype
 from .stored import empty_model
 from .timing import spent
 
+_AT_ONCE_BYTES = 1 << 26  # of experts, between which no thread waits for another
 _DTYPES = {name: dtype for dtype, name in FLOAT_FORMATS.items()}
 
 
@@ -191,21 +193,30 @@ def _fill_experts(model: Any, weights: PlainWeights) -> None:
     for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
         math = conductor.math[index]
         weights.fetch(module)
+        layer = conductor.spec.layers[index]
+        step = max(1, _AT_ONCE_BYTES // layer.expert_bytes)
         with spent("packing"):
-            for expert in range(conductor.spec.layers[index].experts):
-                with on_host(home(conductor, index, expert)) as packed:
-                    stored = weights.expert(module, expert)
-                    _write_expert(packed, math.format, math.shape, stored, conductor.cpu.threads)
+            for first in range(0, layer.experts, step):
+                with ExitStack() as targets:
+                    some = [
+                        (targets.enter_context(on_host(home(conductor, index, each))), weights.expert(module, each))
+                        for each in range(first, min(first + step, layer.experts))
+                    ]
+                    _write_experts(some, math.format, math.shape, conductor.cpu.threads)
 
 
-def _write_expert(packed: Tensor, fmt: ExpertFormat, shape: ExpertShape, expert: ExpertWeights, threads: int) -> None:
-    """Fill an expert's bytes, uint8 [expert_bytes]. Floats that keep their dtype are read where the file has them."""
-    views: dict[str, Tensor] = {part: one.raw for part, one in expert.matrices.items()}  # type: ignore[misc]
+def _write_experts(
+    experts: list[tuple[Tensor, ExpertWeights]], fmt: ExpertFormat, shape: ExpertShape, threads: int
+) -> None:
+    """Fill experts' bytes, uint8 [expert_bytes] each. Floats that keep their dtype are read where the file has them."""
+    views: list[dict[str, Tensor]] = [{p: one.raw for p, one in each.matrices.items()} for _, each in experts]  # type: ignore[misc]
     if all(matrix.is_float for matrix in fmt.matrices.values()):
-        stored = {part: (view.to(_DTYPES[fmt.matrices[part].name]), None, None) for part, view in views.items()}
-        pack_stored(packed, fmt, shape, stored, threads=threads)
-        views = {}
-    fmt.pack(packed, shape, views | expert.biases)
+        dtypes = {part: _DTYPES[matrix.name] for part, matrix in fmt.matrices.items()}
+        stored = [{part: (view.to(dtypes[part]), None, None) for part, view in each.items()} for each in views]
+        pack_stored_experts(zip((packed for packed, _ in experts), stored, strict=True), fmt, shape, threads=threads)
+        views = [{} for _ in experts]
+    for (packed, weights), left in zip(experts, views, strict=True):
+        fmt.pack(packed, shape, left | weights.biases)
 
 
 def _take_generation_config(model: Any, name: str) -> None:

@@ -27,7 +27,7 @@ from .base import ExpertWeights, Part
 from .names import Pieces, Renamer, alike_sizes, find_experts, small_labels, small_tensors, stored_shape
 from .safetensors import open_tensors
 
-_PAGE_BYTES = 4096
+_FAULT_BYTES = 1 << 16  # that Linux maps and reads together where one byte is asked for
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -94,11 +94,11 @@ class PlainWeights:
         return weights
 
     def fetch(self, module: str) -> None:
-        """Have the pages that hold a module's experts in memory and mapped: look at one byte of each."""
+        """Have what holds a module's experts read from the disk and mapped, by looking at a byte of each 64 KiB."""
         names = {self._full(piece.name) for piece in self._experts[module].values()}
         for name in sorted(names):
             flat = self._tensors[name].flatten()
-            flat.view(torch.uint8)[::_PAGE_BYTES].sum()
+            flat.view(torch.uint8)[::_FAULT_BYTES].sum()
 
     def dtype_of(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter is loaded with."""
