@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from families import FAMILIES, Family, build_model, random_ids, save_model
 from moestro import load
 from moestro.bench.loading import anonymous_bytes
+from moestro.cli import main as cli
 from moestro.decode.dense import Packed
 from moestro.loading import load as loading
 from moestro.loading.build import home
@@ -272,6 +275,24 @@ def test_weights_that_are_no_numbers_or_nothing(kind: str, bits_of_weights: int 
     if kind == "zeros":
         with torch.no_grad():
             assert mine(random_ids()).logits.isfinite().all()
+
+
+def test_run_says_where_the_seconds_of_a_load_went(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["moestro", "run", "demo", "Once", "-n", "2", "--device", "cpu", *more])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        printed = capsys.readouterr()
+        if more:
+            times = json.loads(printed.out.splitlines()[-1])["load"]
+            assert set(times) == {"imports_s", "reading_s", "packing_s", "warm_up_s"}
+            assert all(value > 0 for value in times.values())
+        else:
+            says = r"load +imports \d+\.\d\d s, reading \d+\.\d\d s, packing \d+\.\d\d s, warm-up \d+\.\d\d s"
+            assert re.search(says, printed.err)
 
 
 def threads() -> int:
