@@ -10,13 +10,12 @@
 #include <vector>
 
 #include "arrays.h"
+#include "bindings.h"
 #include "checks.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace moestro;
-
-void bind_repack(nb::module_& m);  // bindings_repack.cpp
 
 namespace {
 
@@ -29,12 +28,16 @@ const std::string& process_level() {
   return name;
 }
 
+}  // namespace
+
 const Level& level_of(const std::string& given) {
   const std::string& name = given.empty() ? process_level() : given;
   const Level* level = find_level(name.c_str());
   if (level == nullptr) throw nb::value_error(("this CPU does not run the kernels for " + name).c_str());
   return *level;
 }
+
+namespace {
 
 struct Range {
   int64_t begin, end;
@@ -358,10 +361,11 @@ NB_MODULE(_kernels, m) {
   nb::enum_<Scale>(m, "Scale")
       .value("NONE", Scale::kNone).value("FP16", Scale::kFp16).value("BF16", Scale::kBf16).value("FP32", Scale::kFp32)
       .value("E8M0", Scale::kE8m0).value("E4M3", Scale::kE4m3).value("BLOCK", Scale::kBlock).value("K4", Scale::kK4)
-      .value("K2", Scale::kK2).value("K6", Scale::kK6).value("K3", Scale::kK3).value("IQ4XS", Scale::kIq4xs);
+      .value("K2", Scale::kK2).value("K6", Scale::kK6).value("K3", Scale::kK3).value("IQ4XS", Scale::kIq4xs)
+      .value("SHIFTED", Scale::kShifted);
   nb::enum_<Zero>(m, "Zero")
       .value("NONE", Zero::kNone).value("CONSTANT", Zero::kConstant).value("FP16", Zero::kFp16).value("INT", Zero::kInt)
-      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin);
+      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin).value("FIXED", Zero::kFixed);
   nb::class_<MatrixFormat>(m, "MatrixFormat")
       .def("__init__", &make_format, nb::kw_only(), "code"_a, "group"_a, "scale"_a, "zero"_a, "constant"_a)
       .def("panel_bytes", &bytes_of_panel, "columns"_a)
@@ -411,6 +415,7 @@ NB_MODULE(_kernels, m) {
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
       .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
   bind_repack(m);
+  bind_solver(m);
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");
 }

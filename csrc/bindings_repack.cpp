@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "bindings.h"
 #include "checks.h"
 #include "repack.h"
 

@@ -125,6 +125,7 @@ struct Coded {
   int64_t group;
   PanelLayout layout;
   int32_t constant = 0;            // comes off each code
+  float zero_step = 0;             // of a zero in fixed point
   float unit = 1;                  // the value of a code is so many times the number that kernels read
   bool adds;                       // whether there are zeros besides the constant
   bool shares_zeros;               // two whole ones in a byte
@@ -135,6 +136,7 @@ struct Coded {
       : code(f.code), scale(f.scale), zero(f.zero), group(f.group), layout(moestro::layout_of(f)), constant(f.constant),
         adds(f.zero > Zero::kConstant), shares_zeros(layout.codes <= 512 && layout.groups > 1),
         scale_bytes(moestro::scale_bytes(scale) * kPanel) {
+    if (zero == Zero::kFixed) zero_step = static_cast<float>(1 << moestro::bits_of(code)) / 256;
     if (code == Code::kE2m1) constant = 12, unit = 0.5f;
     if (code == Code::kIq4nl) constant = 127, table = kIq4nl;
     if (code == Code::kE4m3) unit = 256;
@@ -189,6 +191,20 @@ inline void load_scale(Scale scale, const uint8_t* at, V unit, float* to) {
   }
 }
 
+// Shifted scales, and zeros in fixed point.
+inline void shifted(const Coded& c, const uint8_t* unit, const uint8_t* at, Factors& f) {
+  const V step = V::set(c.zero_step), half = V::set(0.5f);
+  for_rows([&](int r) {
+    const V power = even_bf16(shift_left32<7>(I::load_bytes(unit + r)));
+    for (int g = 0; g < c.layout.groups; ++g) {
+      const V scale = power * to_float(I::load_bytes(at + g * kPanel + r));
+      const V zero = to_float(I::load_bytes(at + (c.layout.groups + g) * kPanel + r));
+      scale.store(f.scale[g] + r);
+      (scale * (half - zero * step)).store(f.add[g] + r);
+    }
+  });
+}
+
 // The scales and zeros of two levels.
 inline void two_level(const Coded& c, const uint8_t* unit, const uint8_t* at, Factors& f) {
   for_rows([&](int r) {
@@ -235,6 +251,10 @@ void factors_of(const Coded& c, const uint8_t* panel, int64_t stride, int panels
   const bool begins = l.begins_unit(chunk);
   for (int p = 0; p < panels; ++p, panel += stride, ++f) {
     if (begins) for (int64_t i = 0; i < l.unit_header; i += 64) prefetch(panel + unit + i + kAhead);
+    if (c.scale == Scale::kShifted) {
+      shifted(c, panel + unit, panel + scales, *f);
+      continue;
+    }
     if (c.scale >= Scale::kK4) {
       two_level(c, panel + unit, panel + scales, *f);
       continue;

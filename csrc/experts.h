@@ -135,6 +135,8 @@ inline int64_t chunk_blocks(const Shape& shape, int64_t n) {
   return chunk < least ? least : chunk > most ? most : chunk;
 }
 
+struct Fit;  // solver.h
+
 // One level of instruction sets. All levels compute the same mathematics.
 struct Level {
   const char* name;
@@ -154,6 +156,10 @@ struct Level {
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);
   double (*fma)(int64_t rounds);  // floating-point operations of a register-only loop
+  // Half-quadratic quantization of groups [begin, end): the errors of each iteration, and the codes after some. Both
+  // return the number of the first group with a weight that is not finite, or -1.
+  int64_t (*fit_groups)(const Fit& matrix, int64_t begin, int64_t end, double* errors);
+  int64_t (*code_groups)(const Fit& matrix, int64_t begin, int64_t end, int iterations);
 };
 
 extern const Level kScalar;

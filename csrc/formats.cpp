@@ -44,6 +44,10 @@ PanelLayout parts_of(const MatrixFormat& f) {
     case Scale::kK6: return {0, 32, 64, codes, 2, 4};
     case Scale::kK3: return {0, 32, 48, codes, 2, 4};
     case Scale::kIq4xs: return {0, 32, 32, codes, 2, 2};
+    case Scale::kShifted: {
+      const int groups = static_cast<int>(kGroup / f.group);
+      return {0, kPanel, 2 * kPanel * groups, codes, 2, groups};
+    }
     default: break;
   }
   const int64_t tensor = f.scale == Scale::kE4m3 ? 4 : 0;
@@ -81,15 +85,19 @@ int64_t least_block(const MatrixFormat& down) {
 
 const char* fault_of(const MatrixFormat& f) {
   const bool has_zero = f.zero != Zero::kNone, table = f.code == Code::kE2m1 || f.code == Code::kIq4nl;
-  if (f.code < Code::kFp32 || f.code > Code::kE4m3 || f.scale < Scale::kNone || f.scale > Scale::kIq4xs ||
-      f.zero < Zero::kNone || f.zero > Zero::kMin)
+  if (f.code < Code::kFp32 || f.code > Code::kE4m3 || f.scale < Scale::kNone || f.scale > Scale::kShifted ||
+      f.zero < Zero::kNone || f.zero > Zero::kFixed)
     return "format: no such code, scale or zero";
   if (f.is_float()) return f.scale != Scale::kNone || has_zero || f.constant ? "format: floats have no scales" : nullptr;
   if (f.scale == Scale::kNone) return "format: codes without a scale";
   if (has_zero && (table || f.code == Code::kE4m3 || f.code == Code::kS8)) return "format: a zero for codes that have none";
   if (f.zero == Zero::kConstant ? f.constant < 0 || f.constant > 255 : f.constant != 0) return "format: constant: no zero";
   if ((f.zero == Zero::kMin) != (f.scale == Scale::kK4 || f.scale == Scale::kK2)) return "format: zero: does not fit the scale";
+  if ((f.zero == Zero::kFixed) != (f.scale == Scale::kShifted)) return "format: zero: does not fit the scale";
   switch (f.scale) {
+    case Scale::kShifted:
+      if (bits_of(f.code) == 8) return "format: a shifted scale for codes of a byte";
+      return f.group != 16 && f.group != 32 && f.group != 64 ? "format: group: expected 16, 32 or 64" : nullptr;
     case Scale::kBlock: return f.group != 128 || has_zero ? "format: a block has 128 columns and no zero" : nullptr;
     case Scale::kK4: case Scale::kIq4xs: return f.group != 32 ? "format: group: expected 32" : nullptr;
     case Scale::kK2: case Scale::kK6: case Scale::kK3: return f.group != 16 ? "format: group: expected 16" : nullptr;

@@ -34,6 +34,7 @@ enum class Scale : int {
   kBlock = 6,  // a float32 for 16 rows and 128 columns
   // Small whole numbers of each group, times an fp16 of 256 columns: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K, IQ4_XS.
   kK4 = 7, kK2 = 8, kK6 = 9, kK3 = 10, kIq4xs = 11,
+  kShifted = 12,  // a byte of each group, times 2^(byte - 127) of 256 columns
 };
 
 enum class Zero : int {
@@ -43,6 +44,7 @@ enum class Zero : int {
   kInt = 3,   // a whole number of each row and group
   kAdd = 4,   // fp16, added to scale * code
   kMin = 5,   // small whole numbers times an fp16, subtracted: with the scales kK4 and kK2
+  kFixed = 6,  // a byte of each row and group: byte * 2^(bits - 8) - 1/2, with kShifted
 };
 
 struct MatrixFormat {

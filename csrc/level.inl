@@ -359,7 +359,9 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 #include "norm.inl"
 #include "dots.inl"
 #include "attention.inl"
+#include "solver.inl"
 
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, unpack_row, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of};
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, unpack_row, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of,
+                             fit_groups, code_groups};
 }

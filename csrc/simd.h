@@ -143,6 +143,7 @@ inline void to_byte_planes(int16_t* q, int64_t count) {
     _mm512_storeu_si512(q + i, _mm512_shuffle_epi8(both, order));
   }
 }
+inline I bits_of(V a) { return {_mm512_castps_si512(a.v)}; }
 inline V to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline V even_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, 16), 16))}; }
 inline V odd_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(a.v, 16))}; }
@@ -245,6 +246,7 @@ inline void to_byte_planes(int16_t* q, int64_t count) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_shuffle_epi8(both, order));
   }
 }
+inline I bits_of(V a) { return {_mm256_castps_si256(a.v)}; }
 inline V to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline V even_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a.v, 16), 16))}; }
 inline V odd_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(a.v, 16))}; }
@@ -322,6 +324,7 @@ inline I dot_pairs(I a, I b, I sum) {
   const int16x8_t x = vreinterpretq_s16_s32(a.v), y = vreinterpretq_s16_s32(b.v);
   return {vaddq_s32(sum.v, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)))};
 }
+inline I bits_of(V a) { return {vreinterpretq_s32_f32(a.v)}; }
 inline V to_float(I a) { return {vcvtq_f32_s32(a.v)}; }
 inline V even_half(I a) { return {vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(a.v, 16), 16))}; }
 inline V odd_half(I a) { return {vcvtq_f32_s32(vshrq_n_s32(a.v, 16))}; }
@@ -401,6 +404,7 @@ template <int N> inline I shift_right32(I a) { return {a.v >> N}; }
 template <int N> inline I shift_left32(I a) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) << N)}; }
 template <int N> inline I shift_right16(I a) { return I::of((a.even() & 0xFFFF) >> N, (a.odd() & 0xFFFF) >> N); }
 inline I dot_pairs(I a, I b, I sum) { return {sum.v + a.even() * b.even() + a.odd() * b.odd()}; }
+inline I bits_of(V a) { I b; memcpy(&b.v, &a.v, 4); return b; }
 inline V to_float(I a) { return {static_cast<float>(a.v)}; }
 inline V even_half(I a) { return {static_cast<float>(a.even())}; }
 inline V odd_half(I a) { return {static_cast<float>(a.odd())}; }
@@ -428,6 +432,24 @@ inline V vexp(V x) {
   p = fma(p, r, V::set(5.0000001201e-1f));
   p = fma(p, r * r, r) + V::set(1.0f);
   return p * pow2i(n);
+}
+
+// The natural logarithm of numbers in [1e-37, 1e38], to 2 units in the last place: Cephes' polynomial, on x / 2^n within
+// [sqrt(1/2), sqrt(2)).
+inline V vlog(V x) {
+  const V n = to_float(shift_right32<23>(bits_of(x) + I::set32(-0x3F3504F3)));
+  const V r = x * pow2i(V::zero() - n) - V::set(1.0f);
+  V p = V::set(7.0376836292e-2f);
+  p = fma(p, r, V::set(-1.1514610310e-1f));
+  p = fma(p, r, V::set(1.1676998740e-1f));
+  p = fma(p, r, V::set(-1.2420140846e-1f));
+  p = fma(p, r, V::set(1.4249322787e-1f));
+  p = fma(p, r, V::set(-1.6668057665e-1f));
+  p = fma(p, r, V::set(2.0000714765e-1f));
+  p = fma(p, r, V::set(-2.4999993993e-1f));
+  p = fma(p, r, V::set(3.3333331174e-1f));
+  p = fma(p * r, r * r, fma(n, V::set(-2.12194440e-4f), r * r * V::set(-0.5f)));
+  return fma(n, V::set(0.693359375f), p + r);
 }
 
 inline V vsigmoid(V x) { return V::set(1.0f) / (V::set(1.0f) + vexp(V::zero() - x)); }

@@ -65,6 +65,8 @@ const std::vector<NamedFormat>& formats() {
       {"q5_k", {C::kU5, 32, S::kK4, Z::kMin}}, {"q6_k", {C::kU6, 16, S::kK6, Z::kConstant, 32}},
       {"q2_k", {C::kU2, 16, S::kK2, Z::kMin}}, {"q3_k", {C::kU3, 16, S::kK3, Z::kConstant, 4}},
       {"iq4_nl", {C::kIq4nl, 32, S::kFp16}}, {"iq4_xs", {C::kIq4nl, 32, S::kIq4xs}},
+      {"hqq4", {C::kU4, 64, S::kShifted, Z::kFixed}}, {"hqq3", {C::kU3, 64, S::kShifted, Z::kFixed}},
+      {"hqq2", {C::kU2, 16, S::kShifted, Z::kFixed}},
       {"int4g16", {C::kU4, 16, S::kFp32, Z::kInt}}, {"int4g32", {C::kU4, 32, S::kBf16, Z::kInt}},
       {"int4g64", {C::kU4, 64, S::kFp16, Z::kInt}}, {"int4g128", {C::kU4, 128, S::kBf16, Z::kConstant, 8}},
       {"int4g128z", {C::kU4, 128, S::kFp16, Z::kInt}}, {"int4row", {C::kU4, kRow, S::kFp32, Z::kFp16}},
@@ -139,6 +141,8 @@ Pair factors_at(const MatrixFormat& f, const uint8_t* panel, const uint8_t* unit
     case Scale::kK6: case Scale::kIq4xs: return {d * static_cast<int8_t>(at[16 * g + r]), 0};
     case Scale::kK3: return {d * (six(static_cast<int>(g)) - 32), 0};
     case Scale::kBlock: return {float_at(unit), 0};
+    case Scale::kShifted:
+      return {std::ldexp(at[16 * g + r], unit[r] - 127), at[(64 / f.group + g) * 16 + r] * std::ldexp(1, info_of(f.code).bits - 8) - 0.5};
     default: break;
   }
   const int64_t groups = f.group == kRow || f.group >= 64 ? 1 : 64 / f.group;
@@ -228,8 +232,9 @@ std::vector<double> random_matrix(const MatrixFormat& format, uint8_t* packed, i
   const bool shares = format.group == kRow || format.group == 128;
   const int64_t of_unit = two_level ? 4 : format.group == kRow ? chunks : format.group == 64 ? 1 : 2;
   const int64_t own = format.scale == Scale::kK4 || format.scale == Scale::kK3 ? 48 : format.scale == Scale::kIq4xs ? 32
+                      : format.scale == Scale::kShifted ? 32 * groups
                       : two_level ? 64 : is_block || shares ? 0 : sides_bytes(groups);
-  const int64_t shared = is_block ? 4 : two_level ? (format.zero == Zero::kMin ? 64 : 32) : shares ? sides_bytes(1) : 0;
+  const int64_t shared = is_block ? 4 : format.scale == Scale::kShifted ? 16 : two_level ? (format.zero == Zero::kMin ? 64 : 32) : shares ? sides_bytes(1) : 0;
   int64_t unit_header = shared + of_unit * own;
   if (const int64_t more = (64 - unit_header % 64) % 64; two_level && more * 100 <= unit_header + of_unit * codes) unit_header += more;
   for (int64_t p = 0; p * kPanel < R; ++p) {
@@ -242,7 +247,9 @@ std::vector<double> random_matrix(const MatrixFormat& format, uint8_t* packed, i
         memset(unit, 0, unit_header);
         const double most = format.scale == Scale::kK2 ? 15 : format.scale == Scale::kK4 ? 63 : 32;
         if (is_block) { const float s = static_cast<float>(size); memcpy(unit, &s, 4); }
-        else if (two_level) {
+        else if (format.scale == Scale::kShifted) {
+          for (int r = 0; r < 16; ++r) unit[r] = static_cast<uint8_t>(p * 16 + r < R ? 127 + std::ilogb(size / 256) - static_cast<int>(rng.below(2)) : 0);
+        } else if (two_level) {
           for (int r = 0; r < 16; ++r) put16(unit + 2 * r, p * 16 + r < R ? half_of(size / most) : 0);
           if (format.zero == Zero::kMin)
             for (int r = 0; r < 16; ++r) put16(unit + 32 + 2 * r, p * 16 + r < R ? half_of(size * info.largest / 2 / most) : 0);

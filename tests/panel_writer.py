@@ -13,7 +13,7 @@ from moestro.memory.formats import Coded, MatrixFormat
 BITS = {"U2": 2, "U3": 3, "U4": 4, "U5": 5, "U6": 6, "E2M1": 4, "IQ4NL": 4}
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word is, the lowest first
-TWO_LEVEL = ("K4", "K2", "K6", "K3", "IQ4XS")
+TWO_LEVEL = ("K4", "K2", "K6", "K3", "IQ4XS", "SHIFTED")
 UNITS = dict.fromkeys(TWO_LEVEL, 256)  # columns; of other scales as their group says
 
 
@@ -96,6 +96,8 @@ class PanelWriter:
         if self.scale == "K3":
             return b"".join(bytes(s[i][r] | (s[3][r] >> 2 * i & 3) << 6 for r in range(16)) for i in range(3))
         m = [self._column(self.coded.zeros, row, first + g) for g in range(count)]
+        if self.scale == "SHIFTED":
+            return b"".join(s + m)
         if self.scale == "K2":
             return b"".join(bytes(s[g][r] | m[g][r] << 4 for r in range(16)) for g in range(4))
         b0 = bytes(s[0][r] | (m[0][r] & 3) << 6 for r in range(16))

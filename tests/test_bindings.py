@@ -509,10 +509,27 @@ def _(m: Memory) -> Row:
     out = m.hold(torch.zeros(2 * format_named("int4g32z").panel_bytes(128), dtype=torch.uint8))
     right = (matrix, 0, 32, 0, 128, out)
     wrong: list[Any] = [None, [None], [right[:5]], [(*right, 0)], [(None, *right[1:])]]
-    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-128, 1, 32, 64, 96], [0, 32, 64, 256, -1]), start=1):
+    for place, values in enumerate(
+        ([-1, 2**40], [0, 33, -16, 2**40], [-128, 1, 32, 64, 96], [0, 32, 64, 256, -1]), start=1
+    ):
         wrong += [[(*right[:place], value, *right[place + 1 :])] for value in values]
     wrong += [[(*right[:5], bad)] for bad in wrong_tensors(out, m)]
     return Row(kernels.repack, {"runner": runner(), "jobs": [right]}, {"runner": [None, 3], "jobs": wrong})
+
+
+@row("solve")
+def _(m: Memory) -> Row:
+    rows, columns, group = 9, D, 32
+    groups = -(-columns // group)
+    sizes = [0, -1, 2**40, 2**62, None]
+    values = {"runner": runner(), "level": "", "weights": numbers(m, rows, columns), "rows": rows, "columns": columns}
+    values |= {"bits": 3, "group": group, "iterate": True, "round_zero": False}
+    values["codes"] = m.hold(torch.zeros(rows, groups * group, dtype=torch.uint8))
+    values |= {name: m.hold(torch.zeros(rows, groups)) for name in ("scales", "zeros")}
+    wrong = NO_RUNNER | {"rows": [*sizes, rows - 1, rows + 1], "columns": [*sizes, columns - 1, columns + 1]}
+    wrong |= {"bits": [0, 1, 7, 9, 16, -3, 2**40, None], "group": [0, -32, 8, 16, 48, 64, 128, 256, 2**40, None]}
+    wrong |= {"iterate": [None, "yes"], "round_zero": [None, "yes"]}
+    return Row(kernels.solve, values, wrong, any_float=frozenset({"weights"}))
 
 
 def wrong_tensors(
@@ -641,11 +658,13 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     run.run_linear(level, matrix, x, out)
     run.look_up(level, matrix, m.hold(torch.randint(0, rows, (tokens,))), numbers(m, tokens, width, dtype=dtype))
     run.rms_norm(level, x, m.hold(torch.rand(width)), 1.0, 1e-6, numbers(m, tokens, width, dtype=dtype))
+    solve_odd_sizes(m, run, level, data, x)
     shape = ExpertShape(width, data.draw(st.integers(1, 150)), data.draw(st.booleans()), data.draw(st.booleans()))
     orders = data.draw(st.integers(0, 1 + shape.has_gate))
-    size = ExpertFormat(MATRIX_FORMATS[name], orders=orders).expert_bytes(shape)
+    fmt = ExpertFormat(MATRIX_FORMATS[name], orders=orders)
+    size = fmt.expert_bytes(shape)
     packed = m.hold(torch.zeros(size, dtype=torch.uint8))
-    part = range(shape.neurons if data.draw(st.booleans()) else min(64, shape.neurons))
+    part = range(shape.neurons if data.draw(st.booleans()) else min(fmt.block, shape.neurons))
     index = m.hold(torch.randint(0, tokens, (data.draw(st.integers(0, 40)),)))
     values = {"hidden": width, "neurons": shape.neurons, "has_gate": shape.has_gate, "has_bias": shape.has_bias}
     kernel = kernels.Shape(
@@ -661,6 +680,16 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     assert bool(((chosen >= 0) & (chosen < experts)).all())
     assert memory_of_attention(m, run, level, data, width, dtype)
     assert m.is_guarded()
+
+
+def solve_odd_sizes(m: Memory, run: Any, level: str, data: st.DataObject, weights: Tensor) -> None:
+    bits, group = data.draw(st.sampled_from([2, 3, 4, 5, 6, 8])), data.draw(st.sampled_from([16, 32, 64, 128]))
+    (rows, columns), groups = weights.shape, -(-weights.shape[1] // group)
+    codes = m.hold(torch.full((rows, groups * group), 255, dtype=torch.uint8))
+    scales, zeros = (m.hold(torch.full((rows, groups), torch.nan)) for _ in range(2))
+    kernels.solve(run, level, weights, rows, columns, bits, group, data.draw(st.booleans()), True, codes, scales, zeros)
+    assert int(codes.max()) < 2**bits
+    assert not bool((scales.isnan() | zeros.isnan()).any())
 
 
 def memory_of_attention(m: Memory, run: Any, level: str, data: st.DataObject, width: int, dtype: torch.dtype) -> bool:

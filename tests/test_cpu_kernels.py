@@ -31,7 +31,7 @@ TOLERANCE = 2e-6  # float32 arithmetic, against weights as the format rounded th
 def _tolerance(name: str, level: str, tokens: int) -> float:
     """Few tokens, or more in matrix tiles, meet quantized weights as 16-bit integers; in tiles bf16 as two planes."""
     tiles = level == "amx" and tokens > 8
-    if name in ("int8", "int4") and (tiles or tokens <= 16):
+    if MATRIX_FORMATS[name].is_quantized and (tiles or tokens <= 16):
         return 5e-4
     return 2e-5 if name == "bf16" and tiles else TOLERANCE
 

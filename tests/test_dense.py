@@ -57,7 +57,7 @@ def test_logits_at_fewer_bits(family: str, bits: int, tmp_path: Path) -> None:
 def test_each_part_has_its_own_bits(tmp_path: Path) -> None:
     save_model("qwen2_moe", tmp_path)
     model = load(str(tmp_path), bits=16, expert_bits=4, dense_bits=8, **ON_CPU)
-    assert {math.format.name for math in model.moestro.math} == {"int4"}
+    assert {math.format.name for math in model.moestro.math} == {"hqq4"}
     formats = {name: m.matrix.fmt.name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert formats.pop("lm_head") == "bf16"
     assert set(formats.values()) == {"int8"}

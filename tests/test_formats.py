@@ -89,8 +89,12 @@ def random_coded(fmt: MatrixFormat, rows: int, columns: int, *, finite: bool = F
         coded["zeros"] = floats(torch.float16, rows, groups)
     elif fmt.zero is Zero.MIN:
         coded["zeros"] = below(SMALL[fmt.scale], rows, groups)
-    if fmt.is_two_level:
-        supers = -(-columns // 256)
+    elif fmt.zero is Zero.FIXED:
+        coded["zeros"] = below(8, rows, groups)
+    supers = -(-columns // 256)
+    if fmt.scale is Scale.SHIFTED:
+        coded["d"] = below(8, rows, supers) % 16 + 112 if finite else below(8, rows, supers)
+    elif fmt.is_two_level:
         coded["d"] = floats(torch.float16, rows, supers)
         if fmt.zero is Zero.MIN:
             coded["dmin"] = floats(torch.float16, rows, supers)
@@ -163,11 +167,16 @@ def test_a_weight_is_scale_times_code_less_zero(fmt: MatrixFormat) -> None:
     elif fmt.scale is Scale.E4M3:
         assert coded.tensor is not None
         scale = scale.contiguous().view(torch.float8_e4m3fn).double() * coded.tensor.double()
+    elif fmt.scale is Scale.SHIFTED:
+        assert coded.d is not None
+        scale = torch.exp2(coded.d.double()[:, of_super] - 127) * scale.double()
     elif fmt.is_two_level:
         assert coded.d is not None
         signed = scale.contiguous().view(torch.int8) if fmt.scale in (Scale.K6, Scale.IQ4XS) else scale
         scale = coded.d.double()[:, of_super] * (signed.double() - (32 if fmt.scale is Scale.K3 else 0))
     zero = fmt.constant if coded.zeros is None else coded.zeros.double()[:, group]
+    if fmt.zero is Zero.FIXED:
+        zero = zero * 2**fmt.code_bits / 256 - 0.5
     if fmt.zero is Zero.MIN:
         assert coded.dmin is not None
         expected = number * scale - zero * coded.dmin.double()[:, of_super]
@@ -186,6 +195,12 @@ def test_packed_weights_are_as_small_as_in_the_file(name: str) -> None:
     bits = 8 * fmt.matrix_bytes(2048, 4096) / 2048 / 4096
     assert FILE_BITS[name] <= bits <= 1.02 * FILE_BITS[name]
     assert fmt.bits_per_weight == pytest.approx(bits, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "most"), [("hqq4", 4.30), ("hqq3", 3.30), ("hqq2", 3.05)])
+def test_scales_and_zeros_of_a_byte_keep_few_bits_small(name: str, most: float) -> None:
+    for rows, columns in ((2048, 4096), (2048, format_named(name).block)):
+        assert 8 * format_named(name).matrix_bytes(rows, columns) / rows / columns <= most
 
 
 def test_names_and_parameters_give_one_object() -> None:

@@ -46,9 +46,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     "clock": ("sun", "no clock 'sun'; there are: wall, virtual"),
     "threads": (0, "--threads 0: needs 1 to "),
     "bits": (5, "--bits 5: there are 16, 8, 4"),
-    "expert_bits": (3, "--expert-bits 3: there are 16, 8, 4"),
-    "dense_bits": (3, "--dense-bits 3: there are 16, 8, 4"),
-    "head_bits": (3, "--head-bits 3: there are 16, 8, 4"),
+    "expert_bits": (5, "--expert-bits 5: there are 16, 8, 4, 3, 2"),
+    "dense_bits": (5, "--dense-bits 5: there are 16, 8, 4, 3, 2"),
+    "head_bits": (5, "--head-bits 5: there are 16, 8, 4, 3, 2"),
     "transcode": (4, "--transcode 4: there are 8"),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {

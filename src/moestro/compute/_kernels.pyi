@@ -44,6 +44,7 @@ class Scale(Enum):
     K6 = 9
     K3 = 10
     IQ4XS = 11
+    SHIFTED = 12
 
 class Zero(Enum):
     NONE = 0
@@ -52,6 +53,7 @@ class Zero(Enum):
     INT = 3
     ADD = 4
     MIN = 5
+    FIXED = 6
 
 class MatrixFormat:
     def __init__(self, *, code: Code, group: int, scale: Scale, zero: Zero, constant: int) -> None: ...
@@ -184,5 +186,19 @@ class Stored:
     ) -> None: ...
 
 def repack(runner: Runner, jobs: Sequence[tuple[Stored, int, int, int, int, Tensor]]) -> None: ...
+def solve(
+    runner: Runner,
+    level: str,
+    weights: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group: int,
+    iterate: bool,
+    round_zero: bool,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+) -> None: ...
 def best_level() -> str: ...
 def levels() -> list[tuple[str, bool]]: ...

@@ -1,8 +1,9 @@
 """What the compiled kernels calculate on the CPU, bound to tensors; the machine's limits beside it.
 
-Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), embeddings (`look_up`) and
-norms (`rms_norm`); what goes together for a single token is in one_token.py. A layer's experts run in the kernels when
-these have their format and their family's gate (activations.py), else in the torch twin.
+Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), embeddings (`look_up`), norms
+(`rms_norm`) and the solver that quantizes (`solve_hqq`); what goes together for a single token is in one_token.py. A
+layer's experts run in the kernels when these have their format and their family's gate (activations.py), else in the
+torch twin.
 
 Legend: T tokens, D model width, n tokens of one expert, f neurons of a share.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat
+from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat, hqq_solver
 from .activations import Kernel, recognize
 from .eager import outside_of_graphs
 from .experts import ExpertMath, ExpertWork, run_experts
@@ -207,6 +208,36 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float, *, thread
     return out
 
 
+def solve_hqq(
+    matrix: Tensor, *, bits: int, group: int, fit: bool, threads: int | None = None, level: str = ""
+) -> hqq_solver.Fitted:
+    """As `hqq_solver.solve_in_torch`, for a matrix [R, K] on the CPU.
+
+    Results do not depend on the number of threads. Those of two levels are equal while all errors are below 0.17, and
+    else agree to some units in the last place before they are rounded.
+
+    Args:
+        threads: of the pool, the caller included; None for one on each physical core.
+        level: as in `CpuExperts`.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    if _kernels is None or level == "torch" or not matrix.numel():
+        return hqq_solver.solve_in_torch(matrix, bits=bits, group=group, fit=fit)
+    (rows, columns), weights = matrix.shape, _readable(matrix)
+    groups = -(-columns // group)
+    codes = torch.empty(rows, groups * group, dtype=torch.uint8)
+    scales, zeros = (torch.empty(rows, groups) for _ in range(2))
+    pool = runner(threads or len(core_cpus()))
+    try:
+        _kernels.solve(pool, level, weights, rows, columns, bits, group, fit, bits == 4, codes, scales, zeros)
+    except ValueError:
+        hqq_solver.check_finite(matrix)
+        raise
+    return hqq_solver.Fitted(codes, scales, zeros)
+
+
 def first_touch(memory: Tensor, threads: int) -> None:
     """Zero a page's first byte by the threads that will read it, so that fresh memory is laid near them.
 
@@ -293,3 +324,6 @@ def type_of(dtype: torch.dtype) -> _kernels.Type:
         raise ValueError(f"the kernels do not compute in {dtype}")
     found: _kernels.Type = getattr(_kernels.Type, FLOAT_FORMATS[dtype])
     return found
+
+
+hqq_solver.use_solver(solve_hqq)

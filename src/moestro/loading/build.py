@@ -55,6 +55,8 @@ from .gpu_need import Need
 from .methods import give_methods
 from .timing import spent
 
+_QUANTIZED = {8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}  # by bits
+
 logger = logging.getLogger("moestro")
 
 
@@ -310,7 +312,7 @@ def dense_formats(
     dtype = model.config.dtype
     return DenseFormats(
         other=MATRIX_FORMATS[_format_name(config.dense_bits or config.bits, dtype)],
-        head=MATRIX_FORMATS[_format_name(config.head_bits or config.bits, dtype)],
+        head=MATRIX_FORMATS[_format_name(config.head_bits or _head_bits(config.bits), dtype)],
         stored={} if stored is None else stored.dense,
     )
 
@@ -368,6 +370,11 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], formats: Sequence[
     )
 
 
+def _head_bits(bits: int | None) -> int | None:
+    """Bits of head and embedding where --bits alone is given: 3 and 2 would cost more quality than they save."""
+    return 16 if bits in (3, 2) else bits
+
+
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
     """The format for so many bits of a model of this dtype."""
     dtype = dtype or torch.get_default_dtype()
@@ -375,4 +382,6 @@ def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
         raise RequestError(f"weights cannot be stored as {dtype}; use float32, float16 or bfloat16")
     if bits is None:
         return FLOAT_FORMATS[dtype]
-    return f"int{bits}" if bits < 16 else "fp16" if dtype == torch.float16 else "bf16"
+    if bits < 16:
+        return _QUANTIZED[bits]
+    return "fp16" if dtype == torch.float16 else "bf16"

@@ -28,7 +28,7 @@ from .shapes import SHAPES
 
 METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
-BITS = (16, 8, 4)
+BITS = (16, 8, 4, 3, 2)
 DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
     "fp32": "float32",
     "fp16": "float16",
@@ -283,7 +283,7 @@ class Options(Checked):
         check=needs(lambda n: 1 <= n <= (os.cpu_count() or 1), f"1 to {os.cpu_count()}, the CPUs of this machine"),
     )
     bits: int | None = option(
-        None, "Bits of a weight: 16, 8 or 4.", metavar="N", unset="the checkpoint's", check=bits_in(BITS)
+        None, "Bits of a weight: 16, 8, 4, 3 or 2.", metavar="N", unset="the checkpoint's", check=bits_in(BITS)
     )
     expert_bits: int | None = option(
         None, "Bits of the experts' weights.", metavar="N", unset="--bits", check=bits_in(BITS)
@@ -299,7 +299,7 @@ class Options(Checked):
         None,
         "Bits of output head and embedding; below 16 they must be on the CPU.",
         metavar="N",
-        unset="--bits",
+        unset="--bits; 16 with --bits 3 or 2",
         check=bits_in(BITS),
     )
     transcode: int | None = option(

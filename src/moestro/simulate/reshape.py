@@ -17,8 +17,8 @@ from ..planning.contract import LayerSpec, ModelSpec, Step
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from .trace import Pass, Trace
 
-# 64 weights share 16 bits of scale in int8, and 16 of scale and 16 of zero in int4; see memory/formats.
-BITS_PER_WEIGHT = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.5}
+# Scales and zeros included: of wide matrices in int8, hqq4, hqq3 and hqq2; see memory/formats, which needs torch.
+BITS_PER_WEIGHT = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.28125, 3: 3.28125, 2: 3.03125}
 
 
 def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:

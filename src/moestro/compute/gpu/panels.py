@@ -59,7 +59,7 @@ class PanelSpec:
     @property
     def has_addend(self) -> bool:
         """Whether a group has something that the sum of its activations multiplies."""
-        return self.zero in ("fp16", "int", "add", "min")
+        return self.zero in ("fp16", "int", "add", "min", "fixed")
 
     @property
     def pieces(self) -> int:

@@ -17,6 +17,7 @@ import triton.language as tl
 from ...memory.formats import IQ4NL
 
 PANEL = tl.constexpr(16)  # rows
+_FIXED_STEP = tl.constexpr(1 / 256)  # of a zero in fixed point, in numbers of so many bits
 _TABLE = bytes(number + 128 for number in IQ4NL)  # unsigned
 _IQ4NL_0 = tl.constexpr(int.from_bytes(_TABLE[0:4], "little", signed=True))
 _IQ4NL_4 = tl.constexpr(int.from_bytes(_TABLE[4:8], "little", signed=True))
@@ -216,6 +217,10 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
         d = _half(halves + 2 * (lane + _unit_at(chunk, m)) + within, fits, False)
         small = octets + 4 * (lane + _own_at(chunk, m)) + within
         scale = d * _small_scale(small, fits, piece, m)
+    elif m.scale == "shifted":
+        power = _power_of_two(_octet(octets + 4 * (lane + _unit_at(chunk, m)) + within, fits))
+        number = _octet(octets + 4 * (lane + _own_at(chunk, m)) + piece * PANEL + within, fits)
+        scale = power * number.to(tl.float32)
     elif m.scale == "block":
         scale = tl.load(words + lane + _unit_at(chunk, m), mask=fits, other=0).to(tl.float32, bitcast=True)
     else:
@@ -224,7 +229,10 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
         if m.scale == "e4m3":
             scale *= tl.load(words + lane, mask=fits, other=0).to(tl.float32, bitcast=True)
     addend = scale
-    if m.zero == "min":
+    if m.zero == "fixed":
+        number = _octet(octets + 4 * (lane + _zeros_at(chunk, m)) + piece * PANEL + within, fits)
+        addend = (0.5 - number.to(tl.float32) * _FIXED_STEP * (1 << (m.low_bits + m.high_bits))) * scale
+    elif m.zero == "min":
         dmin = _half(halves + 2 * (lane + _unit_at(chunk, m)) + PANEL + within, fits, False)
         addend = -dmin * _small_min(octets + 4 * (lane + _own_at(chunk, m)) + within, fits, piece, m)
     elif m.zero == "int":
@@ -271,12 +279,17 @@ def _plain_scale(words, halves, octets, side, place, fits, m: tl.constexpr):
     elif m.scale == "fp16" or m.scale == "bf16":
         scale = _half(halves + 2 * side + place, fits, m.scale == "bf16")
     elif m.scale == "e8m0":
-        exponent = tl.load(octets + 4 * side + place, mask=fits, other=0).to(tl.int32)
-        bits = tl.where(exponent == 0, 1 << 22, exponent << 23)  # 2**-127 is a number without a leading 1
-        scale = bits.to(tl.float32, bitcast=True)
+        scale = _power_of_two(_octet(octets + 4 * side + place, fits))
     else:
         scale = _e4m3(tl.load(octets + 4 * side + place, mask=fits, other=0).to(tl.int32)).to(tl.float32)
     return scale
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """int32 -> float32 2 ** (exponent - 127)."""
+    bits = tl.where(exponent == 0, 1 << 22, exponent << 23)  # 2**-127 is a number without a leading 1
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .experts import ORDERS, ExpertFormat, ExpertShape, UnpackedExpert
 from .matrix import MatrixFormat, format_named, format_names, uniform
 
 MATRIX_FORMATS: dict[str, MatrixFormat] = {
-    name: format_named(name) for name in ("fp32", "fp16", "bf16", "int8", "int4")
+    name: format_named(name) for name in ("fp32", "fp16", "bf16", "int8", "int4", "hqq4", "hqq3", "hqq2")
 }
 FLOAT_FORMATS: dict[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FORMATS: dict[str, ExpertFormat] = {name: ExpertFormat(matrix) for name, matrix in MATRIX_FORMATS.items()}

@@ -34,7 +34,7 @@ class Coded:
 
     codes: uint8 [R, K]; bytes that are signed, or e4m3, as they are. scales: [R, G] in the scale's dtype, bytes as
     uint8; for `Scale.BLOCK` float32 [R, ceil(K / 128)]. zeros: [R, G], float16, or uint8 where they are whole numbers.
-    d, dmin: float16 [R, S]. tensor: float32 [], of `Scale.E4M3`.
+    d, dmin: float16 [R, S]; of `Scale.SHIFTED` d is uint8. tensor: float32 [], of `Scale.E4M3`.
     """
 
     codes: Tensor
@@ -78,6 +78,8 @@ def values(fmt: Descriptor, coded: Coded, dtype: torch.dtype = torch.float32) ->
         return numbers * spread
     assert coded.zeros is not None
     zeros = coded.zeros.to(dtype)
+    if fmt.zero is Zero.FIXED:
+        zeros = zeros * 2 ** (fmt.code_bits - 8) - 0.5
     if fmt.zero is Zero.MIN:
         assert coded.dmin is not None
         mins = zeros * coded.dmin.to(dtype).repeat_interleave(SUPER // fmt.group, 1)[:, : zeros.shape[1]]
@@ -221,7 +223,7 @@ def _scales(fmt: Descriptor, coded: Coded, dtype: torch.dtype) -> Tensor:
     """[R, G] of each group."""
     scales = coded.scales
     if fmt.scale is Scale.E8M0:
-        return torch.ldexp(torch.ones_like(scales, dtype=dtype), scales.int() - 127)
+        return _powers_of_two(scales, dtype)
     if fmt.scale is Scale.E4M3:
         assert coded.tensor is not None
         return scales.view(torch.float8_e4m3fn).to(dtype) * coded.tensor.to(dtype)
@@ -230,7 +232,13 @@ def _scales(fmt: Descriptor, coded: Coded, dtype: torch.dtype) -> Tensor:
     assert coded.d is not None
     whole = scales.view(torch.int8) if fmt.scale in (Scale.K6, Scale.IQ4XS) else scales
     whole = whole.to(dtype) - (32 if fmt.scale is Scale.K3 else 0)
-    return coded.d.to(dtype).repeat_interleave(SUPER // fmt.group, 1)[:, : whole.shape[1]] * whole
+    d = _powers_of_two(coded.d, dtype) if fmt.scale is Scale.SHIFTED else coded.d.to(dtype)
+    return d.repeat_interleave(SUPER // fmt.group, 1)[:, : whole.shape[1]] * whole
+
+
+def _powers_of_two(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """2 ** (byte - 127)."""
+    return torch.ldexp(torch.ones_like(exponents, dtype=dtype), exponents.int() - 127)
 
 
 def _spread(of_groups: Tensor, group: int, columns: int) -> Tensor:
@@ -290,7 +298,8 @@ def _read_sides(fmt: Descriptor, found: Coded, tensor: Tensor, shared: Tensor, o
         scales = shared.contiguous().view(torch.float32)[:, None, :, 0].expand(-1, PANEL, -1)
         return replace(found, scales=scales.flatten(0, 1)[:, :groups])
     if fmt.is_two_level:
-        parts = shared.contiguous().view(torch.float16).unflatten(2, (-1, PANEL))  # [P, units, d and dmin, 16]
+        of_super = torch.uint8 if fmt.scale is Scale.SHIFTED else torch.float16
+        parts = shared.contiguous().view(of_super).unflatten(2, (-1, PANEL))  # [P, units, d and dmin, 16]
         d, dmin = (_rows(parts[:, :, i], parts.shape[1]) if i < parts.shape[2] else None for i in range(2))
         scales, mins = _two_level_numbers(fmt.scale, own.unflatten(2, (-1, PANEL)))
         return replace(
@@ -317,7 +326,9 @@ def _read_sides(fmt: Descriptor, found: Coded, tensor: Tensor, shared: Tensor, o
 
 def _two_level_bytes(scale: Scale, s: Any, m: Any) -> Tensor:
     """The small numbers of each chunk's groups, uint8 [P, 16, chunks, g], as bytes [P, chunks, bytes]."""
-    if scale is Scale.K4:
+    if scale is Scale.SHIFTED:
+        arrays = [*s.unbind(-1), *m.unbind(-1)]
+    elif scale is Scale.K4:
         assert m is not None
         arrays = [
             s[..., 0] | (m[..., 0] & 3) << 6,
@@ -336,6 +347,9 @@ def _two_level_bytes(scale: Scale, s: Any, m: Any) -> Tensor:
 
 def _two_level_numbers(scale: Scale, b: Tensor) -> tuple[Tensor, Tensor | None]:
     """[P, chunks, arrays, 16] -> scales and mins, [P, chunks, g, 16] each."""
+    if scale is Scale.SHIFTED:
+        half = b.shape[2] // 2
+        return b[:, :, :half], b[:, :, half:]
     if scale is Scale.K4:
         first = b[:, :, 0] >> 6 | b[:, :, 1] >> 6 << 2 | b[:, :, 2] >> 6 << 4
         return b[:, :, :2] & 63, torch.stack((first, b[:, :, 2] & 63), 2)

@@ -45,6 +45,7 @@ class Scale(Enum):
     BLOCK = 6  # a float32 for 128 x 128 weights
     # Small whole numbers, times an fp16 of each super-group: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K and IQ4_XS.
     K4, K2, K6, K3, IQ4XS = 7, 8, 9, 10, 11
+    SHIFTED = 12  # a byte, times 2 ** (byte - 127) of each row and super-group
 
 
 class Zero(Enum):
@@ -56,6 +57,7 @@ class Zero(Enum):
     INT = 3  # a whole number of each row and group
     ADD = 4  # fp16 of each row and group, added to scale * code
     MIN = 5  # small whole numbers of each row and group, times an fp16 of each super-group, subtracted
+    FIXED = 6  # a byte of each row and group, in fixed point: byte * 2 ** (bits - 8) - 0.5
 
 
 _BITS = {Code.FP32: 32, Code.FP16: 16, Code.BF16: 16, Code.U2: 2, Code.U3: 3, Code.U5: 5, Code.U6: 6}
@@ -98,6 +100,10 @@ class Descriptor:
             return f"groups of {self.group} columns"
         if (self.zero is Zero.MIN) != (self.scale in (Scale.K4, Scale.K2)):
             return "a zero of two levels goes with a scale of two levels that has one"
+        if (self.zero is Zero.FIXED) != (self.scale is Scale.SHIFTED):
+            return "a zero in fixed point goes with a shifted scale"
+        if self.scale is Scale.SHIFTED and not (CHUNK % (self.group or 1) == 0 < self.group and self.code_bits < 8):
+            return f"shifted scales of {self.code_bits} bits and groups of {self.group} columns"
         if self.zero is not Zero.NONE and self.code not in _UNSIGNED:
             return "a zero for codes that are signed"
         fits = 0 < self.constant < 2**self.code_bits if self.zero is Zero.CONSTANT else self.constant == 0
@@ -115,8 +121,8 @@ class Descriptor:
 
     @property
     def is_two_level(self) -> bool:
-        """Whether the scales of groups are whole numbers times an fp16 of a super-group."""
-        return self.scale in _TWO_LEVEL_BYTES
+        """Whether the scales of groups are whole numbers times a number of a super-group."""
+        return self.scale in _TWO_LEVEL_BYTES or self.scale is Scale.SHIFTED
 
     @property
     def code_bits(self) -> int:
@@ -160,6 +166,8 @@ class Descriptor:
     @property
     def side_bytes(self) -> tuple[int, int, int]:
         """Bytes of what a panel has before its units, what chunks of a unit share, and what each has for itself."""
+        if self.scale is Scale.SHIFTED:
+            return 0, PANEL, 2 * PANEL * self.groups_of_chunk
         if self.is_two_level:
             return 0, PANEL * (4 if self.zero is Zero.MIN else 2), _TWO_LEVEL_BYTES[self.scale]
         if self.is_float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
 from .descriptor import ROW, Code, Descriptor, Scale, Zero
-from .quantize import quantize_int4, quantize_int8
+from .quantize import quantize_hqq, quantize_int4, quantize_int8
 
 
 class MatrixFormat(Descriptor):
@@ -26,7 +26,7 @@ class MatrixFormat(Descriptor):
     @property
     def is_packable(self) -> bool:
         """Whether weights are quantized to this format here, or are floats; a checkpoint has the others."""
-        return self.is_float or self.name in ("int8", "int4")
+        return self.is_float or self.scale is Scale.SHIFTED or self.name in ("int8", "int4")
 
     def pack(self, matrix: Tensor, *, fast: bool = False) -> Tensor:
         """[R, K] of any float dtype -> uint8 [P, panel_bytes], on the same device.
@@ -43,6 +43,8 @@ class MatrixFormat(Descriptor):
             raise ValueError(f"nothing here quantizes to {self.name}: a checkpoint has it")
         if self.name == "int8":
             return pack_codes(self, quantize_int8(matrix, self.group))
+        if self.scale is Scale.SHIFTED:
+            return pack_codes(self, quantize_hqq(matrix, self, fit=not fast))
         return pack_codes(self, quantize_int4(matrix, self.group, fit=not fast))
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -66,6 +68,9 @@ _NAMED = {
         MatrixFormat("bf16", Code.BF16),
         MatrixFormat("int8", Code.S8, 64, Scale.FP16),
         MatrixFormat("int4", Code.U4, 64, Scale.FP16, Zero.FP16),
+        MatrixFormat("hqq4", Code.U4, 64, Scale.SHIFTED, Zero.FIXED),
+        MatrixFormat("hqq3", Code.U3, 64, Scale.SHIFTED, Zero.FIXED),
+        MatrixFormat("hqq2", Code.U2, 16, Scale.SHIFTED, Zero.FIXED),
         MatrixFormat("mxfp4", Code.E2M1, 32, Scale.E8M0),
         MatrixFormat("nvfp4", Code.E2M1, 16, Scale.E4M3),
         MatrixFormat("fp8", Code.E4M3, 128, Scale.BLOCK),

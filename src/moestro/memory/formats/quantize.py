@@ -1,4 +1,9 @@
-"""int8 and int4: weights that come as floats, rounded to whole numbers with a scale for each row and group."""
+"""Weights that come as floats, rounded to whole numbers with a scale (and a zero) for each row and group.
+
+int8 has the largest of a group at 127. Fewer bits are fitted by half-quadratic quantization (`hqq_solver.py`), of which
+hqq4, hqq3 and hqq2 also keep scales and zeros in bytes, as Eliseev & Mazur do (arXiv 2312.17238, 4.2: quantized scales
+and zeros). Theirs are relative to a super-group's range; ours to a power of two, which keeps small rows beside large ones.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...errors import CheckpointError
 from .codes import Coded
+from .descriptor import SUPER, Descriptor
 from .hqq_solver import solve_hqq
+
+_MOST_BYTE = 255
+_MOST_HALF = 65504.0  # of float16
+_LEAST_HALF = 2.0**-14  # below it float16 has whole steps of 2**-24
+_MOST_ZERO = 2048.0  # up to it float16 has all whole numbers
 
 
 def quantize_int8(matrix: Tensor, group: int) -> Coded:
@@ -21,10 +33,72 @@ def quantize_int8(matrix: Tensor, group: int) -> Coded:
 
 
 def quantize_int4(matrix: Tensor, group: int, *, fit: bool = True) -> Coded:
-    """[R, K] -> whole numbers in [0, 16), a scale and a zero for each group, found by half-quadratic quantization."""
-    whole, scale, zero = solve_hqq(_groups(matrix, group), bits=4, fit=fit)
-    codes = whole.to(torch.uint8).flatten(1)[:, : matrix.shape[1]]
-    return Coded(codes, scale.squeeze(-1), zero.squeeze(-1))
+    """[R, K] -> whole numbers in [0, 16), a scale and a zero for each group, found by half-quadratic quantization.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or a group spans more than a float16 scale covers.
+    """
+    codes, scales, zeros = solve_hqq(matrix, bits=4, group=group, fit=fit)
+    # Whose scale or zero float16 would change too much.
+    is_odd = (scales < _LEAST_HALF) | (scales > _MOST_HALF) | (zeros.abs() > _MOST_ZERO)
+    if bool(is_odd.any()):
+        own = _groups(matrix, group)[is_odd]  # [n, group]
+        of_odd = _in_half(own, levels=15)
+        codes.view(*scales.shape, group)[is_odd], scales[is_odd], zeros[is_odd] = of_odd
+    return Coded(codes[:, : matrix.shape[1]], scales.half(), zeros.half())
+
+
+def _in_half(groups: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 of groups [n, group], with scales and whole zeros [n] that float16 holds.
+
+    Raises:
+        CheckpointError: a group spans more than the largest scale covers.
+    """
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    most = groups.abs().amax(1, keepdim=True)
+    wanted = torch.maximum(high / levels - low / levels, most / (_MOST_ZERO - 1))
+    widest = wanted.argmax()
+    if wanted[widest] > _MOST_HALF:
+        raise CheckpointError(
+            f"weights of a group lie between {float(low[widest]):.3g} and {float(high[widest]):.3g}, but {levels + 1} "
+            f"numbers with a float16 scale cover {levels * _MOST_HALF:,.0f}; load the checkpoint with --bits 16"
+        )
+    scale = torch.where(wanted < _LEAST_HALF, (wanted * 2**24).ceil() / 2**24, wanted).half().float()
+    safe = scale.clamp(min=2**-24)
+    zero = (-low / safe).round().clamp(-_MOST_ZERO, _MOST_ZERO)
+    codes = (groups / safe + zero).round().clamp(0, levels).to(torch.uint8)
+    return codes, scale.squeeze(1), zero.squeeze(1)
+
+
+def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
+    """[R, K] -> whole numbers, a scale and a zero of a byte for each group, and a power of two for each super-group.
+
+    The solver's scales and zeros are rounded to what bytes hold, then weights to the whole numbers that fit these best.
+    """
+    bits, most = fmt.code_bits, 2**fmt.code_bits - 1
+    _, scales, zeros = solve_hqq(matrix, bits=bits, group=fmt.group, fit=fit)
+    groups, scale, zero = _groups(matrix, fmt.group), scales[..., None], zeros[..., None]
+    # A byte has zeros between the least and the largest code. Groups that want another, and those of equal weights, of
+    # which the solver makes one large step, get a range that reaches from 0 to their weights.
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    from_zero = (zero < -0.5) | (zero > most + 0.5) | (low == high)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = torch.where(from_zero, (high - low) / most, scale)
+    zero = torch.where(from_zero, -low / scale, zero).nan_to_num(0.0)
+
+    in_super = SUPER // fmt.group
+    largest = pad(scale.squeeze(-1), (0, -scale.shape[1] % in_super)).unflatten(1, (-1, in_super)).amax(-1)
+    exponent = torch.frexp(largest / _MOST_BYTE).exponent.clamp(-127, 127)
+    power = torch.ldexp(torch.ones_like(largest), exponent).repeat_interleave(in_super, 1)[:, : scale.shape[1], None]
+    whole_scale = (scale / power).round().clamp(0, _MOST_BYTE)
+    whole_scale = torch.where((scale > 0) & (whole_scale == 0), 1, whole_scale)
+    whole_zero = ((zero + 0.5) * 2 ** (8 - bits)).round().clamp(0, _MOST_BYTE)
+
+    scale, zero = power * whole_scale, whole_zero * 2 ** (bits - 8) - 0.5
+    codes = (groups / scale + zero).nan_to_num(0.0, 0.0, 0.0).round().clamp(0, most)
+    sides = (each.squeeze(-1).to(torch.uint8) for each in (whole_scale, whole_zero))
+    exponent = torch.where(largest > 0, exponent + 127, 0)
+    return Coded(codes.to(torch.uint8).flatten(1)[:, : matrix.shape[1]], *sides, d=exponent.to(torch.uint8))
 
 
 def _groups(matrix: Tensor, group: int) -> Tensor:

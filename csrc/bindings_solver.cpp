@@ -1,0 +1,44 @@
+// What Python sees of the solver: a matrix and where its codes, scales and zeros go, checked before a weight is read.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "checks.h"
+#include "solver.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace moestro;
+
+namespace {
+
+void solve(Runner& runner, const std::string& level_name, nb::handle weights, int64_t rows, int64_t columns, int64_t bits,
+           int64_t group, bool iterate, bool round_zero, nb::handle codes, nb::handle scales, nb::handle zeros) {
+  const Level& level = level_of(level_name);
+  check_size(rows, "rows");
+  check_size(columns, "columns");
+  require((bits >= 2 && bits <= 6) || bits == 8, "bits: expected 2, 3, 4, 5, 6 or 8");
+  require(group == 16 || group == 32 || group == 64 || group == 128, "group: expected 16, 32, 64 or 128 columns");
+  const Array from(weights, "weights");
+  Fit matrix{};
+  matrix.type = from.number_type();
+  matrix.weights = static_cast<const uint8_t*>(from.numbers(matrix.type, rows * columns));
+  matrix.rows = rows, matrix.columns = columns, matrix.group = group;
+  matrix.levels = static_cast<float>((1 << bits) - 1), matrix.rounded_zero = round_zero;
+  const int64_t groups = matrix.groups();
+  matrix.codes = Array(codes, "codes").bytes(groups * group);
+  matrix.scales = Array(scales, "scales").floats(groups);
+  matrix.zeros = Array(zeros, "zeros").floats(groups);
+  nb::gil_scoped_release release;
+  fit(runner, level, matrix, iterate);
+}
+
+}  // namespace
+
+void bind_solver(nb::module_& m) {
+  m.def("solve", &solve, "runner"_a, "level"_a, "weights"_a, "rows"_a, "columns"_a, "bits"_a, "group"_a, "iterate"_a,
+        "round_zero"_a, "codes"_a, "scales"_a, "zeros"_a);
+}
