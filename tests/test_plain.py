@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from families import FAMILIES, Family, build_model, random_ids, save_model
-from moestro import load
+from moestro import MoestroError, load
 from moestro.bench.loading import anonymous_bytes
 from moestro.cli import main as cli
 from moestro.decode.dense import Packed
@@ -263,13 +263,20 @@ def numbers(kind: str, shape: torch.Size) -> Tensor:
 @pytest.mark.parametrize("bits_of_weights", [None, 8, 4])
 @pytest.mark.parametrize("kind", ["zeros", "a NaN", "infinite", "all NaN"])
 def test_weights_that_are_no_numbers_or_nothing(kind: str, bits_of_weights: int | None, tmp_path: Path) -> None:
-    """As through Transformers' loader, in an expert and in a dense layer; a matrix of zeros computes finite numbers."""
+    """As through Transformers' loader, in an expert and in a dense layer; a matrix of zeros computes finite numbers.
+
+    What has no nearest whole number is refused where weights are fitted.
+    """
     save_model("mixtral", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for ending in ("layers.1.block_sparse_moe.experts.2.w1.weight", "layers.0.self_attn.o_proj.weight"):
         name = next(name for name in tensors if name.endswith(ending))
         tensors[name] = numbers(kind, tensors[name].shape)
     stored(tmp_path, tensors)
+    if kind != "zeros" and bits_of_weights == 4:
+        with pytest.raises(MoestroError, match="only finite ones can be quantized"):
+            load_mapped(tmp_path, bits=4)
+        return
     mine = load_mapped(tmp_path, bits=bits_of_weights)
     assert_same(mine, load_by_transformers(tmp_path, bits=bits_of_weights))
     if kind == "zeros":
