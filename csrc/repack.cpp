@@ -264,6 +264,20 @@ void read_sides(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, i
   }
 }
 
+// Units of one size, of 16 rows side by side: `to` is [n][16]. A unit is a float, or a pair of bf16 columns.
+template <typename Unit>
+void interleave(const uint8_t* const from[kPanel], int64_t n, uint8_t* to) {
+  constexpr int64_t kTile = 128 / sizeof(Unit);  // two cache lines of each row at a time
+  for (int64_t k = 0; k < n; k += kTile) {
+    const int64_t stop = std::min(n, k + kTile);
+    for (int64_t i = k; i < stop; ++i) {
+      Unit units[kPanel];
+      for (int64_t r = 0; r < kPanel; ++r) memcpy(&units[r], from[r] + i * sizeof(Unit), sizeof(Unit));
+      memcpy(to + i * sizeof(units), units, sizeof(units));
+    }
+  }
+}
+
 // Floats as they are: [K][16], or for bf16 pairs of columns [K / 2][16][2].
 void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
   const Raw& raw = *job.raw;
@@ -272,13 +286,23 @@ void repack_floats(const RepackJob& job, int64_t first, uint8_t* to) {
   const int64_t rows = std::min(kPanel, job.row_begin + job.rows - first);
   const int64_t columns = std::min(job.columns, raw.columns - job.column_begin);
   const int64_t taken = std::min(rows, raw.rows_taken - first);
-  if (taken < kPanel || columns < job.columns || columns % together) memset(to, 0, bytes);
+  const auto row_at = [&](int64_t r) { return raw.codes + (raw.row_order ? raw.row_order[first + r] : first + r) * raw.row_stride; };
+  int64_t done = 0;
+  if (taken == kPanel && raw.column_stride == size && raw.column_order == nullptr) {
+    const uint8_t* from[kPanel];
+    for (int64_t r = 0; r < kPanel; ++r) from[r] = row_at(r) + job.column_begin * size;
+    const int64_t units = std::max<int64_t>(0, columns) / together;
+    size * together == 4 ? interleave<uint32_t>(from, units, to) : interleave<uint16_t>(from, units, to);
+    done = units * together;
+    if (done == job.columns) return;
+  }
+  const int64_t written = done * kPanel * size;
+  memset(to + written, 0, bytes - written);
   constexpr int64_t kTile = 32;  // columns, so that 16 rows of them stay in the first cache
-  for (int64_t k = 0; k < columns; k += kTile) {
+  for (int64_t k = done; k < columns; k += kTile) {
     const int64_t stop = std::min(columns, k + kTile);
     for (int64_t r = 0; r < taken; ++r) {
-      const int64_t row = raw.row_order ? raw.row_order[first + r] : first + r;
-      const uint8_t* from = raw.codes + row * raw.row_stride;
+      const uint8_t* from = row_at(r);
       for (int64_t i = k; i < stop; ++i) {
         const int64_t column = raw.column_order ? raw.column_order[job.column_begin + i] : job.column_begin + i;
         memcpy(to + (i / together * kPanel * together + r * together + i % together) * size, from + column * raw.column_stride, size);
