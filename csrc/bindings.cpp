@@ -16,6 +16,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace moestro;
 
+void bind_checksum(nb::module_& m);  // bindings_checksum.cpp
 void bind_repack(nb::module_& m);  // bindings_repack.cpp
 
 namespace {
@@ -410,6 +411,7 @@ NB_MODULE(_kernels, m) {
       .def("touch", &touch, "memory"_a)
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
       .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
+  bind_checksum(m);
   bind_repack(m);
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");
   m.def("levels", &levels, "Names of the compiled ISA levels, best first, and whether this CPU runs them.");

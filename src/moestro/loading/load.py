@@ -32,6 +32,7 @@ from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor
 from .config import MoestroConfig
 from .download import resolve
 from .once import remembering
+from .packed import PackedFolder, is_packed, load_packed
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source
@@ -102,7 +103,9 @@ def load_tokenizer(
         return load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     assert model is not None
     source = resolve(model, revision, weights=False)
-    if is_stored(source):
+    if is_packed(Path(source)):
+        PackedFolder(model, Path(source), weights=False)  # refuses a tokenizer that is damaged
+    elif is_stored(source):
         return open_source(source, trust_remote_code=trust_remote_code).tokenizer()
     read_config(model, source, trust_remote_code)  # first, since it says in one line that there is no such model
     try:
@@ -119,6 +122,12 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     trust_remote_code = options.trust_remote_code
     source = resolve(model, options.revision, weights=False)
     other = None if options.config is None else resolve(options.config, weights=False)
+    if is_packed(Path(source)):
+        if options.config is not None:
+            raise RequestError(f"{model} is a packed folder, which has a config of its own; leave --config out")
+        folder = PackedFolder(model, Path(resolve(model, options.revision)))
+        config = read_config(model, source, trust_remote_code)
+        return load_packed(folder, config, _auto_class(config), quantization_config, dtype, trust_remote_code)
     if is_stored(source):
         source = resolve(model, options.revision)
         stored = open_source(

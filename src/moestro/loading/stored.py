@@ -54,7 +54,7 @@ def load_stored(
         )
     hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
-    model = _empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
+    model = empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
@@ -83,7 +83,7 @@ def load_stored(
         for part in layer._moestro.layout.parameters:
             del layer._parameters[part]
     pack_rest(model, config, device, stored=stored, weights=kept)
-    _take_generation_config(model, Path(name))
+    take_generation_config(model, Path(name))
     return model.requires_grad_(False).eval()
 
 
@@ -126,7 +126,7 @@ def _kept_weights(
     return kept
 
 
-def _empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+def empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     """The model of a config on the meta device.
 
     Raises:
@@ -199,6 +199,6 @@ def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.devic
                 module._buffers[leaf] = torch.empty_like(buffer, device=device)
 
 
-def _take_generation_config(model: Any, folder: Path) -> None:
+def take_generation_config(model: Any, folder: Path) -> None:
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
