@@ -17,6 +17,7 @@ from .manifest import AGAIN, ALIGN_BYTES, MANIFEST, REST_FILE, Asked, Manifest, 
 from .runs import RunReader, Wanted, open_checked
 
 _MOST_BYTES = 1 << 30  # of moestro.json
+_LINE = 64  # bytes, as torch aligns tensors
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -154,12 +155,12 @@ def _all_of(opened: Any) -> bytes:
 
 
 def _tensor(memory: Tensor, entry: dict[str, Any]) -> Tensor:
-    """A tensor of a safetensors file, a view of its data where it is aligned."""
+    """A tensor of a safetensors file, a view of its data where that is aligned as torch's own."""
     dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
     if not 0 <= start <= stop <= memory.numel():
         raise ValueError(f"bytes {start} to {stop} of {memory.numel()}")
     part = memory[start:stop]
-    part = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()
+    part = part if part.data_ptr() % _LINE == 0 else part.clone()  # or torch's sums may differ in the last bit
     return part.view(dtype).view(entry["shape"])
 
 

@@ -29,6 +29,7 @@ from .read import DTYPES, read_manifest
 from .restore import ORDER
 
 _FILE_BYTES = 4 << 30  # of experts, about
+_LINE = 64  # bytes, as torch aligns tensors: sums of numbers that lie otherwise may differ in the last bit
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -148,7 +149,7 @@ def _write_experts(model: Any, runs: _Runs) -> tuple[Layer, ...]:
         fmt, shape = conductor.math[number].format, conductor.math[number].shape
         count = conductor.spec.layers[number].experts
         experts = tuple(runs.write(True, home(conductor, number, expert)) for expert in range(count))
-        sizes = shape.hidden, shape.neurons, shape.has_gate, shape.has_bias
+        sizes = int(shape.hidden), int(shape.neurons), shape.has_gate, shape.has_bias  # a family has a tensor of one
         layers.append(Layer(name, fmt.name, fmt.block, *sizes, experts))
     return tuple(layers)
 
@@ -194,7 +195,7 @@ def _write_rest(path: Path, tensors: Mapping[str, Tensor]) -> None:
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % _LINE)
     with path.open("wb", buffering=0) as file:
         write_all(file, memoryview(len(header).to_bytes(8, "little") + header))
         for name in names:
