@@ -509,10 +509,25 @@ def _(m: Memory) -> Row:
     out = m.hold(torch.zeros(2 * format_named("int4g32z").panel_bytes(128), dtype=torch.uint8))
     right = (matrix, 0, 32, 0, 128, out)
     wrong: list[Any] = [None, [None], [right[:5]], [(*right, 0)], [(None, *right[1:])]]
-    for place, values in enumerate(([-1, 2**40], [0, 33, -16, 2**40], [-128, 1, 32, 64, 96], [0, 32, 64, 256, -1]), start=1):
+    for place, values in enumerate(
+        ([-1, 2**40], [0, 33, -16, 2**40], [-128, 1, 32, 64, 96], [0, 32, 64, 256, -1]), start=1
+    ):
         wrong += [[(*right[:place], value, *right[place + 1 :])] for value in values]
     wrong += [[(*right[:5], bad)] for bad in wrong_tensors(out, m)]
     return Row(kernels.repack, {"runner": runner(), "jobs": [right]}, {"runner": [None, 3], "jobs": wrong})
+
+
+@row("crc32c")
+def _(m: Memory) -> Row:
+    values = {"data": m.hold(torch.randint(0, 256, (13_000,), dtype=torch.uint8)), "crc": 5, "by_tables": False}
+    wrong = {"crc": [-1, 2**32, 2**70, None], "by_tables": [None, 7]}
+    return Row(kernels.crc32c, values, wrong, any_size=frozenset({"data"}))
+
+
+@row("crc32c_combine")
+def _(m: Memory) -> Row:
+    wrong = {name: [-1, 2**32, 2**70, None] for name in ("first", "second")} | {"second_bytes": [-1, 2**70, None]}
+    return Row(kernels.crc32c_combine, {"first": 1, "second": 2, "second_bytes": 3}, wrong)
 
 
 def wrong_tensors(

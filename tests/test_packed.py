@@ -1,27 +1,21 @@
-"""Packed folders: the model that comes out is the one that went in, bit for bit, or there is one line that says why not."""
+"""Packed folders: the model that comes out is the one that went in, bit for bit."""
 
 from __future__ import annotations
 
 import json
-import struct
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from typer.testing import CliRunner
 
 from families import FAMILIES, Family, build_model, random_ids
 from moestro import load, load_tokenizer
-from moestro.cli.main import app
 from moestro.compute.checksum import _twin, combined, crc32c
 from moestro.decode.dense import Packed
-from moestro.errors import RequestError
 from moestro.loading.pack import pack
-from moestro.loading.packed import MANIFEST
-from moestro.loading.packed.read import read_manifest, runs_of, verify_packed
+from moestro.loading.packed.read import read_manifest
 from moestro.planning.options import ModelOptions, Options
 from test_sources_gguf import KNOWN, TYPES, _build, write_gguf
 from test_sources_safetensors import FAMILY, gptq, write_checkpoint
@@ -130,7 +124,8 @@ def test_on_a_device(bits: int | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("qwen3_moe", "fp8-bf16"), ("deepseek_v3", "fp8"), ("olmoe", "awq"), ("mixtral", "gptq-act-order")]
+    ("family", "kind"),
+    [("qwen3_moe", "fp8-bf16"), ("deepseek_v3", "fp8"), ("olmoe", "awq"), ("mixtral", "gptq-act-order")],
 )
 def test_quantized_safetensors(family: str, kind: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -159,7 +154,9 @@ def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     def kind_of(name: str) -> str:
         return "Q6_K" if kind == "Q4_K" and "down" in name else kind
 
-    write_gguf(path, model, KNOWN[family][0], kind_of, lambda name, weight: TYPES[kind_of(name)](kind_of(name))(name, weight))
+    write_gguf(
+        path, model, KNOWN[family][0], kind_of, lambda name, weight: TYPES[kind_of(name)](kind_of(name))(name, weight)
+    )
     expected = load(str(path), dtype="float32", threads=2)
     found = load(str(packed(str(path), tmp_path / "packed", {"dtype": "float32"})), threads=2)
     if kind == "Q4_K":

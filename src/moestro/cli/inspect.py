@@ -37,6 +37,5 @@ def print_packed(folder: str, made: Manifest) -> None:
     """One line on a packed folder that was written."""
     experts = ", ".join(dict.fromkeys(layer.format for layer in made.layers))
     dense = ", ".join(dict.fromkeys(one.format for one in made.dense)) or "not packed"
-    print(
-        f"{folder}: {format_bytes(made.n_bytes)} in {len(made.files) + 1} files, experts in {experts}, dense layers in {dense}"
-    )
+    formats = f"experts in {experts}, dense layers in {dense}"
+    print(f"{folder}: {format_bytes(made.n_bytes)} in {len(made.files) + 1} files, {formats}")

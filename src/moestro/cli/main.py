@@ -222,9 +222,14 @@ def inspect_command(
 def pack(
     source: ModelOptions,
     engine: Options,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub id, or demo.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub id, or demo.", show_default=False)
+    ],
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; a packed one is replaced.", show_default=False)
+        str,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The folder to write; a packed one is replaced.", show_default=False
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -33,6 +33,12 @@ def crc32c(data: Tensor | bytes, crc: int = 0) -> int:
     return _twin(data.numpy(), crc) if _kernels is None else _kernels.crc32c(data, crc)
 
 
+def bytes_of(data: Tensor) -> memoryview:
+    """The memory of a tensor: uint8, contiguous on the CPU."""
+    array: Any = data.numpy()
+    return memoryview(array)
+
+
 def combined(first: int, second: int, second_bytes: int) -> int:
     """The checksum of two runs of bytes that follow one another, from that of each."""
     if _kernels is not None:

@@ -40,7 +40,9 @@ def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Ma
 
         def beside(folder: Path) -> None:
             def tokenizer() -> object:
-                return load_tokenizer(model, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted)
+                return load_tokenizer(
+                    model, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
+                )
 
             write_beside(folder, path, loaded, other, None if own_files else tokenizer)
 

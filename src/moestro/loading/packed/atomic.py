@@ -1,6 +1,6 @@
 """A folder that appears under its name whole or not at all, whatever is killed at whatever moment.
 
-It is written beside its place under a name of its own, flushed to the disk, and then renamed. A folder that had the name
+It is written beside its place under another name, flushed to the disk, and then renamed. A folder that had the name
 before is exchanged with it in one step where the system can do that (Linux), and else put aside first. What a killed
 process left behind is removed by the next one that writes to the same place: a lock, which ends with its process, says
 whether that process still runs.
@@ -60,8 +60,8 @@ def new_folder(target: Path, may_replace: Callable[[Path], None]) -> Iterator[Pa
     except OSError as error:
         if error.errno in _FULL:
             raise RequestError(
-                f"the disk of {target.parent} is full; nothing is kept of {target.name}: free some space, or name a folder "
-                "on another disk"
+                f"the disk of {target.parent} is full; nothing is kept of {target.name}: free some space, or name a "
+                "folder on another disk"
             ) from error
         raise RequestError(f"{target} cannot be written: {first_line(error)}; name another folder") from error
 

@@ -19,7 +19,9 @@ _CONFIG = "config.json"
 _ALWAYS = ("generation_config.json", ".py")
 
 
-def write_beside(folder: Path, source: Path, model: Any, other: Path | None, tokenizer: Callable[[], Any] | None) -> None:
+def write_beside(
+    folder: Path, source: Path, model: Any, other: Path | None, tokenizer: Callable[[], Any] | None
+) -> None:
     """Write what stands beside the weights.
 
     Args:

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError, ModelError
-from ..choose import EXPERT_FILE, MANIFEST
+from ..choose import EXPERT_FILE
+from ..choose import MANIFEST as MANIFEST  # which the others here have from this file
 
 VERSION = 1  # of the folder: raised when what lies in it, or a number format of memory/formats, changes its bytes
 SOLVER = "hqq 0.2.8"  # what finds int4 and int8 here: changed with what memory/formats/quantize.py gives
@@ -92,7 +93,8 @@ class Manifest:
     """What moestro.json says.
 
     dtype: of the model, as torch names it. source: what it was made from, by name and fingerprint. made_by: our
-    version.
+    version. is_marked: whether Transformers had marked the model's configs as quantized, by which jamba chooses between
+    two formulas that differ in the last bit.
     """
 
     source: Mapping[str, Any]
@@ -101,6 +103,7 @@ class Manifest:
     layers: tuple[Layer, ...]
     dense: tuple[Dense, ...]
     files: Mapping[str, File]
+    is_marked: bool = False
     made_by: str = ""
     solver: str = SOLVER
     version: int = VERSION

@@ -97,7 +97,9 @@ class PackedFolder:
             entries = json.loads(memory[8 : 8 + size].numpy().tobytes())
             return {name: _tensor(memory[8 + size :], one) for name, one in entries.items()}
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{self.folder / REST_FILE} is no safetensors ({first_line(error)}); {AGAIN}") from error
+            raise CheckpointError(
+                f"{self.folder / REST_FILE} is no safetensors ({first_line(error)}); {AGAIN}"
+            ) from error
 
 
 def verify_packed(folder: Path, threads: int, done: Callable[[int], Any] = lambda n_bytes: None) -> Manifest:
@@ -162,5 +164,3 @@ def _tensor(memory: Tensor, entry: dict[str, Any]) -> Tensor:
     part = memory[start:stop]
     part = part if part.data_ptr() % _LINE == 0 else part.clone()  # or torch's sums may differ in the last bit
     return part.view(dtype).view(entry["shape"])
-
-

@@ -73,6 +73,10 @@ def load_packed(
             for part in layer._moestro.layout.parameters:
                 del layer._parameters[part]
         _check_filled(folder, model, kept)
+        if folder.manifest.is_marked:
+            for module in model.modules():
+                if hasattr(module, "config"):
+                    module.config._is_quantized = True
         pack_rest(model, config, device, stored=stored, weights=kept)
     take_generation_config(model, folder.folder)
     return model.requires_grad_(False).eval()
@@ -192,7 +196,7 @@ def _set_shared(model: Any, old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def _fill_experts(folder: PackedFolder, conductor: Conductor, reader: RunReader) -> None:
-    wanted, on_device = [], []
+    wanted, on_device = list[Wanted](), list[Wanted]()
     for key, run, what in runs_of(folder.manifest):
         if isinstance(key, tuple):
             target = home(conductor, *key)
@@ -234,5 +238,3 @@ def _known(folder: PackedFolder, find: Any, name: str) -> Any:
 
 def _misfit(folder: PackedFolder, found: str) -> CheckpointError:
     return CheckpointError(f"{folder.folder} has {found}; {AGAIN}")
-
-

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ...compute.checksum import combined, crc32c
+from ...compute.checksum import bytes_of, combined, crc32c
 from ...errors import CheckpointError, first_line
 from .manifest import AGAIN, ALIGN_BYTES, File, Run
 
@@ -117,7 +117,7 @@ class RunReader:
 
     def _share(self, one: Wanted, start: int, stop: int) -> tuple[int, int]:
         """Read bytes [start, stop) of a run; returns their checksum and number."""
-        view, crc, run = memoryview(one.target.numpy()), 0, one.run
+        view, crc, run = bytes_of(one.target), 0, one.run
         read_s = check_s = 0.0
         for at in range(start, stop, _PIECE_BYTES):
             end = min(at + _PIECE_BYTES, stop)
@@ -137,7 +137,9 @@ class RunReader:
         fill = bytearray(-one.run.n_bytes % ALIGN_BYTES)
         self._read_into(one.run.file, memoryview(fill), one.run.offset + one.run.n_bytes)
         if any(fill):
-            raise CheckpointError(f"{self._folder / one.run.file} is damaged: what fills {one.what} up is not zeros; {AGAIN}")
+            raise CheckpointError(
+                f"{self._folder / one.run.file} is damaged: what fills {one.what} up is not zeros; {AGAIN}"
+            )
 
     def _read_into(self, name: str, view: memoryview, offset: int) -> None:
         file = self._files[name]

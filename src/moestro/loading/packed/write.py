@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compute.checksum import crc32c
+from ...compute.checksum import bytes_of, crc32c
 from ...decode.dense import Packed, PackedLinear
 from ...engine.conductor import Conductor
 from ...engine.families import expert_modules
@@ -71,6 +71,7 @@ def write_packed(
             layers=layers,
             dense=dense,
             files=_files_of(folder, runs.names),
+            is_marked=hasattr(model.config, "_is_quantized"),
             made_by=version("moestro"),
         )
         _write_file(folder / MANIFEST, manifest.text(crc32c))
@@ -103,8 +104,8 @@ class _Runs:
     """Files of runs of bytes, each of which begins on a page."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._file, self._experts, self.names = folder, None, 0, list[str]()
-        self._at = 0
+        self._folder, self._experts, self._at, self.names = folder, 0, 0, list[str]()
+        self._file: Any = None
 
     def write(self, is_expert: bool, tensor: Tensor) -> Run:
         """Write bytes, uint8, on any device; returns where they are."""
@@ -112,7 +113,7 @@ class _Runs:
         file = self._file_for(is_expert, host.nbytes)
         run = Run(self.names[-1], self._at, host.nbytes, crc32c(host))
         fill = bytes(-host.nbytes % ALIGN_BYTES)
-        write_all(file, memoryview(host.numpy()))
+        write_all(file, bytes_of(host))
         write_all(file, memoryview(fill))
         self._at += host.nbytes + len(fill)
         return run
@@ -149,7 +150,7 @@ def _write_experts(model: Any, runs: _Runs) -> tuple[Layer, ...]:
         fmt, shape = conductor.math[number].format, conductor.math[number].shape
         count = conductor.spec.layers[number].experts
         experts = tuple(runs.write(True, home(conductor, number, expert)) for expert in range(count))
-        sizes = int(shape.hidden), int(shape.neurons), shape.has_gate, shape.has_bias  # a family has a tensor of one
+        sizes = shape.hidden, shape.neurons, shape.has_gate, shape.has_bias
         layers.append(Layer(name, fmt.name, fmt.block, *sizes, experts))
     return tuple(layers)
 
@@ -168,7 +169,8 @@ def _write_matrix(name: str, module: Packed, runs: _Runs) -> Dense:
     matrix = module.matrix
     dtype = str(module.weight_dtype).removeprefix("torch.")
     run = runs.write(False, matrix.packed)
-    return Dense(name, matrix.fmt.name, matrix.rows, matrix.columns, dtype, matrix.order is not None, run)
+    size = int(matrix.rows), int(matrix.columns)  # inkling counts its features with a tensor
+    return Dense(name, matrix.fmt.name, *size, dtype, matrix.order is not None, run)
 
 
 def _rest_of(model: Any) -> dict[str, Tensor]:
@@ -192,7 +194,11 @@ def _write_rest(path: Path, tensors: Mapping[str, Tensor]) -> None:
     entries, at = {}, 0
     for name in names:
         tensor = tensors[name]
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
         at += tensor.nbytes
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % _LINE)
@@ -200,7 +206,7 @@ def _write_rest(path: Path, tensors: Mapping[str, Tensor]) -> None:
         write_all(file, memoryview(len(header).to_bytes(8, "little") + header))
         for name in names:
             flat = tensors[name].detach().to("cpu").contiguous().view(-1)
-            write_all(file, memoryview(flat.view(torch.uint8).numpy()))
+            write_all(file, bytes_of(flat.view(torch.uint8)))
         os.fsync(file.fileno())
 
 
@@ -225,4 +231,3 @@ def _files_of(folder: Path, runs: list[str]) -> dict[str, File]:
             os.fsync(file.fileno())
         found[name] = File(size, crc)
     return found
-
