@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..loading.contents import Contents
-from ..loading.packed import Manifest
+from ..loading.packed.manifest import Manifest
 from ..planning.budget import format_bytes
 
 

@@ -32,7 +32,9 @@ from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor
 from .config import MoestroConfig
 from .download import resolve
 from .once import remembering
-from .packed import PackedFolder, is_packed, load_packed
+from .packed.manifest import is_packed
+from .packed.read import PackedFolder
+from .packed.restore import load_packed
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source

@@ -10,12 +10,12 @@ from .download import resolve
 from .hub import find_files
 from .load import load, load_tokenizer
 from .once import remembering
-from .packed import Manifest, is_packed, write_packed
 from .packed.beside import write_beside
 from .packed.fingerprint import fingerprint, name_of
+from .packed.manifest import Manifest, is_packed
 from .packed.read import read_manifest
 from .packed.restore import asked_bits
-from .packed.write import refuse_replacing
+from .packed.write import refuse_replacing, write_packed
 
 
 def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Manifest:

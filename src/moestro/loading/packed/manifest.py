@@ -135,17 +135,30 @@ def is_packed(folder: Path) -> bool:
 AGAIN = "make it again with moestro pack, or copy it again"
 
 
-def parse_manifest(folder: str, text: bytes, crc32c: Callable[[bytes], int] | None) -> Manifest:
+def slow_crc32c(data: bytes) -> int:
+    """As `compute/checksum.py` has it, in plain Python, for what does without torch."""
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+def parse_manifest(folder: str, text: bytes, crc32c: Callable[[bytes], int] = slow_crc32c) -> Manifest:
     """What a moestro.json says.
 
     Args:
-        folder: for messages. crc32c: what makes checksums; None to trust it, where nothing is computed from it.
+        folder: for messages. crc32c: what makes checksums.
 
     Raises:
         CheckpointError: it is damaged. ModelError: another version of Moestro made it.
     """
     frame = _FRAME.fullmatch(text)
-    if frame is None or (crc32c is not None and crc32c(frame[2]) != int(frame[1], 16)):
+    if frame is None or crc32c(frame[2]) != int(frame[1], 16):
         raise CheckpointError(f"{folder}: its {MANIFEST} is damaged or cut short ({len(text)} bytes); {AGAIN}")
     try:
         values = json.loads(frame[2])

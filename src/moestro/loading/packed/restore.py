@@ -90,7 +90,8 @@ def _expert_formats(folder: PackedFolder, model: Any) -> list[ExpertFormat]:
     """
     layers, modules = folder.manifest.layers, expert_modules(model)
     if [layer.module for layer in layers] != list(modules):
-        raise _misfit(folder, f"experts of {len(layers)} layers, where its config makes {len(modules)}")
+        names = [", ".join(names) for names in ([layer.module for layer in layers], modules)]
+        raise _misfit(folder, f"experts of {names[0] or 'no module'}, where its config makes {names[1] or 'none'}")
     formats = []
     for layer in layers:
         layout = FamilyLayout.of(layer.module, modules[layer.module])

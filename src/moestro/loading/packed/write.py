@@ -20,7 +20,7 @@ from ...compute.checksum import bytes_of, crc32c
 from ...decode.dense import Packed, PackedLinear
 from ...engine.conductor import Conductor
 from ...engine.families import expert_modules
-from ...errors import ModelError, MoestroError, RequestError
+from ...errors import ModelError, MoestroError, RequestError, first_line
 from ...planning.budget import format_bytes
 from ..build import home
 from .atomic import new_folder
@@ -50,7 +50,10 @@ def write_packed(
     rest, matrices = _rest_of(model), list(_packed_of(model))
     n_bytes = model.moestro.spec.expert_bytes + sum(m.matrix.packed.nbytes for _, m in matrices)
     n_bytes += sum(tensor.nbytes for tensor in rest.values())
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{target} cannot be written: {first_line(error)}; name another folder") from error
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
         raise RequestError(
