@@ -16,6 +16,7 @@ from ..logs import keep_traceback, set_up_logging
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
+from .cache import cache
 from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
 from .terminal import (
     AnswerPrinter,
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would take the square brackets of a default for markup
 )
 app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
+from .cached import load_cached
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .download import resolve
@@ -141,6 +143,15 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     config = read_config(options.config or model, other or source, trust_remote_code)
     auto = _auto_class(config)
     source = resolve(model, options.revision)
+    load_plain = partial(_load_plain, model, source, config, auto, quantization_config, dtype, trust_remote_code)
+    places = Path(source), None if other is None else Path(other)
+    return load_cached(model, config, auto, quantization_config, dtype, options, places, load_plain)
+
+
+def _load_plain(
+    model: str, source: str, config: Any, auto: Any, quantization_config: Any, dtype: Any, trust_remote_code: bool
+) -> Any:
+    """The model of a checkpoint that is not quantized, through Transformers' loader."""
     check_files(Path(source))
     with _loading_report() as report:
         try:

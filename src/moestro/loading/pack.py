@@ -32,7 +32,9 @@ def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Ma
     with remembering():
         wanted = find_files(model, source.revision)
         found = {"model": name_of(model, wanted), "fingerprint": fingerprint(wanted)}
-        loaded = load(model, **{**options.to_dict(), "device": "cpu", "fuse": False}, **source.to_dict())
+        loaded = load(
+            model, **{**options.to_dict(), "device": "cpu", "fuse": False, "cache": False}, **source.to_dict()
+        )
         path = Path(resolve(model, source.revision))
         other = None if source.config is None else Path(resolve(source.config, weights=False))
         own_files = source.tokenizer is None and path.is_dir() and not any(path.glob("*.gguf"))

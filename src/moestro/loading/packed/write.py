@@ -47,9 +47,7 @@ def write_packed(
         RequestError: something else is there, or the disk is full. ModelError: it has a tensor that cannot be kept.
     """
     refuse_replacing(target)
-    rest, matrices = _rest_of(model), list(_packed_of(model))
-    n_bytes = model.moestro.spec.expert_bytes + sum(m.matrix.packed.nbytes for _, m in matrices)
-    n_bytes += sum(tensor.nbytes for tensor in rest.values())
+    rest, matrices, n_bytes = _rest_of(model), list(_packed_of(model)), bytes_of_model(model)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,6 +77,12 @@ def write_packed(
         )
         _write_file(folder / MANIFEST, manifest.text(crc32c))
     return manifest
+
+
+def bytes_of_model(model: Any) -> int:
+    """The bytes of a loaded model's weights, about those of its packed folder."""
+    dense = sum(module.matrix.packed.nbytes for _, module in _packed_of(model))
+    return int(model.moestro.spec.expert_bytes) + dense + sum(tensor.nbytes for tensor in _rest_of(model).values())
 
 
 def refuse_replacing(target: Path) -> None:
