@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from families import FAMILIES, Family, build_model, random_ids
+from hub_server import Repo, hub_server, run_python
 from moestro import load, load_tokenizer
 from moestro.compute.checksum import _twin, combined, crc32c
 from moestro.decode.dense import Packed
+from moestro.errors import CheckpointError
+from moestro.loading.contents import inspect_model
 from moestro.loading.pack import pack
-from moestro.loading.packed.read import read_manifest
+from moestro.loading.packed.manifest import MANIFEST, slow_crc32c
+from moestro.loading.packed.read import read_manifest, runs_of, verify_packed
 from moestro.planning.options import ModelOptions, Options
 from test_sources_gguf import KNOWN, TYPES, _build, write_gguf
 from test_sources_safetensors import FAMILY, gptq, write_checkpoint
@@ -185,3 +191,60 @@ def test_each_family(family: Family, tmp_path: Path) -> None:
         tensor.data = tensor.data.clone()
     with torch.no_grad():
         assert torch.equal(found(random_ids()).logits, expected(random_ids()).logits)
+
+
+def test_from_the_hub(tmp_path: Path) -> None:
+    """A folder that was shared there is fetched whole, and answers as the model that it was made of."""
+    folder = packed("demo", tmp_path / "packed", bits=4)
+    arguments = ["-m", "moestro.cli.main", "run", "org/packed", "Once upon a time", "-n", "6", "--temperature", "0"]
+    with hub_server() as hub:
+        hub.repos["org/packed"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
+        done = run_python(hub, tmp_path / "home", *arguments)
+    tokenizer = load_tokenizer("demo")
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    wanted = load("demo", bits=4, threads=2, cache=False).generate(ids, **GREEDY)[0]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(tokenizer.decode(wanted, skip_special_tokens=True)), done.stdout
+
+
+def test_what_a_packed_folder_is_by_its_headers(tmp_path: Path) -> None:
+    """As many weights of each part as the checkpoint has, and the bits that were asked for."""
+    folder = packed("demo", tmp_path / "packed", expert_bits=4, dense_bits=8)
+    found, plain = inspect_model(str(folder)), inspect_model("demo")
+    assert found.kind == "packed"
+    assert (found.architecture, found.layers, found.experts) == (plain.architecture, plain.layers, plain.experts)
+    assert found.parts["experts"].weights == plain.parts["experts"].weights
+    assert found.parts["attention"].weights == plain.parts["attention"].weights
+    assert (found.parts["experts"].bits, found.parts["attention"].bits) == (4.5, 8.25)
+    assert found.n_bytes == sum(
+        path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".safetensors")
+    )
+    assert safetensors.torch.load_file(folder / "rest.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert slow_crc32c(b"123456789") == 0xE3069283
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b"int4", b"int8", 1))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        inspect_model(str(folder))
+
+
+def test_a_new_file_of_experts_begins_where_one_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moestro.loading.packed.write._FILE_BYTES", 1 << 20)
+    folder = packed("demo", tmp_path / "packed", bits=8)
+    sizes = [path.stat().st_size for path in sorted(folder.glob("experts-*.bin"))]
+    assert len(sizes) > 5
+    assert max(sizes) <= 1 << 20
+    assert {run.offset % 4096 for _, run, _ in runs_of(verify_packed(folder, 2))} == {0}
+    same(load(str(folder), threads=2), load("demo", bits=8, threads=2, cache=False), torch.arange(3, 40)[None])
+
+
+def test_large_runs_are_read_in_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several threads, in pieces, where the system reads at a place of its own and where it does not."""
+    folder = packed("demo", tmp_path / "packed", bits=4)
+    expected = load(str(folder), threads=2)
+    monkeypatch.setattr("moestro.loading.packed.runs._SHARE_BYTES", 10_000)
+    monkeypatch.setattr("moestro.loading.packed.runs._PIECE_BYTES", 3_000)
+    for has_preadv in (True, False):
+        if not has_preadv:
+            monkeypatch.delattr(os, "preadv", raising=False)
+        found = load(str(folder), threads=2)
+        for key in expected.moestro.store.experts:
+            assert torch.equal(found.moestro.store[key], expected.moestro.store[key])

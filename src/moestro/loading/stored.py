@@ -200,5 +200,6 @@ def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.devic
 
 
 def take_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation_config.json of its folder, where there is one."""
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -29,15 +29,21 @@ def fingerprint(wanted: Wanted) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    if wanted.commit:
-        return _hash(["hub", wanted.repo, wanted.commit, sorted(wanted.sizes)])
+    if commit := _commit(wanted):
+        return _hash(["hub", wanted.repo, commit, sorted(wanted.weights)])
     assert wanted.root is not None
     return _hash(["files", [_file(wanted.root, name) for name in sorted(wanted.sizes)]])
 
 
 def name_of(model: str, wanted: Wanted) -> str:
     """What a model is called, without where it lies on this machine."""
-    return f"{wanted.repo}@{wanted.commit}" if wanted.commit else Path(model).name
+    commit = _commit(wanted)
+    return f"{wanted.repo}@{commit}" if commit else Path(model).name
+
+
+def _commit(wanted: Wanted) -> str:
+    """The commit of a repository of the hub; without a connection, that of the snapshot in its cache. Else empty."""
+    return wanted.commit or (wanted.root.name if wanted.repo and wanted.root is not None else "")
 
 
 def _file(root: Path, name: str) -> list[Any]:
