@@ -414,6 +414,7 @@ NB_MODULE(_kernels, m) {
       .def("touch", &touch, "memory"_a)
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
       .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
+  bind_checksum(m);
   bind_repack(m);
   bind_solver(m);
   m.def("best_level", [] { return level_of("").name; }, "Of this process, by name; ValueError if this CPU does not run it.");

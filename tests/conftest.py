@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import secrets
 import sys
 import zlib
 from collections.abc import Iterator
@@ -72,6 +73,12 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.
     if fixturedef.scope != "function":  # which test comes first to it is chance
         _seed(request.config, f"{fixturedef.baseid} {fixturedef.argname} {getattr(request, 'param', '')!r}")
     return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has an empty cache of its own, so that what it loads was made by it."""
+    monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{secrets.token_hex(8)}"))
 
 
 @pytest.hookimpl(wrapper=True)

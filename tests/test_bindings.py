@@ -546,6 +546,19 @@ def _(m: Memory) -> Row:
     return Row(kernels.write_fitted, values, wrong, any_float=frozenset({"weights"}))
 
 
+@row("crc32c")
+def _(m: Memory) -> Row:
+    values = {"data": m.hold(torch.randint(0, 256, (13_000,), dtype=torch.uint8)), "crc": 5, "by_tables": False}
+    wrong = {"crc": [-1, 2**32, 2**70, None], "by_tables": [None, 7]}
+    return Row(kernels.crc32c, values, wrong, any_size=frozenset({"data"}))
+
+
+@row("crc32c_combine")
+def _(m: Memory) -> Row:
+    wrong = {name: [-1, 2**32, 2**70, None] for name in ("first", "second")} | {"second_bytes": [-1, 2**70, None]}
+    return Row(kernels.crc32c_combine, {"first": 1, "second": 2, "second_bytes": 3}, wrong)
+
+
 def wrong_tensors(
     right: Tensor, m: Memory, *, any_float: bool = False, any_size: bool = False, optional: bool = False
 ) -> list[Any]:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..loading.contents import Contents
+from ..loading.packed.manifest import Manifest
 from ..planning.budget import format_bytes
 
 
@@ -30,3 +31,11 @@ def print_contents(found: Contents) -> None:
     console.print(table)
     if found.transcode:
         console.print(f"{', '.join(found.transcode)}: loads with --transcode 8, which rounds such weights to 8.25 bits")
+
+
+def print_packed(folder: str, made: Manifest) -> None:
+    """One line on a packed folder that was written."""
+    experts = ", ".join(dict.fromkeys(layer.format for layer in made.layers))
+    dense = ", ".join(dict.fromkeys(one.format for one in made.dense)) or "not packed"
+    formats = f"experts in {experts}, dense layers in {dense}"
+    print(f"{folder}: {format_bytes(made.n_bytes)} in {len(made.files) + 1} files, {formats}")

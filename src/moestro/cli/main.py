@@ -16,6 +16,7 @@ from ..logs import keep_traceback, set_up_logging
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
+from .cache import cache
 from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
 from .terminal import (
     AnswerPrinter,
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would take the square brackets of a default for markup
 )
 app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
 
 
 @app.callback(invoke_without_command=True)
@@ -218,6 +220,42 @@ def inspect_command(
         print_contents(contents)
 
 
+@app.command(epilog="Example: moestro pack mistralai/Mixtral-8x7B-Instruct-v0.1 -o mixtral-4bit --bits 4")
+@takes_options(
+    only=(
+        *("revision", "config", "tokenizer", "trust_remote_code", "dtype"),
+        *("ram", "threads", "bits", "expert_bits", "dense_bits", "head_bits", "transcode"),
+    )
+)
+def pack(
+    source: ModelOptions,
+    engine: Options,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub id, or demo.", show_default=False)
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The folder to write; a packed one is replaced.", show_default=False
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write a model as a packed folder: quantized once, it is a MODEL that loads without quantizing."""
+    from pathlib import Path
+
+    from ..loading.pack import pack as pack_model
+    from .inspect import print_packed
+
+    if as_json:
+        _hide_progress()
+    made = pack_model(model, Path(output).expanduser(), source, engine)
+    if as_json:
+        print(json.dumps({"folder": output, "n_bytes": made.n_bytes, "n_files": len(made.files) + 1}))
+    else:
+        print_packed(output, made)
+
+
 @app.command(epilog="Example: moestro doctor")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")] = False,
@@ -246,8 +284,6 @@ def _load(
 
     quiet: show nothing of a download.
     """
-    from huggingface_hub.utils import disable_progress_bars
-
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
     from ..loading.once import remembering
@@ -257,7 +293,7 @@ def _load(
     if not model and source.shape is None:
         raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
     if quiet:
-        disable_progress_bars()
+        _hide_progress()
     trusted = source.trust_remote_code
     with remembering():
         tokenizer = load_tokenizer(
@@ -268,6 +304,12 @@ def _load(
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
     return loaded, tokenizer
+
+
+def _hide_progress() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
 
 
 def main() -> None:

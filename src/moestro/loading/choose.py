@@ -16,6 +16,8 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.IGNORECASE)
 _QUANT = re.compile(
     r"(?:^|[-._ ])((?:UD-)?(?:I?Q\d|TQ\d|MXFP4|NVFP4|FP8|BF16|FP?16|FP?32)(?:_[a-z0-9]+)*)$", re.IGNORECASE
 )
+MANIFEST = "moestro.json"  # of a packed folder
+EXPERT_FILE = re.compile(r"experts-\d{5}\.bin")  # of a packed folder
 _BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -127,3 +129,11 @@ def _label(stem: str) -> str:
     last = stem.rsplit("/", 1)[-1]
     quant = _QUANT.search(last)
     return quant[1] if quant else last
+
+
+def choose_packed(names: Iterable[str]) -> list[str]:
+    """The files of weights of a packed folder; none where it is not one."""
+    names = list(names)
+    if MANIFEST not in names:
+        return []
+    return [name for name in names if EXPERT_FILE.fullmatch(name) or name in ("dense.bin", "rest.safetensors")]

@@ -18,6 +18,7 @@ from .choose import has_tokenizer
 from .gguf_header import TRANSCODED
 from .headers import TensorHeader, read_header
 from .hub import Wanted, find_files
+from .packed.manifest import MANIFEST, REST_FILE, parse_manifest
 
 _AT_ONCE = 8  # headers
 _PARTS = (  # the first that a tensor's name fits
@@ -57,7 +58,7 @@ class Contents:
     """What `moestro inspect` says of a model. None or 0 is what its files do not say."""
 
     model: str
-    kind: str  # "safetensors", "GGUF" or "pickle"
+    kind: str  # "safetensors", "GGUF" or "packed"
     architecture: str
     layers: int
     experts: int
@@ -83,6 +84,8 @@ def inspect_model(model: str, revision: str | None = None) -> Contents:
         MoestroError: no such model, or its files are damaged; one line.
     """
     wanted = find_files(model, revision)
+    if MANIFEST in wanted.sizes:
+        return _packed(wanted)
     if any(name.endswith(".bin") for name in wanted.weights):
         raise CheckpointError(
             f"{model} has its weights in pickles (.bin), whose contents cannot be seen without loading"
@@ -120,6 +123,35 @@ def _gguf(wanted: Wanted, metadata: Mapping[str, Any], tensors: Iterable[TensorH
 
 
 def _safetensors(wanted: Wanted, tensors: Iterable[TensorHeader]) -> Contents:
+    text = _config(wanted)[1]
+    quantized = text.get("quantization_config")
+    quantized = quantized if isinstance(quantized, dict) else {}
+    method = str(quantized.get("quant_method") or quantized.get("quant_algo") or "").lower()
+    bits = _packed_bits(quantized)
+    return _by_config(wanted, _by_part((tensor, *_weights(tensor, method, bits)) for tensor in tensors), method)
+
+
+def _packed(wanted: Wanted) -> Contents:
+    """Of a packed folder, by its moestro.json and the header of what is not packed."""
+    manifest = parse_manifest(wanted.model, wanted.read(MANIFEST))
+    rest = [one for one in read_header(wanted, REST_FILE).tensors if not one.name.startswith("moestro.")]
+    found = [(one, math.prod(one.shape), one.dtype) for one in rest]
+    for one in manifest.dense:
+        size = one.rows, one.columns
+        found.append((TensorHeader(one.name, one.format, size, one.run.n_bytes), math.prod(size), one.format))
+    for layer in manifest.layers:
+        n_bytes = sum(run.n_bytes for run in layer.experts)
+        header = TensorHeader(f"{layer.module}.experts", layer.format, (), n_bytes)
+        found.append((header, layer.weights, layer.format))
+    return _by_config(wanted, _by_part(found))
+
+
+def _config(wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A folder's config.json, and what it says of the text model.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
     if "config.json" not in wanted.sizes:
         raise CheckpointError(f"{wanted.model} has no config.json; name the folder of a Hugging Face checkpoint")
     try:
@@ -127,21 +159,21 @@ def _safetensors(wanted: Wanted, tensors: Iterable[TensorHeader]) -> Contents:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{wanted.model}: its config.json cannot be read ({first_line(error)})") from error
     text = config.get("text_config")
-    text = {**config, **text} if isinstance(text, dict) else config
+    return config, {**config, **text} if isinstance(text, dict) else config
+
+
+def _by_config(wanted: Wanted, parts: Mapping[str, Part], method: str = "") -> Contents:
+    """The contents of a folder with a config.json. method: by which its weights are quantized."""
+    config, text = _config(wanted)
 
     def number(*names: str) -> int:
         return next((found for name in names if (found := _whole(text.get(name)))), 0)
 
-    quantized = text.get("quantization_config")
-    quantized = quantized if isinstance(quantized, dict) else {}
-    method = str(quantized.get("quant_method") or quantized.get("quant_algo") or "").lower()
-    bits = _packed_bits(quantized)
-    parts = _by_part((tensor, *_weights(tensor, method, bits)) for tensor in tensors)
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else str(config.get("model_type", "unknown"))
     return Contents(
         model=wanted.model,
-        kind="safetensors",
+        kind="packed" if MANIFEST in wanted.sizes else "safetensors",
         architecture=architecture,
         layers=number("num_hidden_layers", "n_layer", "num_layers"),
         experts=number("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),

@@ -24,7 +24,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from ..errors import CheckpointError, ModelError, MoestroError, first_line
-from .choose import beside_weights, choose_gguf, choose_safetensors, gguf_parts
+from .choose import beside_weights, choose_gguf, choose_packed, choose_safetensors, gguf_parts
 from .once import once
 
 DEMO = "demo"
@@ -173,7 +173,7 @@ def _choose(listed: Wanted, quant: str | None, weights: bool) -> Wanted:
     names = listed.sizes
     chosen: list[str] = []
     if quant is None:
-        chosen = choose_safetensors(listed.model, names, listed.read) if weights else []
+        chosen = (choose_packed(names) or choose_safetensors(listed.model, names, listed.read)) if weights else []
         only_gguf = not any(name.endswith((".safetensors", ".bin")) for name in names)
     if quant is not None or (only_gguf and any(name.lower().endswith(".gguf") for name in names)):
         chosen = choose_gguf(listed.model, names, quant)

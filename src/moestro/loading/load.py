@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
+from .cached import load_cached
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .download import resolve
 from .once import remembering
 from .plain import load_plain
+from .packed.manifest import is_packed
+from .packed.read import PackedFolder
+from .packed.restore import load_packed
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source
@@ -104,7 +109,9 @@ def load_tokenizer(
         return load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     assert model is not None
     source = resolve(model, revision, weights=False)
-    if is_stored(source):
+    if is_packed(Path(source)):
+        PackedFolder(model, Path(source), weights=False)  # refuses a tokenizer that is damaged
+    elif is_stored(source):
         return open_source(source, trust_remote_code=trust_remote_code).tokenizer()
     read_config(model, source, trust_remote_code)  # first, since it says in one line that there is no such model
     try:
@@ -121,6 +128,12 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     trust_remote_code = options.trust_remote_code
     source = resolve(model, options.revision, weights=False)
     other = None if options.config is None else resolve(options.config, weights=False)
+    if is_packed(Path(source)):
+        if options.config is not None:
+            raise RequestError(f"{model} is a packed folder, which has a config of its own; leave --config out")
+        folder = PackedFolder(model, Path(resolve(model, options.revision)))
+        config = read_config(model, source, trust_remote_code)
+        return load_packed(folder, config, _auto_class(config), quantization_config, dtype, trust_remote_code)
     if is_stored(source):
         source = resolve(model, options.revision)
         stored = open_source(
@@ -132,6 +145,15 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     config = read_config(options.config or model, other or source, trust_remote_code)
     auto = _auto_class(config)
     source = resolve(model, options.revision)
+    load_plain = partial(_load_plain, model, source, config, auto, quantization_config, dtype, trust_remote_code)
+    places = Path(source), None if other is None else Path(other)
+    return load_cached(model, config, auto, quantization_config, dtype, options, places, load_plain)
+
+
+def _load_plain(
+    model: str, source: str, config: Any, auto: Any, quantization_config: Any, dtype: Any, trust_remote_code: bool
+) -> Any:
+    """The model of a checkpoint that is not quantized, through Transformers' loader."""
     check_files(Path(source))
     with _loading_report() as report:
         try:

@@ -85,7 +85,7 @@ def load_stored(
         for part in layer._moestro.layout.parameters:
             del layer._parameters[part]
     pack_rest(model, config, device, stored=stored, weights=kept)
-    _take_generation_config(model, Path(name))
+    take_generation_config(model, Path(name))
     return model.requires_grad_(False).eval()
 
 
@@ -201,6 +201,7 @@ def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.devic
                 module._buffers[leaf] = torch.empty_like(buffer, device=device)
 
 
-def _take_generation_config(model: Any, folder: Path) -> None:
+def take_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation_config.json of its folder, where there is one."""
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

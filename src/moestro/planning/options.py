@@ -309,6 +309,7 @@ class Options(Checked):
         unset="none",
         check=bits_in((8,)),
     )
+    cache: bool = option(True, "Keep weights that had to be quantized in the cache, and load them from there.")
     fuse: bool = option(
         True,
         "Run a decode step in few calls: fused on the CPU, captured and replayed on a GPU. "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...memory.formats import PANEL, MatrixFormat
+from ...memory.formats import MatrixFormat
 
 CHUNK = 64  # columns
 _WORD_BYTES = 4

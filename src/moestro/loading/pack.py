@@ -1,0 +1,54 @@
+"""Make a packed folder of a model: load it on the CPU, and write it as it lies in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..planning.options import ModelOptions, Options
+from .config import MoestroConfig
+from .download import resolve
+from .hub import find_files
+from .load import load, load_tokenizer
+from .once import remembering
+from .packed.beside import write_beside
+from .packed.fingerprint import fingerprint, name_of
+from .packed.manifest import Manifest, is_packed
+from .packed.read import read_manifest
+from .packed.restore import asked_bits
+from .packed.write import refuse_replacing, write_packed
+
+
+def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Manifest:
+    """Write a packed folder, which is a model like any other.
+
+    Args:
+        model: as `moestro.load` takes it. target: the folder to write; a packed one is replaced.
+        source, options: as `moestro.load` takes them; the device is the CPU.
+
+    Raises:
+        MoestroError: one line on what was found, what was needed and what to do.
+    """
+    refuse_replacing(target)
+    with remembering():
+        wanted = find_files(model, source.revision)
+        found = {"model": name_of(model, wanted), "fingerprint": fingerprint(wanted)}
+        loaded = load(
+            model, **{**options.to_dict(), "device": "cpu", "fuse": False, "cache": False}, **source.to_dict()
+        )
+        path = Path(resolve(model, source.revision))
+        other = None if source.config is None else Path(resolve(source.config, weights=False))
+        own_files = source.tokenizer is None and path.is_dir() and not any(path.glob("*.gguf"))
+        trusted = source.trust_remote_code
+
+        def beside(folder: Path) -> None:
+            def tokenizer() -> object:
+                return load_tokenizer(
+                    model, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
+                )
+
+            write_beside(folder, path, loaded, other, None if own_files else tokenizer)
+
+        asked = asked_bits(MoestroConfig(**options.to_dict()), loaded.moestro.device)
+        if path.is_dir() and is_packed(path):
+            asked = read_manifest(path).asked
+        return write_packed(loaded, target, source=found, asked=asked, beside=beside)
