@@ -382,7 +382,7 @@ def test_killed_at_random_moments(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_killed_fifty_times_and_more(whole: Path, tmp_path: Path) -> None:
-    _kill(whole, tmp_path / "at" / "model", 200, random.randrange(2**31))
+    _kill(whole, tmp_path / "at" / "model", 60, random.randrange(2**31))
 
 
 def test_two_at_once(whole: Path, tmp_path: Path) -> None:

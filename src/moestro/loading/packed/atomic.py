@@ -80,7 +80,7 @@ def flush_folder(path: Path) -> None:
 def _publish(working: Path, target: Path, may_replace: Callable[[Path], None]) -> None:
     while True:
         if target.exists() or target.is_symlink():
-            may_replace(target)
+            _ask(may_replace, target)
             _replace(working, target)
             return
         try:
@@ -89,6 +89,15 @@ def _publish(working: Path, target: Path, may_replace: Callable[[Path], None]) -
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
                 raise
+
+
+def _ask(may_replace: Callable[[Path], None], target: Path) -> None:
+    """Ask up to five times, since another process may exchange the folder while its files are looked at."""
+    for _ in range(4):
+        with suppress(RequestError):
+            may_replace(target)
+            return
+    may_replace(target)
 
 
 def _replace(working: Path, target: Path) -> None:
@@ -135,6 +144,10 @@ def _lock_of(working: Path) -> Path:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what processes that were killed left of folders for this place."""
-    for path in target.parent.glob(f".{target.name}.*{_ENDING}"):
+    folders = set(target.parent.glob(f".{target.name}.*{_ENDING}"))
+    locks = target.parent.glob(
+        f".{target.name}.*{_ENDING}.lock"
+    )  # some of a folder that was not there yet, or no longer
+    for path in folders | {lock.with_suffix("") for lock in locks}:
         with suppress(Timeout), _locked(path):
             shutil.rmtree(path, ignore_errors=True)
