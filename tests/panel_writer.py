@@ -46,7 +46,7 @@ class PanelWriter:
         return out
 
     def _fills_up(self, header: int, unit: int) -> int:
-        """How many bytes bring the header of a unit of two levels to a multiple of 64, if they are 1 % of it at most."""
+        """Bytes that bring the header of a unit of two levels to a multiple of 64, if they are 1 % of it or less."""
         whole = header + unit * 16 * BITS.get(self.fmt.code.name, 8) // 8
         return -header % 64 if self.scale in TWO_LEVEL and -header % 64 * 100 <= whole else 0
 

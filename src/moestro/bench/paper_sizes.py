@@ -8,7 +8,7 @@ hqq's `BitPack` fixes what a weight takes. It packs a table with a column for ea
 bits fill bytes. Codes of 3 bits are packed ten to a word of 32 bits, so the 64 of a group are filled up to 70, which
 makes 3.5 bits of a code. A group has a scale and a zero of 8 bits, and each super-group of scales has a scale and a
 zero of 16 bits of its own; the zeros have one such pair for the whole matrix, which is not counted here. Group sizes
-are the paper's; how zeros are quantized is in its code (dvmazur/mixtral-offloading, src/build_model.py).
+are the paper's; how zeros are quantized is in its code (the repository dvmazur/mixtral-offloading).
 
     >>> round(hqq_bits(3), 3)
     3.754

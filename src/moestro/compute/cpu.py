@@ -241,9 +241,10 @@ def solve_hqq(
 
 def write_fitted(matrix: Tensor, fmt: Descriptor, fitted: hqq_solver.Fitted, *, threads: int | None = None) -> Tensor:
     """As `quantize.write_in_torch`, bit for bit, for a matrix [R, K] on the CPU."""
-    if _kernels is None or not matrix.numel():
+    kernel = kernel_format(fmt)
+    if _kernels is None or kernel is None or not matrix.numel():
         return quantize.write_in_torch(matrix, fmt, fitted)
-    (rows, columns), kernel = matrix.shape, kernel_format(fmt)
+    rows, columns = matrix.shape
     panels = torch.empty(-(-rows // PANEL), fmt.panel_bytes(columns), dtype=torch.uint8)
     pool = runner(threads or len(core_cpus()))
     _kernels.write_fitted(pool, kernel, _readable(matrix), rows, columns, fitted.scales, fitted.zeros, panels)
@@ -317,7 +318,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def kernel_format(fmt: MatrixFormat) -> _kernels.MatrixFormat | None:
+def kernel_format(fmt: Descriptor) -> _kernels.MatrixFormat | None:
     """A format as the kernels take it; None without kernels."""
     if _kernels is None:
         return None

@@ -34,10 +34,10 @@ from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor
 from .config import MoestroConfig
 from .download import resolve
 from .once import remembering
-from .plain import load_plain
 from .packed.manifest import is_packed
 from .packed.read import PackedFolder
 from .packed.restore import load_packed
+from .plain import load_plain
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source

@@ -29,7 +29,8 @@ class PanelSpec:
     code, scale, zero: the descriptor's, in lower case. constant: likewise.
     layout: "plain", a number a column; "pairs", two columns side by side; "nibbles", words of 8 columns.
     low_bits, high_bits: of a code in "nibbles", in words of their own.
-    unit_chunks: chunks whose scales lie together before their codes. height: rows of numbers, or of pairs, of a panel of floats.
+    unit_chunks: chunks whose scales lie together before their codes.
+    height: rows of numbers, or of pairs, of a panel of floats.
     """
 
     code: str

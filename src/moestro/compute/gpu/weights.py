@@ -246,11 +246,7 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
 @triton.jit
 def _side_at(chunk, m: tl.constexpr):
     """Where the scales are that a chunk's groups have for themselves, in its panel."""
-    if m.group == 0 or m.group > 64:
-        at = _unit_at(chunk, m)
-    else:
-        at = _own_at(chunk, m)
-    return at
+    return _unit_at(chunk, m) if m.group == 0 or m.group > 64 else _own_at(chunk, m)
 
 
 @triton.jit

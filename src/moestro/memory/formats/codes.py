@@ -1,8 +1,8 @@
 """The codes and scales of a matrix as plain tensors, to and from panels: the torch twin of all packing and unpacking.
 
-    >>> whole = Coded(torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 2, dtype=torch.float16))
+    >>> whole = Coded(torch.zeros(16, 128, dtype=torch.uint8), torch.ones(16, 4, dtype=torch.float16))
     >>> pack_codes(Descriptor("q8_0", Code.S8, 32, Scale.FP16), whole).shape
-    torch.Size([1, 1088])
+    torch.Size([1, 2176])
 
 Legend: R rows, K columns, G groups of columns that share a scale, S super-groups of 256 columns, P panels of 16 rows.
 """
@@ -100,7 +100,7 @@ def pack_codes(fmt: Descriptor, coded: Coded) -> Tensor:
     packed = _write_codes(fmt.code, codes)  # [P, chunks, bytes]
     tensor, shared, own = _write_sides(fmt, coded, panels, chunks)
     of_unit = chunks if fmt.unit is None else fmt.unit // CHUNK
-    parts = [part for part in (shared, _of_units(own, of_unit)) if part is not None]
+    parts = [part for part in (shared, None if own is None else _of_units(own, of_unit)) if part is not None]
     header = torch.cat(parts, -1)
     header = pad(header, (0, fmt.unit_header_bytes - header.shape[-1]))
     units = torch.cat((header, _of_units(packed, of_unit)), -1).flatten(1)
@@ -246,10 +246,8 @@ def _spread(of_groups: Tensor, group: int, columns: int) -> Tensor:
     return of_groups if group == ROW else of_groups.repeat_interleave(group, 1)[:, :columns]
 
 
-def _of_units(of_chunks: Tensor | None, of_unit: int) -> Tensor | None:
+def _of_units(of_chunks: Tensor, of_unit: int) -> Tensor:
     """[P, chunks, bytes] -> [P, units, bytes of some chunks], filled up with zeros."""
-    if of_chunks is None:
-        return None
     whole: Tensor = pad(of_chunks, (0, 0, 0, -of_chunks.shape[1] % of_unit)).unflatten(1, (-1, of_unit))
     return whole.flatten(2)
 

@@ -2,7 +2,7 @@
 
 int8 has the largest of a group at 127. Fewer bits are fitted by half-quadratic quantization (`hqq_solver.py`), of which
 hqq4, hqq3 and hqq2 also keep scales and zeros in bytes, as Eliseev & Mazur do (arXiv 2312.17238, 4.2: quantized scales
-and zeros). Theirs are relative to a super-group's range; ours to a power of two, which keeps small rows beside large ones.
+and zeros). Theirs are relative to a super-group's range; ours to a power of two for each row.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
 
     scale, zero = power * whole_scale, whole_zero * 2 ** (bits - 8) - 0.5
     codes = (groups / scale + zero).nan_to_num(0.0, 0.0, 0.0).round().clamp(0, most)
-    sides = (each.squeeze(-1).to(torch.uint8) for each in (whole_scale, whole_zero))
+    scales, zeros = (each.squeeze(-1).to(torch.uint8) for each in (whole_scale, whole_zero))
     exponent = torch.where(largest > 0, exponent + 127, 0)
-    return Coded(codes.to(torch.uint8).flatten(1)[:, : matrix.shape[1]], *sides, d=exponent.to(torch.uint8))
+    of_columns = codes.to(torch.uint8).flatten(1)[:, : matrix.shape[1]]
+    return Coded(of_columns, scales, zeros, d=exponent.to(torch.uint8))
 
 
 def _groups(matrix: Tensor, group: int) -> Tensor:
