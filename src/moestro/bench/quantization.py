@@ -33,11 +33,11 @@ from ..planning.shapes import spec_of_shape
 from ..text.files import read_text
 from ..text.generation import check_ids, encode
 from .bits_speed import measure_bits
-from .paper_sizes import PAPER_BITS, paper_sizes
+from .options import TABLE_BITS
+from .paper_sizes import paper_sizes
 from .perplexity import cut_windows, perplexity, standard_errors_apart, window_losses
 from .quantization_report import OutOfOrder, QuantizationReport, QuantizationRow
 
-TABLE_BITS = PAPER_BITS
 SPEED_CELLS = ((16, 16), (4, 4), (4, 3), (4, 2))  # bits of dense layers and experts whose decode speed is measured
 HELDOUT = Path(__file__).parents[1] / "demo" / "heldout.txt"
 TOKENS, WINDOW = 32_768, 256
