@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..planning.options import Checked, ModelOptions, Options, about, bits_in, option_like
+from ..planning.options import BITS, Checked, ModelOptions, Options, about, bits_in, option_like
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES, SHAPES
 
@@ -55,7 +55,7 @@ class ComparedOptions(Checked):
 
 def _check_table_bits(values: Any, flag: str) -> Any:
     for value in values:
-        bits_in(TABLE_BITS)(int(value) if value.isdecimal() else value, flag)
+        bits_in(BITS)(int(value) if value.isdecimal() else value, flag)
     return values
 
 

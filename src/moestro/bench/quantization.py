@@ -28,7 +28,7 @@ from ..loading.checkpoint import is_stored, read_config
 from ..loading.context import model_context
 from ..loading.download import resolve
 from ..loading.load import load, load_tokenizer
-from ..planning.options import ModelOptions, bits_in
+from ..planning.options import BITS, ModelOptions, bits_in
 from ..planning.shapes import spec_of_shape
 from ..text.files import read_text
 from ..text.generation import check_ids, encode
@@ -132,7 +132,7 @@ def measure_quantization(
     """
     for flag, given in (("--dense-bits", dense_bits), ("--expert-bits", expert_bits)):
         for bits in given:
-            bits_in(TABLE_BITS)(bits, flag)
+            bits_in(BITS)(bits, flag)
     config, count = reading.check(), threads or len(core_cpus())
     windows = reading.windows(config.get_text_config().vocab_size)
     depth = None if speed is None else len(spec_of_shape(speed.shape, speed.layers).layers)
