@@ -1,4 +1,4 @@
-"""Random quantized checkpoints of any size, written as fast as the disk takes them: what loading is measured with.
+"""Random checkpoints of any size, quantized or not, written as fast as the disk takes them, to measure loading with.
 
     from benchmarks.checkpoints import KINDS, Sizes
     KINDS["fp8"](Path("folder"), Sizes(layers=8, experts=16, hidden=1024, neurons=1024))
@@ -78,8 +78,7 @@ def write_q4_k(path: Path, sizes: Sizes) -> Path:
 
 def write_fp8(path: Path, sizes: Sizes) -> Path:
     """A folder of Qwen3's architecture whose experts are FP8 e4m3, with a float32 scale for 128 x 128; returns it."""
-    config = _config(sizes, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=sizes.experts, norm_topk_prob=True)
-    config |= {"moe_intermediate_size": sizes.neurons, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    config = _qwen3_config(sizes)
     dense = ["lm_head", "model.embed_tokens", "self_attn", "mlp.gate"]
     config["quantization_config"] = {
         "quant_method": "fp8",
@@ -120,7 +119,38 @@ def write_mxfp4(path: Path, sizes: Sizes) -> Path:
     return _write_folder(path, sizes, config, experts)
 
 
-KINDS: Mapping[str, Callable[[Path, Sizes], Path]] = {"q4_k": write_q4_k, "fp8": write_fp8, "mxfp4": write_mxfp4}
+def write_bf16(path: Path, sizes: Sizes) -> Path:
+    """A folder of Qwen3's architecture in bf16, as published: a tensor for each matrix of an expert; returns it."""
+
+    def experts(layer: str) -> Iterator[tuple[str, Tensor]]:
+        for expert in range(sizes.experts):
+            for part, shape in _matrices(sizes).items():
+                yield f"{layer}.mlp.experts.{expert}.{part}_proj.weight", _random_bf16(*shape)
+
+    return _write_folder(path, sizes, _qwen3_config(sizes), experts)
+
+
+def write_bf16_fused(path: Path, sizes: Sizes) -> Path:
+    """The same under Transformers' own names: the experts of a layer in two tensors; returns it."""
+
+    def experts(layer: str) -> Iterator[tuple[str, Tensor]]:
+        yield f"{layer}.mlp.experts.gate_up_proj", _random_bf16(sizes.experts, 2 * sizes.neurons, sizes.hidden)
+        yield f"{layer}.mlp.experts.down_proj", _random_bf16(sizes.experts, sizes.hidden, sizes.neurons)
+
+    return _write_folder(path, sizes, _qwen3_config(sizes), experts)
+
+
+def _random_bf16(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03)
+
+
+KINDS: Mapping[str, Callable[[Path, Sizes], Path]] = {
+    "q4_k": write_q4_k,
+    "fp8": write_fp8,
+    "mxfp4": write_mxfp4,
+    "bf16": write_bf16,
+    "bf16-fused": write_bf16_fused,
+}
 
 
 _GGUF_NAMES = {
@@ -175,6 +205,11 @@ def _config(sizes: Sizes, model_type: str, architecture: str, **more: Any) -> di
         "eos_token_id": None,
         "pad_token_id": None,
     } | more
+
+
+def _qwen3_config(sizes: Sizes) -> dict[str, Any]:
+    config = _config(sizes, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=sizes.experts, norm_topk_prob=True)
+    return config | {"moe_intermediate_size": sizes.neurons, "mlp_only_layers": [], "decoder_sparse_step": 1}
 
 
 def _write_folder(

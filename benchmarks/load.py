@@ -1,11 +1,13 @@
-"""Loading a quantized checkpoint: GB of its bytes a second in the whole of `moestro.load`, and the memory it takes.
+"""Loading a checkpoint: GB of its bytes a second in the whole of `moestro.load`, and the memory it takes.
 
     python -m benchmarks.load --size 2GiB --threads 2
 
 For each kind a random checkpoint is written (benchmarks/checkpoints.py) and read once, so that its pages are in memory.
-A fresh process imports everything by loading a small checkpoint of the kind, then loads the large one, timed, while its
-anonymous memory (RssAnon) is sampled every 2 ms. Then it touches as much fresh memory as the packed experts take, with
-the same threads: the time that no load can go below. Prints a line for each kind, and a line of JSON last. Linux only.
+A fresh process imports everything by loading a small checkpoint of the kind, then loads the large one twice, timed,
+while its anonymous memory (RssAnon) is sampled every 2 ms; the first model is gone before the second load. Then it
+touches as much fresh memory as the packed experts take, with the same threads: the time that no load can go below.
+Kinds that Transformers loads as they are (bf16) are loaded by it alone, too, in turns with ours and in the same way.
+Prints a line for each kind, and a line of JSON last. Linux only.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from moestro.bench.loading import anonymous_bytes
 from moestro.planning.budget import parse_bytes
@@ -28,20 +31,43 @@ from .checkpoints import KINDS, Sizes
 SAMPLE_S = 0.002
 SMALL = Sizes(layers=1, experts=2, hidden=256, neurons=256)
 
+PLAIN = ("bf16", "bf16-fused")
+
+_ALONE = """
+import gc, sys, time
+import torch
+from transformers import AutoModelForCausalLM
+small, large, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16)
+for _ in range(2):
+    model = None
+    gc.collect()
+    start_s, cpu_s = time.perf_counter(), time.process_time()
+    model = AutoModelForCausalLM.from_pretrained(large, dtype=torch.bfloat16)
+    print(time.perf_counter() - start_s, time.process_time() - cpu_s, flush=True)
+"""
+
 _CHILD = """
-import sys, time
+import gc, sys, time
 import moestro
 small, large, threads = sys.argv[1:]
 moestro.load(small, device="cpu", threads=int(threads))
 print("ready", flush=True)
 sys.stdin.readline()
-start_s = time.perf_counter()
-model = moestro.load(large, device="cpu", threads=int(threads))
-seconds = time.perf_counter() - start_s
+seconds = []
+for _ in range(2):
+    model = None
+    gc.collect()
+    start_s, cpu_s = time.perf_counter(), time.process_time()
+    model = moestro.load(large, device="cpu", threads=int(threads))
+    seconds += [time.perf_counter() - start_s, time.process_time() - cpu_s]
 layers = list(zip(model.moestro.math, model.moestro.spec.layers, strict=True))
 each = [math.format.expert_bytes(math.shape) * layer.experts for math, layer in layers]
-print(seconds, sum(each), max(each), flush=True)
+print(*seconds, sum(each), max(each), flush=True)
 sys.stdin.readline()
+del model, layers
+gc.collect()
 from moestro.compute.cpu import first_touch
 from moestro.memory.store import map_memory
 memory = map_memory(sum(each))
@@ -55,10 +81,13 @@ print(time.perf_counter() - start_s, flush=True)
 class Load:
     """One load: seconds of the call, bytes of the packed experts, of a layer of them, and the peak above the start.
 
+    again_s: of the second call in the process. again_cpu_s: what that took of all cores together.
     touch_s: how long the machine takes to give as much fresh memory as the packed experts.
     """
 
     seconds: float
+    again_s: float
+    again_cpu_s: float
     touch_s: float
     packed_bytes: int
     layer_bytes: int
@@ -66,7 +95,7 @@ class Load:
 
 
 def watch_load(small: Path, large: Path, threads: int) -> Load:
-    """Load a checkpoint in a fresh process that has loaded a small one of the kind.
+    """Load a checkpoint twice in a fresh process that has loaded a small one of the kind.
 
     Raises:
         RuntimeError: the process failed.
@@ -86,9 +115,23 @@ def watch_load(small: Path, large: Path, threads: int) -> Load:
         peak_bytes = max(peak_bytes, anonymous_bytes(child.pid))
         child.stdin.close()
         touch = child.stdout.readline()
-    if len(found) != 3 or not touch:
+    if len(found) != 6 or not touch:
         raise RuntimeError(f"could not load {large}")
-    return Load(float(found[0]), float(touch), int(found[1]), int(found[2]), peak_bytes - before_bytes)
+    times, sizes = list(map(float, found[:4])), list(map(int, found[4:]))
+    return Load(times[0], *times[2:], float(touch), *sizes, peak_bytes - before_bytes)
+
+
+def load_alone(small: Path, large: Path, threads: int) -> list[float]:
+    """Seconds and CPU seconds of a first and a second load by Transformers alone, in bf16, in a process as ours.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    line = [sys.executable, "-c", _ALONE, str(small), str(large), str(threads)]
+    found = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False).stdout.split()
+    if len(found) != 4:
+        raise RuntimeError(f"Transformers could not load {large}")
+    return list(map(float, found))
 
 
 def file_bytes(path: Path) -> int:
@@ -101,6 +144,33 @@ def file_bytes(path: Path) -> int:
     return total
 
 
+def measure(kind: str, size_bytes: int, threads: int, rounds: int) -> dict[str, Any]:
+    """The figures of a kind: medians of all rounds, and the largest peak."""
+    per_weight = {"fp8": 1.0} | dict.fromkeys(PLAIN, 2.0)
+    layer_bytes = int(32 * 3 * 1024 * 1024 * per_weight.get(kind, 0.55))
+    sizes = Sizes(max(4, size_bytes // layer_bytes), 32, 1024, 1024)
+    loads, alone = list[Load](), list[list[float]]()
+    with tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
+        small = KINDS[kind](Path(folder) / "small", SMALL)
+        large = KINDS[kind](Path(folder) / "large", sizes)
+        n_bytes = file_bytes(large)
+        for _ in range(rounds):
+            loads.append(watch_load(small, large, threads))
+            if kind in PLAIN:
+                alone.append(load_alone(small, large, threads))
+    row = {"kind": kind, "file_bytes": n_bytes, "seconds": median(one.seconds for one in loads)}
+    row |= {"again_cpu_s": median(one.again_cpu_s for one in loads)}
+    row |= {"again_s": median(one.again_s for one in loads), "gbps": n_bytes / row["seconds"] / 1e9}
+    row |= {"again_gbps": n_bytes / row["again_s"] / 1e9, "touch_s": median(one.touch_s for one in loads)}
+    row |= {"packed_bytes": loads[0].packed_bytes, "layer_bytes": loads[0].layer_bytes}
+    row |= {"peak_bytes": max(one.peak_bytes for one in loads)}
+    if alone:
+        names = ("alone_s", "alone_cpu_s", "alone_again_s", "alone_again_cpu_s")
+        row |= {name: median(each) for name, each in zip(names, zip(*alone, strict=True), strict=True)}
+        row |= {"times_alone": median(other[2] / one.again_s for one, other in zip(loads, alone, strict=True))}
+    return row
+
+
 def main() -> None:
     """Parse, write, load and print each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,28 +181,19 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     for kind in given.kind or KINDS:
-        per_weight = 1.0 if kind == "fp8" else 0.55
-        layer_bytes = int(32 * 3 * 1024 * 1024 * per_weight)
-        sizes = Sizes(max(4, parse_bytes(given.size, "--size") // layer_bytes), 32, 1024, 1024)
-        with tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
-            small = KINDS[kind](Path(folder) / "small", SMALL)
-            large = KINDS[kind](Path(folder) / "large", sizes)
-            n_bytes = file_bytes(large)
-            loads = [watch_load(small, large, given.threads) for _ in range(given.rounds)]
-        seconds = median(one.seconds for one in loads)
-        peak = max(one.peak_bytes for one in loads)
-        row = {"kind": kind, "file_bytes": n_bytes, "seconds": seconds, "gbps": n_bytes / seconds / 1e9}
-        row |= {
-            "touch_s": median(one.touch_s for one in loads),
-            "packed_bytes": loads[0].packed_bytes,
-            "layer_bytes": loads[0].layer_bytes,
-            "peak_bytes": peak,
-        }
+        row = measure(kind, parse_bytes(given.size, "--size"), given.threads, given.rounds)
         rows.append(row)
         print(
-            f"{kind:6} {n_bytes / 1e9:.2f} GB in {seconds:.2f} s: {row['gbps']:.2f} GB/s; fresh memory alone "
-            f"{row['touch_s']:.2f} s; peak {peak / loads[0].packed_bytes:.3f} x the packed experts"
+            f"{kind:10} {row['file_bytes'] / 1e9:.2f} GB in {row['seconds']:.2f} s: {row['gbps']:.2f} GB/s; again in "
+            f"{row['again_s']:.2f} s ({row['again_cpu_s']:.2f} s of CPU): {row['again_gbps']:.2f} GB/s; "
+            f"fresh memory alone {row['touch_s']:.2f} s; "
+            f"peak {row['peak_bytes'] / row['packed_bytes']:.3f} x the packed experts"
         )
+        if "alone_s" in row:
+            print(
+                f"{'':10} Transformers alone {row['alone_s']:.2f} s, again {row['alone_again_s']:.2f} s "
+                f"({row['alone_again_cpu_s']:.2f} s of CPU): {row['times_alone']:.2f} x as long as ours again"
+            )
     print(json.dumps({"threads": given.threads, "loads": rows}))
 
 

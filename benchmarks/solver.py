@@ -2,9 +2,9 @@
 
     python -m benchmarks.solver --threads 2
 
-A matrix [4096, 4096] of normal weights times 0.02, bfloat16, at 4 and 3 bits in groups of 64 and 2 bits in groups of 16.
-Prints medians in millions of weights a second, how far our mean error is from the package's, and what a register-only
-loop of multiply-adds reaches at the same level and threads; a line of JSON last.
+A matrix [4096, 4096] of normal weights times 0.02, in bfloat16, at 4 and 3 bits in groups of 64 and at 2 bits in
+groups of 16. Prints medians in millions of weights a second, how far our mean error is from the package's, and what a
+register-only loop of multiply-adds reaches at the same level and threads; a line of JSON last.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 #include "arrays.h"
 #include "bindings.h"
 #include "checks.h"
+#include "fitted.h"
 #include "solver.h"
 
 namespace nb = nanobind;
@@ -36,9 +37,26 @@ void solve(Runner& runner, const std::string& level_name, nb::handle weights, in
   fit(runner, level, matrix, iterate);
 }
 
+void write_panels(Runner& runner, const MatrixFormat& format, nb::handle weights, int64_t rows, int64_t columns,
+                  nb::handle scales, nb::handle zeros, nb::handle out) {
+  check_size(rows, "rows");
+  check_size(columns, "columns");
+  require(format.scale == Scale::kShifted, "format: its scales are no bytes");
+  const Array from(weights, "weights");
+  FittedMatrix matrix{format, nullptr, from.number_type(), rows, columns, nullptr, nullptr};
+  matrix.weights = static_cast<const uint8_t*>(from.numbers(matrix.type, rows * columns));
+  const int64_t groups = rows * ((columns + format.group - 1) / format.group);
+  matrix.scales = Array(scales, "scales").floats(groups);
+  matrix.zeros = Array(zeros, "zeros").floats(groups);
+  uint8_t* to = Array(out, "out").bytes(matrix_bytes(format, rows, columns));
+  nb::gil_scoped_release release;
+  write_fitted(runner, matrix, to);
+}
+
 }  // namespace
 
 void bind_solver(nb::module_& m) {
+  m.def("write_fitted", &write_panels, "runner"_a, "format"_a, "weights"_a, "rows"_a, "columns"_a, "scales"_a, "zeros"_a, "out"_a);
   m.def("solve", &solve, "runner"_a, "level"_a, "weights"_a, "rows"_a, "columns"_a, "bits"_a, "group"_a, "iterate"_a,
         "round_zero"_a, "codes"_a, "scales"_a, "zeros"_a);
 }

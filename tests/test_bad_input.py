@@ -149,6 +149,24 @@ def test_a_spoiled_checkpoint(
     assert re.search(says, _fails(capsys, monkeypatch, "run", str(demo_copy), "Once", "--json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        (EXPERT, "model.layers.1.mlp.experts.down_proj of expert 2"),
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_a_weight_that_cannot_be_quantized(
+    name: str, called: str, demo_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = demo_copy / json.loads((demo_copy / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name][3, 5] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    says = _fails(capsys, monkeypatch, "run", str(demo_copy), "Once", "--bits", "4", "--json")
+    assert f"error: {called}: a weight is inf, in row 3 and column 5 of its matrix" in says
+
+
 def test_an_unspoiled_checkpoint_of_several_shards_runs(
     demo_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,13 +22,16 @@ def test_peak_memory_of_loading() -> None:
     assert report.peak_bytes >= 0.98 * report.packed_bytes, "the store is not in what was watched"
     assert report.within_limit, report
     assert report.samples > 20
+    assert set(report.load) == {"imports_s", "reading_s", "packing_s", "warm_up_s"}
+    assert all(value > 0 for value in report.load.values())
+    assert report.load["packing_s"] < sum(report.load.values()) - report.load["imports_s"] <= report.seconds
 
 
 def test_the_report_tells_when_the_limit_is_exceeded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fat = LoadReport(packed_bytes=1000, layer_bytes=100, peak_bytes=1500, samples=3, seconds=0.1)
-    assert fat.limit_bytes == 1500
+    assert fat.limit_bytes == 1200
     assert not fat.within_limit
     fat.print()
     assert "EXCEEDED" in capsys.readouterr().out

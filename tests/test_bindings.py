@@ -532,6 +532,20 @@ def _(m: Memory) -> Row:
     return Row(kernels.solve, values, wrong, any_float=frozenset({"weights"}))
 
 
+@row("write_fitted")
+def _(m: Memory) -> Row:
+    rows, columns, fmt = 9, D, MATRIX_FORMATS["hqq2"]
+    groups = -(-columns // fmt.group)
+    sizes = [0, -1, 2**40, 2**62, None]
+    values = {"runner": runner(), "format": KERNEL_FORMATS["hqq2"], "weights": numbers(m, rows, columns)}
+    values |= {"rows": rows, "columns": columns}
+    values |= {name: m.hold(torch.zeros(rows, groups)) for name in ("scales", "zeros")}
+    values["out"] = m.hold(torch.zeros(fmt.matrix_bytes(rows, columns), dtype=torch.uint8))
+    wrong = NO_RUNNER | {"rows": [*sizes, rows - 1, rows + 1], "columns": [*sizes, columns - 1, columns + 1]}
+    wrong["format"] = [None, 3, *(kernel for name, kernel in KERNEL_FORMATS.items() if name != "hqq2")]
+    return Row(kernels.write_fitted, values, wrong, any_float=frozenset({"weights"}))
+
+
 def wrong_tensors(
     right: Tensor, m: Memory, *, any_float: bool = False, any_size: bool = False, optional: bool = False
 ) -> list[Any]:

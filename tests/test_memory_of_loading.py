@@ -1,4 +1,4 @@
-"""Loading a checkpoint that is quantized already takes its packed experts and little more."""
+"""Loading a checkpoint from its mapped files takes its packed experts and little more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.load import SMALL, watch_load
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches /proc")
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("q4_k", 8), ("fp8", 5), ("mxfp4", 8)])
+@pytest.mark.parametrize(("kind", "layers"), [("q4_k", 8), ("fp8", 5), ("mxfp4", 8), ("bf16", 3), ("bf16-fused", 3)])
 def test_peak_is_the_packed_experts_and_at_most_a_tenth_and_one_layer_more(
     kind: str, layers: int, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,11 @@ from torch import Tensor
 
 import moestro
 from moestro.compute import cpu
-from moestro.compute.cpu import levels, solve_hqq
+from moestro.compute.cpu import levels, solve_hqq, write_fitted
 from moestro.errors import CheckpointError
 from moestro.memory.formats import MATRIX_FORMATS
 from moestro.memory.formats.hqq_solver import SOLVER_BITS, SOLVER_GROUPS, Fitted, solve_in_torch
-from moestro.memory.formats.quantize import quantize_int4
+from moestro.memory.formats.quantize import quantize_int4, write_in_torch
 
 DEMO = Path(moestro.__file__).parent / "demo"
 LEVELS = [*(name for name, usable in levels().items() if usable), "torch"]
@@ -45,8 +48,12 @@ def _kinds() -> dict[str, Tensor]:
     }
     kinds = {name: weights.bfloat16() for name, weights in kinds.items()}
     for name, weights in load_file(DEMO / "model.safetensors").items():
-        if weights.dim() >= 2 and ("layers.0" in name or "layers" not in name):
-            kinds[f"demo {name}"] = weights.flatten(0, -2)
+        if (
+            weights.dim() == 2
+            and ("layers.0" in name or "layers" not in name)
+            and not re.search(r"experts\.[2-9]", name)
+        ):
+            kinds[f"demo {name}"] = weights
     return kinds
 
 
@@ -89,17 +96,17 @@ def test_as_the_package(kind: str, bits: int, group: int, fit: bool) -> None:
     assert can_step.float().mean() > 0.9
     assert (ours.codes == theirs.codes)[can_step].float().mean() >= EQUAL_CODES
     assert _error(ours, weights) <= WORSE_ERROR * _error(theirs, weights)
-    assert ours.codes.max() < 2**bits
+    assert int(ours.codes.max()) < 2**bits
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", SOLVER_BITS)
-def test_levels_agree_with_the_twin(level: str, bits: int) -> None:
+def test_levels_agree_with_the_twin(bits: int) -> None:
     for group in SOLVER_GROUPS:
-        for spread in (0.02, 2.0):  # where no error is shrunk to more than 0, and where most are
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                weights = (torch.randn(37, 330) * spread).to(dtype)
-                twin = solve_in_torch(weights, bits=bits, group=group, fit=True)
+        # The last: where many errors are shrunk to more than 0.
+        for dtype, spread in ((torch.float32, 0.02), (torch.float16, 0.02), (torch.bfloat16, 2.0)):
+            weights = (torch.randn(37, 330) * spread).to(dtype)
+            twin = solve_in_torch(weights, bits=bits, group=group, fit=True)
+            for level in LEVELS[:-1]:
                 ours = solve_hqq(weights, bits=bits, group=group, fit=True, threads=1, level=level)
                 assert torch.equal(ours.scales, twin.scales)
                 assert (ours.codes == twin.codes).float().mean() >= EQUAL_CODES
@@ -123,7 +130,7 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     bits=st.sampled_from(SOLVER_BITS),
     exponent=st.integers(-45, 38),
@@ -201,6 +208,16 @@ def test_formats_take_the_kernels_solver(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.allclose(by_kernels, by_twin, atol=1e-4)
 
 
+def test_loading_a_model_takes_the_kernels_solver() -> None:
+    code = (
+        "import sys, moestro.loading.load, moestro.memory.formats.hqq_solver as solver;"
+        "print(solver._solver is sys.modules['moestro.compute.cpu'].solve_hqq)"
+    )
+    for first in ("", "import moestro.memory.formats;"):
+        done = subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "True"
+
+
 @pytest.mark.parametrize("fit", [True, False])
 def test_strides_and_gradients_and_no_rows(fit: bool) -> None:
     weights = torch.nn.Parameter(torch.randn(96, 70).T.mul(0.02))
@@ -208,3 +225,16 @@ def test_strides_and_gradients_and_no_rows(fit: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not any(part.requires_grad for part in a)
     assert solve_hqq(torch.randn(0, 70), bits=4, group=64, fit=fit).codes.shape == (0, 128)
+
+
+@pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
+@pytest.mark.parametrize("name", ["hqq4", "hqq3", "hqq2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_panels_with_bytes_are_what_the_twin_writes(name: str, dtype: torch.dtype, kind: str) -> None:
+    """Odd sizes too, and rows of zeros, of equal weights and of one sign."""
+    fmt, rows, columns = MATRIX_FORMATS[name], int(torch.randint(4, 40, ())), int(torch.randint(1, 600, ()))
+    matrix = KINDS[kind][:rows, :columns].to(dtype).clone()
+    matrix[0], matrix[1], matrix[2] = 0, -0.5, matrix[2].abs() + 1
+    fitted = solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=True)
+    assert torch.equal(write_fitted(matrix, fmt, fitted, threads=2), write_in_torch(matrix, fmt, fitted))

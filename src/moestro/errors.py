@@ -56,6 +56,15 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def in_tensor(name: str) -> Iterator[None]:
+    """Put the name of a tensor before what a CheckpointError inside says."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+@contextmanager
 def faults_as(kind: type[MoestroError], found: str, remedy: str) -> Iterator[None]:
     """Raise what fails inside, in a tokenizer's code say, as one of our errors: what was found, and what to do."""
     try:

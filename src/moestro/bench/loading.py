@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,34 @@ from ..planning.budget import format_bytes
 from .report import Report
 
 SAMPLE_S = 0.010
-PACKED_FACTOR, SPARE_LAYERS = 1.2, 3  # the limit: 1.2 x the packed experts + three layers' experts
+PACKED_FACTOR, SPARE_LAYERS = 1.1, 1  # the limit: 1.1 x the packed experts + a layer of them
 
 _CHILD = """
-import sys
+import json, sys
 from moestro.loading.load import load
+from moestro.loading.timing import process_s, timing
+imports_s = process_s()
 print("imported", flush=True)
 sys.stdin.readline()
-model = load(sys.argv[1], device="cpu")
-print("loaded", flush=True)
+with timing() as times:
+    model = load(sys.argv[1], device="cpu")
+print(json.dumps({"imports_s": imports_s} | times.to_json()), flush=True)
 """
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport(Report):
-    """Bytes of a load: the packed experts, one layer of them, and the peak above the imports."""
+    """Bytes of a load: the packed experts, one layer of them, and the peak above the imports.
+
+    seconds: from the end of the imports to the end of the process. load: where they went, and what the imports took.
+    """
 
     packed_bytes: int
     layer_bytes: int
     peak_bytes: int
     samples: int
     seconds: float
+    load: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def limit_bytes(self) -> int:
@@ -69,10 +77,12 @@ class LoadReport(Report):
             f"packed experts   {format_bytes(self.packed_bytes)} ({format_bytes(self.layer_bytes)} a layer)\n"
             f"peak of loading  {format_bytes(self.peak_bytes)} above the imports: "
             f"{self.peak_bytes / self.packed_bytes:.3f} x packed\n"
-            f"limit            {format_bytes(self.limit_bytes)} ({PACKED_FACTOR} x packed + {SPARE_LAYERS} layers): "
+            f"limit            {format_bytes(self.limit_bytes)} ({PACKED_FACTOR} x packed + {SPARE_LAYERS} layer): "
             f"{'kept' if self.within_limit else 'EXCEEDED'}\n"
             f"{self.samples} samples in {self.seconds:.1f} s"
         )
+        parts = (f"{name.removesuffix('_s').replace('_', '-')} {value:.2f} s" for name, value in self.load.items())
+        print(", ".join(parts))
 
 
 def measure_load(expert_bytes: int) -> LoadReport:
@@ -95,8 +105,9 @@ def measure_load(expert_bytes: int) -> LoadReport:
     config.num_hidden_layers = max(4, -(-expert_bytes // one_layer_bytes))
     with tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
         write_mixtral(Path(folder), config)
-        peak_bytes, samples, seconds = _watch(folder)
-    return LoadReport(config.num_hidden_layers * one_layer_bytes, one_layer_bytes, peak_bytes, samples, seconds)
+        peak_bytes, samples, seconds, load = _watch(folder)
+    packed_bytes = config.num_hidden_layers * one_layer_bytes
+    return LoadReport(packed_bytes, one_layer_bytes, peak_bytes, samples, seconds, load)
 
 
 def write_mixtral(folder: Path, config: MixtralConfig) -> None:
@@ -129,8 +140,8 @@ def write_mixtral(folder: Path, config: MixtralConfig) -> None:
     config.save_pretrained(folder)
 
 
-def _watch(folder: str) -> tuple[int, int, float]:
-    """Load in a child process; returns the peak above its imports, the samples taken and the seconds."""
+def _watch(folder: str) -> tuple[int, int, float, dict[str, float]]:
+    """Load in a child process; returns the peak above its imports, the samples taken, the seconds and their parts."""
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, folder],
         stdin=subprocess.PIPE,
@@ -153,9 +164,9 @@ def _watch(folder: str) -> tuple[int, int, float]:
             samples += 1
             time.sleep(SAMPLE_S)
         seconds = time.perf_counter() - start_s
-        if child.stdout.readline().strip() != "loaded":
+        if not (printed := child.stdout.readline()):
             raise RequestError(f"the loading process failed with status {child.returncode}")
-    return peak_bytes - before_bytes, samples, seconds
+    return peak_bytes - before_bytes, samples, seconds, json.loads(printed)
 
 
 def anonymous_bytes(pid: int) -> int:

@@ -75,6 +75,9 @@ def run(
         if prompt is not None:
             raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
         model, prompt = None, model
+    import moestro.loading.load  # noqa: F401  # here, so that its imports are not counted as reading
+
+    from ..loading.timing import process_s, timing
     from ..text.files import writable
     from ..text.generation import encode, generate_text
     from .replay import timed, traced
@@ -82,7 +85,9 @@ def run(
     target = None if trace is None else writable(trace)
     spans = None if timeline is None else writable(timeline)
     text = read_prompt(prompt)
-    loaded, tokenizer = _load(model, source, engine, quiet=as_json)
+    with timing() as times:
+        imports_s = process_s()
+        loaded, tokenizer = _load(model, source, engine, quiet=as_json)
     encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
     if not as_json:
         print(text, end="", flush=True)
@@ -90,10 +95,11 @@ def run(
         on_text = None if as_json else print_piece
         result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
     if as_json:
-        print(json.dumps(result.to_json()))
+        print(json.dumps(result.to_json() | {"load": {"imports_s": imports_s} | times.to_json()}))
     else:
         print()
         print_figures(result)
+        say(f"load    imports {imports_s:.2f} s, {times}")
 
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')

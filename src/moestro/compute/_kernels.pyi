@@ -200,5 +200,15 @@ def solve(
     scales: Tensor,
     zeros: Tensor,
 ) -> None: ...
+def write_fitted(
+    runner: Runner,
+    format: MatrixFormat,
+    weights: Tensor,
+    rows: int,
+    columns: int,
+    scales: Tensor,
+    zeros: Tensor,
+    out: Tensor,
+) -> None: ...
 def best_level() -> str: ...
 def levels() -> list[tuple[str, bool]]: ...

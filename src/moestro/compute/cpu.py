@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat, hqq_solver
+from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat, hqq_solver, quantize
+from ..memory.formats.descriptor import Descriptor
 from .activations import Kernel, recognize
 from .eager import outside_of_graphs
 from .experts import ExpertMath, ExpertWork, run_experts
@@ -238,6 +239,17 @@ def solve_hqq(
     return hqq_solver.Fitted(codes, scales, zeros)
 
 
+def write_fitted(matrix: Tensor, fmt: Descriptor, fitted: hqq_solver.Fitted, *, threads: int | None = None) -> Tensor:
+    """As `quantize.write_in_torch`, bit for bit, for a matrix [R, K] on the CPU."""
+    if _kernels is None or not matrix.numel():
+        return quantize.write_in_torch(matrix, fmt, fitted)
+    (rows, columns), kernel = matrix.shape, kernel_format(fmt)
+    panels = torch.empty(-(-rows // PANEL), fmt.panel_bytes(columns), dtype=torch.uint8)
+    pool = runner(threads or len(core_cpus()))
+    _kernels.write_fitted(pool, kernel, _readable(matrix), rows, columns, fitted.scales, fitted.zeros, panels)
+    return panels
+
+
 def first_touch(memory: Tensor, threads: int) -> None:
     """Zero a page's first byte by the threads that will read it, so that fresh memory is laid near them.
 
@@ -327,3 +339,4 @@ def type_of(dtype: torch.dtype) -> _kernels.Type:
 
 
 hqq_solver.use_solver(solve_hqq)
+quantize.use_writer(write_fitted)

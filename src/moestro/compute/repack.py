@@ -5,7 +5,7 @@ Only places change, never a number. Legend: R rows, K columns, F expert neurons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,9 @@ from .cpu import _kernels, kernel_format, runner
 
 Stored: TypeAlias = "_kernels.Stored"
 StoredPart: TypeAlias = tuple[RawMatrix | Tensor, Tensor | None, Tensor | None]  # matrix, rows, order of columns
+
+# a stored matrix, first row, rows, first column, columns, and the panels that these become
+_Job: TypeAlias = "tuple[_kernels.Stored, int, int, int, int, Tensor]"
 
 _ROWS_OF_JOB = 256  # of a matrix, on one thread
 
@@ -47,17 +50,48 @@ def pack_stored(
     Raises:
         CheckpointError: FP8 whose blocks of 128 rows begin within 16 that are packed together, or with a NaN.
     """
-    fmt.pack_orders(packed, shape, orders_of(fmt, shape, parts))
-    if _kernels is None:
-        for name, (raw, rows, columns) in parts.items():
-            if isinstance(raw, Tensor):
-                taken = raw if rows is None else raw[rows]
-                fmt.pack(packed, shape, {name: taken if columns is None else taken[:, columns]})
-            else:
-                fmt.pack_coded(packed, shape, {name: read_raw(raw, rows, columns)})
+    pack_stored_experts([(packed, parts)], fmt, shape, threads=threads)
+
+
+def pack_stored_experts(
+    experts: Iterable[tuple[Tensor, Mapping[str, StoredPart]]], fmt: ExpertFormat, shape: ExpertShape, *, threads: int
+) -> None:
+    """As `pack_stored`, of several experts of one format and shape, between which no thread waits for another.
+
+    Args:
+        experts: of each, `packed` and `parts`.
+
+    Raises:
+        CheckpointError: as in `pack_stored`.
+    """
+    jobs: list[_Job] = []
+    for packed, parts in experts:
+        fmt.pack_orders(packed, shape, orders_of(fmt, shape, parts))
+        if _kernels is None:
+            _pack_by_the_twin(packed, fmt, shape, parts)
+        else:
+            jobs += _jobs_of(packed, fmt, shape, parts)
+    if not jobs:
         return
+    try:
+        _kernels.repack(runner(threads), jobs)
+    except ValueError as error:
+        raise CheckpointError(f"these experts cannot be kept as they are stored: {error}") from error
+
+
+def _pack_by_the_twin(packed: Tensor, fmt: ExpertFormat, shape: ExpertShape, parts: Mapping[str, StoredPart]) -> None:
+    for name, (raw, rows, columns) in parts.items():
+        if isinstance(raw, Tensor):
+            taken = raw if rows is None else raw[rows]
+            fmt.pack(packed, shape, {name: taken if columns is None else taken[:, columns]})
+        else:
+            fmt.pack_coded(packed, shape, {name: read_raw(raw, rows, columns)})
+
+
+def _jobs_of(packed: Tensor, fmt: ExpertFormat, shape: ExpertShape, parts: Mapping[str, StoredPart]) -> list[_Job]:
+    """What there is to do for one expert, as the kernels' `repack` takes it."""
     places, size, head = dict(fmt.places(shape)), fmt.block_bytes(shape), fmt.head_bytes(shape)
-    jobs = []
+    jobs: list[_Job] = []
     for name, (raw, rows, columns) in parts.items():
         matrix, place = _stored(raw, rows, columns), places[name]
         for block in range(fmt.blocks(shape)):
@@ -68,10 +102,7 @@ def pack_stored(
                 if name == "down"
                 else (matrix, first, fmt.block, 0, shape.hidden, out)
             )
-    try:
-        _kernels.repack(runner(threads), jobs)
-    except ValueError as error:
-        raise CheckpointError(f"these experts cannot be kept as they are stored: {error}") from error
+    return jobs
 
 
 def pack_stored_matrix(

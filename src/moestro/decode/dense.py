@@ -22,7 +22,7 @@ from ..compute import cpu, packed_ops
 from ..compute.cpu import Matrix, first_touch, levels
 from ..engine.families import expert_modules
 from ..engine.gates import find_router
-from ..errors import ModelError, refuse_gradients
+from ..errors import ModelError, in_tensor, refuse_gradients
 from ..memory.formats import MatrixFormat
 from ..memory.packed_weight import PackedWeight
 from ..memory.store import map_memory, on_host
@@ -312,9 +312,10 @@ def pack_dense(
         at += _aligned(layer.n_bytes)
         source = stored.get(layer.name)
         if source is None:
-            packed.view(-1, layer.fmt.panel_bytes(layer.weight.shape[1])).copy_(
-                layer.fmt.pack(layer.weight.detach(), fast=fast)
-            )
+            with in_tensor(layer.name):
+                packed.view(-1, layer.fmt.panel_bytes(layer.weight.shape[1])).copy_(
+                    layer.fmt.pack(layer.weight.detach(), fast=fast)
+                )
         else:
             with on_host(packed) as target:
                 source.write(target)

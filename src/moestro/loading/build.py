@@ -53,6 +53,7 @@ from .config import MoestroConfig
 from .context import model_context
 from .gpu_need import Need
 from .methods import give_methods
+from .timing import spent
 
 QUANTIZED = {8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}  # by bits
 
@@ -181,9 +182,10 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
     """
     layouts, spec, placement = _layouts_of(model), plan.spec, plan.placement
     modules = expert_modules(model)
-    store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
     cpu = CpuExperts(threads)
-    first_touch(store.memory, cpu.threads)
+    with spent("packing"):
+        store = ExpertStore([[layer.expert_bytes] * layer.experts for layer in spec.layers], placement.held)
+        first_touch(store.memory, cpu.threads)
     conductor = Conductor(
         spec=spec,
         math=_math_of(model, layouts, [expert_format_named(name) for name in plan.formats.experts]),
@@ -268,7 +270,8 @@ def pack_rest(
     threads = model.moestro.cpu.threads
     if dense is not None:
         on = None if device.dense_is_packable else device.torch_device
-        pack_dense(model, dense, threads, fast=fast, stored=weights, on=on)
+        with spent("packing"):
+            pack_dense(model, dense, threads, fast=fast, stored=weights, on=on)
     modules = expert_modules(model).values()
     for module in modules:
         keep_in_store(module, module._moestro.layout)
@@ -276,7 +279,8 @@ def pack_rest(
     if config.fuse and device.accelerator is not None:
         capture_steps(model, device.accelerator.graphs())
     elif config.fuse:
-        fuse(model, threads)
+        with spent("warm_up"):
+            fuse(model, threads)
         fused = Counter(type(each.forward).__name__ for each in model.modules() if isinstance(each.forward, Fused))
         logger.debug("of %d MoE layers and what is around them, fused: %s", len(modules), dict(fused))
     for module in modules:

@@ -32,9 +32,11 @@ from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor
 from .config import MoestroConfig
 from .download import resolve
 from .once import remembering
+from .plain import load_plain
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
 from .random_model import build_random_model, shape_tokenizer
 from .sources import open_source
+from .sources.plain import Unproven
 from .stored import load_stored
 
 logger = logging.getLogger("moestro")
@@ -133,6 +135,13 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     check_files(Path(source))
     with _loading_report() as report:
         try:
+            try:
+                loaded, unused = load_plain(source, auto, config, quantization_config, dtype, trust_remote_code)
+            except Unproven as why:
+                logger.info("%s is read by Transformers, not from its mapped files: %s", model, why)
+            else:
+                _warn_of_unused(model, unused)
+                return loaded
             loaded, info = auto.from_pretrained(
                 source,
                 config=config,
@@ -154,9 +163,13 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
         _check_prefix(model, source, auto, config, trust_remote_code)
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise CheckpointError(f"{model} has no {missing[0]}{more}; it is incomplete: download it again")
-    if unused := sorted(info["unexpected_keys"]):
-        logger.warning("%s has %d tensors that its config has no place for, such as %s", model, len(unused), unused[0])
+    _warn_of_unused(model, sorted(info["unexpected_keys"]))
     return loaded
+
+
+def _warn_of_unused(model: str, names: list[str]) -> None:
+    if names:
+        logger.warning("%s has %d tensors that its config has no place for, such as %s", model, len(names), names[0])
 
 
 def _refuse_transcode(config: MoestroConfig, model: str) -> None:

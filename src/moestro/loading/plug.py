@@ -10,6 +10,7 @@ Legend: D model width, T tokens, K top-k.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..compute.eager import outside_of_graphs
 from ..decode.capture import current_capture
+from ..decode.dense import StoredWeight
 from ..devices import Device, make_device
 from ..engine.families import expert_modules
-from ..errors import CheckpointError, ModelError, refuse_gradients
+from ..errors import CheckpointError, ModelError, in_tensor, refuse_gradients
 from ..planning.options import METHOD
 from .build import ExpertLayer, attach, home, pack_rest
 from .checkpoint import is_stored
 from .config import MoestroConfig
+from .timing import spent
 
 logger = logging.getLogger("moestro")
 
@@ -71,14 +74,16 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
     def __init__(self, quantization_config: MoestroConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = False  # a saved config says how a model was run; its weights are not quantized
-        self._device: Device = make_device(quantization_config.device, quantization_config.link_gbps)
+        self.device: Device = make_device(quantization_config.device, quantization_config.link_gbps)
         self._layers: dict[str, ExpertLayer] = {}  # by the name of the experts module
         self._not_loaded: set[str] = set()  # expert parameters
         self._misshapen: list[str] = []
+        self._unfit: list[CheckpointError] = []
+        self._weights: Mapping[str, StoredWeight] = {}
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any]:
         # One device and no "cpu" beside it: other maps bring accelerate's hooks.
-        return {"": self._device.torch_device}
+        return {"": self.device.torch_device}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self._owner(param_name) is not None
@@ -109,12 +114,14 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                     f"{folder} is quantized, which from_pretrained does not load with a MoestroConfig; "
                     f"use moestro.load({folder!r})"
                 )
-        attach(model, self.quantization_config, self._device)
+        attach(model, self.quantization_config, self.device)
         self._layers = {name: module._moestro for name, module in expert_modules(model).items()}
         self._not_loaded = {f"{n}.{part}" for n, layer in self._layers.items() for part in layer.layout.parameters}
         model.set_experts_implementation(METHOD)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._unfit:
+            raise self._unfit[0]
         if self._misshapen:
             raise CheckpointError(f"{self._misshapen[0]}; the checkpoint and its config.json do not belong together")
         if self._not_loaded:
@@ -126,14 +133,15 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             module = model.get_submodule(name)
             for part in layer.layout.parameters:
                 del module._parameters[part]
-        pack_rest(model, self.quantization_config, self._device)
+        weights, self._weights = self._weights, {}
+        pack_rest(model, self.quantization_config, self.device, weights=weights)
         return model.requires_grad_(False)  # experts give no gradients, so gradients of other weights would be wrong
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Pack one parameter of all experts of a layer into the store or slots.
 
-        A wrong shape is noted for `_process_model_after_weight_loading`: an error raised here would reach the user
-        inside Transformers' loading report.
+        A wrong shape, or a weight that cannot be quantized, is noted for `_process_model_after_weight_loading`: an
+        error raised here would reach the user inside Transformers' loading report.
 
         Args:
             name: of the parameter in the model.
@@ -147,11 +155,22 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             self._misshapen.append(f"{name} is {list(tensor.shape)} in the checkpoint, but {expected} by its config")
             return
         math = layer.conductor.math[layer.index]
-        for expert in range(layer.layout.experts):
-            packed = home(layer.conductor, layer.index, expert)
-            math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
+        with spent("packing"):
+            for expert in range(layer.layout.experts):
+                packed = home(layer.conductor, layer.index, expert)
+                try:
+                    with in_tensor(f"{name} of expert {expert}"):
+                        math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
+                except CheckpointError as error:
+                    self._unfit.append(error)
+                    return
         self._not_loaded.discard(name)
         logger.debug("packed %s of %d experts, %d bytes as loaded", name, layer.layout.experts, tensor.nbytes)
+
+    def are_packed(self, weights: Mapping[str, StoredWeight]) -> None:
+        """Say that all experts are packed, and which dense weights are packed from a checkpoint's own bytes."""
+        self._not_loaded.clear()
+        self._weights = weights
 
     def _owner(self, param_name: str) -> tuple[ExpertLayer, str] | None:
         """The layer that an expert parameter belongs to, and the parameter's name in it; None for other parameters."""

@@ -32,6 +32,7 @@ from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
 from .sources import ExpertWeights, Part, Source, Weights, floats_of
+from .timing import spent
 
 logger = logging.getLogger("moestro")
 
@@ -54,7 +55,7 @@ def load_stored(
         )
     hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
-    model = _empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
+    model = empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)
     weights = source.weights(model)
     device = make_device(config.device, config.link_gbps)
@@ -76,7 +77,8 @@ def load_stored(
     conductor = attach(model, config, device, stored)
     kept = _kept_weights(model, dense, stored, dense_formats(model, config, device, stored), conductor.cpu.threads)
     _fill_dense(model, dense, device.torch_device)
-    _fill_experts(model, conductor, weights)
+    with spent("packing"):
+        _fill_experts(model, conductor, weights)
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
     for layer in modules.values():
@@ -126,7 +128,7 @@ def _kept_weights(
     return kept
 
 
-def _empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+def empty_model(name: str, auto: Any, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     """The model of a config on the meta device.
 
     Raises:

@@ -10,7 +10,7 @@ Legend: E experts, D model width, F expert neurons.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,9 +69,9 @@ def find_experts(model: Any, has: Callable[[str], bool]) -> dict[str, Pieces]:
     found = {}
     for name, published in _published(model, layouts).items():
         layout = layouts[name]
-        own = _trace(_labels(name, layout), layout)
-        candidates = list(_candidates(name, published, own, model.base_model_prefix))
-        found[name] = max(candidates, key=lambda pieces: _count(pieces, has))
+        own = _trace(small_labels(name, layout), layout)
+        candidates = _candidates(name, published, own, model.base_model_prefix)
+        found[name] = _fullest(candidates, has)
         lacking = sorted({piece.name for piece in found[name].values() if not has(piece.name)})
         if lacking:
             more = f" and {len(lacking) - 1} more tensors of its experts" if len(lacking) > 1 else ""
@@ -79,8 +79,16 @@ def find_experts(model: Any, has: Callable[[str], bool]) -> dict[str, Pieces]:
     return found
 
 
-def _count(pieces: Pieces, has: Callable[[str], bool]) -> int:
-    return sum(has(piece.name) for piece in pieces.values())
+def _fullest(candidates: Iterable[Pieces], has: Callable[[str], bool]) -> Pieces:
+    """The first of which all is there, or else the first of which most is."""
+    best, most = Pieces(), -1
+    for pieces in candidates:
+        count = sum(has(piece.name) for piece in pieces.values())
+        if count == len(pieces):
+            return pieces
+        if count > most:
+            best, most = pieces, count
+    return best
 
 
 def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pieces]:
@@ -91,7 +99,7 @@ def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pie
     """
     labels: dict[str, Tensor] = {}
     for index, (name, layout) in enumerate(layouts.items()):
-        labels |= {key: label + (index << 40) for key, label in _labels(name, layout).items()}
+        labels |= {key: label + (index << 40) for key, label in small_labels(name, layout).items()}
     try:
         saved = revert_weight_conversion(model, labels)
     except Exception as error:  # a conversion is any code
@@ -104,22 +112,69 @@ def _published(model: Any, layouts: Mapping[str, FamilyLayout]) -> dict[str, Pie
     return {name: _trace(labels, layouts[name]) for name, labels in of_module.items()}
 
 
-def _labels(name: str, layout: FamilyLayout) -> dict[str, Tensor]:
+def alike_sizes(layout: FamilyLayout) -> tuple[int, int]:
+    """A small width and few neurons, for which the matrices are square that are square in the model, and no others."""
+    hidden, neurons = layout.shape.hidden, layout.shape.neurons
+    return {neurons: _NEURONS, 2 * neurons: 2 * _NEURONS}.get(hidden, _WIDTH), _NEURONS
+
+
+def small_labels(name: str, layout: FamilyLayout, sizes: tuple[int, int] = (_WIDTH, _NEURONS)) -> dict[str, Tensor]:
     """The parameters of an experts module, of few neurons and little width, each weight a number that says what it is.
 
     A number is ((expert * 6 + part) * neurons + neuron) * width + column; a down matrix counts columns and rows
     the other way round.
     """
-    small = replace(layout, shape=replace(layout.shape, hidden=_WIDTH, neurons=_NEURONS))
+    width, neurons = sizes
+    small = replace(layout, shape=replace(layout.shape, hidden=width, neurons=neurons))
     labels = {}
     for parameter, shape in small.parameters.items():
         label = torch.zeros((layout.experts, *shape), dtype=torch.int64)
         for expert in range(layout.experts):
             for part, view in small.parts(parameter, label[expert]).items():
-                first = (expert * 6 + _PARTS.index(part)) * _NEURONS * _WIDTH
+                first = (expert * 6 + _PARTS.index(part)) * neurons * width
                 view.copy_(torch.arange(first, first + view.numel()).view(view.shape))
         labels[f"{name}.{parameter}"] = label
     return labels
+
+
+def small_tensors(
+    pieces: Pieces, layout: FamilyLayout, sizes: tuple[int, int]
+) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """The tensors that pieces are in, as small as those of `small_labels`, with its numbers as they should stand there.
+
+    Returns:
+        The tensor's name, as in `Piece` -> the small one, int64, and the shape that the checkpoint's must have.
+    """
+    width, neurons = sizes
+    small = replace(layout.shape, hidden=width, neurons=neurons).parts
+    found: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    for (expert, part), piece in pieces.items():
+        if piece.name not in found:
+            shapes = (stored_shape(piece, parts[part], layout.experts) for parts in (small, layout.shape.parts))
+            found[piece.name] = torch.full(next(shapes), -1, dtype=torch.int64), next(shapes)
+        label = found[piece.name][0]
+        at = label if piece.index is None else label[piece.index]
+        rows = at.T if piece.transposed else at  # of a matrix [out, in], or a bias [out]
+        which = _scaled(piece.rows, layout.shape.parts[part][0], small[part][0])
+        target = rows[which.start : which.stop : which.step]
+        first = (expert * 6 + _PARTS.index(part)) * neurons * width
+        target.copy_(torch.arange(first, first + target.numel()).view(target.shape))
+    return found
+
+
+def stored_shape(piece: Piece, shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    """The shape of a piece's tensor. shape: of the part, as in `ExpertShape.parts`."""
+    one = (shape[0] * piece.shared, *shape[1:])
+    one = one[::-1] if piece.transposed else one
+    return one if piece.index is None else (experts, *one)
+
+
+def _scaled(rows: range | None, size: int, count: int) -> range:
+    """The rows of a part of `size` rows, in a tensor whose parts have `count` instead."""
+    if rows is None:
+        return range(count)
+    start = rows.start // size * count if rows.step == 1 else rows.start
+    return range(start, start + count * rows.step if rows.step == 1 else rows.stop // size * count, rows.step)
 
 
 def _trace(labels: Mapping[str, Tensor], layout: FamilyLayout) -> Pieces:
@@ -197,26 +252,46 @@ class Renamer:
 
         None where the model has no such parameter.
         """
+        found = self.place(name)
+        return found if found[0] in self._wanted else None
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """As `rename`, for a tensor that the model may have no place for."""
         base = self._model.base_model_prefix
-        found = rename_source_key(name, self._renamings, self._converters, base, self._wanted)
+        found: tuple[str, str | None] = rename_source_key(name, self._renamings, self._converters, base, self._wanted)
         if found[0] not in self._wanted and name in self._wanted:
             found = rename_source_key(name, [], [], base, self._wanted)
-        return found if found[0] in self._wanted else None
+        return found
+
+    def renamed(self, target: str, pattern: str | None) -> set[str]:
+        """The names of all parameters that a tensor would become that the model has no place for."""
+        if pattern is None:
+            return {target}
+        targets = self._by_pattern[pattern].target_patterns
+        return {target.replace(targets[0], each) for each in targets}
+
+    def converter(self, pattern: str) -> Any:
+        """Transformers' conversion of a pattern, which has collected nothing."""
+        return deepcopy(self._by_pattern[pattern])
 
     def collect(self, name: str, target: str, pattern: str, tensor: Tensor) -> None:
         """Keep a tensor that a conversion needs; `converted` gives what becomes of all."""
-        waiting = self._waiting.setdefault(target, deepcopy(self._by_pattern[pattern]))
-        waiting.add_tensor(target, name, pattern, tensor)
+        if target not in self._waiting:
+            self._waiting[target] = self.converter(pattern)
+        self._waiting[target].add_tensor(target, name, pattern, tensor)
 
-    def converted(self) -> Iterator[tuple[str, Tensor]]:
+    def converted(self, model: Any = None) -> Iterator[tuple[str, Tensor]]:
         """The parameters that conversions give of the tensors that were collected.
+
+        Args:
+            model: what conversions see in place of the model.
 
         Raises:
             CheckpointError: tensors are not all there or do not fit together.
         """
         for target, converter in self._waiting.items():
             try:
-                values = converter.convert(target, model=self._model, config=self._model.config)
+                values = converter.convert(target, model=model or self._model, config=self._model.config)
             except Exception as error:  # a conversion is any code
                 raise CheckpointError(
                     f"the tensors for {target} are not all there or do not fit together ({first_line(error)})"

@@ -90,7 +90,8 @@ def solve_in_torch(matrix: Tensor, *, bits: int, group: int, fit: bool) -> Fitte
     if fit and rows:
         zero = _improve(scaled, levels, scale, inverse, zero, is_still)
     codes = _nearest(scaled, zero, levels).to(torch.uint8)
-    return Fitted(codes.view(rows, -1), scale.view(rows, -1), zero.view(rows, -1))
+    sides = (each.view(rows, -(-columns // group)) for each in (scale, zero))
+    return Fitted(codes.view(rows, -(-columns // group) * group), *sides)
 
 
 def check_finite(matrix: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
 from .descriptor import ROW, Code, Descriptor, Scale, Zero
-from .quantize import quantize_hqq, quantize_int4, quantize_int8
+from .quantize import pack_hqq, quantize_int4, quantize_int8
 
 
 class MatrixFormat(Descriptor):
@@ -44,7 +44,7 @@ class MatrixFormat(Descriptor):
         if self.name == "int8":
             return pack_codes(self, quantize_int8(matrix, self.group))
         if self.scale is Scale.SHIFTED:
-            return pack_codes(self, quantize_hqq(matrix, self, fit=not fast))
+            return pack_hqq(matrix, self, fit=not fast)
         return pack_codes(self, quantize_int4(matrix, self.group, fit=not fast))
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

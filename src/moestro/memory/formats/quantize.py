@@ -7,14 +7,17 @@ and zeros). Theirs are relative to a super-group's range; ours to a power of two
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import CheckpointError
-from .codes import Coded
+from .codes import Coded, pack_codes
 from .descriptor import SUPER, Descriptor
-from .hqq_solver import solve_hqq
+from .hqq_solver import Fitted, solve_hqq
 
 _MOST_BYTE = 255
 _MOST_HALF = 65504.0  # of float16
@@ -75,9 +78,34 @@ def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
 
     The solver's scales and zeros are rounded to what bytes hold, then weights to the whole numbers that fit these best.
     """
+    return _in_bytes(matrix, fmt, solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=fit))
+
+
+def pack_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Tensor:
+    """The panels of `quantize_hqq`, uint8 [P, panel_bytes]."""
+    fitted = solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=fit)
+    writer = _writer if matrix.device.type == "cpu" else write_in_torch
+    return writer(matrix, fmt, fitted)
+
+
+def write_in_torch(matrix: Tensor, fmt: Descriptor, fitted: Fitted, /) -> Tensor:
+    """Panels of a matrix [R, K] with what the solver found for it, uint8 [P, panel_bytes]."""
+    return pack_codes(fmt, _in_bytes(matrix, fmt, fitted))
+
+
+Writer: TypeAlias = Callable[[Tensor, Descriptor, Fitted], Tensor]
+_writer: Writer = write_in_torch
+
+
+def use_writer(writer: Writer) -> None:
+    """Write panels with this from now on, for matrices on the CPU."""
+    global _writer
+    _writer = writer
+
+
+def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
     bits, most = fmt.code_bits, 2**fmt.code_bits - 1
-    _, scales, zeros = solve_hqq(matrix, bits=bits, group=fmt.group, fit=fit)
-    groups, scale, zero = _groups(matrix, fmt.group), scales[..., None], zeros[..., None]
+    groups, scale, zero = _groups(matrix, fmt.group), fitted.scales[..., None], fitted.zeros[..., None]
     # A byte has zeros between the least and the largest code. Groups that want another, and those of equal weights, of
     # which the solver makes one large step, get a range that reaches from 0 to their weights.
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
