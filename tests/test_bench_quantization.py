@@ -22,12 +22,12 @@ from moestro.bench import bits_speed
 from moestro.bench.bits_speed import measure_bits
 from moestro.bench.kernels import moe_layer
 from moestro.bench.models import OURS, ModelWorker
-from moestro.bench.paper_sizes import GIB, PAPER_BITS, PAPER_GIB, hqq_bits, our_bytes, paper_sizes, rebuilt_bytes
+from moestro.bench.options import TABLE_BITS
+from moestro.bench.paper_sizes import GIB, PAPER_GIB, hqq_bits, our_bytes, paper_sizes, rebuilt_bytes
 from moestro.bench.perplexity import cut_windows, perplexity, standard_errors_apart, window_losses
 from moestro.bench.quantization import (
     HELDOUT,
     SPEED_CELLS,
-    TABLE_BITS,
     TOKENS,
     Reading,
     measure_quantization,
@@ -65,9 +65,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 # The paper's sizes.
 
 
-@pytest.mark.parametrize(("dense", "expert"), [*product(PAPER_BITS, PAPER_BITS)])
+@pytest.mark.parametrize(("dense", "expert"), [*product(TABLE_BITS, TABLE_BITS)])
 def test_the_papers_sizes_follow_from_the_packing(dense: int, expert: int) -> None:
-    printed = PAPER_GIB[dense][PAPER_BITS.index(expert)]
+    printed = PAPER_GIB[dense][TABLE_BITS.index(expert)]
     assert rebuilt_bytes(dense, expert) / GIB == pytest.approx(printed, rel=0.01)
     if expert == 16:  # where the half GiB that no packing explains is not in it: to the last digit but one
         assert rebuilt_bytes(dense, expert) / GIB == pytest.approx(printed, abs=0.006)
@@ -89,9 +89,9 @@ def test_bits_of_a_weight_are_those_of_what_hqq_packs(bits: int, group: int, sup
 
 def test_our_sizes_stand_beside_the_papers() -> None:
     found = {(one.dense_bits, one.expert_bits): one for one in paper_sizes()}
-    assert [*found] == [*product(PAPER_BITS, PAPER_BITS)]
+    assert [*found] == [*product(TABLE_BITS, TABLE_BITS)]
     for (dense, expert), one in found.items():
-        assert one.paper_gib == PAPER_GIB[dense][PAPER_BITS.index(expert)]
+        assert one.paper_gib == PAPER_GIB[dense][TABLE_BITS.index(expert)]
         assert one.rebuilt_gib == pytest.approx(rebuilt_bytes(dense, expert) / GIB, abs=0.005)
         assert one.ours_gib == pytest.approx(our_bytes(dense, expert) / GIB, abs=0.005)
         assert one.ours_gib <= one.paper_gib

@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from moestro import MoestroConfig, MoestroError, load
-from moestro.bench.options import ComparedOptions, ShapeOptions
+from moestro.bench.options import ComparedOptions, ShapeOptions, TableOptions
 from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
@@ -118,7 +118,7 @@ def _commands(group: Any, *names: str) -> Iterator[tuple[list[str], Any]]:
 
 
 COMMANDS = list(_commands(typer.main.get_command(cli.app)))
-KINDS = (Options, ModelOptions, ReplayOptions, TextOptions, ShapeOptions, ComparedOptions)
+KINDS = (Options, ModelOptions, ReplayOptions, TextOptions, ShapeOptions, ComparedOptions, TableOptions)
 
 
 def _shared_options() -> Iterator[Any]:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..planning.options import Checked, ModelOptions, Options, about, option_like
+from ..planning.options import BITS, Checked, ModelOptions, Options, about, bits_in, option_like
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES, SHAPES
+
+TABLE_BITS = (16, 4, 3, 2)  # of Eliseev and Mazur's Table 1 (arXiv 2312.17238)
 
 
 def option_list(kind: type[Checked], name: str, help: str, unset: str) -> Any:
@@ -49,3 +51,34 @@ class ComparedOptions(Checked):
     links: Sequence[str] = option_list(
         Options, "link", "Also with the link paced so, like 12GB/s; may be given several times.", "no"
     )
+
+
+def _check_table_bits(values: Any, flag: str) -> Any:
+    for value in values:
+        bits_in(BITS)(int(value) if value.isdecimal() else value, flag)
+    return values
+
+
+def _table_bits(name: str, what: str) -> Any:
+    unset, help = ", ".join(map(str, TABLE_BITS)), f"Only this {what}; may be given several times."
+    return option_like(Options, name, default=(), help=help, unset=unset, check=_check_table_bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(Checked):
+    """Which rows and columns a table by bits has, of which model, and which shape's speeds stand beside it."""
+
+    revision: str | None = option_like(ModelOptions, "revision")
+    tokenizer: str | None = option_like(ModelOptions, "tokenizer")
+    trust_remote_code: bool = option_like(ModelOptions, "trust_remote_code")
+    threads: int | None = option_like(Options, "threads")
+    dense_bits: Sequence[str] = _table_bits("dense_bits", "row")
+    expert_bits: Sequence[str] = _table_bits("expert_bits", "column")
+    shape: str | None = option_like(
+        ModelOptions, "shape", help=f"Also decode speeds of a shape, with random weights: {', '.join(SHAPES)}."
+    )
+
+    @property
+    def source(self) -> ModelOptions:
+        """How the model is loaded, whatever its bits."""
+        return ModelOptions(revision=self.revision, tokenizer=self.tokenizer, trust_remote_code=self.trust_remote_code)

@@ -8,7 +8,7 @@ hqq's `BitPack` fixes what a weight takes. It packs a table with a column for ea
 bits fill bytes. Codes of 3 bits are packed ten to a word of 32 bits, so the 64 of a group are filled up to 70, which
 makes 3.5 bits of a code. A group has a scale and a zero of 8 bits, and each super-group of scales has a scale and a
 zero of 16 bits of its own; the zeros have one such pair for the whole matrix, which is not counted here. Group sizes
-are the paper's; how zeros are quantized is in its code (the repository dvmazur/mixtral-offloading).
+are the paper's; how zeros are quantized is in its code (dvmazur/mixtral-offloading, its module build_model).
 
     >>> round(hqq_bits(3), 3)
     3.754
@@ -24,9 +24,9 @@ from typing import NamedTuple
 from ..loading.build import QUANTIZED
 from ..memory.formats import ExpertShape, expert_format_named, format_named
 from ..planning.shapes import shape_named
+from .options import TABLE_BITS
 
 GIB = 2**30
-PAPER_BITS = (16, 4, 3, 2)
 SHAPE = "mixtral-8x7b"
 # GiB, by bits of attention, then by bits of the experts: 16, 4, 3, 2.
 PAPER_GIB = {
@@ -73,7 +73,7 @@ def paper_sizes() -> tuple[PaperSize, ...]:
             dense, expert, gib, round(rebuilt_bytes(dense, expert) / GIB, 2), round(our_bytes(dense, expert) / GIB, 2)
         )
         for dense, row in PAPER_GIB.items()
-        for expert, gib in zip(PAPER_BITS, row, strict=True)
+        for expert, gib in zip(TABLE_BITS, row, strict=True)
     )
 
 

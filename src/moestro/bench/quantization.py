@@ -28,16 +28,16 @@ from ..loading.checkpoint import is_stored, read_config
 from ..loading.context import model_context
 from ..loading.download import resolve
 from ..loading.load import load, load_tokenizer
-from ..planning.options import ModelOptions, bits_in
+from ..planning.options import BITS, ModelOptions, bits_in
 from ..planning.shapes import spec_of_shape
 from ..text.files import read_text
 from ..text.generation import check_ids, encode
 from .bits_speed import measure_bits
-from .paper_sizes import PAPER_BITS, paper_sizes
+from .options import TABLE_BITS
+from .paper_sizes import paper_sizes
 from .perplexity import cut_windows, perplexity, standard_errors_apart, window_losses
 from .quantization_report import OutOfOrder, QuantizationReport, QuantizationRow
 
-TABLE_BITS = PAPER_BITS
 SPEED_CELLS = ((16, 16), (4, 4), (4, 3), (4, 2))  # bits of dense layers and experts whose decode speed is measured
 HELDOUT = Path(__file__).parents[1] / "demo" / "heldout.txt"
 TOKENS, WINDOW = 32_768, 256
@@ -132,7 +132,7 @@ def measure_quantization(
     """
     for flag, given in (("--dense-bits", dense_bits), ("--expert-bits", expert_bits)):
         for bits in given:
-            bits_in(TABLE_BITS)(bits, flag)
+            bits_in(BITS)(bits, flag)
     config, count = reading.check(), threads or len(core_cpus())
     windows = reading.windows(config.get_text_config().vocab_size)
     depth = None if speed is None else len(spec_of_shape(speed.shape, speed.layers).layers)
@@ -155,6 +155,7 @@ def measure_quantization(
                 expert_bits=expert,
                 head_bits=16,
                 threads=count,
+                cache=False,
             )
             try:
                 losses[dense, expert] = window_losses(model, windows, advance)

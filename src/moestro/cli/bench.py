@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..bench.options import ComparedOptions, ShapeOptions
+from ..bench.options import TABLE_BITS, ComparedOptions, ShapeOptions, TableOptions
 from ..errors import RequestError
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
-from ..planning.shapes import REAL_SHAPES, SHAPES
+from ..planning.shapes import REAL_SHAPES
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
 from .terminal import show
 
@@ -231,10 +231,9 @@ def bench_recall(
 
 
 @bench.command("quantization", epilog="Example: moestro bench quantization demo --shape olmoe-1b-7b --plot table.svg")
-@takes_options(only=("revision", "tokenizer", "trust_remote_code", "threads"))
+@takes_options()
 def bench_quantization(
-    source: ModelOptions,
-    options: Options,
+    table: TableOptions,
     model: Annotated[
         str, typer.Argument(help="An unquantized checkpoint's folder, a hub id, or demo.", metavar="MODEL")
     ],
@@ -245,16 +244,6 @@ def bench_quantization(
     window: Annotated[
         int, typer.Option(metavar="N", min=2, help="Tokens of a window; published figures mostly have 2048.")
     ] = 256,
-    dense_bits: Annotated[
-        list[int] | None,
-        unset("N", "Only this row; may be given several times.", "16, 4, 3, 2"),
-    ] = None,
-    expert_bits: Annotated[
-        list[int] | None, unset("N", "Only this column; may be given several times.", "16, 4, 3, 2")
-    ] = None,
-    shape: Annotated[
-        str | None, unset("NAME", f"Also decode speeds of a shape, with random weights: {', '.join(SHAPES)}.", "none")
-    ] = None,
     layers: Layers = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns of decoding to take medians of.")] = 5,
     plot: Plot = None,
@@ -265,18 +254,18 @@ def bench_quantization(
     Each cell loads the model anew and reads the text. The paper's own sizes for Mixtral-8x7B stand below.
     """
     from ..bench.plots import plotting
-    from ..bench.quantization import TABLE_BITS, Reading, SpeedRequest, measure_quantization
+    from ..bench.quantization import Reading, SpeedRequest, measure_quantization
     from ..text.files import writable
 
     if plot is not None:  # refused before the work
         plotting()
         writable(plot)
     report = measure_quantization(
-        Reading(model, source, text, tokens, window),
-        dense_bits=dense_bits or TABLE_BITS,
-        expert_bits=expert_bits or TABLE_BITS,
-        speed=None if shape is None else SpeedRequest(shape, layers, rounds),
-        threads=options.threads,
+        Reading(model, table.source, text, tokens, window),
+        dense_bits=[*map(int, table.dense_bits or TABLE_BITS)],
+        expert_bits=[*map(int, table.expert_bits or TABLE_BITS)],
+        speed=None if table.shape is None else SpeedRequest(table.shape, layers, rounds),
+        threads=table.threads,
     )
     if plot is not None:
         report.plot(Path(plot))

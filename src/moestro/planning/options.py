@@ -388,7 +388,7 @@ class ReplayOptions(Checked):
     bits: int | None = option_like(
         Options,
         "bits",
-        help="Bits of the experts' weights: 32, 16, 8 or 4.",
+        help="Bits of the experts' weights: 32, 16, 8, 4, 3 or 2.",
         unset="the trace's",
         check=bits_in((32, *BITS)),
     )

@@ -18,7 +18,7 @@ from ..choose import EXPERT_FILE
 from ..choose import MANIFEST as MANIFEST  # which the others here have from this file
 
 VERSION = 1  # of the folder: raised when what lies in it, or a number format of memory/formats, changes its bytes
-SOLVER = "hqq 0.2.8"  # what finds int4 and int8 here: changed with what memory/formats/quantize.py gives
+SOLVER = "moestro 1"  # what quantizes weights here: changed with what memory/formats/quantize.py gives
 ALIGN_BYTES = 4096  # each run of bytes begins on a page
 DENSE_FILE, REST_FILE = "dense.bin", "rest.safetensors"
 
