@@ -312,7 +312,7 @@ def dense_formats(
     dtype = model.config.dtype
     return DenseFormats(
         other=MATRIX_FORMATS[_format_name(config.dense_bits or config.bits, dtype)],
-        head=MATRIX_FORMATS[_format_name(config.head_bits or _head_bits(config.bits), dtype)],
+        head=MATRIX_FORMATS[_format_name(head_bits(config), dtype)],
         stored={} if stored is None else stored.dense,
     )
 
@@ -370,9 +370,9 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], formats: Sequence[
     )
 
 
-def _head_bits(bits: int | None) -> int | None:
-    """Bits of head and embedding where --bits alone is given: 3 and 2 would cost more quality than they save."""
-    return 16 if bits in (3, 2) else bits
+def head_bits(config: MoestroConfig) -> int | None:
+    """Bits of head and embedding: with --bits 3 or 2 alone 16, since these would cost more quality than they save."""
+    return config.head_bits or (16 if config.bits in (3, 2) else config.bits)
 
 
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
