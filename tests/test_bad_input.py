@@ -152,7 +152,7 @@ def test_a_spoiled_checkpoint(
 @pytest.mark.parametrize(
     ("name", "called"),
     [
-        (EXPERT, "model.layers.1.mlp.experts.down_proj of expert 2"),
+        (EXPERT, "model.layers.1.mlp.experts, expert 2, down"),
         ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
     ],
 )

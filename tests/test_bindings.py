@@ -695,7 +695,12 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     index = m.hold(torch.randint(0, tokens, (data.draw(st.integers(0, 40)),)))
     values = {"hidden": width, "neurons": shape.neurons, "has_gate": shape.has_gate, "has_bias": shape.has_bias}
     kernel = kernels.Shape(
-        **shape_values(orders=orders, **values, **dict.fromkeys(("gate", "up", "down"), KERNEL_FORMATS[name]))
+        **shape_values(
+            orders=orders,
+            block=fmt.block,
+            **values,
+            **dict.fromkeys(("gate", "up", "down"), KERNEL_FORMATS[name]),
+        )
     )
     work = ExpertWork(packed, part, index, m.hold(torch.rand(len(index))))
     run.run(level, kernel, x, [work], m.hold(torch.zeros(tokens, width)))

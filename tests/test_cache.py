@@ -184,7 +184,7 @@ def test_the_command(source: Path) -> None:
     names = {one.folder.name for one in cache.entries()}
     found = json.loads(RUNNER.invoke(app, ["cache", "--json"]).stdout)
     assert {one["name"] for one in found["packed"]} == names
-    assert {one["formats"] for one in found["packed"]} == {"int8", "int4"}
+    assert {one["formats"] for one in found["packed"]} == {"int8", "hqq4"}
     assert {one["model"] for one in found["packed"]} == {"source"}
     listed = RUNNER.invoke(app, ["cache"]).stdout
     assert all(name in listed for name in names)

@@ -152,7 +152,7 @@ def test_what_is_allocated_is_counted(tokens: int, allocated: list[Tensor]) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"packed": torch.zeros(64, dtype=torch.uint8)}, "is 544 bytes, not 64 of torch.uint8"),
+        ({"packed": torch.zeros(64, dtype=torch.uint8)}, "is 576 bytes, not 64 of torch.uint8"),
         ({"packed": torch.zeros(72)}, "not 72 of torch.float32"),
         ({"bias": torch.zeros(3)}, "a bias of 16 float32, not 3 of torch.float32"),
         ({"bias": torch.zeros(16).half()}, "not 16 of torch.float16"),

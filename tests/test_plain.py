@@ -63,7 +63,7 @@ def ways() -> Iterator[list[str]]:
 def load_mapped(path: Path, **options: Any) -> Any:
     """Load from the mapped files; fails where Transformers' loader was taken."""
     with ways() as found:
-        model = load(str(path), **({"device": "cpu", "threads": 1} | options))
+        model = load(str(path), **({"device": "cpu", "threads": 1, "cache": False} | options))
     assert found == [""], found
     return model
 
@@ -71,7 +71,7 @@ def load_mapped(path: Path, **options: Any) -> Any:
 def load_by_transformers(path: Path, **options: Any) -> Any:
     """Load through Transformers' loader and our quantizer."""
     with mock.patch.object(loading, "load_plain", side_effect=Unproven("a test")):
-        return load(str(path), **({"device": "cpu", "threads": 1} | options))
+        return load(str(path), **({"device": "cpu", "threads": 1, "cache": False} | options))
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

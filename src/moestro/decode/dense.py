@@ -311,14 +311,14 @@ def pack_dense(
         packed = memory[at : at + layer.n_bytes]
         at += _aligned(layer.n_bytes)
         source = stored.get(layer.name)
-        if source is None:
-            with in_tensor(layer.name):
+        with in_tensor(layer.name):
+            if source is None:
                 packed.view(-1, layer.fmt.panel_bytes(layer.weight.shape[1])).copy_(
                     layer.fmt.pack(layer.weight.detach(), fast=fast)
                 )
-        else:
-            with on_host(packed) as target:
-                source.write(target)
+            else:
+                with on_host(packed) as target:
+                    source.write(target)
         for name, module in layer.owners:
             parent, _, leaf = name.rpartition(".")
             kind = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear

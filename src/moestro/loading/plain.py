@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers.utils.logging import tqdm
 from ..compute.repack import pack_stored_experts, pack_stored_matrix
 from ..decode.dense import DenseFormats, StoredWeight, packable
 from ..engine.families import expert_modules
-from ..errors import MoestroError, first_line
+from ..errors import MoestroError, first_line, in_tensor
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat
 from ..memory.store import on_host
 from .build import dense_formats, home
@@ -35,6 +36,8 @@ from .sources import ExpertWeights
 from .sources.plain import PlainWeights, Unproven, first_dtype
 from .stored import empty_model
 from .timing import spent
+
+logger = logging.getLogger("moestro")
 
 _AT_ONCE_BYTES = 1 << 26  # of experts, between which no thread waits for another
 _DTYPES = {name: dtype for dtype, name in FLOAT_FORMATS.items()}
@@ -202,21 +205,33 @@ def _fill_experts(model: Any, weights: PlainWeights) -> None:
                         (targets.enter_context(on_host(home(conductor, index, each))), weights.expert(module, each))
                         for each in range(first, min(first + step, layer.experts))
                     ]
-                    _write_experts(some, math.format, math.shape, conductor.cpu.threads)
+                    names = [f"{module}, expert {first + number}" for number in range(len(some))]
+                    _write_experts(names, some, math.format, math.shape, conductor.cpu.threads)
+        logger.debug("packed %s, %d experts of %d bytes", module, layer.experts, layer.expert_bytes)
 
 
 def _write_experts(
-    experts: list[tuple[Tensor, ExpertWeights]], fmt: ExpertFormat, shape: ExpertShape, threads: int
+    names: list[str],
+    experts: list[tuple[Tensor, ExpertWeights]],
+    fmt: ExpertFormat,
+    shape: ExpertShape,
+    threads: int,
 ) -> None:
-    """Fill experts' bytes, uint8 [expert_bytes] each. Floats that keep their dtype are read where the file has them."""
+    """Fill experts' bytes, uint8 [expert_bytes] each. Floats that keep their dtype are read where the file has them.
+
+    Raises:
+        CheckpointError: a weight cannot be quantized; with the name of its expert and matrix.
+    """
     views: list[dict[str, Tensor]] = [{p: one.raw for p, one in each.matrices.items()} for _, each in experts]  # type: ignore[misc]
     if all(matrix.is_float for matrix in fmt.matrices.values()):
         dtypes = {part: _DTYPES[matrix.name] for part, matrix in fmt.matrices.items()}
         stored = [{part: (view.to(dtypes[part]), None, None) for part, view in each.items()} for each in views]
         pack_stored_experts(zip((packed for packed, _ in experts), stored, strict=True), fmt, shape, threads=threads)
         views = [{} for _ in experts]
-    for (packed, weights), left in zip(experts, views, strict=True):
-        fmt.pack(packed, shape, left | weights.biases)
+    for name, (packed, weights), left in zip(names, experts, views, strict=True):
+        for part, tensor in (left | weights.biases).items():
+            with in_tensor(f"{name}, {part}"):
+                fmt.pack(packed, shape, {part: tensor})
 
 
 def _take_generation_config(model: Any, name: str) -> None:
