@@ -224,7 +224,7 @@ def test_what_a_packed_folder_is_by_its_headers(tmp_path: Path) -> None:
     )
     assert safetensors.torch.load_file(folder / "rest.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert slow_crc32c(b"123456789") == 0xE3069283
-    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b"int4", b"int8", 1))
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b"hqq4", b"hqq3", 1))
     with pytest.raises(CheckpointError, match="is damaged"):
         inspect_model(str(folder))
 
