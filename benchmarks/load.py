@@ -4,8 +4,9 @@
 
 For each kind a random checkpoint is written (benchmarks/checkpoints.py) and read once, so that its pages are in memory.
 A fresh process imports everything by loading a small checkpoint of the kind, then loads the large one twice, timed,
-while its anonymous memory (RssAnon) is sampled every 2 ms; the first model is gone before the second load. Then it
-touches as much fresh memory as the packed experts take, with the same threads: the time that no load can go below.
+while its anonymous memory (RssAnon) is sampled every 2 ms; the first model is gone before the second load. Then,
+beside the second model, it touches as much fresh memory as the packed experts take, with the same threads. In a virtual
+machine a first load pays some or all of that, by what its host still holds; a second load has memory already.
 Kinds that Transformers loads as they are (bf16) are loaded by it alone, too, in turns with ours and in the same way.
 Prints a line for each kind, and a line of JSON last. Linux only.
 """
@@ -66,8 +67,6 @@ layers = list(zip(model.moestro.math, model.moestro.spec.layers, strict=True))
 each = [math.format.expert_bytes(math.shape) * layer.experts for math, layer in layers]
 print(*seconds, sum(each), max(each), flush=True)
 sys.stdin.readline()
-del model, layers
-gc.collect()
 from moestro.compute.cpu import first_touch
 from moestro.memory.store import map_memory
 memory = map_memory(sum(each))

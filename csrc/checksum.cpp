@@ -98,38 +98,30 @@ bool has_instruction() {
 #endif
 }
 
-// The instruction takes a word a cycle but gives its result after three: three runs side by side keep it busy.
-MOESTRO_SSE42 uint32_t by_instruction(uint32_t crc, const uint8_t* data, int64_t size) {
-  uint64_t a = crc;
-  for (; size >= 3 * kLane; size -= 3 * kLane, data += 3 * kLane) {
-    uint64_t b = 0, c = 0;
-    for (int64_t i = 0; i < kLane; i += 8) {
-      a = _mm_crc32_u64(a, word_at(data + i));
-      b = _mm_crc32_u64(b, word_at(data + kLane + i));
-      c = _mm_crc32_u64(c, word_at(data + 2 * kLane + i));
-    }
-    a = shift_lane(shift_lane(static_cast<uint32_t>(a)) ^ static_cast<uint32_t>(b)) ^ static_cast<uint32_t>(c);
-  }
-  for (; size >= 8; size -= 8, data += 8) a = _mm_crc32_u64(a, word_at(data));
-  crc = static_cast<uint32_t>(a);
-  for (; size > 0; --size) crc = _mm_crc32_u8(crc, *data++);
-  return crc;
-}
+MOESTRO_SSE42 inline uint32_t add_word(uint32_t crc, uint64_t word) { return static_cast<uint32_t>(_mm_crc32_u64(crc, word)); }
+MOESTRO_SSE42 inline uint32_t add_byte(uint32_t crc, uint8_t byte) { return _mm_crc32_u8(crc, byte); }
 #elif defined(__ARM_FEATURE_CRC32)
+#define MOESTRO_SSE42
 bool has_instruction() { return true; }
 
-uint32_t by_instruction(uint32_t a, const uint8_t* data, int64_t size) {
+inline uint32_t add_word(uint32_t crc, uint64_t word) { return __crc32cd(crc, word); }
+inline uint32_t add_byte(uint32_t crc, uint8_t byte) { return __crc32cb(crc, byte); }
+#endif
+
+#if defined(MOESTRO_X86) || defined(__ARM_FEATURE_CRC32)
+// The instruction takes a word a cycle but gives its result after three: three runs side by side keep it busy.
+MOESTRO_SSE42 uint32_t by_instruction(uint32_t a, const uint8_t* data, int64_t size) {
   for (; size >= 3 * kLane; size -= 3 * kLane, data += 3 * kLane) {
     uint32_t b = 0, c = 0;
     for (int64_t i = 0; i < kLane; i += 8) {
-      a = __crc32cd(a, word_at(data + i));
-      b = __crc32cd(b, word_at(data + kLane + i));
-      c = __crc32cd(c, word_at(data + 2 * kLane + i));
+      a = add_word(a, word_at(data + i));
+      b = add_word(b, word_at(data + kLane + i));
+      c = add_word(c, word_at(data + 2 * kLane + i));
     }
     a = shift_lane(shift_lane(a) ^ b) ^ c;
   }
-  for (; size >= 8; size -= 8, data += 8) a = __crc32cd(a, word_at(data));
-  for (; size > 0; --size) a = __crc32cb(a, *data++);
+  for (; size >= 8; size -= 8, data += 8) a = add_word(a, word_at(data));
+  for (; size > 0; --size) a = add_byte(a, *data++);
   return a;
 }
 #else

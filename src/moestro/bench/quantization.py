@@ -28,6 +28,7 @@ from ..loading.checkpoint import is_stored, read_config
 from ..loading.context import model_context
 from ..loading.download import resolve
 from ..loading.load import load, load_tokenizer
+from ..loading.packed.manifest import is_packed
 from ..planning.options import BITS, ModelOptions, bits_in
 from ..planning.shapes import spec_of_shape
 from ..text.files import read_text
@@ -70,7 +71,7 @@ class Reading:
             RequestError: a quantized checkpoint, or too short a context. MoestroError: no such model.
         """
         path = resolve(self.model, self.source.revision, weights=False)
-        if is_stored(path):
+        if is_stored(path) or is_packed(Path(path)):
             raise RequestError(
                 f"{self.model} is quantized already, and the table starts from 16 bits; give the unquantized checkpoint"
             )

@@ -14,11 +14,8 @@ from .port import LayerPort
 from .work import HeldLayer, HostBatch, Queued, StepSum
 
 
-def make_device(name: str, link_gbps: float | None = None) -> Device:
-    """The device of that name; `auto` is `cuda` where there is one, else `cpu`.
-
-    Args:
-        link_gbps: a pace for its link, in GB/s; None for its own.
+def device_class(name: str) -> type[HostDevice | CudaDevice | EmulatedDevice]:
+    """The class of the device of that name; `auto` is `cuda` where there is one, else `cpu`.
 
     Raises:
         RequestError: no such device name, or no CUDA GPU on this machine.
@@ -30,12 +27,25 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise RequestError("--device cuda, but torch sees no CUDA GPU here; use --device cpu or emulated")
-        return CudaDevice(link_gbps)
-    if name == "emulated":
-        return EmulatedDevice() if link_gbps is None else EmulatedDevice(link_gbps=link_gbps)
-    if link_gbps is not None:
+        return CudaDevice
+    return EmulatedDevice if name == "emulated" else HostDevice
+
+
+def make_device(name: str, link_gbps: float | None = None) -> Device:
+    """The device of that name, as in `device_class`.
+
+    Args:
+        link_gbps: a pace for its link, in GB/s; None for its own.
+
+    Raises:
+        RequestError: as `device_class`, or a pace for a device without a link.
+    """
+    kind = device_class(name)
+    if link_gbps is None:
+        return kind()
+    if issubclass(kind, HostDevice):
         raise RequestError("--link needs a device with a link; use it with --device cuda or emulated")
-    return HostDevice()
+    return kind(link_gbps=link_gbps)
 
 
 __all__ = [
@@ -46,5 +56,6 @@ __all__ = [
     "LayerPort",
     "Queued",
     "StepSum",
+    "device_class",
     "make_device",
 ]

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..devices import make_device
 from ..errors import MoestroError
 from ..planning.options import ModelOptions
 from .config import MoestroConfig
@@ -42,7 +41,7 @@ def load_cached(
     Raises:
         As `load` and `load_packed`.
     """
-    asked = _asked(config)
+    asked = asked_bits(config)
     if not config.cache or not any(bits is not None and bits < _FLOAT_BITS for bits in _bits(asked)):
         return load()
     wanted = find_files(model, options.revision)
@@ -59,17 +58,6 @@ def load_cached(
     beside = partial(write_beside, source=places[0], model=loaded, other=places[1], tokenizer=None)
     cache.keep(loaded, key, source, asked, beside)
     return loaded
-
-
-def _asked(config: MoestroConfig) -> Asked:
-    """What the options make of weights on their device."""
-    if not any(bits is not None for bits in (config.bits, config.expert_bits, config.dense_bits, config.head_bits)):
-        return Asked()
-    device = make_device(config.device, config.link_gbps)
-    try:
-        return asked_bits(config, device)
-    finally:
-        device.close()
 
 
 def _bits(asked: Asked) -> tuple[int | None, ...]:

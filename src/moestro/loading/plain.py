@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
 from ..compute.repack import pack_stored_experts, pack_stored_matrix
@@ -34,7 +33,7 @@ from .config import MoestroConfig
 from .plug import MoestroQuantizer
 from .sources import ExpertWeights
 from .sources.plain import PlainWeights, Unproven, first_dtype
-from .stored import empty_model
+from .stored import empty_model, give_buffers_memory, take_generation_config
 from .timing import spent
 
 logger = logging.getLogger("moestro")
@@ -76,7 +75,7 @@ def load_plain(
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
     model.set_use_kernels(False)
-    _take_generation_config(model, name)
+    take_generation_config(model, folder)
     quantizer.are_packed(kept)
     quantizer.postprocess_model(model)
     return model.eval(), weights.unexpected
@@ -184,10 +183,7 @@ def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torc
         else:
             value = module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         value._is_hf_initialized = True  # type: ignore[attr-defined]
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[leaf] = torch.empty_like(buffer, device=device)
+    give_buffers_memory(model, device)
 
 
 def _fill_experts(model: Any, weights: PlainWeights) -> None:
@@ -232,15 +228,3 @@ def _write_experts(
         for part, tensor in (left | weights.biases).items():
             with in_tensor(f"{name}, {part}"):
                 fmt.pack(packed, shape, {part: tensor})
-
-
-def _take_generation_config(model: Any, name: str) -> None:
-    """Read generation_config.json, or what config.json says of generation, as `from_pretrained` does."""
-    if not model.can_generate():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(name)
-    except OSError:
-        model.generation_config = GenerationConfig.from_pretrained(
-            name, config_file_name="config.json", _from_model_config=True
-        )

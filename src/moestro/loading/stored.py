@@ -195,6 +195,11 @@ def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.devic
         parameter = nn.Parameter(floats_of(value).to(device, module._parameters[leaf].dtype), requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         module._parameters[leaf] = parameter
+    give_buffers_memory(model, device)
+
+
+def give_buffers_memory(model: Any, device: torch.device) -> None:
+    """Give a model's buffers that are on the meta device memory that is not filled yet."""
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -202,6 +207,12 @@ def _fill_dense(model: Any, dense: dict[str, Tensor | Part], device: torch.devic
 
 
 def take_generation_config(model: Any, folder: Path) -> None:
-    """Give a model the generation_config.json of its folder, where there is one."""
+    """Read a folder's generation_config.json, or what its config.json says of generation, as `from_pretrained` does."""
+    if not model.can_generate():
+        return
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    elif (folder / "config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from ...decode.dense import StoredWeight, packable
-from ...devices import Device, make_device
+from ...devices import Device, device_class, make_device
 from ...engine.conductor import Conductor
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError
@@ -33,10 +33,10 @@ from .runs import RunReader, Wanted
 ORDER = "moestro.order:"  # before a matrix's name, of its order of columns in rest.safetensors
 
 
-def asked_bits(config: MoestroConfig, device: Device) -> Asked:
-    """What a config's options make of weights on a device; None where they leave them as they are."""
+def asked_bits(config: MoestroConfig) -> Asked:
+    """What a config's options make of weights on its device; None where they leave them as they are."""
     expert = config.expert_bits or config.bits
-    if not (device.dense_is_packable and config.pack_dense):
+    if not (device_class(config.device).dense_is_packable and config.pack_dense):
         return Asked(expert, transcode=config.transcode)
     return Asked(expert, config.dense_bits or config.bits, head_bits(config), config.transcode)
 
@@ -55,7 +55,7 @@ def load_packed(
     """
     device = make_device(config.device, config.link_gbps)
     asked_dtype = None if dtype == "auto" else str(dtype).removeprefix("torch.")
-    folder.refuse_others(asked_bits(config, device), asked_dtype)
+    folder.refuse_others(asked_bits(config), asked_dtype)
     made = getattr(torch, folder.manifest.dtype)
     model = empty_model(folder.model, auto, hf_config, made, trust_remote_code)
     model.set_experts_implementation(METHOD)
