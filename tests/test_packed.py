@@ -229,12 +229,11 @@ def test_what_a_packed_folder_is_by_its_headers(tmp_path: Path) -> None:
         inspect_model(str(folder))
 
 
-def test_a_new_file_of_experts_begins_where_one_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.loading.packed.write._FILE_BYTES", 1 << 20)
+def test_each_layer_has_a_file_of_experts(tmp_path: Path) -> None:
     folder = packed("demo", tmp_path / "packed", bits=8)
-    sizes = [path.stat().st_size for path in sorted(folder.glob("experts-*.bin"))]
-    assert len(sizes) > 5
-    assert max(sizes) <= 1 << 20
+    layers = verify_packed(folder, 2).layers
+    files = [path.name for path in sorted(folder.glob("experts-*.bin"))]
+    assert [{run.file for run in layer.experts} for layer in layers] == [{name} for name in files]
     assert {run.offset % 4096 for _, run, _ in runs_of(verify_packed(folder, 2))} == {0}
     same(load(str(folder), threads=2), load("demo", bits=8, threads=2, cache=False), torch.arange(3, 40)[None])
 

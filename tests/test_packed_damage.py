@@ -266,7 +266,7 @@ def test_a_packed_folder_is_packed_onto_itself(folder: Path) -> None:
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moestro.loading.packed import write
+    from moestro.loading.packed import run_file, write
 
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
@@ -287,6 +287,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
             plain(file, view)
 
         monkeypatch.setattr(write, "write_all", writing)
+        monkeypatch.setattr(run_file, "write_all", writing)
         with pytest.raises(MoestroError, match=line):
             save(whole, tmp_path / "model")
         assert names_of(tmp_path) == []

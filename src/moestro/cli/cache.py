@@ -52,6 +52,9 @@ def verify() -> None:
 
     damaged = 0
     for entry in entries():
+        if entry.is_unfinished:
+            print(f"{entry.folder.name}  unfinished; its layers are checked when the load goes on")
+            continue
         try:
             verify_packed(entry.folder, len(core_cpus()))
             print(f"{entry.folder.name}  whole")
@@ -91,9 +94,15 @@ def _values(entry: Entry) -> dict[str, Any]:
         "name": entry.folder.name,
         "n_bytes": entry.n_bytes,
         "last_used": _day(entry.used_s),
-        "model": "damaged" if made is None else str(made.source.get("model", "")),
+        "model": _name_of(entry),
         "formats": "+".join(dict.fromkeys(formats)),
     }
+
+
+def _name_of(entry: Entry) -> str:
+    if entry.manifest is not None:
+        return str(entry.manifest.source.get("model", ""))
+    return "unfinished" if entry.is_unfinished else "damaged"
 
 
 def _downloads() -> list[dict[str, Any]]:

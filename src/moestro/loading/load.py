@@ -34,6 +34,7 @@ from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor
 from .config import MoestroConfig
 from .download import resolve
 from .once import remembering
+from .packed.kept_layers import KeptLayers
 from .packed.manifest import is_packed
 from .packed.read import PackedFolder
 from .packed.restore import load_packed
@@ -73,15 +74,13 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
     if (model is None) == (source.shape is None):
         raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
     logger.info("loading %s with %s", model or source.shape, config)
-    if config.threads is not None:
-        set_torch_threads(config.threads)
-    dtype = "auto" if source.dtype == "auto" else getattr(torch, DTYPES[source.dtype])
     if source.shape is not None:
+        if config.threads is not None:
+            set_torch_threads(config.threads)
         _refuse_transcode(config, source.shape)
-        return build_random_model(source.shape, config, dtype=dtype, seed=source.seed)
+        return build_random_model(source.shape, config, dtype=_dtype_of(source), seed=source.seed)
     assert model is not None
-    with remembering():
-        return _load_checkpoint(model, config, dtype, source)
+    return load_checkpoint(model, config, source)
 
 
 def load_tokenizer(
@@ -124,7 +123,28 @@ def load_tokenizer(
         ) from error
 
 
-def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any, options: ModelOptions) -> Any:
+def load_checkpoint(
+    model: str, config: MoestroConfig, options: ModelOptions, kept: KeptLayers | None = None
+) -> PreTrainedModel:
+    """As `load`, of a checkpoint.
+
+    Args:
+        kept: keeps layers that had to be quantized, in the place of the cache.
+    """
+    if config.threads is not None:
+        set_torch_threads(config.threads)
+    with remembering():
+        return _load_checkpoint(model, config, _dtype_of(options), options, kept)
+
+
+def _dtype_of(options: ModelOptions) -> Any:
+    """The dtype that was asked for, a torch dtype or "auto"."""
+    return "auto" if options.dtype == "auto" else getattr(torch, DTYPES[options.dtype])
+
+
+def _load_checkpoint(
+    model: str, quantization_config: MoestroConfig, dtype: Any, options: ModelOptions, kept: KeptLayers | None
+) -> Any:
     trust_remote_code = options.trust_remote_code
     source = resolve(model, options.revision, weights=False)
     other = None if options.config is None else resolve(options.config, weights=False)
@@ -147,18 +167,27 @@ def _load_checkpoint(model: str, quantization_config: MoestroConfig, dtype: Any,
     source = resolve(model, options.revision)
     load_plain = partial(_load_plain, model, source, config, auto, quantization_config, dtype, trust_remote_code)
     places = Path(source), None if other is None else Path(other)
+    if kept is not None:
+        return load_plain(kept)
     return load_cached(model, config, auto, quantization_config, dtype, options, places, load_plain)
 
 
 def _load_plain(
-    model: str, source: str, config: Any, auto: Any, quantization_config: Any, dtype: Any, trust_remote_code: bool
+    model: str,
+    source: str,
+    config: Any,
+    auto: Any,
+    quantization_config: Any,
+    dtype: Any,
+    trust_remote_code: bool,
+    kept: KeptLayers | None,
 ) -> Any:
-    """The model of a checkpoint that is not quantized, through Transformers' loader."""
+    """The model of a checkpoint that is not quantized, from its mapped files or through Transformers' loader."""
     check_files(Path(source))
     with _loading_report() as report:
         try:
             try:
-                loaded, unused = load_plain(source, auto, config, quantization_config, dtype, trust_remote_code)
+                loaded, unused = load_plain(source, auto, config, quantization_config, dtype, trust_remote_code, kept)
             except Unproven as why:
                 logger.info("%s is read by Transformers, not from its mapped files: %s", model, why)
             else:

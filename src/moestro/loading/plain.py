@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from ..compute.experts import ExpertMath
 from ..compute.repack import pack_stored_experts, pack_stored_matrix
 from ..decode.dense import DenseFormats, StoredWeight, packable
 from ..engine.families import expert_modules
@@ -30,6 +31,7 @@ from ..memory.store import on_host
 from .build import dense_formats, home
 from .checkpoint import weight_files
 from .config import MoestroConfig
+from .packed.kept_layers import KeptLayers
 from .plug import MoestroQuantizer
 from .sources import ExpertWeights
 from .sources.plain import PlainWeights, Unproven, first_dtype
@@ -43,13 +45,20 @@ _DTYPES = {name: dtype for dtype, name in FLOAT_FORMATS.items()}
 
 
 def load_plain(
-    name: str, auto: Any, hf_config: Any, config: MoestroConfig, dtype: Any, trust_remote_code: bool
+    name: str,
+    auto: Any,
+    hf_config: Any,
+    config: MoestroConfig,
+    dtype: Any,
+    trust_remote_code: bool,
+    kept: KeptLayers | None = None,
 ) -> tuple[Any, list[str]]:
     """A model of a folder of unquantized safetensors.
 
     Args:
         name: the folder. auto: the auto class that makes the model. hf_config: its Transformers config.
         dtype: a torch dtype, or "auto" for the checkpoint's.
+        kept: keeps layers that had to be quantized, and has those that a load before this one kept.
 
     Returns:
         The model, and the tensors that the checkpoint has and the model has no place for.
@@ -69,14 +78,14 @@ def load_plain(
     model.hf_quantizer = quantizer
     quantizer.preprocess_model(model=model, dtype=dtype)
     threads, device = model.moestro.cpu.threads, quantizer.device
-    kept = _kept_weights(model, weights, dense_formats(model, config, device), threads)
+    packed = _packed_weights(model, weights, dense_formats(model, config, device), threads)
     _fill_dense(model, weights.dense, device.torch_device)
-    _fill_experts(model, weights)
+    _fill_experts(model, weights, kept)
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
     model.set_use_kernels(False)
     take_generation_config(model, folder)
-    quantizer.are_packed(kept)
+    quantizer.are_packed(packed)
     quantizer.postprocess_model(model)
     return model.eval(), weights.unexpected
 
@@ -146,7 +155,7 @@ def _stated_dtype(folder: Path, config: Any) -> torch.dtype:
     return found
 
 
-def _kept_weights(
+def _packed_weights(
     model: Any, weights: PlainWeights, formats: DenseFormats | None, threads: int
 ) -> dict[str, StoredWeight]:
     """Take out of the dense weights those that go into panels, which the model itself gets no values of."""
@@ -186,24 +195,41 @@ def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torc
     give_buffers_memory(model, device)
 
 
-def _fill_experts(model: Any, weights: PlainWeights) -> None:
-    """Pack each expert from the files into its home, in RAM or in a slot."""
+def _fill_experts(model: Any, weights: PlainWeights, kept: KeptLayers | None) -> None:
+    """Pack each expert from the files into its home, in RAM or in a slot. Layers that are kept are read instead."""
     conductor = model.moestro
+    if kept is not None and not all(_is_float(math.format) for math in conductor.math):
+        kept.begin(len(conductor.math), conductor.spec.expert_bytes, conductor.cpu.threads)
     for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
-        math = conductor.math[index]
+        math, homes = (
+            conductor.math[index],
+            [home(conductor, index, each) for each in range(conductor.spec.layers[index].experts)],
+        )
+        kept_here = None if _is_float(math.format) else kept  # plain weights are as fast to read again
+        if kept_here is not None and kept_here.restore(index, homes):
+            continue
         weights.fetch(module)
-        layer = conductor.spec.layers[index]
-        step = max(1, _AT_ONCE_BYTES // layer.expert_bytes)
         with spent("packing"):
-            for first in range(0, layer.experts, step):
-                with ExitStack() as targets:
-                    some = [
-                        (targets.enter_context(on_host(home(conductor, index, each))), weights.expert(module, each))
-                        for each in range(first, min(first + step, layer.experts))
-                    ]
-                    names = [f"{module}, expert {first + number}" for number in range(len(some))]
-                    _write_experts(names, some, math.format, math.shape, conductor.cpu.threads)
-        logger.debug("packed %s, %d experts of %d bytes", module, layer.experts, layer.expert_bytes)
+            _fill_layer(module, homes, weights, math, conductor.cpu.threads)
+        logger.debug("packed %s, %d experts of %d bytes", module, len(homes), homes[0].nbytes)
+        if kept_here is not None:
+            kept_here.keep(index, homes)
+
+
+def _fill_layer(module: str, homes: list[Tensor], weights: PlainWeights, math: ExpertMath, threads: int) -> None:
+    step = max(1, _AT_ONCE_BYTES // homes[0].nbytes)
+    for first in range(0, len(homes), step):
+        with ExitStack() as targets:
+            some = [
+                (targets.enter_context(on_host(target)), weights.expert(module, first + number))
+                for number, target in enumerate(homes[first : first + step])
+            ]
+            names = [f"{module}, expert {first + number}" for number in range(len(some))]
+            _write_experts(names, some, math.format, math.shape, threads)
+
+
+def _is_float(fmt: ExpertFormat) -> bool:
+    return all(matrix.is_float for matrix in fmt.matrices.values())
 
 
 def _write_experts(
@@ -219,7 +245,7 @@ def _write_experts(
         CheckpointError: a weight cannot be quantized; with the name of its expert and matrix.
     """
     views: list[dict[str, Tensor]] = [{p: one.raw for p, one in each.matrices.items()} for _, each in experts]  # type: ignore[misc]
-    if all(matrix.is_float for matrix in fmt.matrices.values()):
+    if _is_float(fmt):
         dtypes = {part: _DTYPES[matrix.name] for part, matrix in fmt.matrices.items()}
         stored = [{part: (view.to(dtypes[part]), None, None) for part, view in each.items()} for each in views]
         pack_stored_experts(zip((packed for packed, _ in experts), stored, strict=True), fmt, shape, threads=threads)

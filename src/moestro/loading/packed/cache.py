@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 
 from ...errors import CheckpointError, ModelError, MoestroError, RequestError
 from ...planning.budget import format_bytes
+from .kept_layers import SUFFIX, KeptLayers, kept_layers
 from .manifest import MANIFEST, SOLVER, VERSION, Asked, Manifest
 from .read import read_manifest
 from .write import bytes_of_model, write_packed
@@ -36,12 +38,20 @@ _KEY_DIGITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A packed folder of the cache. manifest: None where it is damaged. used_s: since 1970, of its last use."""
+    """A packed folder of the cache, or the layers of one whose load was ended.
+
+    manifest: None where there is none, or a damaged one. used_s: since 1970, of its last use.
+    """
 
     folder: Path
     manifest: Manifest | None
     n_bytes: int
     used_s: float
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether these are layers, from which the same load goes on."""
+        return self.folder.name.endswith(SUFFIX)
 
 
 def cache_folder() -> Path:
@@ -95,21 +105,29 @@ def remove(folder: Path) -> None:
         raise RequestError(f"{folder} cannot be removed: {error.strerror}") from error
 
 
-def keep(model: Any, key: str, source: dict[str, Any], asked: Asked, beside: Any) -> None:
+@contextmanager
+def kept_layers_of(key: str) -> Iterator[KeptLayers]:
+    """Keep layers in the cache while the model of an entry is quantized."""
+    with kept_layers(cache_folder() / f"{key}{SUFFIX}", key, lambda n_bytes: _has_room(key, n_bytes)) as kept:
+        yield kept
+
+
+def keep(model: Any, key: str, source: dict[str, Any], asked: Asked, beside: Any, kept: KeptLayers) -> None:
     """Write a loaded model to the cache; says its size and place before. What prevents it is one line of the log.
 
     Args:
-        key: of the entry. source, asked, beside: as `write_packed` takes them.
+        key: of the entry. source, asked, beside, kept: as `write_packed` takes them.
     """
-    folder, n_bytes = cache_folder() / key, bytes_of_model(model)
+    folder = cache_folder() / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not _make_room(folder.parent, n_bytes):
+        if kept.has_begun:
+            if not kept.has_room:
+                return
+        elif not _has_room(key, bytes_of_model(model)):
             return
-        if not are_progress_bars_disabled():
-            print(f"keeping {format_bytes(n_bytes)} in {folder} (--no-cache: not)", file=sys.stderr, flush=True)
         _clear(folder)
-        write_packed(model, folder, source=source, asked=asked, beside=beside)
+        write_packed(model, folder, source=source, asked=asked, beside=beside, kept=kept)
     except (MoestroError, OSError) as error:
         logger.warning("not kept in the cache: %s", error)
 
@@ -135,11 +153,27 @@ def _clear(folder: Path) -> None:
             remove(folder)
 
 
-def _make_room(folder: Path, n_bytes: int) -> bool:
-    """Remove the least recently used entries until so many bytes more fit; False where they would not fit alone."""
+def _has_room(key: str, n_bytes: int) -> bool:
+    """Make room for an entry, and say its size and place; False where there is none, which the log says."""
+    folder = cache_folder()
+    if not _make_room(folder, n_bytes, folder / f"{key}{SUFFIX}"):
+        return False
+    if not are_progress_bars_disabled():
+        print(f"keeping {format_bytes(n_bytes)} in {folder / key} (--no-cache: not)", file=sys.stderr, flush=True)
+    return True
+
+
+def _make_room(folder: Path, n_bytes: int, layers: Path) -> bool:
+    """Remove the least recently used entries until so many bytes fit; False where they would not fit alone.
+
+    Args:
+        layers: those of the entry that these bytes are for, which become a part of it.
+    """
     found = entries()
+    all_bytes = sum(entry.n_bytes for entry in found)
+    found = [entry for entry in found if entry.folder != layers]
     taken = sum(entry.n_bytes for entry in found)
-    most = (shutil.disk_usage(folder).free + taken) // 2
+    most = (shutil.disk_usage(folder).free + all_bytes) // 2
     if n_bytes > most:
         logger.warning(
             "not kept in the cache: it takes %s, and half of the free disk of %s is %s",
@@ -164,7 +198,7 @@ def _entries() -> Iterator[Entry]:
             continue
         try:
             sizes = [one.stat() for one in path.rglob("*") if one.is_file()]
-            used_s = (path / MANIFEST).stat().st_mtime if (path / MANIFEST).exists() else 0.0
+            used_s = (path / MANIFEST if (path / MANIFEST).exists() else path).stat().st_mtime
         except OSError:
             continue  # another process has just removed it
         try:

@@ -22,6 +22,17 @@ SOLVER = "moestro 1"  # what quantizes weights here: changed with what memory/fo
 ALIGN_BYTES = 4096  # each run of bytes begins on a page
 DENSE_FILE, REST_FILE = "dense.bin", "rest.safetensors"
 
+
+def filled_up(n_bytes: int) -> int:
+    """The bytes of a run with what fills it up."""
+    return -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def expert_file(layer: int) -> str:
+    """The name of the file with a layer's experts; layers count from 0, files from 1."""
+    return f"experts-{layer + 1:05d}.bin"
+
+
 _FRAME = re.compile(rb'\{"crc32c":"([0-9a-f]{8})","packed":(.*)\}\n', re.DOTALL)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...compute.checksum import crc32c
 from ...errors import CheckpointError, RequestError, first_line
 from ...memory.store import map_memory
-from .manifest import AGAIN, ALIGN_BYTES, MANIFEST, REST_FILE, Asked, Manifest, Run, parse_manifest
+from .manifest import AGAIN, MANIFEST, REST_FILE, Asked, Manifest, Run, filled_up, parse_manifest
 from .runs import RunReader, Wanted, open_checked
 
 _MOST_BYTES = 1 << 30  # of moestro.json
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = parse_manifest(str(folder), text, crc32c)
     covered = dict.fromkeys((name for name, file in manifest.files.items() if file.crc is None), 0)
     for _, run, _ in runs_of(manifest):
-        covered[run.file] = covered.get(run.file, 0) + -(-run.n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+        covered[run.file] = covered.get(run.file, 0) + filled_up(run.n_bytes)
     if REST_FILE not in manifest.files or any(n != manifest.files[name].n_bytes for name, n in covered.items()):
         raise CheckpointError(f"{folder}: its {MANIFEST} does not say what all bytes of its files are; {AGAIN}")
     return manifest

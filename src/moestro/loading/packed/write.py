@@ -24,17 +24,24 @@ from ...errors import ModelError, MoestroError, RequestError, first_line
 from ...planning.budget import format_bytes
 from ..build import home
 from .atomic import new_folder
-from .manifest import ALIGN_BYTES, DENSE_FILE, MANIFEST, REST_FILE, Asked, Dense, File, Layer, Manifest, Run
+from .kept_layers import KeptLayers
+from .manifest import DENSE_FILE, MANIFEST, REST_FILE, Asked, Dense, File, Layer, Manifest, expert_file
 from .read import DTYPES, read_manifest
 from .restore import ORDER
+from .run_file import RunFile, write_all
 
-_FILE_BYTES = 4 << 30  # of experts, about
 _LINE = 64  # bytes, as torch aligns tensors: sums of numbers that lie otherwise may differ in the last bit
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_packed(
-    model: Any, target: Path, *, source: Mapping[str, Any], asked: Asked, beside: Callable[[Path], None]
+    model: Any,
+    target: Path,
+    *,
+    source: Mapping[str, Any],
+    asked: Asked,
+    beside: Callable[[Path], None],
+    kept: KeptLayers | None = None,
 ) -> Manifest:
     """Write a model that `moestro.load` made, on any device.
 
@@ -42,6 +49,7 @@ def write_packed(
         target: the folder, which may be a packed one, to be replaced.
         source: what the model is of, for moestro.json. asked: the options that made its weights.
         beside: writes config.json, the tokenizer and the like into a folder.
+        kept: the layers of experts that were written while the model loaded.
 
     Raises:
         RequestError: something else is there, or the disk is full. ModelError: it has a tensor that cannot be kept.
@@ -52,7 +60,7 @@ def write_packed(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{target} cannot be written: {first_line(error)}; name another folder") from error
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(target.parent).free + (0 if kept is None else kept.n_bytes)
     if n_bytes > free:
         raise RequestError(
             f"{target} needs {format_bytes(n_bytes)}, and its disk has {format_bytes(free)} free; free "
@@ -60,10 +68,9 @@ def write_packed(
         )
     with new_folder(target, refuse_replacing) as folder:
         beside(folder)
-        runs = _Runs(folder)
-        layers = _write_experts(model, runs)
-        dense = tuple(_write_matrix(name, module, runs) for name, module in matrices)
-        runs.close()
+        layers = _write_experts(model, folder, kept)
+        dense = _write_matrices(matrices, folder)
+        runs = *(run for layer in layers for run in layer.experts), *(one.run for one in dense)
         _write_rest(folder / REST_FILE, rest)
         manifest = Manifest(
             source=source,
@@ -71,11 +78,13 @@ def write_packed(
             dtype=str(model.config.dtype or torch.get_default_dtype()).removeprefix("torch."),
             layers=layers,
             dense=dense,
-            files=_files_of(folder, runs.names),
+            files=_files_of(folder, {run.file for run in runs}),
             is_marked=hasattr(model.config, "_is_quantized"),
             made_by=version("moestro"),
         )
         _write_file(folder / MANIFEST, manifest.text(crc32c))
+    if kept is not None:
+        kept.remove()
     return manifest
 
 
@@ -107,58 +116,19 @@ def refuse_replacing(target: Path) -> None:
         raise RequestError(f"{target} is there and will not be replaced ({error}); name another folder") from error
 
 
-class _Runs:
-    """Files of runs of bytes, each of which begins on a page."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._experts, self._at, self.names = folder, 0, 0, list[str]()
-        self._file: Any = None
-
-    def write(self, is_expert: bool, tensor: Tensor) -> Run:
-        """Write bytes, uint8, on any device; returns where they are."""
-        host = tensor.detach().to("cpu").contiguous()
-        file = self._file_for(is_expert, host.nbytes)
-        run = Run(self.names[-1], self._at, host.nbytes, crc32c(host))
-        fill = bytes(-host.nbytes % ALIGN_BYTES)
-        write_all(file, bytes_of(host))
-        write_all(file, memoryview(fill))
-        self._at += host.nbytes + len(fill)
-        return run
-
-    def close(self) -> None:
-        """Have the disk keep the file that is open."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-
-    def _file_for(self, is_expert: bool, n_bytes: int) -> Any:
-        wanted = DENSE_FILE if not is_expert else f"experts-{max(self._experts, 1):05d}.bin"
-        is_full = is_expert and self._at > 0 and self._at + n_bytes > _FILE_BYTES
-        if not self.names or self.names[-1] != wanted or is_full:
-            self.close()
-            self._experts += is_expert
-            self.names.append(f"experts-{self._experts:05d}.bin" if is_expert else DENSE_FILE)
-            self._file, self._at = open(self._folder / self.names[-1], "wb", buffering=0), 0  # noqa: SIM115
-        return self._file
-
-
-def write_all(file: Any, view: memoryview) -> None:
-    """Write all of a view to an unbuffered file, which may take a part at a time."""
-    view = view.cast("B") if view.nbytes else view
-    while view:
-        view = view[file.write(view) :]
-
-
-def _write_experts(model: Any, runs: _Runs) -> tuple[Layer, ...]:
+def _write_experts(model: Any, folder: Path, kept: KeptLayers | None) -> tuple[Layer, ...]:
+    """Write the experts of each layer to a file of its own, or take over the one that was written while it loaded."""
     conductor: Conductor = model.moestro
     layers = []
     for number, name in enumerate(expert_modules(model)):
-        fmt, shape = conductor.math[number].format, conductor.math[number].shape
-        count = conductor.spec.layers[number].experts
-        experts = tuple(runs.write(True, home(conductor, number, expert)) for expert in range(count))
+        math, count = conductor.math[number], conductor.spec.layers[number].experts
+        runs = None if kept is None else kept.take_over(number, folder)
+        if runs is None:
+            with RunFile(folder, expert_file(number)) as file:
+                runs = tuple(file.write(home(conductor, number, expert)) for expert in range(count))
+        shape = math.shape
         sizes = shape.hidden, shape.neurons, shape.has_gate, shape.has_bias
-        layers.append(Layer(name, fmt.name, fmt.block, *sizes, experts))
+        layers.append(Layer(name, math.format.name, math.format.block, *sizes, runs))
     return tuple(layers)
 
 
@@ -172,12 +142,18 @@ def _packed_of(model: Any) -> Iterator[tuple[str, Packed]]:
             yield tied.get(f"{name}.weight", f"{name}.weight"), module
 
 
-def _write_matrix(name: str, module: Packed, runs: _Runs) -> Dense:
+def _write_matrices(matrices: list[tuple[str, Packed]], folder: Path) -> tuple[Dense, ...]:
+    if not matrices:
+        return ()
+    with RunFile(folder, DENSE_FILE) as file:
+        return tuple(_write_matrix(name, module, file) for name, module in matrices)
+
+
+def _write_matrix(name: str, module: Packed, file: RunFile) -> Dense:
     matrix = module.matrix
     dtype = str(module.weight_dtype).removeprefix("torch.")
-    run = runs.write(False, matrix.packed)
     size = int(matrix.rows), int(matrix.columns)  # inkling counts its features with a tensor
-    return Dense(name, matrix.fmt.name, *size, dtype, matrix.order is not None, run)
+    return Dense(name, matrix.fmt.name, *size, dtype, matrix.order is not None, file.write(matrix.packed))
 
 
 def _rest_of(model: Any) -> dict[str, Tensor]:
@@ -214,7 +190,6 @@ def _write_rest(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name in names:
             flat = tensors[name].detach().to("cpu").contiguous().view(-1)
             write_all(file, bytes_of(flat.view(torch.uint8)))
-        os.fsync(file.fileno())
 
 
 def _write_file(path: Path, contents: bytes) -> None:
@@ -223,18 +198,15 @@ def _write_file(path: Path, contents: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _files_of(folder: Path, runs: list[str]) -> dict[str, File]:
+def _files_of(folder: Path, of_runs: set[str]) -> dict[str, File]:
     """All files of a folder, flushed to the disk, with the checksums of those that have no runs."""
     found = {}
     for path in sorted(one for one in folder.rglob("*") if one.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name in runs:
-            found[name] = File(path.stat().st_size)
-            continue
         crc, size = 0, 0
         with path.open("r+b") as file:  # as fsync wants it on Windows
-            while part := file.read(1 << 24):
+            while name not in of_runs and (part := file.read(1 << 24)):
                 crc, size = crc32c(part, crc), size + len(part)
             os.fsync(file.fileno())
-        found[name] = File(size, crc)
+        found[name] = File(path.stat().st_size) if name in of_runs else File(size, crc)
     return found
