@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -86,7 +87,11 @@ def busy(model: Any) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        native = thread.native_id
         thread.join()
+        # Python says that a thread has ended while MKL still frees its memory, under a lock that a child would wait for.
+        while Path(f"/proc/self/task/{native}").exists():
+            time.sleep(0.001)
     assert not errors
 
 
