@@ -175,55 +175,86 @@ void make_attention(Attention* self, const Linear& q, const Linear& k, const Lin
   new (self) Attention(made);
 }
 
-// The rotary embedding of one token, [.., turned].
-struct Rotary {
-  const void *cosine, *sine;
-  int64_t turned;
-  Rotary(const Attention& attention, nb::handle cosine_of, nb::handle sine_of) {
+// The tokens of a step and their rotary embedding, [T, turned].
+struct GivenStep {
+  Step step;
+  std::vector<Seen> seen;
+  explicit GivenStep(int64_t tokens) : step{tokens, nullptr, nullptr, nullptr, 0} {
+    require(tokens >= 1 && tokens <= kMostStepTokens, "not 1 to 64 tokens");
+  }
+  GivenStep(const Attention& attention, int64_t tokens, nb::handle cosine_of, nb::handle sine_of) : GivenStep(tokens) {
     const Array from(cosine_of, "cosine");
-    turned = from.count();
+    require(from.count() % tokens == 0, "cosine: not as many for each token");
+    const int64_t turned = from.count() / tokens;
     check_turned(attention, turned);
-    cosine = from.numbers(attention.type, turned);
-    sine = Array(sine_of, "sine").numbers(attention.type, turned);
+    step = {tokens, nullptr, from.numbers(attention.type, from.count()),
+            Array(sine_of, "sine").numbers(attention.type, from.count()), turned};
+  }
+
+  // What each token sees of a cache: `given`, int64 [T, 2], or all up to itself, the step's own being the last there.
+  void see(const CachePlace& cache, nb::handle given) {
+    const int64_t T = step.tokens, B = cache.sequences, S = cache.length;
+    require(T % B == 0, "x: not as many tokens of each of the cache's sequences");
+    const int64_t own = T / B;
+    require(own <= S, "keys: fewer tokens than the step's own");
+    const int64_t* ranges = given.is_none() ? nullptr : Array(given, "seen").integers(2 * T);
+    seen.clear();
+    for (int64_t t = 0; t < T; ++t) {
+      Seen one{t / own, 0, S - own + t % own + 1};
+      if (ranges != nullptr) one.begin = ranges[2 * t], one.end = ranges[2 * t + 1];
+      require(0 <= one.begin && one.begin < one.end && one.end <= S, "seen: not a range of the cache");
+      seen.push_back(one);
+    }
+    step.seen = seen.data();
   }
 };
 
-// One layer's cache: keys and values [1, G, S, d], each head one piece, heads equally far apart in both.
+// One layer's cache: keys and values [B, G, S, d], each head one piece, heads and sequences equally far apart in both.
 CachePlace place_of(const Attention& attention, nb::handle keys_of, nb::handle values_of) {
   const Array keys(keys_of, "keys"), values(values_of, "values");
   const int64_t heads = attention.k.rows / attention.head, head = attention.head;
   for (const Array& part : {keys, values}) {
-    if (part.dims() != 4 || part.size(0) != 1 || part.size(1) != heads || part.size(2) < 1 || part.size(3) != head)
-      part.refuse("[1, " + std::to_string(heads) + ", S, " + std::to_string(head) + "], S at least 1");
+    if (part.dims() != 4 || part.size(0) < 1 || part.size(1) != heads || part.size(2) < 1 || part.size(3) != head)
+      part.refuse("[B, " + std::to_string(heads) + ", S, " + std::to_string(head) + "], B and S at least 1");
     if (part.stride(3) != 1 || (part.size(2) > 1 && part.stride(2) != head)) part.refuse("heads that are one piece each");
     if (heads > 1 && part.stride(1) < part.size(2) * head) part.refuse("heads that do not overlap");
   }
-  const int64_t length = keys.size(2), apart = heads > 1 ? keys.stride(1) : length * head;
+  const int64_t sequences = keys.size(0), length = keys.size(2), apart = heads > 1 ? keys.stride(1) : length * head;
+  const int64_t between = sequences > 1 ? keys.stride(0) : heads * apart;
+  if (values.size(0) != sequences) values.refuse("as many sequences as keys");
   if (values.size(2) != length) values.refuse("as many tokens as keys");
   if (heads > 1 && values.stride(1) != apart) values.refuse("heads as far apart as keys");
-  return {keys.data_of(attention.type), values.data_of(attention.type), length, apart};
+  if (sequences > 1 && values.stride(0) != between) values.refuse("sequences as far apart as keys");
+  if (between < (heads - 1) * apart + length * head) keys.refuse("sequences that do not overlap");
+  return {keys.data_of(attention.type), values.data_of(attention.type), sequences, length, apart, between};
 }
 
 void project(const Attention& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle cosine,
              nb::handle sine, nb::handle q, nb::handle k, nb::handle v) {
   const Level& level = level_of(level_name);
-  const void* from = Array(x, "x").numbers(self.type, self.q.columns);
-  const Rotary rotary(self, cosine, sine);
-  void* q_out = Array(q, "q").numbers(self.type, self.q.rows);
-  void* k_out = Array(k, "k").numbers(self.type, self.k.rows);
-  void* v_out = Array(v, "v").numbers(self.type, self.v.rows);
+  const Array given(x, "x");
+  const int64_t T = given.rows_of(self.q.columns);
+  const void* from = given.numbers(self.type, given.count());
+  const GivenStep of(self, T, cosine, sine);
+  void* q_out = Array(q, "q").numbers(self.type, T * self.q.rows);
+  void* k_out = Array(k, "k").numbers(self.type, T * self.k.rows);
+  void* v_out = Array(v, "v").numbers(self.type, T * self.v.rows);
   nb::gil_scoped_release release;
-  self.project(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, q_out, k_out, v_out);
+  self.project(runner, level, from, of.step, q_out, k_out, v_out);
 }
 
 void attend(const Attention& self, Runner& runner, const std::string& level_name, nb::handle query, nb::handle keys,
-            nb::handle values, nb::handle out) {
+            nb::handle values, nb::handle seen, nb::handle out) {
   const Level& level = level_of(level_name);
-  const void* from = Array(query, "query").numbers(self.type, self.q.rows);
+  const Array given(query, "query");
+  const int64_t T = given.rows_of(self.q.rows);
+  const void* from = given.numbers(self.type, given.count());
   const CachePlace cache = place_of(self, keys, values);
-  void* to = Array(out, "out").numbers(self.type, self.q.rows);
+  GivenStep of(T);
+  of.see(cache, seen);
+  void* to = Array(out, "out").numbers(self.type, T * self.q.rows);
   nb::gil_scoped_release release;
-  self.attend(runner, level, from, cache.keys, cache.values, cache.length, cache.apart, to);
+  self.attend(runner, level, from, cache, of.step, to);
 }
 
 void make_first_half(FirstHalf* self, const Attention& attention, const Linear& output, const Norm& before, const Norm& after) {
@@ -233,16 +264,18 @@ void make_first_half(FirstHalf* self, const Attention& attention, const Linear& 
 }
 
 void run_first_half(const FirstHalf& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle cosine,
-                    nb::handle sine, nb::handle keys, nb::handle values, nb::handle hidden, nb::handle normed) {
+                    nb::handle sine, nb::handle keys, nb::handle values, nb::handle seen, nb::handle hidden, nb::handle normed) {
   const Level& level = level_of(level_name);
   const Type type = self.attention.type;
-  const int64_t width = self.attention.q.columns;
-  const void* from = Array(x, "x").numbers(type, width);
-  const Rotary rotary(self.attention, cosine, sine);
+  const Array given(x, "x");
+  const int64_t count = given.count();
+  const void* from = given.numbers(type, count);
+  GivenStep of(self.attention, given.rows_of(self.attention.q.columns), cosine, sine);
   const CachePlace cache = place_of(self.attention, keys, values);
-  void *hidden_out = Array(hidden, "hidden").numbers(type, width), *normed_out = Array(normed, "normed").numbers(type, width);
+  of.see(cache, seen);
+  void *hidden_out = Array(hidden, "hidden").numbers(type, count), *normed_out = Array(normed, "normed").numbers(type, count);
   nb::gil_scoped_release release;
-  self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, cache, hidden_out, normed_out);
+  self.run(runner, level, from, of.step, cache, hidden_out, normed_out);
 }
 
 void make_router(Router* self, nb::handle weight, int64_t top_k, bool normalized, Type score_type) {
@@ -257,12 +290,14 @@ void make_router(Router* self, nb::handle weight, int64_t top_k, bool normalized
 void route(const Router& self, Runner& runner, const std::string& level_name, nb::handle x, nb::handle logits,
            nb::handle scores, nb::handle chosen) {
   const Level& level = level_of(level_name);
-  const void* from = Array(x, "x").numbers(self.type, self.hidden);
-  void* logits_out = Array(logits, "logits").numbers(self.type, self.experts);
-  void* scores_out = Array(scores, "scores").numbers(self.score_type, self.top_k);
-  int64_t* chosen_out = Array(chosen, "chosen").integers(self.top_k);
+  const Array given(x, "x");
+  const int64_t T = given.rows_of(self.hidden);
+  const void* from = given.numbers(self.type, given.count());
+  void* logits_out = Array(logits, "logits").numbers(self.type, T * self.experts);
+  void* scores_out = Array(scores, "scores").numbers(self.score_type, T * self.top_k);
+  int64_t* chosen_out = Array(chosen, "chosen").integers(T * self.top_k);
   nb::gil_scoped_release release;
-  self.run(runner, level, from, logits_out, scores_out, chosen_out);
+  self.run(runner, level, from, T, logits_out, scores_out, chosen_out);
 }
 
 void make_decoder_layer(DecoderLayer* self, const FirstHalf& first, const Router& router, const Shape& shape, const nb::tuple& experts) {
@@ -282,25 +317,31 @@ void make_decoder_layers(DecoderLayers* self, const std::vector<const DecoderLay
   new (self) DecoderLayers(made);
 }
 
-int64_t run_decoder_layers(const DecoderLayers& self, Runner& runner, const std::string& level_name, nb::handle x,
-                           nb::handle cosine, nb::handle sine, const nb::object& caches, nb::handle hidden) {
+std::pair<int64_t, int64_t> run_decoder_layers(const DecoderLayers& self, Runner& runner, const std::string& level_name,
+                                               nb::handle x, nb::handle cosine, nb::handle sine, const nb::object& caches,
+                                               nb::handle seen, nb::handle hidden) {
   const Level& level = level_of(level_name);
   const Attention& first = self.layers[0].first.attention;
-  const void* from = Array(x, "x").numbers(first.type, first.q.columns);
-  const Rotary rotary(first, cosine, sine);
+  const Array given(x, "x");
+  const void* from = given.numbers(first.type, given.count());
+  GivenStep of(first, given.rows_of(first.q.columns), cosine, sine);
   require(nb::len(caches) == self.layers.size(), "caches: not one for each layer");
   std::vector<CachePlace> places;
   for (const nb::handle cache : caches) {
     require(places.size() < self.layers.size(), "caches: more than layers");
     const Attention& attention = self.layers[places.size()].first.attention;
-    check_turned(attention, rotary.turned);
+    check_turned(attention, of.step.turned);
     const nb::tuple pair = tuple_of(cache, 2, "caches: expected keys and values");
     places.push_back(place_of(attention, pair[0], pair[1]));
+    require(places.back().sequences == places[0].sequences && places.back().length == places[0].length,
+            "caches: of other sequences or lengths than the first");
   }
   require(places.size() == self.layers.size(), "caches: fewer than layers");
-  void* to = Array(hidden, "hidden").numbers(first.type, first.q.columns);
+  of.see(places[0], seen);
+  void* to = Array(hidden, "hidden").numbers(first.type, given.count());
   nb::gil_scoped_release release;
-  return self.run(runner, level, from, rotary.cosine, rotary.sine, rotary.turned, places.data(), to);
+  const Asked asked = self.run(runner, level, from, of.step, places.data(), to);
+  return {asked.experts, asked.tokens};
 }
 
 void make_shape(Shape* self, int64_t hidden, int64_t neurons, bool has_gate, bool has_bias, const MatrixFormat& gate,
@@ -389,11 +430,12 @@ NB_MODULE(_kernels, m) {
       .def("__init__", &make_attention, "q"_a, "k"_a, "v"_a, "q_norm"_a.none(), "k_norm"_a.none(), "head"_a, "type"_a, "scaling"_a,
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
       .def("project", &project, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "q"_a, "k"_a, "v"_a)
-      .def("attend", &attend, "runner"_a, "level"_a, "query"_a, "keys"_a, "values"_a, "out"_a);
+      .def("attend", &attend, "runner"_a, "level"_a, "query"_a, "keys"_a, "values"_a, "seen"_a.none(), "out"_a);
   nb::class_<FirstHalf>(m, "FirstHalf")
       .def("__init__", &make_first_half, "attention"_a, "output"_a, "before"_a, "after"_a, nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
-      .def("run", &run_first_half, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "keys"_a, "values"_a, "hidden"_a, "normed"_a);
+      .def("run", &run_first_half, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "keys"_a, "values"_a,
+           "seen"_a.none(), "hidden"_a, "normed"_a);
   nb::class_<Router>(m, "Router")
       .def("__init__", &make_router, "weight"_a, "top_k"_a, "normalized"_a, "score_type"_a, nb::keep_alive<1, 2>())
       .def("run", &route, "runner"_a, "level"_a, "x"_a, "logits"_a, "scores"_a, "chosen"_a);
@@ -402,7 +444,7 @@ NB_MODULE(_kernels, m) {
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>());
   nb::class_<DecoderLayers>(m, "DecoderLayers")
       .def("__init__", &make_decoder_layers, "layers"_a, nb::keep_alive<1, 2>())
-      .def("run", &run_decoder_layers, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "caches"_a, "hidden"_a);
+      .def("run", &run_decoder_layers, "runner"_a, "level"_a, "x"_a, "cosine"_a, "sine"_a, "caches"_a, "seen"_a.none(), "hidden"_a);
   nb::class_<Runner>(m, "Runner")
       .def("__init__", &make_runner, "threads"_a, "cpus"_a)
       .def_prop_ro("threads", &Runner::threads)

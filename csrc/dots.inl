@@ -26,23 +26,32 @@ inline void with_reader(Type type, Do do_with) {
   else do_with(ReadBf16());
 }
 
-// Each in 16 sums at every level, since one sum of thousands of products loses bits.
-template <int R, class Reader>
-inline void dot_some(Reader read, const float* x, const uint8_t* rows, int64_t K, float* out) {
-  V acc[R][VP];
-  for (auto& of_row : acc)
-    for (V& a : of_row) a = V::zero();
+// out[q][r] = x[q] . rows[r], for Q vectors and R rows of K. Each in 16 sums at every level, since one sum of thousands
+// of products loses bits.
+template <int Q, int R, class Reader>
+inline void dot_tile(Reader read, const float* x, int64_t x_apart, const uint8_t* rows, int64_t K, float* out, int64_t out_apart) {
+  V acc[Q][R][VP];
+  for (auto& of_vector : acc)
+    for (auto& of_row : of_vector)
+      for (V& a : of_row) a = V::zero();
   int64_t k = 0;
   for (; k + kPanel <= K; k += kPanel) {
     for (int v = 0; v < VP; ++v) {
-      const V xv = V::load(x + k + v * W);
-      for (int r = 0; r < R; ++r) acc[r][v] = fma(xv, read.load(rows + r * K * read.kBytes, k + v * W), acc[r][v]);
+      V row[R];
+      for (int r = 0; r < R; ++r) row[r] = read.load(rows + r * K * read.kBytes, k + v * W);
+      for (int q = 0; q < Q; ++q) {
+        const V xv = V::load(x + q * x_apart + k + v * W);
+        for (int r = 0; r < R; ++r) acc[q][r][v] = fma(xv, row[r], acc[q][r][v]);
+      }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 1; v < VP; ++v) acc[r][0] = acc[r][0] + acc[r][v];
-    out[r] = sum(acc[r][0]);
-    for (int64_t i = k; i < K; ++i) out[r] += x[i] * read.one(rows + r * K * read.kBytes, i);
+  for (int q = 0; q < Q; ++q) {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 1; v < VP; ++v) acc[q][r][0] = acc[q][r][0] + acc[q][r][v];
+      float total = sum(acc[q][r][0]);
+      for (int64_t i = k; i < K; ++i) total += x[q * x_apart + i] * read.one(rows + r * K * read.kBytes, i);
+      out[q * out_apart + r] = total;
+    }
   }
 }
 
@@ -50,8 +59,8 @@ inline void dot_some(Reader read, const float* x, const uint8_t* rows, int64_t K
 void dot_rows(const float* x, const uint8_t* rows, Type type, int64_t count, int64_t K, float* out) {
   with_reader(type, [&](auto read) {
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4) dot_some<4>(read, x, rows + r * K * read.kBytes, K, out + r);
-    for (; r < count; ++r) dot_some<1>(read, x, rows + r * K * read.kBytes, K, out + r);
+    for (; r + 4 <= count; r += 4) dot_tile<1, 4>(read, x, K, rows + r * K * read.kBytes, K, out + r, count);
+    for (; r < count; ++r) dot_tile<1, 1>(read, x, K, rows + r * K * read.kBytes, K, out + r, count);
   });
 }
 

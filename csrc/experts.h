@@ -135,6 +135,19 @@ inline int64_t chunk_blocks(const Shape& shape, int64_t n) {
   return chunk < least ? least : chunk > most ? most : chunk;
 }
 
+// Some queries against keys and values that they share.
+struct Attend {
+  const float* queries;          // [n, d]
+  int64_t n, d;
+  const uint8_t *keys, *values;  // [count, d] of `type`
+  Type type;
+  int64_t count;
+  const int64_t* seen;           // [n]: how many of the tokens, from the first on, a query sees
+  float scaling;
+  float* scores;                 // [n, count rounded up to a panel], scratch
+  float *out, *most, *total;     // [n, d]: sums of values times exp(score - most), and [n] each: most, and these weights' sum
+};
+
 struct Fit;  // solver.h
 
 // One level of instruction sets. All levels compute the same mathematics.
@@ -149,8 +162,7 @@ struct Level {
   void (*write)(const float* from, int64_t count, Type type, void* to);
   void (*rotate_row)(const Input& x, void* out, int64_t head, const float* cosine, const float* sine, int64_t turned,
                      float* row);
-  void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, Type type, int64_t length, int64_t d,
-                 float scaling, float* scores, float* out);
+  void (*attend)(const Attend& some);
   void (*dot_rows)(const float* x, const uint8_t* rows, Type type, int64_t count, int64_t K, float* out);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).

@@ -11,23 +11,27 @@ namespace {
 
 constexpr int64_t kRouterRows = 16;              // of an item on the pool
 constexpr int64_t kRouterPoolBytes = 1 << 16;    // of a router that is worth waking other threads
+constexpr int64_t kPoolAdded = 1 << 15;          // numbers to add, likewise
 
-// The token's own key or value, heads next to one another, behind those in the cache.
-void append(const void* own, int64_t heads, int64_t head_bytes, void* cache, int64_t apart_bytes, int64_t place) {
-  for (int64_t h = 0; h < heads; ++h) {
-    memcpy(static_cast<uint8_t*>(cache) + h * apart_bytes + place * head_bytes,
-           static_cast<const uint8_t*>(own) + h * head_bytes, head_bytes);
+// The tokens' own keys or values [T, heads], each to its place in the cache.
+void append(const uint8_t* own, int64_t heads, int64_t head_bytes, uint8_t* to, const CachePlace& cache, const Step& step, int64_t size) {
+  for (int64_t t = 0; t < step.tokens; ++t) {
+    for (int64_t h = 0; h < heads; ++h, own += head_bytes) {
+      const int64_t sequence = (step.seen[t].sequence * cache.between + h * cache.apart) * size;
+      memcpy(to + sequence + (step.seen[t].end - 1) * head_bytes, own, head_bytes);
+    }
   }
 }
 
-// out = a + b, all [D] of one type.
-void add(Runner& runner, const Level& level, const void* a, const void* b, Type type, int64_t D, void* out) {
-  runner.with_scratch(2 * round_up(D, kGroup), [&](float* sum) {
+// out = a + b, all [T, D] of one type.
+void add(Runner& runner, const Level& level, const void* a, const void* b, Type type, int64_t T, int64_t D, void* out) {
+  const int64_t row = D * size_of(type);
+  runner.each(static_cast<int>(T), 2 * round_up(D, kGroup), T * D >= kPoolAdded, [&](int t, float* sum) {
     float* other = sum + round_up(D, kGroup);
-    level.read({a, type, D}, sum);
-    level.read({b, type, D}, other);
+    level.read({static_cast<const uint8_t*>(a) + t * row, type, D}, sum);
+    level.read({static_cast<const uint8_t*>(b) + t * row, type, D}, other);
     level.axpy(1.0f, other, sum, D);
-    level.write(sum, D, type, out);
+    level.write(sum, D, type, static_cast<uint8_t*>(out) + t * row);
   });
 }
 
@@ -46,101 +50,118 @@ void best(std::vector<std::pair<float, int64_t>>& queue, int64_t k) {
 
 }  // namespace
 
-void FirstHalf::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
-                    int64_t turned, const CachePlace& cache, void* hidden, void* normed) const {
+void FirstHalf::run(Runner& runner, const Level& level, const void* x, const Step& step, const CachePlace& cache,
+                    void* hidden, void* normed) const {
   const Type type = attention.type;
-  const int64_t size = size_of(type), D = attention.q.columns, Q = attention.q.rows, K = attention.k.rows;
+  const int64_t size = size_of(type), T = step.tokens, D = attention.q.columns, Q = attention.q.rows, K = attention.k.rows;
   thread_local std::vector<uint8_t> memory;  // kept from call to call; several threads may generate
-  memory.resize(2 * (Q + K) * size);
-  uint8_t *q = memory.data(), *k = q + Q * size, *v = k + K * size, *heads = v + K * size;
+  memory.resize(2 * T * (Q + K) * size);
+  uint8_t *q = memory.data(), *k = q + T * Q * size, *v = k + T * K * size, *heads = v + T * K * size;
 
-  runner.rms_norm(level, x, type, 1, before, normed);
-  attention.project(runner, level, normed, cosine, sine, turned, q, k, v);
-  const int64_t head_bytes = attention.head * size;
-  append(k, K / attention.head, head_bytes, cache.keys, cache.apart * size, cache.length - 1);
-  append(v, K / attention.head, head_bytes, cache.values, cache.apart * size, cache.length - 1);
-  attention.attend(runner, level, q, cache.keys, cache.values, cache.length, cache.apart, heads);
+  runner.rms_norm(level, x, type, T, before, normed);
+  attention.project(runner, level, normed, step, q, k, v);
+  const int64_t head_bytes = attention.head * size, key_heads = K / attention.head;
+  append(k, key_heads, head_bytes, static_cast<uint8_t*>(cache.keys), cache, step, size);
+  append(v, key_heads, head_bytes, static_cast<uint8_t*>(cache.values), cache, step, size);
+  attention.attend(runner, level, q, cache, step, heads);
   Linear linear = output;
   linear.out = hidden;
   linear.out_type = type;
-  runner.run_linears(level, {heads, type, Q}, 1, &linear, 1);
-  add(runner, level, x, hidden, type, D, hidden);
-  runner.rms_norm(level, hidden, type, 1, after, normed);
+  runner.run_linears(level, {heads, type, Q}, T, &linear, 1);
+  add(runner, level, x, hidden, type, T, D, hidden);
+  runner.rms_norm(level, hidden, type, T, after, normed);
 }
 
-void Router::run(Runner& runner, const Level& level, const void* x, void* logits, void* scores, int64_t* chosen) const {
+void Router::run(Runner& runner, const Level& level, const void* x, int64_t tokens, void* logits, void* scores,
+                 int64_t* chosen) const {
+  const int64_t D = round_up(hidden, kGroup), E = round_up(experts, kGroup), size = size_of(type);
   thread_local std::vector<float> memory;
-  memory.resize(round_up(hidden, kGroup) + 2 * round_up(experts, kGroup));
-  float *from = memory.data(), *p = from + round_up(hidden, kGroup), *rounded = p + round_up(experts, kGroup);
-  level.read({x, type, hidden}, from);
-  const int64_t row_bytes = hidden * size_of(type), items = (experts + kRouterRows - 1) / kRouterRows;
+  memory.resize(tokens * D + tokens * E + E);
+  float *from = memory.data(), *all = from + tokens * D, *rounded = all + tokens * E;
+  for (int64_t t = 0; t < tokens; ++t) level.read({static_cast<const uint8_t*>(x) + t * hidden * size, type, hidden}, from + t * D);
+  const int64_t row_bytes = hidden * size, items = (experts + kRouterRows - 1) / kRouterRows;
   runner.each(static_cast<int>(items), 0, experts * row_bytes >= kRouterPoolBytes, [&](int i, float*) {
     const int64_t begin = i * kRouterRows, count = std::min(kRouterRows, experts - begin);
-    level.dot_rows(from, static_cast<const uint8_t*>(weight) + begin * row_bytes, type, count, hidden, p + begin);
+    const uint8_t* rows = static_cast<const uint8_t*>(weight) + begin * row_bytes;
+    for (int64_t t = 0; t < tokens; ++t) level.dot_rows(from + t * D, rows, type, count, hidden, all + t * E + begin);
   });
-  level.write(p, experts, type, logits);
-  level.read({logits, type, experts}, rounded);  // the softmax is of what the caller sees
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* p = all + t * E;
+    uint8_t* own_logits = static_cast<uint8_t*>(logits) + t * experts * size;
+    level.write(p, experts, type, own_logits);
+    level.read({own_logits, type, experts}, rounded);  // the softmax is of what the caller sees
+    choose(rounded, p, chosen + t * top_k);
+    level.write(p, top_k, score_type, static_cast<uint8_t*>(scores) + t * top_k * size_of(score_type));
+  }
+}
 
-  const float most = *std::max_element(rounded, rounded + experts);
+void Router::choose(float* logits, float* scores, int64_t* chosen) const {
+  const float most = *std::max_element(logits, logits + experts);
   float total = 0;
-  for (int64_t e = 0; e < experts; ++e) total += rounded[e] = expf(rounded[e] - most);
+  for (int64_t e = 0; e < experts; ++e) total += logits[e] = expf(logits[e] - most);
   thread_local std::vector<std::pair<float, int64_t>> queue;
   queue.clear();
-  for (int64_t e = 0; e < experts; ++e) queue.emplace_back(rounded[e] / total, e);
+  for (int64_t e = 0; e < experts; ++e) queue.emplace_back(logits[e] / total, e);
   best(queue, top_k);
   float sum = 0;
   for (int64_t i = 0; i < top_k; ++i) sum += queue[i].first;
   for (int64_t i = 0; i < top_k; ++i) {
-    p[i] = normalized ? queue[i].first / sum : queue[i].first;
+    scores[i] = normalized ? queue[i].first / sum : queue[i].first;
     chosen[i] = queue[i].second;
   }
-  level.write(p, top_k, score_type, scores);
 }
 
-int64_t DecoderLayer::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
-                          int64_t turned, const CachePlace& cache, void* hidden) const {
+Asked DecoderLayer::run(Runner& runner, const Level& level, const void* x, const Step& step, const CachePlace& cache,
+                        void* hidden) const {
   const Type type = first.attention.type;
-  const int64_t D = shape.hidden, k = router.top_k;
+  const int64_t T = step.tokens, D = shape.hidden, k = router.top_k, n = T * k, score_size = size_of(router.score_type);
   thread_local std::vector<uint8_t> normed, logits, scores;
-  thread_local std::vector<float> weights, sum;
-  thread_local std::vector<int64_t> chosen;
-  normed.resize(D * size_of(type));
-  logits.resize(router.experts * size_of(router.type));
-  scores.resize(k * size_of(router.score_type));
-  weights.resize(round_up(k, kGroup));
-  chosen.resize(k);
+  thread_local std::vector<float> all_weights, weights, sum;
+  thread_local std::vector<int64_t> chosen, rows;
+  normed.resize(T * D * size_of(type));
+  logits.resize(T * router.experts * size_of(router.type));
+  scores.resize(n * score_size);
+  all_weights.resize(n + kGroup);
+  chosen.resize(n);
+  weights.resize(n);
+  rows.resize(n);
 
-  first.run(runner, level, x, cosine, sine, turned, cache, hidden, normed.data());
-  router.run(runner, level, normed.data(), logits.data(), scores.data(), chosen.data());
-  level.read({scores.data(), router.score_type, k}, weights.data());
+  first.run(runner, level, x, step, cache, hidden, normed.data());
+  router.run(runner, level, normed.data(), T, logits.data(), scores.data(), chosen.data());
+  for (int64_t t = 0; t < T; ++t)
+    level.read({scores.data() + t * k * score_size, router.score_type, k}, all_weights.data() + t * k);
 
-  static const int64_t first_row = 0;
-  std::vector<std::pair<int64_t, Work>> by_expert;  // whose order is that of the sum
-  for (int64_t i = 0; i < k; ++i) {
-    const Work work{experts[chosen[i]], 0, shape.neurons, &first_row, &weights[i], 1};
-    if (weights[i] != 0) by_expert.emplace_back(chosen[i], work);
-  }
-  std::sort(by_expert.begin(), by_expert.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  // Experts by number, each with its tokens in order: so each token's sum has an order of its own.
+  std::vector<int64_t> picks;
+  for (int64_t i = 0; i < n; ++i)
+    if (all_weights[i] != 0) picks.push_back(i);
+  std::stable_sort(picks.begin(), picks.end(), [&](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
   std::vector<Work> works;
-  for (const auto& [expert, work] : by_expert) works.push_back(work);
-  sum.assign(D, 0.0f);
-  runner.run(level, shape, {normed.data(), type, D}, 1, works.data(), static_cast<int>(works.size()), sum.data());
-  level.write(sum.data(), D, type, normed.data());
-  add(runner, level, hidden, normed.data(), type, D, hidden);
-  return static_cast<int64_t>(works.size());
+  for (size_t i = 0; i < picks.size(); ++i) {
+    rows[i] = picks[i] / k, weights[i] = all_weights[picks[i]];
+    if (i == 0 || chosen[picks[i]] != chosen[picks[i - 1]])
+      works.push_back({experts[chosen[picks[i]]], 0, shape.neurons, &rows[i], &weights[i], 0});
+    ++works.back().tokens;
+  }
+  sum.assign(T * D, 0.0f);
+  runner.run(level, shape, {normed.data(), type, D}, T, works.data(), static_cast<int>(works.size()), sum.data());
+  for (int64_t t = 0; t < T; ++t) level.write(sum.data() + t * D, D, type, normed.data() + t * D * size_of(type));
+  add(runner, level, hidden, normed.data(), type, T, D, hidden);
+  return {static_cast<int64_t>(works.size()), static_cast<int64_t>(picks.size())};
 }
 
-int64_t DecoderLayers::run(Runner& runner, const Level& level, const void* x, const void* cosine, const void* sine,
-                           int64_t turned, const CachePlace* caches, void* hidden) const {
+Asked DecoderLayers::run(Runner& runner, const Level& level, const void* x, const Step& step, const CachePlace* caches,
+                         void* hidden) const {
   thread_local std::vector<uint8_t> other;  // a layer may not write where it reads
-  other.resize(layers[0].shape.hidden * size_of(layers[0].first.attention.type));
-  int64_t experts = 0;
+  other.resize(step.tokens * layers[0].shape.hidden * size_of(layers[0].first.attention.type));
+  Asked asked;
   for (size_t i = 0; i < layers.size(); ++i) {
     void* out = (layers.size() - i) % 2 ? hidden : other.data();  // so that the last one ends in hidden
-    experts += layers[i].run(runner, level, x, cosine, sine, turned, caches[i], out);
+    const Asked more = layers[i].run(runner, level, x, step, caches[i], out);
+    asked = {asked.experts + more.experts, asked.tokens + more.tokens};
     x = out;
   }
-  return experts;
+  return asked;
 }
 
 }  // namespace moestro

@@ -133,8 +133,9 @@ struct Layer {
 void check_project(Machine& machine, const Layer& l, Rng& rng) {
   Projection projections[3] = {{l.format, l.heads * l.head, l.D, l.bias, rng}, {l.format, l.key_heads * l.head, l.D, l.bias, rng},
                                {l.format, l.key_heads * l.head, l.D, l.bias, rng}};
-  Numbers x(l.type, l.D, rng), cosine(l.type, l.turned), sine(l.type, l.turned);
-  for (int64_t i = 0; i < l.turned; ++i) {
+  const int64_t T = 1 + rng.below(3);
+  Numbers x(l.type, T * l.D, rng), cosine(l.type, T * l.turned), sine(l.type, T * l.turned);
+  for (int64_t i = 0; i < T * l.turned; ++i) {
     const double angle = rng();
     cosine.set(i, std::cos(angle));
     sine.set(i, std::sin(angle));
@@ -155,26 +156,27 @@ void check_project(Machine& machine, const Layer& l, Rng& rng) {
   attention.k = projections[1].linear;
   attention.v = projections[2].linear;
   Row want;
-  for (int i = 0; i < 3; ++i) {
-    Row y = projections[i].of(row_of(x, 0, l.D), l.type);
-    if (i < 2 && l.norms != Norms::kNone) {
-      for (size_t at = 0; at < y.size(); at += norms[i].weight.size()) norms[i].apply(&y[at], l.type);
-      y = rounded(l.type, y);
+  for (int i = 0; i < 3; ++i)
+    for (int64_t t = 0; t < T; ++t) {
+      Row y = projections[i].of(row_of(x, t * l.D, l.D), l.type);
+      if (i < 2 && l.norms != Norms::kNone) {
+        for (size_t at = 0; at < y.size(); at += norms[i].weight.size()) norms[i].apply(&y[at], l.type);
+        y = rounded(l.type, y);
+      }
+      if (i < 2) rotate(y, l.head, row_of(cosine, t * l.turned, l.turned), row_of(sine, t * l.turned, l.turned), l.type);
+      want.insert(want.end(), y.begin(), y.end());
     }
-    if (i < 2) rotate(y, l.head, row_of(cosine, 0, l.turned), row_of(sine, 0, l.turned), l.type);
-    want.insert(want.end(), y.begin(), y.end());
-  }
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    Numbers parts[3] = {{l.type, attention.q.rows}, {l.type, attention.k.rows}, {l.type, attention.v.rows}};
-    attention.project(runner, level, x.bytes.data(), cosine.bytes.data(), sine.bytes.data(), l.turned, parts[0].bytes.data(),
-                      parts[1].bytes.data(), parts[2].bytes.data());
+    Numbers parts[3] = {{l.type, T * attention.q.rows}, {l.type, T * attention.k.rows}, {l.type, T * attention.v.rows}};
+    const Step step{T, nullptr, cosine.bytes.data(), sine.bytes.data(), l.turned};
+    attention.project(runner, level, x.bytes.data(), step, parts[0].bytes.data(), parts[1].bytes.data(), parts[2].bytes.data());
     out.bytes.clear();
     for (const Numbers& part : parts) out.bytes.insert(out.bytes.end(), part.bytes.begin(), part.bytes.end());
   };
   // Where a rounding on the way falls to the other side, the result is a step off.
   const double roundings = l.type == Type::kFp32 ? 0 : step_of(l.type, 1) / 4;
-  machine.check(text("project %s type=%d D=%ld head=%ld heads=%ld/%ld turned=%ld norms=%d offset=%g bias=%d",
-                     name_of(l.format).c_str(), static_cast<int>(l.type), (long)l.D, (long)l.head, (long)l.heads,
+  machine.check(text("project %s type=%d tokens=%ld D=%ld head=%ld heads=%ld/%ld turned=%ld norms=%d offset=%g bias=%d",
+                     name_of(l.format).c_str(), static_cast<int>(l.type), (long)T, (long)l.D, (long)l.head, (long)l.heads,
                      (long)l.key_heads, (long)l.turned, static_cast<int>(l.norms), l.offset, l.bias),
                 Numbers(l.type, want.size()), run, [&](const Numbers& out) { return relative_error(out, want); },
                 [&](const Level& level) { return tolerance(level, l.format, 1) + roundings; });
@@ -188,41 +190,56 @@ Row softmax(Row scores) {
   return scores;
 }
 
-void check_attend(Machine& machine, Type type, int64_t length, int64_t head, int64_t heads, int64_t key_heads, double size,
-                  bool spoilt, Rng& rng) {
-  const int64_t apart = (length + 3) * head;  // room behind each head's tokens, all NaN
-  Numbers q(type, heads * head, rng, size), keys(type, (key_heads - 1) * apart + length * head), values = keys;
-  for (int64_t g = 0; g < key_heads; ++g)
-    for (int64_t i = 0; i < length * head; ++i) {
-      keys.set(g * apart + i, rng());
-      values.set(g * apart + i, rng());
-    }
-  if (spoilt) (rng.below(2) ? keys : values).set((length - 1) * head + rng.below(head), rng.below(2) ? NAN : INFINITY);
+struct Attending {
+  int64_t length, head, heads, key_heads, sequences, own;  // own: tokens of each sequence
+};
+
+void check_attend(Machine& machine, Type type, const Attending& z, double size, bool spoilt, Rng& rng) {
+  const int64_t head = z.head, apart = (z.length + 3) * head, between = z.key_heads * apart + 5;  // room that is all NaN
+  const int64_t T = z.sequences * z.own, shared = z.heads / z.key_heads;
+  Numbers q(type, T * z.heads * head, rng, size), keys(type, z.sequences * between), values = keys;
+  for (int64_t i = 0; i < keys.size(); ++i) keys.set(i, NAN), values.set(i, NAN);
+  std::vector<Seen> seen;
+  for (int64_t b = 0; b < z.sequences; ++b) {
+    const int64_t begin = b == 0 ? 0 : rng.below(z.length - z.own + 1);  // what is before it stays NaN
+    for (int64_t t = 0; t < z.own; ++t) seen.push_back({b, begin, z.length - z.own + t + 1});
+    for (int64_t g = 0; g < z.key_heads; ++g)
+      for (int64_t i = begin * head; i < z.length * head; ++i) {
+        keys.set(b * between + g * apart + i, rng());
+        values.set(b * between + g * apart + i, rng());
+      }
+  }
+  if (spoilt) (rng.below(2) ? keys : values).set((z.length - 1) * head + rng.below(head), rng.below(2) ? NAN : INFINITY);
   Attention attention;
   attention.head = head;
   attention.type = type;
   attention.scaling = 1 / std::sqrt(static_cast<float>(head));
-  attention.q.rows = heads * head;
-  attention.k.rows = key_heads * head;
-  Row want(heads * head, 0.0);
+  attention.q.rows = z.heads * head;
+  attention.k.rows = z.key_heads * head;
+  Row want(T * z.heads * head, 0.0);
   double largest = 0;
-  for (int64_t h = 0; h < heads; ++h) {
-    const int64_t cache = h / (heads / key_heads) * apart;
-    Row scores(length);
-    for (int64_t s = 0; s < length; ++s) {
-      for (int64_t i = 0; i < head; ++i) scores[s] += q.at(h * head + i) * keys.at(cache + s * head + i) * attention.scaling;
-      if (std::isfinite(scores[s])) largest = std::max(largest, std::fabs(scores[s]));
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t h = 0; h < z.heads; ++h) {
+      const Seen& one = seen[t];
+      const int64_t cache = one.sequence * between + h / shared * apart, at = (t * z.heads + h) * head;
+      Row scores(one.end - one.begin);
+      for (int64_t s = one.begin; s < one.end; ++s) {
+        double& score = scores[s - one.begin];
+        for (int64_t i = 0; i < head; ++i) score += q.at(at + i) * keys.at(cache + s * head + i) * attention.scaling;
+        if (std::isfinite(score)) largest = std::max(largest, std::fabs(score));
+      }
+      scores = softmax(scores);
+      for (int64_t s = one.begin; s < one.end; ++s)
+        for (int64_t i = 0; i < head; ++i) want[at + i] += scores[s - one.begin] * values.at(cache + s * head + i);
     }
-    scores = softmax(scores);
-    for (int64_t s = 0; s < length; ++s)
-      for (int64_t i = 0; i < head; ++i) want[h * head + i] += scores[s] * values.at(cache + s * head + i);
-  }
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    attention.attend(runner, level, q.bytes.data(), keys.bytes.data(), values.bytes.data(), length, apart, out.bytes.data());
+    const CachePlace cache{keys.bytes.data(), values.bytes.data(), z.sequences, z.length, apart, between};
+    attention.attend(runner, level, q.bytes.data(), cache, {T, seen.data(), nullptr, nullptr, 0}, out.bytes.data());
   };
   // The exponential of a score has the error of the score, which grows with it.
-  machine.check(text("attend type=%d length=%ld head=%ld heads=%ld/%ld size=%g%s", static_cast<int>(type), (long)length,
-                     (long)head, (long)heads, (long)key_heads, size, spoilt ? " spoilt" : ""),
+  machine.check(text("attend type=%d length=%ld head=%ld heads=%ld/%ld tokens=%ldx%ld size=%g%s", static_cast<int>(type),
+                     (long)z.length, (long)head, (long)z.heads, (long)z.key_heads, (long)z.sequences, (long)z.own, size,
+                     spoilt ? " spoilt" : ""),
                 Numbers(type, want.size()), run, [&](const Numbers& out) { return relative_error(out, want); },
                 [&](const Level&) { return kRoom + 2e-7 * largest; });
 }
@@ -255,13 +272,17 @@ void check_attention(Machine& machine, Rng& rng) {
           check_project(machine, {91, 16, 6, 2, 16, formats()[f].format, type, bias, norms, offset}, rng);
           check_project(machine, {130, 48, 3, 3, 32, formats()[f].format, type, !bias, norms, offset}, rng);
         }
-    for (int64_t length : {1, 2, 17, 129}) {
+    for (int64_t length : {1, 2, 17, 129, 1100}) {  // 129: enough for the pool; 1100: several pieces
       for (double size : {1.0, 50.0}) {
-        check_attend(machine, type, length, 16, 1, 1, size, false, rng);
-        check_attend(machine, type, length, 48, 6, 2, size, false, rng);
-        check_attend(machine, type, length, 128, 8, 4, size, false, rng);  // 129 tokens: enough for the pool
+        check_attend(machine, type, {length, 16, 1, 1, 1, 1}, size, false, rng);
+        check_attend(machine, type, {length, 48, 6, 2, 1, 1}, size, false, rng);
+        check_attend(machine, type, {length, 128, 8, 4, 1, 1}, size, false, rng);
       }
-      check_attend(machine, type, length, 64, 4, 2, 1, true, rng);
+      check_attend(machine, type, {length, 64, 4, 2, 1, 1}, 1, true, rng);
+      check_attend(machine, type, {length, 32, 4, 2, 5, 1}, 1, false, rng);
+      if (length < 17) continue;
+      check_attend(machine, type, {length, 16, 3, 1, 1, 7}, 1, false, rng);
+      check_attend(machine, type, {length, 64, 8, 2, 3, 5}, 1, false, rng);
     }
   }
 }

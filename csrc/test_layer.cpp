@@ -33,11 +33,12 @@ std::vector<uint8_t> random_expert(const Shape& s, Rng& rng) {
 }
 
 struct Sizes {
-  int64_t D, head, heads, key_heads, experts, top_k, length;
+  int64_t D, head, heads, key_heads, experts, top_k, length, sequences, own;
 };
 
 void check_layers(Machine& machine, MatrixFormat format, Type type, const Sizes& z, Rng& rng) {
-  const int64_t Q = z.heads * z.head, K = z.key_heads * z.head, apart = (z.length + 2) * z.head;
+  const int64_t Q = z.heads * z.head, K = z.key_heads * z.head, apart = (z.length + 2) * z.head, between = z.key_heads * apart;
+  const int64_t T = z.sequences * z.own;
   Weights q(format, Q, z.D, rng), k(format, K, z.D, rng), v(format, K, z.D, rng), o(format, z.D, Q, rng);
   Numbers before(Type::kFp32, z.D, rng), after(type, z.D, rng), gate(type, z.experts * z.D, rng, 0.2);
   DecoderLayer layer;
@@ -53,57 +54,71 @@ void check_layers(Machine& machine, MatrixFormat format, Type type, const Sizes&
   for (int64_t e = 0; e < z.experts; ++e) experts.push_back(random_expert(layer.shape, rng));
   for (const auto& expert : experts) layer.experts.push_back(expert.data());
 
-  const Numbers x(type, z.D, rng), past(type, z.key_heads * apart, rng), cosine(type, z.head, rng), sine(type, z.head, rng);
+  const Numbers x(type, T * z.D, rng), past(type, z.sequences * between, rng), cosine(type, T * z.head, rng), sine(type, T * z.head, rng);
+  std::vector<Seen> seen;
+  for (int64_t t = 0; t < T; ++t) seen.push_back({t / z.own, t / z.own, z.length - z.own + t % z.own + 1});
+  const Step step{T, seen.data(), cosine.bytes.data(), sine.bytes.data(), z.head};
+  int64_t experts_used = 0;
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
     const DecoderLayers layers{{3, layer}};
     std::vector<Numbers> caches(6, past);
     std::vector<CachePlace> places;
-    for (int i = 0; i < 6; i += 2) places.push_back({caches[i].bytes.data(), caches[i + 1].bytes.data(), z.length, apart});
-    const int64_t count = layers.run(runner, level, x.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head,
-                                     places.data(), out.bytes.data());
-    if (count != 3 * z.top_k) out.set(0, NAN);
+    for (int i = 0; i < 6; i += 2) places.push_back({caches[i].bytes.data(), caches[i + 1].bytes.data(), z.sequences, z.length, apart, between});
+    const Asked asked = layers.run(runner, level, x.bytes.data(), step, places.data(), out.bytes.data());
+    if (asked.tokens != 3 * T * z.top_k || asked.experts != experts_used) out.set(0, NAN);
     for (const Numbers& cache : caches) out.bytes.insert(out.bytes.end(), cache.bytes.begin(), cache.bytes.end());
   };
   std::vector<double> want;
   const auto by_parts = [&](Runner& runner, const Level& level) {
     Numbers hidden = x, caches(type, 0);
     want.clear();
+    experts_used = 0;
     for (int i = 0; i < 3; ++i) {
-      Numbers normed(type, z.D), query(type, Q), heads(type, Q), added(type, z.D), keys = past, values = past, own[2] = {{type, K}, {type, K}};
-      runner.rms_norm(level, hidden.bytes.data(), type, 1, layer.first.before, normed.bytes.data());
-      attention.project(runner, level, normed.bytes.data(), cosine.bytes.data(), sine.bytes.data(), z.head, query.bytes.data(),
-                        own[0].bytes.data(), own[1].bytes.data());
-      for (int64_t j = 0; j < K; ++j) {
-        const int64_t place = j / z.head * apart + (z.length - 1) * z.head + j % z.head;
+      Numbers normed(type, T * z.D), query(type, T * Q), heads(type, T * Q), added(type, T * z.D), keys = past, values = past;
+      Numbers own[2] = {{type, T * K}, {type, T * K}};
+      runner.rms_norm(level, hidden.bytes.data(), type, T, layer.first.before, normed.bytes.data());
+      attention.project(runner, level, normed.bytes.data(), step, query.bytes.data(), own[0].bytes.data(), own[1].bytes.data());
+      for (int64_t j = 0; j < T * K; ++j) {
+        const Seen& one = seen[j / K];
+        const int64_t place = one.sequence * between + j % K / z.head * apart + (one.end - 1) * z.head + j % z.head;
         keys.set(place, own[0].at(j));
         values.set(place, own[1].at(j));
       }
-      attention.attend(runner, level, query.bytes.data(), keys.bytes.data(), values.bytes.data(), z.length, apart, heads.bytes.data());
+      const CachePlace cache{keys.bytes.data(), values.bytes.data(), z.sequences, z.length, apart, between};
+      attention.attend(runner, level, query.bytes.data(), cache, step, heads.bytes.data());
       Linear output = o.linear;
       output.out = added.bytes.data();
       output.out_type = type;
-      runner.run_linears(level, {heads.bytes.data(), type, Q}, 1, &output, 1);
-      for (int64_t d = 0; d < z.D; ++d) hidden.set(d, hidden.at(d) + added.at(d));
-      runner.rms_norm(level, hidden.bytes.data(), type, 1, layer.first.after, normed.bytes.data());
-      Numbers logits(type, z.experts), scores(Type::kFp32, z.top_k), sum(Type::kFp32, z.D);
-      std::vector<int64_t> chosen(z.top_k), order(z.top_k), row(1, 0);
-      layer.router.run(runner, level, normed.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());
-      std::iota(order.begin(), order.end(), 0);
-      std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
+      runner.run_linears(level, {heads.bytes.data(), type, Q}, T, &output, 1);
+      for (int64_t d = 0; d < T * z.D; ++d) hidden.set(d, hidden.at(d) + added.at(d));
+      runner.rms_norm(level, hidden.bytes.data(), type, T, layer.first.after, normed.bytes.data());
+      Numbers logits(type, T * z.experts), scores(Type::kFp32, T * z.top_k), sum(Type::kFp32, T * z.D);
+      std::vector<int64_t> chosen(T * z.top_k);
+      layer.router.run(runner, level, normed.bytes.data(), T, logits.bytes.data(), scores.bytes.data(), chosen.data());
+      std::vector<std::vector<int64_t>> rows(z.experts);
+      std::vector<std::vector<float>> weights(z.experts);
+      for (int64_t j = 0; j < T * z.top_k; ++j) {
+        rows[chosen[j]].push_back(j / z.top_k);
+        weights[chosen[j]].push_back(scores.floats()[j]);
+      }
       std::vector<Work> works;
-      for (int64_t j : order) works.push_back({layer.experts[chosen[j]], 0, layer.shape.neurons, row.data(), scores.floats() + j, 1});
+      for (int64_t e = 0; e < z.experts; ++e) {
+        const int64_t n = rows[e].size();
+        if (n > 0) works.push_back({layer.experts[e], 0, layer.shape.neurons, rows[e].data(), weights[e].data(), n});
+      }
+      experts_used += works.size();
       std::fill(sum.bytes.begin(), sum.bytes.end(), 0);
-      runner.run(level, layer.shape, {normed.bytes.data(), type, z.D}, 1, works.data(), static_cast<int>(works.size()), sum.floats());
-      for (int64_t d = 0; d < z.D; ++d) hidden.set(d, hidden.at(d) + round_to(type, sum.at(d)));
+      runner.run(level, layer.shape, {normed.bytes.data(), type, z.D}, T, works.data(), static_cast<int>(works.size()), sum.floats());
+      for (int64_t d = 0; d < T * z.D; ++d) hidden.set(d, hidden.at(d) + round_to(type, sum.at(d)));
       for (const Numbers* part : {&keys, &values}) caches.bytes.insert(caches.bytes.end(), part->bytes.begin(), part->bytes.end());
     }
     for (const Numbers* part : {&hidden, &caches})
       for (int64_t i = 0; i < part->size(); ++i) want.push_back(part->at(i));
   };
-  machine.check(text("layers %s type=%d D=%ld heads=%ld/%ld experts=%ld/%ld length=%ld", name_of(format).c_str(),
-                     static_cast<int>(type), (long)z.D, (long)z.heads, (long)z.key_heads, (long)z.top_k, (long)z.experts,
+  machine.check(text("layers %s type=%d tokens=%ldx%ld D=%ld heads=%ld/%ld experts=%ld/%ld length=%ld", name_of(format).c_str(),
+                     static_cast<int>(type), (long)z.sequences, (long)z.own, (long)z.D, (long)z.heads, (long)z.key_heads, (long)z.top_k, (long)z.experts,
                      (long)z.length),
-                Numbers(type, z.D),
+                Numbers(type, T * z.D),
                 [&](Runner& runner, const Level& level, Numbers& out) {
                   by_parts(runner, level);
                   run(runner, level, out);
@@ -113,30 +128,35 @@ void check_layers(Machine& machine, MatrixFormat format, Type type, const Sizes&
 }
 
 void check_router(Machine& machine, Type type, int64_t E, int64_t D, int64_t top_k, bool normalized, Rng& rng) {
-  const Numbers x(type, D, rng), weight(type, E * D, rng, 0.3);
+  constexpr int64_t T = 3;
+  const Numbers x(type, T * D, rng), weight(type, E * D, rng, 0.3);
   const Router router{weight.bytes.data(), type, E, D, top_k, normalized, Type::kFp32};
-  std::vector<double> want(E);
-  for (int64_t e = 0; e < E; ++e)
-    for (int64_t d = 0; d < D; ++d) want[e] += weight.at(e * D + d) * x.at(d);
+  std::vector<double> want(T * E);
+  for (int64_t e = 0; e < T * E; ++e)
+    for (int64_t d = 0; d < D; ++d) want[e] += weight.at(e % E * D + d) * x.at(e / E * D + d);
   // Only the logits have rounding errors of their own: scores and choice are checked against those that came out.
   const auto run = [&](Runner& runner, const Level& level, Numbers& out) {
-    Numbers logits(type, E), scores(Type::kFp32, top_k);
-    std::vector<int64_t> chosen(top_k), order(E);
-    router.run(runner, level, x.bytes.data(), logits.bytes.data(), scores.bytes.data(), chosen.data());
-    double total = 0, kept = 0;
-    for (int64_t e = 0; e < E; ++e) total += std::exp(logits.at(e));
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits.at(a) > logits.at(b); });
-    for (int64_t i = 0; i < top_k; ++i) kept += std::exp(logits.at(order[i])) / total;
+    Numbers logits(type, T * E), scores(Type::kFp32, T * top_k);
+    std::vector<int64_t> chosen(T * top_k), order(E);
+    router.run(runner, level, x.bytes.data(), T, logits.bytes.data(), scores.bytes.data(), chosen.data());
     bool right = true;
-    for (int64_t i = 0; i < top_k; ++i) {
-      const double score = std::exp(logits.at(order[i])) / total / (normalized ? kept : 1);
-      right = right && std::fabs(scores.at(i) - score) <= 1e-5 * score && logits.at(chosen[i]) == logits.at(order[i]);
+    for (int64_t t = 0; t < T; ++t) {
+      const auto logit = [&](int64_t e) { return logits.at(t * E + e); };
+      double total = 0, kept = 0;
+      for (int64_t e = 0; e < E; ++e) total += std::exp(logit(e));
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logit(a) > logit(b); });
+      for (int64_t i = 0; i < top_k; ++i) kept += std::exp(logit(order[i])) / total;
+      for (int64_t i = 0; i < top_k; ++i) {
+        const double score = std::exp(logit(order[i])) / total / (normalized ? kept : 1);
+        const bool is_chosen = logit(chosen[t * top_k + i]) == logit(order[i]);
+        right = right && std::fabs(scores.at(t * top_k + i) - score) <= 1e-5 * score && is_chosen;
+      }
     }
-    for (int64_t e = 0; e < E; ++e) out.set(e, right ? logits.at(e) : NAN);
+    for (int64_t e = 0; e < T * E; ++e) out.set(e, right ? logits.at(e) : NAN);
   };
   machine.check(text("router type=%d experts=%ld/%ld D=%ld normalized=%d", static_cast<int>(type), (long)top_k, (long)E, (long)D, normalized),
-                Numbers(type, E), run, [&](const Numbers& out) { return relative_error(out, want); },
+                Numbers(type, T * E), run, [&](const Numbers& out) { return relative_error(out, want); },
                 [](const Level&) { return 2e-6; });
 }
 
@@ -165,11 +185,13 @@ void check_layers(Machine& machine, Rng& rng) {
   for (Type type : kTypes) {
     for (int f = 0; f < 5; ++f) {
       const MatrixFormat format = formats()[f].format;
-      check_layers(machine, format, type, {70, 16, 4, 2, 5, 2, 9}, rng);
+      check_layers(machine, format, type, {70, 16, 4, 2, 5, 2, 9, 1, 1}, rng);
+      check_layers(machine, format, type, {70, 16, 4, 2, 5, 2, 9, 1 + rng.below(4), 1 + rng.below(4)}, rng);
       check_look_up(machine, format, type, 50, 91, 7, rng);
       check_look_up(machine, format, type, 33, 1200, 60, rng);  // enough for the pool
     }
-    check_layers(machine, kInt4, type, {128, 32, 4, 4, 70, 8, 400}, rng);  // cache and router, too
+    check_layers(machine, kInt4, type, {128, 32, 4, 4, 70, 8, 400, 1, 1}, rng);
+    check_layers(machine, kInt4, type, {128, 32, 4, 2, 70, 8, 600, 8, 2}, rng);  // cache and router, too
     for (bool normalized : {false, true}) {
       check_router(machine, type, 5, 33, 2, normalized, rng);
       check_router(machine, type, 64, 700, 8, normalized, rng);

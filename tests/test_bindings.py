@@ -45,6 +45,8 @@ DTYPES = [
 FLOATS = DTYPES[:3]
 TYPES = dict(zip(FLOATS, ("fp32", "fp16", "bf16"), strict=True))
 D, HEAD, HEADS, GROUPS, EXPERTS, TOP_K, TOKENS, LENGTH = 70, 16, 4, 2, 5, 2, 3, 9
+SEQUENCES, NEW = 2, 2  # of a step
+STEP = SEQUENCES * NEW
 NEURONS = 100  # two blocks, of which the second is not full
 
 
@@ -174,17 +176,27 @@ def numbers(m: Memory, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tenso
 
 
 def cache(m: Memory) -> Tensor:
-    return numbers(m, 1, GROUPS, LENGTH, HEAD)
+    return numbers(m, SEQUENCES, GROUPS, LENGTH, HEAD)
 
 
 def wrong_caches(m: Memory) -> list[Tensor]:
     """Of a layer's keys or values, whatever the other ones are."""
-    room = numbers(m, 2 * GROUPS * LENGTH * HEAD)
-    sizes = [(1, GROUPS + 1, LENGTH, HEAD), (1, GROUPS, LENGTH, HEAD + 16), (1, GROUPS, 0, HEAD)]
-    sizes += [(2, GROUPS, LENGTH, HEAD), (GROUPS, LENGTH, HEAD), (1, GROUPS, LENGTH - 1, HEAD)]
-    size = (1, GROUPS, LENGTH, HEAD)
-    strides = [(1, LENGTH * HEAD - 1, HEAD, 1), (1, 0, HEAD, 1), (1, LENGTH * HEAD, HEAD, 2), (1, 1, HEAD * GROUPS, 1)]
-    strides += [(1, HEAD, HEAD * GROUPS, 1), (1, LENGTH * HEAD + 16, HEAD, 1)]  # the last: apart from the other's
+    room = numbers(m, 4 * SEQUENCES * GROUPS * LENGTH * HEAD)
+    size = SEQUENCES, GROUPS, LENGTH, HEAD
+    sizes = [
+        (SEQUENCES, GROUPS + 1, LENGTH, HEAD),
+        (SEQUENCES, GROUPS, LENGTH, HEAD + 16),
+        (SEQUENCES, GROUPS, 0, HEAD),
+    ]
+    sizes += [(n, GROUPS, LENGTH, HEAD) for n in (0, 1, SEQUENCES + 1, 2 * SEQUENCES)]
+    sizes += [(GROUPS, LENGTH, HEAD), (SEQUENCES, GROUPS, LENGTH - 1, HEAD), (SEQUENCES, GROUPS, NEW - 1, HEAD)]
+    head = LENGTH * HEAD
+    all_heads = GROUPS * head
+    strides = [(all_heads, head - 1, HEAD, 1), (all_heads, 0, HEAD, 1), (all_heads, head, HEAD, 2)]
+    strides += [(all_heads, 1, HEAD * GROUPS, 1), (all_heads, HEAD, HEAD * GROUPS, 1)]
+    strides += [(between, head, HEAD, 1) for between in (0, all_heads - 1)]  # sequences that overlap
+    # As far apart as the other's are not.
+    strides += [(GROUPS * (head + 16), head + 16, HEAD, 1), (all_heads + 16, head, HEAD, 1)]
     return [numbers(m, *size) for size in sizes] + [room.as_strided(size, stride) for stride in strides]
 
 
@@ -264,8 +276,25 @@ def _(m: Memory) -> Row:
 
 
 def _rotary(m: Memory) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
-    wrong = [numbers(m, 1, 1, size) for size in (0, 1, HEAD - 1, HEAD + 2, 2 * HEAD)]
-    return {"cosine": numbers(m, 1, 1, HEAD), "sine": numbers(m, 1, 1, HEAD)}, {"cosine": wrong, "sine": wrong}
+    wrong = [numbers(m, STEP, size) for size in (0, 1, HEAD - 1, HEAD + 2, 2 * HEAD)]
+    wrong += [numbers(m, tokens, HEAD) for tokens in (1, STEP - 1, 2 * STEP)]
+    return {"cosine": numbers(m, STEP, HEAD), "sine": numbers(m, STEP, HEAD)}, {"cosine": wrong, "sine": wrong}
+
+
+def _seen(m: Memory) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    """What each token sees of the cache, and ranges that are none of it."""
+    good = torch.tensor([[0, LENGTH - 1], [0, LENGTH], [3, LENGTH - 1], [3, LENGTH]])
+    wrong = []
+    for bad in ([0, LENGTH + 1], [-1, 3], [3, 3], [4, 3], [0, 0], [0, 2**40], [-(2**62), 2], [0, -(2**63)]):
+        changed = good.clone()
+        changed[int(torch.randint(0, STEP, ()))] = torch.tensor(bad)
+        wrong.append(m.hold(changed))
+    return {"seen": m.hold(good)}, {"seen": wrong}
+
+
+def _wrong_steps(m: Memory) -> list[Tensor]:
+    """Hidden states of other numbers of tokens: none, too many, and as the cache's sequences cannot all have."""
+    return [numbers(m, tokens, D) for tokens in (0, STEP - 1, 65, 66)]
 
 
 NO_RUNNER: dict[str, list[Any]] = {"runner": [None, 0], "level": ["no such level", None]}
@@ -274,16 +303,19 @@ NO_RUNNER: dict[str, list[Any]] = {"runner": [None, 0], "level": ["no such level
 @row("Attention.project")
 def _(m: Memory) -> Row:
     rotary, wrong = _rotary(m)
-    values = {"runner": runner(), "level": "", "x": numbers(m, D), **rotary}
-    values |= {name: numbers(m, heads * HEAD) for name, heads in (("q", HEADS), ("k", GROUPS), ("v", GROUPS))}
+    values = {"runner": runner(), "level": "", "x": numbers(m, STEP, D), **rotary}
+    wrong["x"] = _wrong_steps(m)
+    values |= {name: numbers(m, STEP, heads * HEAD) for name, heads in (("q", HEADS), ("k", GROUPS), ("v", GROUPS))}
     return Row(attention(m).project, values, NO_RUNNER | wrong)
 
 
 @row("Attention.attend")
 def _(m: Memory) -> Row:
-    values = {"runner": runner(), "level": "", "query": numbers(m, HEADS * HEAD), "keys": cache(m), "values": cache(m)}
-    wrong = NO_RUNNER | {"keys": wrong_caches(m), "values": wrong_caches(m)}
-    return Row(attention(m).attend, values | {"out": numbers(m, HEADS * HEAD)}, wrong)
+    seen, wrong = _seen(m)
+    query, out = numbers(m, STEP, HEADS * HEAD), numbers(m, STEP, HEADS * HEAD)
+    values = {"runner": runner(), "level": "", "query": query, "keys": cache(m), "values": cache(m), **seen}
+    wrong |= NO_RUNNER | {"keys": wrong_caches(m), "values": wrong_caches(m)}
+    return Row(attention(m).attend, values | {"out": out}, wrong)
 
 
 @row("FirstHalf")
@@ -307,9 +339,11 @@ def _(m: Memory) -> Row:
 @row("FirstHalf.run")
 def _(m: Memory) -> Row:
     rotary, wrong = _rotary(m)
-    values = {"runner": runner(), "level": "", "x": numbers(m, 1, 1, D), **rotary, "keys": cache(m), "values": cache(m)}
-    values |= {"hidden": numbers(m, 1, 1, D), "normed": numbers(m, 1, 1, D)}
-    return Row(first_half(m).run, values, NO_RUNNER | wrong | {"keys": wrong_caches(m), "values": wrong_caches(m)})
+    seen, wrong_seen = _seen(m)
+    x, hidden, normed = (numbers(m, SEQUENCES, NEW, D) for _ in range(3))
+    values = {"runner": runner(), "level": "", "x": x, **rotary, "keys": cache(m), "values": cache(m), **seen}
+    wrong |= NO_RUNNER | wrong_seen | {"keys": wrong_caches(m), "values": wrong_caches(m), "x": _wrong_steps(m)}
+    return Row(first_half(m).run, values | {"hidden": hidden, "normed": normed}, wrong)
 
 
 @row("Router")
@@ -331,8 +365,9 @@ def _(m: Memory) -> Row:
 
 @row("Router.run")
 def _(m: Memory) -> Row:
-    values = {"runner": runner(), "level": "", "x": numbers(m, 1, D), "logits": numbers(m, 1, EXPERTS)}
-    values |= {"scores": m.hold(torch.rand(1, TOP_K)), "chosen": m.hold(torch.zeros(1, TOP_K, dtype=torch.int64))}
+    values = {"runner": runner(), "level": "", "x": numbers(m, STEP, D), "logits": numbers(m, STEP, EXPERTS)}
+    chosen = m.hold(torch.zeros(STEP, TOP_K, dtype=torch.int64))
+    values |= {"scores": m.hold(torch.rand(STEP, TOP_K)), "chosen": chosen}
     return Row(router(m).run, values, NO_RUNNER)
 
 
@@ -369,9 +404,11 @@ def _(m: Memory) -> Row:
     wrong["caches"] += [[caches[0], (one, caches[1][1])] for one in bad] + [
         [caches[0], (caches[1][0], one)] for one in bad
     ]
-    values = {"runner": runner(), "level": "", "x": numbers(m, 1, 1, D), **rotary, "caches": caches}
+    seen, wrong_seen = _seen(m)
+    x, hidden = (numbers(m, SEQUENCES, NEW, D) for _ in range(2))
+    values = {"runner": runner(), "level": "", "x": x, **rotary, "caches": caches, **seen}
     layers = kernels.DecoderLayers([decoder_layer(m) for _ in range(2)])
-    return Row(layers.run, values | {"hidden": numbers(m, 1, 1, D)}, NO_RUNNER | wrong)
+    return Row(layers.run, values | {"hidden": hidden}, NO_RUNNER | wrong | wrong_seen | {"x": _wrong_steps(m)})
 
 
 @row("Runner")
@@ -587,7 +624,7 @@ def mutations(row: Row, m: Memory) -> Iterator[tuple[str, Any]]:
             kinds = {
                 "any_float": name in row.any_float,
                 "any_size": name in row.any_size,
-                "optional": name in ("bias", "row_order", "column_order"),
+                "optional": name in ("bias", "row_order", "column_order", "seen"),
             }
             for bad in wrong_tensors(value, m, **kinds):
                 yield name, bad
@@ -706,9 +743,9 @@ def test_odd_sizes_stay_inside(level: str, data: st.DataObject) -> None:
     run.run(level, kernel, x, [work], m.hold(torch.zeros(tokens, width)))
     experts = data.draw(st.integers(1, 70))
     weight, top_k = numbers(m, experts, width, dtype=dtype), data.draw(st.integers(1, experts))
-    chosen = m.hold(torch.zeros(top_k, dtype=torch.int64))
+    chosen = m.hold(torch.zeros(tokens, top_k, dtype=torch.int64))
     route = kernels.Router(weight, top_k, False, kernels.Type.fp32)
-    route.run(run, level, x[:1], numbers(m, experts, dtype=dtype), m.hold(torch.zeros(top_k)), chosen)
+    route.run(run, level, x, numbers(m, tokens, experts, dtype=dtype), m.hold(torch.zeros(tokens, top_k)), chosen)
     assert bool(((chosen >= 0) & (chosen < experts)).all())
     assert memory_of_attention(m, run, level, data, width, dtype)
     assert m.is_guarded()
@@ -725,16 +762,18 @@ def solve_odd_sizes(m: Memory, run: Any, level: str, data: st.DataObject, weight
 
 
 def memory_of_attention(m: Memory, run: Any, level: str, data: st.DataObject, width: int, dtype: torch.dtype) -> bool:
-    """Run a layer's first half of odd sizes; whether only the last token of the cache was written."""
+    """Run a layer's first half of odd sizes; whether only the last tokens of the cache were written."""
     head, groups, shared = 16 * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     length, more = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 3))
     heads, turned = groups * shared, 2 * data.draw(st.integers(1, head // 2))
     q, k, v = (linear(m, size * head, width) for size in (heads, groups, groups))
     parts = kernels.Attention(q, k, v, norm(m, head), norm(m, groups * head), head, type_of(dtype), 0.1)
     first = kernels.FirstHalf(parts, linear(m, width, heads * head), norm(m, width), norm(m, width))
-    room = numbers(m, 2, 1, groups, length + more, head, dtype=dtype)
-    before, cosine, sine = room.clone(), *(numbers(m, turned, dtype=dtype) for _ in range(2))
-    x, hidden, normed = (numbers(m, 1, 1, width, dtype=dtype) for _ in range(3))
-    first.run(run, level, x, cosine, sine, room[0, :, :, :length], room[1, :, :, :length], hidden, normed)
-    room[:, :, :, length - 1] = before[:, :, :, length - 1] = 0
+    sequences, new = data.draw(st.integers(1, 4)), data.draw(st.integers(1, min(5, length)))
+    room = numbers(m, 2, sequences, groups, length + more, head, dtype=dtype)
+    before, cosine, sine = room.clone(), *(numbers(m, sequences * new, turned, dtype=dtype) for _ in range(2))
+    x, hidden, normed = (numbers(m, sequences, new, width, dtype=dtype) for _ in range(3))
+    first.run(run, level, x, cosine, sine, room[0, :, :, :length], room[1, :, :, :length], None, hidden, normed)
+    own = slice(length - new, length)
+    room[:, :, :, own] = before[:, :, :, own] = 0
     return torch.equal(room, before)

@@ -89,7 +89,7 @@ def busy(model: Any) -> Iterator[None]:
         stop.set()
         native = thread.native_id
         thread.join()
-        # Python says that a thread has ended while MKL still frees its memory, under a lock that a child would wait for.
+        # Python says that a thread has ended while MKL still frees its memory, under a lock that a child waits for.
         while Path(f"/proc/self/task/{native}").exists():
             time.sleep(0.001)
     assert not errors

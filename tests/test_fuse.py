@@ -242,7 +242,7 @@ def test_layers_that_follow_one_another_go_together(tmp_path: Path) -> None:
         assert len(calls) == 1
     model.config.num_hidden_layers = 4
     stretch._loop._of_thread.runs = True
-    with pytest.raises(ModelError, match="only some layers were given a mask"):
+    with pytest.raises(ModelError, match="layers were given different masks"):
         stretch.run(1, _marked(stretch), {"attention_mask": ids})
 
 
@@ -338,7 +338,7 @@ def stretch_of(layer: Any) -> Any:
 
 def _marked(stretch: Any) -> Tensor:
     x = torch.zeros(1, 1, HEADS["hidden_size"])
-    x._moestro_done = stretch  # type: ignore[attr-defined]
+    x._moestro_done = stretch, None  # type: ignore[attr-defined]
     return x
 
 

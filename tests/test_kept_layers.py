@@ -101,10 +101,9 @@ def test_a_packed_folder_goes_on_where_it_was_ended(
     monkeypatch.setattr(kept_layers, "are_progress_bars_disabled", lambda: False)
 
     def pack(*options: str) -> Any:
-        done = RUNNER.invoke(
+        return RUNNER.invoke(
             app, ["pack", str(source), "-o", str(tmp_path / "model"), *options], catch_exceptions=False
         )
-        return done
 
     end_after(3, monkeypatch, lambda: plain_pack(source, tmp_path / "model", expert_bits=3))
     said = capsys.readouterr().err
@@ -191,9 +190,7 @@ def test_a_full_disk_is_a_line_of_the_log(
     assert caplog.text.count("not kept in the cache: ") == 1
 
 
-def test_one_process_at_a_time_keeps_layers(
-    source: Path, filled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_process_at_a_time_keeps_layers(source: Path, filled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one loads all the same, and neither changes what the other made."""
     wanted = logits(load(str(source), threads=2, bits=4, cache=False))
     filled.clear()

@@ -108,7 +108,16 @@ class Attention:
     def project(
         self, runner: Runner, level: str, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor
     ) -> None: ...
-    def attend(self, runner: Runner, level: str, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None: ...
+    def attend(
+        self,
+        runner: Runner,
+        level: str,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor | None,
+        out: Tensor,
+    ) -> None: ...
 
 class FirstHalf:
     def __init__(self, attention: Attention, output: Linear, before: Norm, after: Norm) -> None: ...
@@ -121,6 +130,7 @@ class FirstHalf:
         sine: Tensor,
         keys: Tensor,
         values: Tensor,
+        seen: Tensor | None,
         hidden: Tensor,
         normed: Tensor,
     ) -> None: ...
@@ -142,8 +152,9 @@ class DecoderLayers:
         cosine: Tensor,
         sine: Tensor,
         caches: Sequence[tuple[Tensor, Tensor]],
+        seen: Tensor | None,
         hidden: Tensor,
-    ) -> int: ...
+    ) -> tuple[int, int]: ...
 
 class Runner:
     def __init__(self, threads: int, cpus: Sequence[int]) -> None: ...

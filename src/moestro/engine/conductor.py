@@ -197,13 +197,18 @@ class Conductor:
             return None
         return shape, [self.store[expert] for expert in experts]
 
-    def count_only_choice(self, layers: int, experts: int) -> None:
-        """Account for layer steps of one token, computed elsewhere by so many experts in all."""
+    def count_only_choice(self, layers: int, experts: int, chosen: int, tokens: int) -> None:
+        """Account for layer steps of few tokens, computed elsewhere.
+
+        Args:
+            experts: that computed, in all layers. chosen: tokens, each counted for each of its experts in each layer.
+            tokens: of the step.
+        """
         with self._lock:
             if not self._step.is_announced:  # the next layer begins a step: which layers these were is not said
-                self._step.begin(likely_info(1), announced=False)
+                self._step.begin(likely_info(tokens), announced=False)
                 self._step.end()
-            self.accounts.add(self.phase, layer_steps=layers, tokens=experts, misses=experts)
+            self.accounts.add(self.phase, layer_steps=layers, tokens=chosen, misses=experts)
 
     def held_op(self, layer: int, dtype: torch.dtype) -> HeldLayer | None:
         """A layer as an operation that never waits for the host, if all its experts are held on the device.

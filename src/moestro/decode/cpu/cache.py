@@ -1,6 +1,6 @@
 """Transformers' plain cache, made longer in place.
 
-Legend: G key heads, d their width, S tokens in the cache.
+Legend: B sequences, N new tokens of each, G key heads, d their width, S tokens in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROOM = 128  # tokens, at least, for which a cache grows at once
 
 
 class CacheKind(NamedTuple):
-    """What the kernels take a layer's keys and values for: [1, heads, S, width] of a dtype, on the CPU."""
+    """What the kernels take a layer's keys and values for: [B, heads, S, width] of a dtype, on the CPU."""
 
     dtype: torch.dtype
     heads: int
@@ -36,16 +36,16 @@ class _Storage:
         self.key_room, self.value_room = _with_room(keys), _with_room(values)
         self.written = keys.shape[2]
 
-    def is_free_behind(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether a cache that holds these may write its next token into this room."""
-        if not keys.shape[2] == values.shape[2] == self.written < self.key_room.shape[2]:
+    def is_free_behind(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
+        """Whether a cache that holds these may write its next tokens into this room."""
+        if not keys.shape[2] == values.shape[2] == self.written <= self.key_room.shape[2] - tokens:
             return False
         pairs = ((keys, self.key_room), (values, self.value_room))
         return all(part.data_ptr() == room.data_ptr() and _alike(part, room) for part, room in pairs)
 
-    def take_one(self) -> tuple[Tensor, Tensor]:
-        """Make keys and values one token longer; what is there is for the caller to write."""
-        self.written += 1
+    def take(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Make keys and values so many tokens longer; what is there is for the caller to write."""
+        self.written += tokens
         return self.key_room.narrow(2, 0, self.written), self.value_room.narrow(2, 0, self.written)
 
 
@@ -62,16 +62,24 @@ def is_plain(cache: Any, index: int) -> bool:
 
 
 def append(cache: Any, index: int, k: Tensor, v: Tensor, kind: CacheKind) -> tuple[Tensor, Tensor]:
-    """Add one token's key and value [1, G, 1, d] to a plain cache and return all of them, [1, G, S, d]."""
-    if not can_grow(cache, index, kind):
+    """Add new tokens' keys and values [B, G, N, d] to a plain cache and return all of them, [B, G, S, d]."""
+    sequences, new = k.shape[0], k.shape[2]
+    if not can_grow(cache, index, kind, sequences):
         keys, values = cache.update(k, v, index)
         return keys.contiguous(), values.contiguous()
-    keys, values = grow(cache, index)
-    keys[:, :, -1:], values[:, :, -1:] = k, v
+    keys, values = grow(cache, index, new)
+    keys[:, :, -new:], values[:, :, -new:] = k, v
     return keys, values
 
 
-def can_grow(cache: Any, index: int, kind: CacheKind) -> bool:
+def length_of(cache: Any, index: int) -> int:
+    """Tokens that a plain cache holds of a layer."""
+    if index >= len(cache.layers) or not cache.layers[index].is_initialized or cache.layers[index].keys.numel() == 0:
+        return 0
+    return int(cache.layers[index].keys.shape[2])
+
+
+def can_grow(cache: Any, index: int, kind: CacheKind, sequences: int) -> bool:
     """Whether a layer's cache is the plain one and holds tokens as the kernels expect them."""
     if not is_plain(cache, index) or index >= len(cache.layers):
         return False
@@ -81,11 +89,11 @@ def can_grow(cache: Any, index: int, kind: CacheKind) -> bool:
     batch, heads, _, width = layer.keys.shape
     one_kind = layer.keys.dtype == layer.values.dtype == kind.dtype
     on_cpu = layer.keys.device.type == layer.values.device.type == "cpu"
-    return one_kind and on_cpu and (batch, heads, width) == (1, kind.heads, kind.width)
+    return one_kind and on_cpu and (batch, heads, width) == (sequences, kind.heads, kind.width)
 
 
-def grow(cache: Any, index: int) -> tuple[Tensor, Tensor]:
-    """Make a cache that can grow one token longer, which the caller writes, and return all of it, [1, G, S, d].
+def grow(cache: Any, index: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Make a cache that can grow so many tokens longer, which the caller writes, and return all of it, [B, G, S, d].
 
     In place, in storage with room for more: Transformers' own update copies the whole cache for each token. What the
     cache holds stays a tensor like any other, and what it ever held keeps its contents: after a crop, or where keys and
@@ -93,16 +101,16 @@ def grow(cache: Any, index: int) -> tuple[Tensor, Tensor]:
     """
     layer = cache.layers[index]
     storage: _Storage | None = getattr(layer, "_moestro_storage", None)
-    if storage is None or not storage.is_free_behind(layer.keys, layer.values):
+    if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
         storage = layer._moestro_storage = _Storage(layer.keys, layer.values)
-    layer.keys, layer.values = storage.take_one()
+    layer.keys, layer.values = storage.take(tokens)
     return layer.keys, layer.values
 
 
-def shrink(cache: Any, index: int) -> None:
-    """Take back the token that `grow` made room for and that was never written."""
+def shrink(cache: Any, index: int, tokens: int) -> None:
+    """Take back the tokens that `grow` made room for and that were never written."""
     layer = cache.layers[index]
-    layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+    layer.keys, layer.values = layer.keys[:, :, :-tokens], layer.values[:, :, :-tokens]
 
 
 def _alike(part: Tensor, room: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...compute.cpu import rms_norm
 from ...compute.eager import outside_of_graphs
-from ...compute.one_token import Norm
+from ...compute.few_tokens import Norm
 from ...memory.formats import FLOAT_FORMATS
 from ..hooks import Fused, put_in_place
 

@@ -1,4 +1,4 @@
-"""A router's choice for one token in one call: swapped in where it computes the same.
+"""A router's choice for few tokens in one call: swapped in where it computes the same.
 
 Known are softmax over all experts and then the best of them, with or without scores that sum to 1 (Mixtral, OLMoE,
 Qwen); which of them a router is, is found by trying it on numbers. Any other is left alone.
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ...compute.eager import outside_of_graphs
-from ...compute.one_token import OneTokenRouter
+from ...compute.few_tokens import StepRouter
 from ...memory.formats import FLOAT_FORMATS
 from ..hooks import Fused, put_in_place
+from .masks import MOST_TOKENS
 
 _TRIALS = 8
 
 
 def fuse_router(router: Any, threads: int) -> bool:
-    """Give a router a forward for single tokens; says whether it is one that we know."""
+    """Give a router a forward for few tokens; says whether it is one that we know."""
     known = _recognize(router, threads)
     if known is not None:
         put_in_place(router, FusedRouter(router, known), *router.modules())
@@ -31,7 +32,7 @@ def fuse_router(router: Any, threads: int) -> bool:
 class FusedRouter(Fused):
     """The forward of a recognized router."""
 
-    def __init__(self, router: Any, kernel: OneTokenRouter) -> None:
+    def __init__(self, router: Any, kernel: StepRouter) -> None:
         super().__init__(router)
         self.kernel = kernel
 
@@ -42,10 +43,11 @@ class FusedRouter(Fused):
         return self.kernel.run(args[0])
 
     def _fits(self, x: Any) -> bool:
-        """Whether it is one token of the weight's dtype on the CPU, and the router is what it was."""
+        """Whether these are few tokens of the weight's dtype on the CPU, and the router is what it was."""
         return (
             isinstance(x, Tensor)
-            and x.numel() == self.kernel.width
+            and x.shape[-1:] == (self.kernel.width,)
+            and self.kernel.width <= x.numel() <= MOST_TOKENS * self.kernel.width
             and x.dtype == self.kernel.dtype
             and x.device.type == "cpu"
             and not x.requires_grad
@@ -54,7 +56,7 @@ class FusedRouter(Fused):
         )
 
 
-def _recognize(router: Any, threads: int) -> OneTokenRouter | None:
+def _recognize(router: Any, threads: int) -> StepRouter | None:
     parameters, top_k = list(router.parameters()), getattr(router, "top_k", None)
     weight = getattr(router, "weight", None)
     if len(parameters) != 1 or weight is not parameters[0] or list(router.buffers()) or not isinstance(top_k, int):
@@ -66,13 +68,15 @@ def _recognize(router: Any, threads: int) -> OneTokenRouter | None:
     random = torch.Generator().manual_seed(0)
     # Random vectors alone would leave the logits of small weights as good as equal.
     scale = 2.0 / max(float(weight.detach().float().norm(dim=1).mean()), 1e-6)
-    trials = [torch.randn(1, weight.shape[1], generator=random).mul_(scale).to(weight.dtype) for _ in range(_TRIALS)]
+    trials = [
+        torch.randn(1 + n % 3, weight.shape[1], generator=random).mul_(scale).to(weight.dtype) for n in range(_TRIALS)
+    ]
     try:
         wanted = [router(x) for x in trials]
         if any(len(parts) != 3 or parts[2].dtype != torch.int64 for parts in wanted):
             return None
         for normalized, dtype in product((True, False), {weight.dtype, torch.float32}):
-            known = OneTokenRouter(weight, top_k=top_k, normalized=normalized, score_dtype=dtype, threads=threads)
+            known = StepRouter(weight, top_k=top_k, normalized=normalized, score_dtype=dtype, threads=threads)
             if all(_same(known.run(x), parts) for x, parts in zip(trials, wanted, strict=True)):
                 return known
     except Exception:  # it wants or returns something else

@@ -1,4 +1,4 @@
-"""One token through a stretch of decoder layers in one call: where there is nothing to decide about their experts.
+"""Few tokens through a stretch of decoder layers in one call: where there is nothing to decide about their experts.
 
 In decode the weights that stream by drive the interpreter and torch's small operations out of the caches, so that what
 Python does between two layers costs as much as a fifth of their kernels. Where each layer's second half is a router
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ...compute.one_token import OneTokenLayer, OneTokenLayers, OneTokenRouter
+from ...compute.few_tokens import StepLayer, StepLayers, StepRouter
 from ...engine.conductor import Conductor
 from ...engine.watch import Watch
 from ...errors import ModelError
 from ..hooks import Fused, HookWatch, put_in_place
-from .attention import FusedAttention
-from .cache import can_grow, grow, shrink
+from .attention import FusedAttention, rotary_of
+from .cache import can_grow, grow, length_of, shrink
 from .decoder_layer import SCALES, FusedLayer
 from .router import FusedRouter
 
@@ -77,7 +77,7 @@ class Stretch:
     def __init__(self, layers: Sequence[_WholeLayer], loop: _Loop) -> None:
         self._attentions = [layer.attention for layer in layers]
         self._conductor, self._last, self._loop = layers[0].conductor, len(layers) - 1, loop
-        self._kernel = OneTokenLayers([layer.kernel for layer in layers])
+        self._kernel = StepLayers([layer.kernel for layer in layers])
         self._parts = [part for layer in layers for part in layer.parts]
         self._layers = [ref(layer.module) for layer in layers]
         self.watch: Watch | None = None  # of all layers, when they are in their places
@@ -110,29 +110,35 @@ class Stretch:
             return None
         if self._conductor.must_see_layers:
             return None
-        cache = given["past_key_values"]
-        if not all(can_grow(cache, attention.layer, attention.cache_kind) for attention in self._attentions):
+        cache, (sequences, new) = given["past_key_values"], x.shape[:2]
+        if not all(can_grow(cache, one.layer, one.cache_kind, sequences) for one in self._attentions):
+            return None
+        if len({length_of(cache, one.layer) for one in self._attentions}) > 1:
+            return None
+        if (seen := self._attentions[0].seen(x, given)) is None:
             return None
         grown: list[tuple[Tensor, Tensor]] = []
         try:
             for attention in self._attentions:
-                grown.append(grow(cache, attention.layer))
-            cosine, sine = given["position_embeddings"]
-            hidden, experts = self._kernel.run(x, cosine, sine, grown)
-        except BaseException:  # an interrupt: no cache may keep a token that was never written
+                grown.append(grow(cache, attention.layer, new))
+            rotary = rotary_of(x, given["position_embeddings"])
+            hidden, experts, chosen = self._kernel.run(x, *rotary, grown, seen)
+        except BaseException:  # an interrupt: no cache may keep tokens that were never written
             for attention, _ in zip(self._attentions, grown, strict=False):
-                shrink(cache, attention.layer)
+                shrink(cache, attention.layer, new)
             raise
-        self._conductor.count_only_choice(len(grown), experts)
+        self._conductor.count_only_choice(len(grown), experts, chosen, sequences * new)
         if self._last:
-            hidden._moestro_done = self  # type: ignore[attr-defined]  # on the tensor, since other threads may generate
+            done = self, given.get("attention_mask")
+            hidden._moestro_done = done  # type: ignore[attr-defined]  # on the tensor, since other threads may generate
         return hidden
 
     def _pass_on(self, place: int, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-        if getattr(x, "_moestro_done", None) is not self:
+        stretch, mask = getattr(x, "_moestro_done", (None, None))
+        if stretch is not self:
             return None
-        if given.get("attention_mask") is not None:
-            raise ModelError("only some layers were given a mask, which is not known here; load with fuse=False")
+        if given.get("attention_mask") is not mask:
+            raise ModelError("layers were given different masks, which is not known here; load with fuse=False")
         if place == self._last:
             del x._moestro_done  # type: ignore[attr-defined]
         return x
@@ -146,7 +152,7 @@ class _WholeLayer:
     """
 
     module: nn.Module
-    kernel: OneTokenLayer
+    kernel: StepLayer
     attention: FusedAttention
     conductor: Conductor
     parts: list[nn.Module]
@@ -164,13 +170,13 @@ class _WholeLayer:
         experts: list[Any] = [child for child in children if hasattr(child, "_moestro")]
         if not len(children) - 1 == len(routers) == len(experts) == 1:
             return None
-        router: OneTokenRouter = routers[0].forward.kernel
+        router: StepRouter = routers[0].forward.kernel
         conductor, index = experts[0]._moestro.conductor, experts[0]._moestro.index
         choice = conductor.only_choice(index)
         if choice is None or router.dtype != fused.attention.dtype or not _only_routes(block, experts[0], router):
             return None
         try:
-            kernel = OneTokenLayer(fused.kernel, router, *choice)
+            kernel = StepLayer(fused.kernel, router, *choice)
         except ValueError:  # its parts do not fit each other
             return None
         parts = [*fused.skipped, *fused.attention.parts, *block.modules()]
@@ -180,10 +186,11 @@ class _WholeLayer:
     def like(self, other: _WholeLayer) -> bool:
         """Whether a step that one of two layers can compute, the other can too."""
         a, b = self.attention, other.attention
-        return (a.dtype, a.head, a.width, self.kind) == (b.dtype, b.head, b.width, other.kind)
+        ours, theirs = ((one.dtype, one.head, one.width, one.most_tokens) for one in (a, b))
+        return (ours, self.kind) == (theirs, other.kind)
 
 
-def _only_routes(block: Any, experts: Any, router: OneTokenRouter) -> bool:
+def _only_routes(block: Any, experts: Any, router: StepRouter) -> bool:
     """Whether a block gives its experts what it was given and the router's choice, and returns what they return."""
     seen: list[Tensor] = []
     original, random = experts.forward, torch.Generator().manual_seed(0)
@@ -196,10 +203,12 @@ def _only_routes(block: Any, experts: Any, router: OneTokenRouter) -> bool:
     try:
         for scale in SCALES:
             seen.clear()
-            x = torch.randn(1, 1, router.width, generator=random).mul_(scale).to(router.dtype)
+            shape = (1, 1) if scale == SCALES[0] else (2, 3)
+            x = torch.randn(*shape, router.width, generator=random).mul_(scale).to(router.dtype)
             _, scores, index = router.run(x)
-            got, wanted = block(x), stand_in(x, index, scores)
-            pairs = zip((got, *seen[:3]), (wanted, x[0], index, scores), strict=True)
+            flat = x.view(-1, router.width)
+            got, wanted = block(x), stand_in(flat, index, scores).view_as(x)
+            pairs = zip((got, *seen[:3]), (wanted, flat, index, scores), strict=True)
             if not all(isinstance(a, Tensor) and torch.equal(a, b) for a, b in pairs):
                 return False
     except Exception:  # it wants or returns something else

@@ -1,4 +1,4 @@
-"""What one token meets in a decoder layer besides its experts, in as few calls as there are steps.
+"""What a step of few tokens meets in a decoder layer, in as few calls as there are steps.
 
 In plain torch these are some forty small operations a layer, which cost more than the kernels wait for memory. Their
 twin is Transformers' own code; `decode/cpu/` puts these in its place where they compute the same.
@@ -6,7 +6,11 @@ twin is Transformers' own code; `decode/cpu/` puts these in its place where they
 All sizes are checked by the kernels' bindings: a constructor raises ValueError for parts that do not fit each other, a
 method for a tensor that does not fit the parts. Their objects keep the tensors that they read alive.
 
-Legend: D model width, H query heads, G key heads, d their width, S tokens in the cache, E experts, K top-k.
+Tokens are of one or several sequences, as many of each, those of a sequence next to each other. `seen` says what each
+token sees of its sequence's cache: int64 [T, 2], first and behind the last, which is the token itself; None for all.
+
+Legend: T tokens of the step, B sequences, D model width, H query heads, G key heads, d their width, S tokens in the
+cache, E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ class Norm(NamedTuple):
         return _kernels.Norm(*self)
 
 
-class OneTokenAttention:
-    """What stands before and behind the cache when one token goes through an attention layer.
+class StepAttention:
+    """What stands before and behind the cache when tokens go through an attention layer.
 
     Args:
         projections: q, k and v. norms: q's and k's, over a head or over all of them, or None.
@@ -58,45 +62,47 @@ class OneTokenAttention:
         self.kernel = _kernels.Attention(q, k, v, q_norm, k_norm, head, type_of(dtype), scaling)
 
     def project(self, x: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Fill q [H * d], k and v [G * d] from x [D]; cosine and sine are [d], all of one dtype."""
+        """Fill q [T, H * d], k and v [T, G * d] from x [T, D]; cosine and sine are [T, d], all of one dtype."""
         cosine, sine, x = cosine.contiguous(), sine.contiguous(), x.contiguous()
         self.kernel.project(self.runner, self.level, x, cosine, sine, q, k, v)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """softmax(q K^T * scaling) V: query [H * d], keys and values [1, G, S, d] -> [H * d].
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+        """softmax(q K^T * scaling) V: query [T, H * d], keys and values [B, G, S, d] -> [T, H * d].
 
-        Each head of the cache is one piece; heads may be any distance apart.
+        Each head of the cache is one piece; heads and sequences may be any distance apart.
         """
         out = torch.empty_like(query)
-        self.kernel.attend(self.runner, self.level, query, keys, values, out)
+        self.kernel.attend(self.runner, self.level, query, keys, values, seen, out)
         return out
 
 
-class OneTokenFirstHalf:
+class StepFirstHalf:
     """The first half of a decoder layer: hidden = x + attention(norm(x)), then the norm before the experts.
 
     Args:
         output: the attention's output projection. before, after: the norms before and behind the attention.
     """
 
-    def __init__(self, attention: OneTokenAttention, output: Matrix, before: Norm, after: Norm) -> None:
+    def __init__(self, attention: StepAttention, output: Matrix, before: Norm, after: Norm) -> None:
         self.runner, self.level = attention.runner, attention.level
         self.kernel = _kernels.FirstHalf(attention.kernel, output.linear, before.as_norm(), after.as_norm())
 
-    def run(self, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """One token x [.., D] -> hidden and its norm, of the shape and dtype of x.
+    def run(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens x [.., D] -> hidden and its norm, of the shape and dtype of x.
 
         Args:
             cosine, sine: [.., d], of the dtype of x, as are keys and values.
-            keys, values: [1, G, S, d]; the token's own, the last of S, are written by this.
+            keys, values: [B, G, S, d]; the tokens' own are written by this, where `seen` ends.
         """
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
         hidden, normed = torch.empty_like(x), torch.empty_like(x)
-        self.kernel.run(self.runner, self.level, x, cosine, sine, keys, values, hidden, normed)
+        self.kernel.run(self.runner, self.level, x, cosine, sine, keys, values, seen, hidden, normed)
         return hidden, normed
 
 
-class OneTokenRouter:
+class StepRouter:
     """softmax(x W^T) and the best K of it; with `normalized`, their scores sum to 1.
 
     Args:
@@ -119,45 +125,53 @@ class OneTokenRouter:
         self.kernel = _kernels.Router(self._weight, top_k, normalized, type_of(score_dtype))
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [.., D] of one token, in the weight's dtype -> logits [1, E], scores [1, K], int64 index [1, K]."""
+        """x [.., D], in the weight's dtype -> logits [T, E], scores [T, K], int64 index [T, K]."""
         x = x.contiguous()
-        logits = torch.empty((1, self._weight.shape[0]), dtype=x.dtype)
-        scores = torch.empty((1, self._top_k), dtype=self._score_dtype)
-        index = torch.empty((1, self._top_k), dtype=torch.int64)
+        tokens = x.numel() // self.width
+        logits = torch.empty((tokens, self._weight.shape[0]), dtype=x.dtype)
+        scores = torch.empty((tokens, self._top_k), dtype=self._score_dtype)
+        index = torch.empty((tokens, self._top_k), dtype=torch.int64)
         self.kernel.run(self._runner, self._level, x, logits, scores, index)
         return logits, scores, index
 
 
-class OneTokenLayer:
-    """A whole decoder layer: its first half, its router, and experts that are all in RAM; run by `OneTokenLayers`.
+class StepLayer:
+    """A whole decoder layer: its first half, its router, and experts that are all in RAM; run by `StepLayers`.
 
     Args:
         shape: of the experts, as `CpuExperts.kernel_shape` has it. experts: uint8, the packed bytes of each.
     """
 
-    def __init__(
-        self, first: OneTokenFirstHalf, router: OneTokenRouter, shape: KernelShape, experts: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, first: StepFirstHalf, router: StepRouter, shape: KernelShape, experts: Sequence[Tensor]) -> None:
         self.runner, self.level = first.runner, first.level
         self.kernel = _kernels.DecoderLayer(first.kernel, router.kernel, shape, tuple(experts))
 
 
-class OneTokenLayers:
+class StepLayers:
     """Decoder layers that follow one another, of one width and dtype, in one call."""
 
-    def __init__(self, layers: Sequence[OneTokenLayer]) -> None:
+    def __init__(self, layers: Sequence[StepLayer]) -> None:
         self._runner, self._level = layers[0].runner, layers[0].level
         self._kernel = _kernels.DecoderLayers([layer.kernel for layer in layers])
 
     def run(
-        self, x: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, int]:
-        """One token x [.., D] -> the last layer's output, of its shape and dtype, and how many experts computed.
+        self,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, int, int]:
+        """Tokens x [.., D] -> the last layer's output, of their shape and dtype.
 
         Args:
-            cosine, sine: [.., d]. caches: keys and values [1, G, S, d] of each layer, as `OneTokenFirstHalf.run`'s.
+            cosine, sine: [.., d]. caches: keys and values [B, G, S, d] of each layer, as `StepFirstHalf.run`'s.
+
+        Returns:
+            Beside the output, how many experts computed in all layers, and for how many tokens, each counted once for
+            each of its experts.
         """
         x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
         hidden = torch.empty_like(x)
-        experts = self._kernel.run(self._runner, self._level, x, cosine, sine, caches, hidden)
-        return hidden, experts
+        experts, tokens = self._kernel.run(self._runner, self._level, x, cosine, sine, caches, seen, hidden)
+        return hidden, experts, tokens
