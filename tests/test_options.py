@@ -20,19 +20,8 @@ from moestro.bench.options import ComparedOptions, ShapeOptions, TableOptions
 from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
-from moestro.planning.options import (
-    Checked,
-    ModelOptions,
-    Options,
-    ReplayOptions,
-    about,
-    check_names,
-    flag,
-    name_of,
-    needs,
-    option,
-    shows_options,
-)
+from moestro.planning.option import Checked, about, check_names, flag, name_of, needs, option, shows_options
+from moestro.planning.options import ModelOptions, Options, ReplayOptions
 from moestro.text.options import TextOptions
 
 WRONG: dict[str, tuple[Any, str]] = {
