@@ -53,9 +53,24 @@ void write_panels(Runner& runner, const MatrixFormat& format, nb::handle weights
   write_fitted(runner, matrix, to);
 }
 
+void write_byte_panels(Runner& runner, const MatrixFormat& format, nb::handle weights, int64_t rows, int64_t columns,
+                       nb::handle out) {
+  check_size(rows, "rows");
+  check_size(columns, "columns");
+  require(format.code == Code::kS8 && format.scale == Scale::kFp16 && format.group != 0,
+          "format: its codes are no signed bytes with a float16 scale for each group");
+  const Array from(weights, "weights");
+  ByteMatrix matrix{format, nullptr, from.number_type(), rows, columns};
+  matrix.weights = static_cast<const uint8_t*>(from.numbers(matrix.type, rows * columns));
+  uint8_t* to = Array(out, "out").bytes(matrix_bytes(format, rows, columns));
+  nb::gil_scoped_release release;
+  write_signed_bytes(runner, matrix, to);
+}
+
 }  // namespace
 
 void bind_solver(nb::module_& m) {
+  m.def("write_signed_bytes", &write_byte_panels, "runner"_a, "format"_a, "weights"_a, "rows"_a, "columns"_a, "out"_a);
   m.def("write_fitted", &write_panels, "runner"_a, "format"_a, "weights"_a, "rows"_a, "columns"_a, "scales"_a, "zeros"_a, "out"_a);
   m.def("solve", &solve, "runner"_a, "level"_a, "weights"_a, "rows"_a, "columns"_a, "bits"_a, "group"_a, "iterate"_a,
         "round_zero"_a, "codes"_a, "scales"_a, "zeros"_a);

@@ -1,10 +1,13 @@
 #include "fitted.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <stdexcept>
 
 #include "panels.h"
 #include "simd.h"
+#include "solver.h"
 
 namespace moestro {
 
@@ -13,7 +16,8 @@ namespace {
 constexpr float kMostByte = 255;
 
 // To the nearest, ties to even, of numbers in [-1, 2^20]: what is added leaves no bits for fractions.
-inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
+constexpr float kWhole = 12582912.0f;
+inline float nearest(float x) { return (x + kWhole) - kWhole; }
 
 void read_floats(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, float* to) {
   const uint8_t* from = m.weights + (row * m.columns + k) * size_of(m.type);
@@ -68,7 +72,85 @@ void read_row(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, Unit
   }
 }
 
+constexpr float kMostSigned = 127, kLeastHalf = 6.103515625e-5f, kHalfSteps = 16777216.0f;  // 2^-14, and 2^24
+constexpr uint16_t kHalfInfinity = 0x7C00;
+
+inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// `count` weights as floats. Returns the bits of the largest size, 0x7F800000 or more where one is not finite: whole
+// numbers, of which a compiler takes the largest of several at once.
+template <Type kType>
+inline uint32_t read_sizes(const uint8_t* from, int64_t count, float* to) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    if constexpr (kType == Type::kFp32) {
+      bits = load32(from + 4 * i);
+    } else if constexpr (kType == Type::kBf16) {
+      bits = static_cast<uint32_t>(load16(from + 2 * i)) << 16;
+    } else {  // exact, subnormals too; what is not finite becomes 2^16 or more
+      const uint32_t half = load16(from + 2 * i);
+      bits = bits_of(float_of_bits((half & 0x7FFFu) << 13) * 5.192296858534828e33f) | (half & 0x8000u) << 16;  // 2^112
+    }
+    to[i] = float_of_bits(bits);
+    most = std::max(most, static_cast<int32_t>(bits & 0x7FFFFFFFu));
+  }
+  if (kType == Type::kFp16 && most >= 0x47800000) return 0x7F800000u;
+  return static_cast<uint32_t>(most);
+}
+
+// Signed bytes of a group's weights, and its scale. Those of fp16 below 2^-14 are whole steps of 2^-24: rounded up, so
+// that no weight has to be cut. Returns whether the weights are finite and such a scale covers them.
+template <Type kType>
+inline bool round_group(const uint8_t* from, int64_t count, uint8_t* codes, uint32_t* scale) {
+  float weights[kMostFitGroup];
+  const uint32_t most_bits = read_sizes<kType>(from, count, weights);
+  if (most_bits >= 0x7F800000u) return false;
+  const float most = float_of_bits(most_bits);
+  float wanted = most / kMostSigned;
+  if (most < kMostSigned * kLeastHalf) wanted = std::ceil(wanted * kHalfSteps) / kHalfSteps;
+  const uint16_t half = fp16_of(wanted);
+  *scale = half;
+  if (half == 0) memset(codes, 0, count);
+  const float step = scalar_from_fp16(half);
+  if (half != 0 && half < kHalfInfinity)
+    for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(bits_of(weights[i] / step + kWhole));
+  return half < kHalfInfinity;
+}
+
+template <Type kType>
+void write_byte_panels(Runner& runner, const ByteMatrix& m, uint8_t* out, std::atomic<bool>& is_unfit) {
+  const PanelLayout layout = layout_of(m.format);
+  const int64_t bytes = panel_bytes(m.format, m.columns), unit = columns_at_once(m.format), group = m.format.group;
+  runner.each(static_cast<int>((m.rows + kPanel - 1) / kPanel), 0, true, [&](int panel, float*) {
+    UnitRow rows[kPanel] = {};  // those beyond the matrix stay zeros
+    for (int64_t k = 0; k < m.columns; k += unit) {
+      const int64_t columns = std::min(unit, m.columns - k);
+      if (columns < unit) memset(rows, 0, sizeof(rows));
+      for (int64_t r = 0; r < std::min(kPanel, m.rows - panel * kPanel); ++r) {
+        const uint8_t* row = m.weights + ((panel * kPanel + r) * m.columns + k) * size_of(kType);
+        for (int64_t at = 0; at < columns; at += group) {
+          const int64_t count = std::min(group, columns - at);
+          if (!round_group<kType>(row + at * size_of(kType), count, rows[r].codes + at, &rows[r].scale[at / group])) {
+            is_unfit = true;
+            return;
+          }
+        }
+      }
+      write_unit(m.format, layout, rows, k, columns, out + panel * bytes);
+    }
+  });
+}
+
 }  // namespace
+
+void write_signed_bytes(Runner& runner, const ByteMatrix& m, uint8_t* out) {
+  std::atomic<bool> is_unfit{false};
+  if (m.type == Type::kFp32) write_byte_panels<Type::kFp32>(runner, m, out, is_unfit);
+  else if (m.type == Type::kBf16) write_byte_panels<Type::kBf16>(runner, m, out, is_unfit);
+  else write_byte_panels<Type::kFp16>(runner, m, out, is_unfit);
+  if (is_unfit) throw std::invalid_argument("weights: not all are finite, and covered by a float16 scale");
+}
 
 void write_fitted(Runner& runner, const FittedMatrix& m, uint8_t* out) {
   const PanelLayout layout = layout_of(m.format);

@@ -1,4 +1,5 @@
-// Weights with fitted scales and zeros, written into panels whose scales and zeros are bytes (Scale::kShifted).
+// Weights that come as floats, quantized into panels: with fitted scales and zeros that become bytes (Scale::kShifted),
+// or as signed bytes (Code::kS8).
 #pragma once
 
 #include "experts.h"
@@ -18,5 +19,17 @@ struct FittedMatrix {
 // Rounds scales and zeros to what bytes hold and weights to the whole numbers that fit these best. `out` has
 // matrix_bytes(format, rows, columns).
 void write_fitted(Runner& runner, const FittedMatrix& matrix, uint8_t* out);
+
+// A matrix [R, K] whose format has signed bytes, fp16 scales and groups of 16, 32, 64 or 128 columns.
+struct ByteMatrix {
+  MatrixFormat format;
+  const uint8_t* weights;  // [R, K] of `type`
+  Type type;
+  int64_t rows, columns;
+};
+
+// Rounds weights to signed bytes: the largest of a group is 127 scales. `out` has matrix_bytes(format, rows, columns).
+// Throws std::invalid_argument where a weight is not finite or no fp16 scale covers it; what was written is of no use then.
+void write_signed_bytes(Runner& runner, const ByteMatrix& matrix, uint8_t* out);
 
 }  // namespace moestro

@@ -546,6 +546,18 @@ def _(m: Memory) -> Row:
     return Row(kernels.write_fitted, values, wrong, any_float=frozenset({"weights"}))
 
 
+@row("write_signed_bytes")
+def _(m: Memory) -> Row:
+    rows, columns, fmt = 9, D, MATRIX_FORMATS["int8"]
+    sizes = [0, -1, 2**40, 2**62, None]
+    values = {"runner": runner(), "format": KERNEL_FORMATS["int8"], "weights": numbers(m, rows, columns)}
+    values |= {"rows": rows, "columns": columns}
+    values["out"] = m.hold(torch.zeros(fmt.matrix_bytes(rows, columns), dtype=torch.uint8))
+    wrong = NO_RUNNER | {"rows": [*sizes, rows - 1, rows + 1], "columns": [*sizes, columns - 1, columns + 1]}
+    wrong["format"] = [None, 3, *(kernel for name, kernel in KERNEL_FORMATS.items() if name != "int8")]
+    return Row(kernels.write_signed_bytes, values, wrong, any_float=frozenset({"weights"}))
+
+
 @row("crc32c")
 def _(m: Memory) -> Row:
     values = {"data": m.hold(torch.randint(0, 256, (13_000,), dtype=torch.uint8)), "crc": 5, "by_tables": False}

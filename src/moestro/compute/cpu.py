@@ -251,6 +251,27 @@ def write_fitted(matrix: Tensor, fmt: Descriptor, fitted: hqq_solver.Fitted, *, 
     return panels
 
 
+def write_int8(matrix: Tensor, fmt: Descriptor, *, threads: int | None = None) -> Tensor:
+    """As `quantize.write_int8_in_torch`, bit for bit, for a matrix [R, K] on the CPU.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or larger than a float16 scale covers.
+    """
+    kernel = kernel_format(fmt)
+    if _kernels is None or kernel is None or not matrix.numel():
+        return quantize.write_int8_in_torch(matrix, fmt)
+    rows, columns = matrix.shape
+    panels = torch.empty(-(-rows // PANEL), fmt.panel_bytes(columns), dtype=torch.uint8)
+    try:
+        _kernels.write_signed_bytes(
+            runner(threads or len(core_cpus())), kernel, _readable(matrix), rows, columns, panels
+        )
+    except ValueError:
+        quantize.quantize_int8(matrix, fmt.group)  # says which weight
+        raise
+    return panels
+
+
 def first_touch(memory: Tensor, threads: int) -> None:
     """Zero a page's first byte by the threads that will read it, so that fresh memory is laid near them.
 
@@ -340,4 +361,4 @@ def type_of(dtype: torch.dtype) -> _kernels.Type:
 
 
 hqq_solver.use_solver(solve_hqq)
-quantize.use_writer(write_fitted)
+quantize.use_writers(write_fitted, write_int8)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
 from .descriptor import ROW, Code, Descriptor, Scale, Zero
-from .quantize import pack_hqq, quantize_int4, quantize_int8
+from .quantize import pack_hqq, pack_int8, quantize_int4
 
 
 class MatrixFormat(Descriptor):
@@ -42,7 +42,7 @@ class MatrixFormat(Descriptor):
         if not self.is_packable:
             raise ValueError(f"nothing here quantizes to {self.name}: a checkpoint has it")
         if self.name == "int8":
-            return pack_codes(self, quantize_int8(matrix, self.group))
+            return pack_int8(matrix, self)
         if self.scale is Scale.SHIFTED:
             return pack_hqq(matrix, self, fit=not fast)
         return pack_codes(self, quantize_int4(matrix, self.group, fit=not fast))

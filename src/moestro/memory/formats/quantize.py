@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from ...errors import CheckpointError
 from .codes import Coded, pack_codes
 from .descriptor import SUPER, Descriptor
-from .hqq_solver import Fitted, solve_hqq
+from .hqq_solver import Fitted, check_finite, solve_hqq
 
 _MOST_BYTE = 255
 _MOST_HALF = 65504.0  # of float16
@@ -26,13 +26,33 @@ _MOST_ZERO = 2048.0  # up to it float16 has all whole numbers
 
 
 def quantize_int8(matrix: Tensor, group: int) -> Coded:
-    """[R, K] -> signed bytes: the largest of a group is 127 scales."""
+    """[R, K] -> signed bytes: the largest of a group is 127 scales.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or larger than a float16 scale covers.
+    """
+    check_finite(matrix)
     groups = _groups(matrix, group)
     most = groups.abs().amax(-1, keepdim=True)
     # The smallest of float16 are whole steps of 2**-24: rounded up, so that no weight has to be cut.
     scale = torch.where(most < 127 * 2**-14, (most / 127 * 2**24).ceil() / 2**24, most / 127).half()
+    if bool(scale.isinf().any()):
+        raise CheckpointError(
+            f"a weight has a size of {float(most.max()):.3g}, but signed bytes with a float16 scale reach "
+            f"{127 * _MOST_HALF:,.0f}; load the checkpoint with --bits 16"
+        )
     whole = (groups / scale.float()).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127).to(torch.int8)
     return Coded(whole.view(torch.uint8).flatten(1)[:, : matrix.shape[1]], scale.squeeze(-1))
+
+
+def pack_int8(matrix: Tensor, fmt: Descriptor) -> Tensor:
+    """The panels of `quantize_int8`, uint8 [P, panel_bytes]."""
+    return (_byte_writer if matrix.device.type == "cpu" else write_int8_in_torch)(matrix, fmt)
+
+
+def write_int8_in_torch(matrix: Tensor, fmt: Descriptor, /) -> Tensor:
+    """The panels of a matrix [R, K] in signed bytes, uint8 [P, panel_bytes]."""
+    return pack_codes(fmt, quantize_int8(matrix, fmt.group))
 
 
 def quantize_int4(matrix: Tensor, group: int, *, fit: bool = True) -> Coded:
@@ -94,13 +114,15 @@ def write_in_torch(matrix: Tensor, fmt: Descriptor, fitted: Fitted, /) -> Tensor
 
 
 Writer: TypeAlias = Callable[[Tensor, Descriptor, Fitted], Tensor]
+ByteWriter: TypeAlias = Callable[[Tensor, Descriptor], Tensor]
 _writer: Writer = write_in_torch
+_byte_writer: ByteWriter = write_int8_in_torch
 
 
-def use_writer(writer: Writer) -> None:
-    """Write panels with this from now on, for matrices on the CPU."""
-    global _writer
-    _writer = writer
+def use_writers(writer: Writer, byte_writer: ByteWriter) -> None:
+    """Write panels with these from now on, for matrices on the CPU: of what the solver found, and of signed bytes."""
+    global _writer, _byte_writer
+    _writer, _byte_writer = writer, byte_writer
 
 
 def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
