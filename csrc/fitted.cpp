@@ -58,8 +58,9 @@ void read_row(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, Unit
     most = std::max(most, scales[g]);
   }
   int exponent;
-  std::frexp(most / kMostByte, &exponent);
-  exponent = std::min(std::max(exponent, -127), 127);
+  const float of_byte = most / kMostByte;  // 0, which has no exponent, of the smallest subnormals
+  std::frexp(of_byte, &exponent);
+  exponent = of_byte > 0 ? std::min(std::max(exponent, -127), 127) : -127;
   const float power = std::ldexp(1.0f, exponent);
   to.d = static_cast<uint16_t>(most > 0 ? exponent + 127 : 0);
   for (int64_t g = 0; g < groups; ++g) {

@@ -38,6 +38,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "expert_bits": (5, "--expert-bits 5: there are 16, 8, 4, 3, 2"),
     "dense_bits": (5, "--dense-bits 5: there are 16, 8, 4, 3, 2"),
     "head_bits": (5, "--head-bits 5: there are 16, 8, 4, 3, 2"),
+    "fit": ("gptq", "no fit 'gptq'; there are: hqq, none"),
     "transcode": (4, "--transcode 4: there are 8"),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {

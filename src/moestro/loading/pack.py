@@ -48,7 +48,7 @@ def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Ma
 
             write_beside(folder, path, loaded, other, None if own_files else tokenizer)
 
-        asked = asked_bits(MoestroConfig(**{**options.to_dict(), "device": "cpu"}))
+        asked = asked_bits(MoestroConfig(**{**options.to_dict(), "device": "cpu"})).settled()
         if path.is_dir() and is_packed(path):
             asked = read_manifest(path).asked
         return write_packed(loaded, target, source=found, asked=asked, beside=beside)

@@ -69,9 +69,10 @@ def load_plain(
     model.hf_quantizer = quantizer
     quantizer.preprocess_model(model=model, dtype=dtype)
     threads, device = model.moestro.cpu.threads, quantizer.device
-    kept = _kept_weights(model, weights, dense_formats(model, config, device), threads)
+    fast = config.skips_fit
+    kept = _kept_weights(model, weights, dense_formats(model, config, device), threads, fast)
     _fill_dense(model, weights.dense, device.torch_device)
-    _fill_experts(model, weights)
+    _fill_experts(model, weights, fast)
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
     model.set_use_kernels(False)
@@ -147,14 +148,15 @@ def _stated_dtype(folder: Path, config: Any) -> torch.dtype:
 
 
 def _kept_weights(
-    model: Any, weights: PlainWeights, formats: DenseFormats | None, threads: int
+    model: Any, weights: PlainWeights, formats: DenseFormats | None, threads: int, fast: bool
 ) -> dict[str, StoredWeight]:
     """Take out of the dense weights those that go into panels, which the model itself gets no values of."""
     kept = {}
     for layer in () if formats is None else packable(model, formats):
         if (read := weights.dense.pop(layer.name, None)) is None:
             continue
-        kept[layer.name] = StoredWeight(functools.partial(_write_matrix, read=read, fmt=layer.fmt, threads=threads))
+        write = functools.partial(_write_matrix, read=read, fmt=layer.fmt, threads=threads, fast=fast)
+        kept[layer.name] = StoredWeight(write)
         dtype = weights.dtype_of(layer.name)
         if layer.weight.dtype != dtype:
             layer.weight.data = layer.weight.data.to(dtype)  # on the meta device
@@ -162,13 +164,13 @@ def _kept_weights(
     return kept
 
 
-def _write_matrix(panels: Tensor, *, read: Callable[[], Tensor], fmt: MatrixFormat, threads: int) -> None:
-    """Fill the panels of a format, uint8 [matrix_bytes], with a matrix."""
+def _write_matrix(panels: Tensor, *, read: Callable[[], Tensor], fmt: MatrixFormat, threads: int, fast: bool) -> None:
+    """Fill the panels of a format, uint8 [matrix_bytes], with a matrix. fast: as in `MatrixFormat.pack`."""
     matrix = read()
     if fmt.is_float:
         pack_stored_matrix(panels, matrix.to(_DTYPES[fmt.name]), None, None, threads=threads)
     else:
-        panels.view(-1, fmt.panel_bytes(matrix.shape[1])).copy_(fmt.pack(matrix))
+        panels.view(-1, fmt.panel_bytes(matrix.shape[1])).copy_(fmt.pack(matrix, fast=fast))
 
 
 def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torch.device) -> None:
@@ -186,8 +188,8 @@ def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torc
     give_buffers_memory(model, device)
 
 
-def _fill_experts(model: Any, weights: PlainWeights) -> None:
-    """Pack each expert from the files into its home, in RAM or in a slot."""
+def _fill_experts(model: Any, weights: PlainWeights, fast: bool) -> None:
+    """Pack each expert from the files into its home, in RAM or in a slot. fast: as in `MatrixFormat.pack`."""
     conductor = model.moestro
     for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
         math = conductor.math[index]
@@ -202,7 +204,7 @@ def _fill_experts(model: Any, weights: PlainWeights) -> None:
                         for each in range(first, min(first + step, layer.experts))
                     ]
                     names = [f"{module}, expert {first + number}" for number in range(len(some))]
-                    _write_experts(names, some, math.format, math.shape, conductor.cpu.threads)
+                    _write_experts(names, some, math.format, math.shape, conductor.cpu.threads, fast)
         logger.debug("packed %s, %d experts of %d bytes", module, layer.experts, layer.expert_bytes)
 
 
@@ -212,6 +214,7 @@ def _write_experts(
     fmt: ExpertFormat,
     shape: ExpertShape,
     threads: int,
+    fast: bool,
 ) -> None:
     """Fill experts' bytes, uint8 [expert_bytes] each. Floats that keep their dtype are read where the file has them.
 
@@ -227,4 +230,4 @@ def _write_experts(
     for name, (packed, weights), left in zip(names, experts, views, strict=True):
         for part, tensor in (left | weights.biases).items():
             with in_tensor(f"{name}, {part}"):
-                fmt.pack(packed, shape, {part: tensor})
+                fmt.pack(packed, shape, {part: tensor}, fast=fast)

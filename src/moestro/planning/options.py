@@ -22,6 +22,8 @@ from .shapes import SHAPES
 METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 BITS = (16, 8, 4, 3, 2)
+FITTED_BITS = (4, 3, 2)  # whose scales and zeros may be fitted
+FITS = ("hqq", "none")
 DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
     "fp32": "float32",
     "fp16": "float16",
@@ -117,6 +119,15 @@ class Options(Checked):
         unset="--bits; 16 with --bits 3 or 2",
         check=bits_in(BITS),
     )
+    fit: str | None = option(
+        None,
+        "How weights become 4, 3 or 2 bits: hqq fits zeros to them; none takes the nearest whole numbers between a "
+        "group's extremes, which is faster and loses more quality. It changes nothing at 16 and 8 bits, nor of weights "
+        "that a checkpoint has quantized.",
+        metavar="NAME",
+        unset="hqq; none for --shape, whose weights are noise",
+        check=one_of("fit", FITS),
+    )
     transcode: int | None = option(
         None,
         "Bits for GGUF's IQ1 to IQ3 and TQ, which are not kept: 8.",
@@ -142,6 +153,11 @@ class Options(Checked):
             raise RequestError("--dense-bits and --head-bits are for packed layers; leave them or --no-pack-dense out")
         if self.clock == "virtual" and (self.device != "emulated" or self.machine is None):
             raise RequestError("--clock virtual needs --device emulated and --machine NAME, whose time it models")
+
+    @property
+    def skips_fit(self) -> bool:
+        """Whether 4, 3 and 2 bits are rounded at once, not fitted."""
+        return self.fit == "none"
 
     @property
     def budget(self) -> Budget:

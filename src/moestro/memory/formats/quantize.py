@@ -138,7 +138,8 @@ def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
 
     in_super = SUPER // fmt.group
     largest = pad(scale.squeeze(-1), (0, -scale.shape[1] % in_super)).unflatten(1, (-1, in_super)).amax(-1)
-    exponent = torch.frexp(largest / _MOST_BYTE).exponent.clamp(-127, 127)
+    of_byte = largest / _MOST_BYTE  # 0, which has no exponent, of the smallest subnormals
+    exponent = torch.where(of_byte > 0, torch.frexp(of_byte).exponent.clamp(-127, 127), -127)
     power = torch.ldexp(torch.ones_like(largest), exponent).repeat_interleave(in_super, 1)[:, : scale.shape[1], None]
     whole_scale = (scale / power).round().clamp(0, _MOST_BYTE)
     whole_scale = torch.where((scale > 0) & (whole_scale == 0), 1, whole_scale)
