@@ -120,16 +120,18 @@ inline bool round_group(const uint8_t* from, int64_t count, uint8_t* codes, uint
 }
 
 template <Type kType>
-void write_byte_panels(Runner& runner, const ByteMatrix& m, uint8_t* out, std::atomic<bool>& is_unfit) {
+void write_byte_panels(Runner& runner, const ByteMatrices& m, int64_t matrices, const PanelRows& out, std::atomic<bool>& is_unfit) {
   const PanelLayout layout = layout_of(m.format);
-  const int64_t bytes = panel_bytes(m.format, m.columns), unit = columns_at_once(m.format), group = m.format.group;
-  runner.each(static_cast<int>((m.rows + kPanel - 1) / kPanel), 0, true, [&](int panel, float*) {
+  const int64_t unit = columns_at_once(m.format), group = m.format.group;
+  runner.each(static_cast<int>(matrices * out.together), 0, true, [&](int number, float*) {
+    const int64_t matrix = number / out.together, first = number % out.together * kPanel;
+    const uint8_t* weights = m.weights + (matrix * m.matrix_stride + first * m.row_stride) * size_of(kType);
     UnitRow rows[kPanel] = {};  // those beyond the matrix stay zeros
     for (int64_t k = 0; k < m.columns; k += unit) {
       const int64_t columns = std::min(unit, m.columns - k);
       if (columns < unit) memset(rows, 0, sizeof(rows));
-      for (int64_t r = 0; r < std::min(kPanel, m.rows - panel * kPanel); ++r) {
-        const uint8_t* row = m.weights + ((panel * kPanel + r) * m.columns + k) * size_of(kType);
+      for (int64_t r = 0; r < std::min(kPanel, m.rows - first); ++r) {
+        const uint8_t* row = weights + (r * m.row_stride + k) * size_of(kType);
         for (int64_t at = 0; at < columns; at += group) {
           const int64_t count = std::min(group, columns - at);
           if (!round_group<kType>(row + at * size_of(kType), count, rows[r].codes + at, &rows[r].scale[at / group])) {
@@ -138,31 +140,31 @@ void write_byte_panels(Runner& runner, const ByteMatrix& m, uint8_t* out, std::a
           }
         }
       }
-      write_unit(m.format, layout, rows, k, columns, out + panel * bytes);
+      write_unit(m.format, layout, rows, k, columns, out.at(number));
     }
   });
 }
 
 }  // namespace
 
-void write_signed_bytes(Runner& runner, const ByteMatrix& m, uint8_t* out) {
+void write_signed_bytes(Runner& runner, const ByteMatrices& m, int64_t matrices, const PanelRows& out) {
   std::atomic<bool> is_unfit{false};
-  if (m.type == Type::kFp32) write_byte_panels<Type::kFp32>(runner, m, out, is_unfit);
-  else if (m.type == Type::kBf16) write_byte_panels<Type::kBf16>(runner, m, out, is_unfit);
-  else write_byte_panels<Type::kFp16>(runner, m, out, is_unfit);
+  if (m.type == Type::kFp32) write_byte_panels<Type::kFp32>(runner, m, matrices, out, is_unfit);
+  else if (m.type == Type::kBf16) write_byte_panels<Type::kBf16>(runner, m, matrices, out, is_unfit);
+  else write_byte_panels<Type::kFp16>(runner, m, matrices, out, is_unfit);
   if (is_unfit) throw std::invalid_argument("weights: not all are finite, and covered by a float16 scale");
 }
 
-void write_fitted(Runner& runner, const FittedMatrix& m, uint8_t* out) {
+void write_fitted(Runner& runner, const FittedMatrix& m, const PanelRows& out) {
   const PanelLayout layout = layout_of(m.format);
-  const int64_t bytes = panel_bytes(m.format, m.columns), unit = columns_at_once(m.format);
+  const int64_t unit = columns_at_once(m.format);
   runner.each(static_cast<int>((m.rows + kPanel - 1) / kPanel), 0, true, [&](int panel, float*) {
     UnitRow rows[kPanel];
     for (int64_t k = 0; k < m.columns; k += unit) {
       const int64_t columns = std::min(unit, m.columns - k);
       memset(rows, 0, sizeof(rows));
       for (int64_t r = 0; r < std::min(kPanel, m.rows - panel * kPanel); ++r) read_row(m, panel * kPanel + r, k, columns, rows[r]);
-      write_unit(m.format, layout, rows, k, columns, out + panel * bytes);
+      write_unit(m.format, layout, rows, k, columns, out.at(panel));
     }
   });
 }

@@ -16,7 +16,8 @@ from families import save_model
 from moestro import load
 from moestro.compute import cpu
 from moestro.errors import CheckpointError
-from moestro.memory.formats import MATRIX_FORMATS, quantize
+from moestro.loading.build import QUANTIZED
+from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape, MatrixFormat, quantize
 from moestro.memory.formats.matrix import uniform
 from test_plain import load_by_transformers, load_mapped
 
@@ -118,14 +119,25 @@ def test_a_weight_that_is_not_finite_is_refused_with_any_fit(
         load(str(spoiled(source, tmp_path, "down", "NaN")), bits=n_bits, fit=fit, threads=1, device="cpu")
 
 
+@pytest.mark.parametrize("n_bits", [8, 4, 3, 2])
+def test_the_place_in_a_matrix_is_named(n_bits: int) -> None:
+    """Of down's too, which is cut into blocks."""
+    fmt, shape = FORMATS[QUANTIZED[n_bits]], ExpertShape(64, 600, has_gate=True, has_bias=False)
+    for part, size in shape.parts.items():
+        weight = torch.randn(size)
+        weight[61, -2] = float("nan")
+        with pytest.raises(CheckpointError, match=f"in row 61 and column {size[1] - 2} of its matrix"):
+            fmt.pack(torch.empty(fmt.expert_bytes(shape), dtype=torch.uint8), shape, {part: weight})
+
+
 @pytest.mark.parametrize("name", ["int8", "hqq4", "hqq3", "hqq2"])
 @pytest.mark.parametrize("by", ["kernels", "twin"])
 def test_finite_weights_come_back_finite_and_near(name: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all sizes that float32 has, up to what a scale covers: within two steps of their group, or 2^-24."""
+    fmt = MATRIX_FORMATS[name]
+    cpu.kernel_format(fmt)  # which remembers what it finds
     if by == "twin":
         monkeypatch.setattr(cpu, "_kernels", None)
-        cpu.kernel_format.cache_clear()
-    fmt = MATRIX_FORMATS[name]
     for exponent in range(-149, 21 if name == "int8" else 127, 4):
         weights = torch.linspace(-1, 1, 20 * 128).view(20, 128)[:, torch.randperm(128)] * 2.0**exponent
         weights[3], weights[4, :64] = 0, weights[4, 0]
@@ -135,6 +147,12 @@ def test_finite_weights_come_back_finite_and_near(name: str, by: str, monkeypatc
         step = (groups.abs().amax(2) + groups.amax(2) - groups.amin(2)) / (2**fmt.code_bits - 1)
         assert ((groups - again).abs() <= 2 * step[..., None] + 2.0**-24).all(), exponent
         assert (found[3] == 0).all()
+
+
+def written(write: Callable[..., None], blocks: Tensor, fmt: MatrixFormat, **how: Any) -> Tensor:
+    out = torch.zeros(len(blocks), fmt.matrix_bytes(*blocks.shape[1:]), dtype=torch.uint8)
+    write(blocks, fmt, out, **how)
+    return out
 
 
 INT8_KINDS = {
@@ -155,9 +173,23 @@ def test_int8_panels_are_the_twins(kind: str, dtype: torch.dtype, threads: int) 
     weights = (weights.clamp(-65504, 65504) if dtype == torch.float16 else weights).to(dtype)
     for group in (16, 32, 64, 128):
         fmt = MATRIX_FORMATS["int8"] if group == 64 else uniform(8, group)
-        assert torch.equal(cpu.write_int8(weights, fmt, threads=threads), quantize.write_int8_in_torch(weights, fmt))
-    turned = weights.t().contiguous().t()
-    assert torch.equal(cpu.write_int8(turned, fmt), quantize.write_int8_in_torch(weights, fmt))
+        expected = written(quantize.write_int8_in_torch, weights[None], fmt)
+        for each in (weights, weights.t().contiguous().t()):
+            assert torch.equal(written(cpu.write_int8, each[None], fmt, threads=threads), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_int8_blocks_of_any_strides(threads: int) -> None:
+    """Columns of down, cut into blocks, to places with others between; as the twin, and as each block by itself."""
+    weights, fmt = torch.randn(48, 320).bfloat16(), MATRIX_FORMATS["int8"]
+    blocks = weights.unflatten(1, (5, 64)).transpose(0, 1)  # [5, 48, 64]
+    size = fmt.matrix_bytes(48, 64)
+    ours, twins = (torch.full((5, size + 96), 7, dtype=torch.uint8) for _ in range(2))
+    cpu.write_int8(blocks, fmt, ours[:, 32 : 32 + size], threads=threads)
+    quantize.write_int8_in_torch(blocks, fmt, twins[:, 32 : 32 + size])
+    assert torch.equal(ours, twins)
+    for block, found in zip(blocks, ours[:, 32 : 32 + size], strict=True):
+        assert torch.equal(fmt.pack(block).flatten(), found)
 
 
 def test_every_half_is_rounded_as_the_twin_rounds_it() -> None:
@@ -166,7 +198,8 @@ def test_every_half_is_rounded_as_the_twin_rounds_it() -> None:
     halves = halves[halves.isfinite()]
     for order in (torch.arange(len(halves)), torch.randperm(len(halves))):
         weights = halves[order].view(-1, 64)
-        assert torch.equal(cpu.write_int8(weights, fmt), quantize.write_int8_in_torch(weights, fmt))
+        ours, twins = (written(write, weights[None], fmt) for write in (cpu.write_int8, quantize.write_int8_in_torch))
+        assert torch.equal(ours, twins)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -178,7 +211,7 @@ def test_int8_refuses_what_the_twin_refuses(dtype: torch.dtype, bad: float) -> N
         said = []
         for write in (cpu.write_int8, quantize.write_int8_in_torch):
             with pytest.raises(CheckpointError) as refused:
-                write(weights, MATRIX_FORMATS["int8"])
+                written(write, weights[None], MATRIX_FORMATS["int8"])
             said.append(str(refused.value))
         assert said[0] == said[1]
         expected = "a weight has a size of 1e+09" if weights.isfinite().all() else f"in row {row} and column {column} "

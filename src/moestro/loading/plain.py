@@ -170,7 +170,7 @@ def _write_matrix(panels: Tensor, *, read: Callable[[], Tensor], fmt: MatrixForm
     if fmt.is_float:
         pack_stored_matrix(panels, matrix.to(_DTYPES[fmt.name]), None, None, threads=threads)
     else:
-        panels.view(-1, fmt.panel_bytes(matrix.shape[1])).copy_(fmt.pack(matrix, fast=fast))
+        fmt.pack_blocks(matrix[None], panels[None], fast=fast)
 
 
 def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torch.device) -> None:

@@ -45,14 +45,16 @@ def quantize_int8(matrix: Tensor, group: int) -> Coded:
     return Coded(whole.view(torch.uint8).flatten(1)[:, : matrix.shape[1]], scale.squeeze(-1))
 
 
-def pack_int8(matrix: Tensor, fmt: Descriptor) -> Tensor:
-    """The panels of `quantize_int8`, uint8 [P, panel_bytes]."""
-    return (_byte_writer if matrix.device.type == "cpu" else write_int8_in_torch)(matrix, fmt)
+def pack_int8(blocks: Tensor, fmt: Descriptor, out: Tensor) -> None:
+    """Write the panels of `quantize_int8` of blocks [N, R, K] of any strides to `out`, as `write_int8_in_torch`."""
+    on_host = {blocks.device.type, out.device.type} == {"cpu"}
+    (_byte_writer if on_host else write_int8_in_torch)(blocks, fmt, out)
 
 
-def write_int8_in_torch(matrix: Tensor, fmt: Descriptor, /) -> Tensor:
-    """The panels of a matrix [R, K] in signed bytes, uint8 [P, panel_bytes]."""
-    return pack_codes(fmt, quantize_int8(matrix, fmt.group))
+def write_int8_in_torch(blocks: Tensor, fmt: Descriptor, out: Tensor, /) -> None:
+    """Write the panels of matrices [N, R, K] in signed bytes to a view uint8 [N, bytes of a matrix]."""
+    for block, to in zip(blocks, out, strict=True):
+        to.copy_(pack_codes(fmt, quantize_int8(block, fmt.group)).flatten())
 
 
 def quantize_int4(matrix: Tensor, group: int, *, fit: bool = True) -> Coded:
@@ -101,20 +103,21 @@ def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
     return _in_bytes(matrix, fmt, solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=fit))
 
 
-def pack_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Tensor:
-    """The panels of `quantize_hqq`, uint8 [P, panel_bytes]."""
+def pack_hqq(matrix: Tensor, fmt: Descriptor, out: Tensor, *, fit: bool = True) -> None:
+    """Write the panels of `quantize_hqq` to `out`, as `write_in_torch`."""
+    matrix = matrix.contiguous()  # once, for solver and writer
     fitted = solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=fit)
-    writer = _writer if matrix.device.type == "cpu" else write_in_torch
-    return writer(matrix, fmt, fitted)
+    on_host = {matrix.device.type, out.device.type} == {"cpu"}
+    (_writer if on_host else write_in_torch)(matrix, fmt, fitted, out)
 
 
-def write_in_torch(matrix: Tensor, fmt: Descriptor, fitted: Fitted, /) -> Tensor:
-    """Panels of a matrix [R, K] with what the solver found for it, uint8 [P, panel_bytes]."""
-    return pack_codes(fmt, _in_bytes(matrix, fmt, fitted))
+def write_in_torch(matrix: Tensor, fmt: Descriptor, fitted: Fitted, out: Tensor, /) -> None:
+    """Write a matrix [R, K] with what the solver found for it to a view uint8 [N, bytes], some panels in each row."""
+    out.copy_(pack_codes(fmt, _in_bytes(matrix, fmt, fitted)).view(len(out), -1))
 
 
-Writer: TypeAlias = Callable[[Tensor, Descriptor, Fitted], Tensor]
-ByteWriter: TypeAlias = Callable[[Tensor, Descriptor], Tensor]
+Writer: TypeAlias = Callable[[Tensor, Descriptor, Fitted, Tensor], None]
+ByteWriter: TypeAlias = Callable[[Tensor, Descriptor, Tensor], None]
 _writer: Writer = write_in_torch
 _byte_writer: ByteWriter = write_int8_in_torch
 
