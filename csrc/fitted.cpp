@@ -15,22 +15,48 @@ namespace {
 
 constexpr float kMostByte = 255;
 
-// To the nearest, ties to even, of numbers in [-1, 2^20]: what is added leaves no bits for fractions.
+// To the nearest, ties to even, of numbers of up to 2^20: what is added leaves no bits for fractions, and a whole
+// number in the lowest bits.
 constexpr float kWhole = 12582912.0f;
 inline float nearest(float x) { return (x + kWhole) - kWhole; }
 
+inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// The bits of a weight as a float. Of fp16 exact, subnormals too; what is not finite there becomes 2^16 or more.
+template <Type kType>
+inline uint32_t float_bits(const uint8_t* from, int64_t i) {
+  if constexpr (kType == Type::kFp32) return load32(from + 4 * i);
+  if constexpr (kType == Type::kBf16) return static_cast<uint32_t>(load16(from + 2 * i)) << 16;
+  const uint32_t half = load16(from + 2 * i);
+  constexpr float kHalfToFloat = 5.192296858534828e33f;  // 2^112, by which the exponents of fp16 are less
+  return bits_of(float_of_bits((half & 0x7FFFu) << 13) * kHalfToFloat) | (half & 0x8000u) << 16;
+}
+
+template <Type kType>
+inline void read_floats(const uint8_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float_of_bits(float_bits<kType>(from, i));
+}
+
 void read_floats(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, float* to) {
   const uint8_t* from = m.weights + (row * m.columns + k) * size_of(m.type);
-  if (m.type == Type::kFp32) memcpy(to, from, count * 4);
-  else if (m.type == Type::kBf16) for (int64_t i = 0; i < count; ++i) to[i] = scalar_from_bf16(load16(from + 2 * i));
-  else for (int64_t i = 0; i < count; ++i) to[i] = scalar_from_fp16(load16(from + 2 * i));
+  if (m.type == Type::kFp32) read_floats<Type::kFp32>(from, count, to);
+  else if (m.type == Type::kBf16) read_floats<Type::kBf16>(from, count, to);
+  else read_floats<Type::kFp16>(from, count, to);
 }
 
 // A group's scale and zero such that its zero lies between the least and the largest code. Groups that want another,
 // and those of equal weights, of which the solver makes one large step, get a range that reaches from 0 to their weights.
 void take_sides(const float* weights, int64_t group, float levels, float* scale, float* zero) {
-  float low = weights[0], high = weights[0];
-  for (int64_t i = 1; i < group; ++i) low = std::min(low, weights[i]), high = std::max(high, weights[i]);
+  constexpr int kLanes = 16;  // which divide a group: of several a compiler finds the extremes at once
+  float lows[kLanes], highs[kLanes];
+  for (int j = 0; j < kLanes; ++j) lows[j] = highs[j] = weights[j];
+  for (int64_t i = kLanes; i < group; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      lows[j] = std::min(lows[j], weights[i + j]);
+      highs[j] = std::max(highs[j], weights[i + j]);
+    }
+  float low = lows[0], high = highs[0];
+  for (int j = 1; j < kLanes; ++j) low = std::min(low, lows[j]), high = std::max(high, highs[j]);
   if (*zero >= -0.5f && *zero <= levels + 0.5f && low != high) return;
   low = std::min(low, 0.0f), high = std::max(high, 0.0f);
   *scale = (high - low) / levels;
@@ -41,7 +67,7 @@ void take_sides(const float* weights, int64_t group, float levels, float* scale,
 void write_codes(const float* weights, int64_t count, float scale, float zero, float levels, uint8_t* to) {
   if (scale == 0) return;  // they are 0 already
   for (int64_t i = 0; i < count; ++i) {
-    to[i] = static_cast<uint8_t>(nearest(std::min(std::max(weights[i] / scale + zero, 0.0f), levels)));
+    to[i] = static_cast<uint8_t>(bits_of(std::min(std::max(weights[i] / scale + zero, 0.0f), levels) + kWhole));
   }
 }
 
@@ -76,23 +102,13 @@ void read_row(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, Unit
 constexpr float kMostSigned = 127, kLeastHalf = 6.103515625e-5f, kHalfSteps = 16777216.0f;  // 2^-14, and 2^24
 constexpr uint16_t kHalfInfinity = 0x7C00;
 
-inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-
 // `count` weights as floats. Returns the bits of the largest size, 0x7F800000 or more where one is not finite: whole
 // numbers, of which a compiler takes the largest of several at once.
 template <Type kType>
 inline uint32_t read_sizes(const uint8_t* from, int64_t count, float* to) {
   int32_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    if constexpr (kType == Type::kFp32) {
-      bits = load32(from + 4 * i);
-    } else if constexpr (kType == Type::kBf16) {
-      bits = static_cast<uint32_t>(load16(from + 2 * i)) << 16;
-    } else {  // exact, subnormals too; what is not finite becomes 2^16 or more
-      const uint32_t half = load16(from + 2 * i);
-      bits = bits_of(float_of_bits((half & 0x7FFFu) << 13) * 5.192296858534828e33f) | (half & 0x8000u) << 16;  // 2^112
-    }
+    const uint32_t bits = float_bits<kType>(from, i);
     to[i] = float_of_bits(bits);
     most = std::max(most, static_cast<int32_t>(bits & 0x7FFFFFFFu));
   }
