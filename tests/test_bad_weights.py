@@ -17,6 +17,8 @@ from moestro import load
 from moestro.compute import cpu
 from moestro.errors import CheckpointError
 from moestro.loading.build import QUANTIZED
+from moestro.loading.sources import gguf_types
+from moestro.loading.sources.gguf_file import GgufTensor
 from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape, MatrixFormat, quantize
 from moestro.memory.formats.matrix import uniform
 from test_plain import load_by_transformers, load_mapped
@@ -117,6 +119,16 @@ def test_a_weight_that_is_not_finite_is_refused_with_any_fit(
 ) -> None:
     with pytest.raises(CheckpointError, match="down: a weight is nan, in row 3"):
         load(str(spoiled(source, tmp_path, "down", "NaN")), bits=n_bits, fit=fit, threads=1, device="cpu")
+
+
+def test_transcoded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of GGUF's TQ2_0 is 256 weights in 64 bytes, and a float16 scale, here NaN."""
+    monkeypatch.setattr(gguf_types, "_ROWS_AT_ONCE", 3)
+    blocks = torch.zeros(5, 66, dtype=torch.uint8)
+    blocks[4, 64:] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
+    tensor = GgufTensor((5, 256), "TQ2_0", blocks)
+    with pytest.raises(CheckpointError, match="ffn_down, from row 3 on: a weight is nan, in row 1 and column 0 of"):
+        gguf_types.stored_matrix("ffn_down", tensor, blocks, transcode=True)
 
 
 @pytest.mark.parametrize("n_bits", [8, 4, 3, 2])
