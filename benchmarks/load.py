@@ -1,6 +1,7 @@
 """Loading a checkpoint: GB of its bytes a second in the whole of `moestro.load`, and the memory it takes.
 
     python -m benchmarks.load --size 2GiB --threads 2
+    python -m benchmarks.load --size 2GiB --kind bf16 --bits 8
 
 For each kind a random checkpoint is written (benchmarks/checkpoints.py) and read once, so that its pages are in memory.
 A fresh process imports everything by loading a small checkpoint of the kind, then loads the large one twice, timed,
@@ -8,6 +9,7 @@ while its anonymous memory (RssAnon) is sampled every 2 ms; the first model is g
 beside the second model, it touches as much fresh memory as the packed experts take, with the same threads. In a virtual
 machine a first load pays some or all of that, by what its host still holds; a second load has memory already.
 Kinds that Transformers loads as they are (bf16) are loaded by it alone, too, in turns with ours and in the same way.
+With `--bits`, kinds of plain weights are quantized at each load, and nothing is kept of it.
 Prints a line for each kind, and a line of JSON last. Linux only.
 """
 
@@ -52,8 +54,9 @@ for _ in range(2):
 _CHILD = """
 import gc, sys, time
 import moestro
-small, large, threads = sys.argv[1:]
-moestro.load(small, device="cpu", threads=int(threads))
+small, large, threads, bits = sys.argv[1:]
+asked = {"device": "cpu", "threads": int(threads), "bits": int(bits) or None, "cache": False}
+moestro.load(small, **asked)
 print("ready", flush=True)
 sys.stdin.readline()
 seconds = []
@@ -61,7 +64,7 @@ for _ in range(2):
     model = None
     gc.collect()
     start_s, cpu_s = time.perf_counter(), time.process_time()
-    model = moestro.load(large, device="cpu", threads=int(threads))
+    model = moestro.load(large, **asked)
     seconds += [time.perf_counter() - start_s, time.process_time() - cpu_s]
 layers = list(zip(model.moestro.math, model.moestro.spec.layers, strict=True))
 each = [math.format.expert_bytes(math.shape) * layer.experts for math, layer in layers]
@@ -93,13 +96,16 @@ class Load:
     peak_bytes: int
 
 
-def watch_load(small: Path, large: Path, threads: int) -> Load:
+def watch_load(small: Path, large: Path, threads: int, bits: int | None = None) -> Load:
     """Load a checkpoint twice in a fresh process that has loaded a small one of the kind.
+
+    Args:
+        bits: to quantize to; None for the checkpoint's own form.
 
     Raises:
         RuntimeError: the process failed.
     """
-    line = [sys.executable, "-c", _CHILD, str(small), str(large), str(threads)]
+    line = [sys.executable, "-c", _CHILD, str(small), str(large), str(threads), str(bits or 0)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -143,7 +149,7 @@ def file_bytes(path: Path) -> int:
     return total
 
 
-def measure(kind: str, size_bytes: int, threads: int, rounds: int) -> dict[str, Any]:
+def measure(kind: str, size_bytes: int, threads: int, rounds: int, bits: int | None = None) -> dict[str, Any]:
     """The figures of a kind: medians of all rounds, and the largest peak."""
     per_weight = {"fp8": 1.0} | dict.fromkeys(PLAIN, 2.0)
     layer_bytes = int(32 * 3 * 1024 * 1024 * per_weight.get(kind, 0.55))
@@ -154,8 +160,8 @@ def measure(kind: str, size_bytes: int, threads: int, rounds: int) -> dict[str, 
         large = KINDS[kind](Path(folder) / "large", sizes)
         n_bytes = file_bytes(large)
         for _ in range(rounds):
-            loads.append(watch_load(small, large, threads))
-            if kind in PLAIN:
+            loads.append(watch_load(small, large, threads, bits))
+            if kind in PLAIN and bits is None:
                 alone.append(load_alone(small, large, threads))
     row = {"kind": kind, "file_bytes": n_bytes, "seconds": median(one.seconds for one in loads)}
     row |= {"again_cpu_s": median(one.again_cpu_s for one in loads)}
@@ -177,10 +183,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", choices=tuple(KINDS), action="append", help="default: all")
+    parser.add_argument("--bits", type=int, choices=(8, 4, 3, 2), help="of kinds of plain weights; default: their own")
     given = parser.parse_args()
+    kinds = given.kind or (KINDS if given.bits is None else PLAIN)
+    if given.bits is not None and (others := sorted({*kinds} - {*PLAIN})):
+        parser.error(f"--bits quantizes {' and '.join(PLAIN)}, and {others[0]} is quantized already")
     rows = []
-    for kind in given.kind or KINDS:
-        row = measure(kind, parse_bytes(given.size, "--size"), given.threads, given.rounds)
+    for kind in kinds:
+        row = measure(kind, parse_bytes(given.size, "--size"), given.threads, given.rounds, given.bits)
         rows.append(row)
         print(
             f"{kind:10} {row['file_bytes'] / 1e9:.2f} GB in {row['seconds']:.2f} s: {row['gbps']:.2f} GB/s; again in "
@@ -193,7 +203,7 @@ def main() -> None:
                 f"{'':10} Transformers alone {row['alone_s']:.2f} s, again {row['alone_again_s']:.2f} s "
                 f"({row['alone_again_cpu_s']:.2f} s of CPU): {row['times_alone']:.2f} x as long as ours again"
             )
-    print(json.dumps({"threads": given.threads, "loads": rows}))
+    print(json.dumps({"threads": given.threads, "bits": given.bits, "loads": rows}))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,11 @@ void* Array::data_of(Type type) const {
   return data_;
 }
 
+uint8_t* Array::bytes_of_rows() const {
+  if (type_ != Element::kUint8) refuse(kNames[static_cast<int>(Element::kUint8)]);
+  return data_;
+}
+
 Type Array::number_type() const {
   if (type_ > Element::kBf16) refuse("float32, float16 or bfloat16");
   return static_cast<Type>(type_);

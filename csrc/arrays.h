@@ -35,6 +35,7 @@ class Array {
 
   // Its data, of this type, however it lies.
   void* data_of(Type type) const;
+  uint8_t* bytes_of_rows() const;
 
   Type number_type() const;      // fp32, fp16 or bf16; ValueError for others
   int64_t rows_of(int64_t columns) const;  // how many there are in [..., columns]; ValueError for another shape

@@ -577,10 +577,35 @@ def _(m: Memory) -> Row:
     values = {"runner": runner(), "format": KERNEL_FORMATS["hqq2"], "weights": numbers(m, rows, columns)}
     values |= {"rows": rows, "columns": columns}
     values |= {name: m.hold(torch.zeros(rows, groups)) for name in ("scales", "zeros")}
-    values["out"] = m.hold(torch.zeros(fmt.matrix_bytes(rows, columns), dtype=torch.uint8))
+    values["out"] = m.hold(torch.zeros(1, fmt.matrix_bytes(rows, columns), dtype=torch.uint8))
     wrong = NO_RUNNER | {"rows": [*sizes, rows - 1, rows + 1], "columns": [*sizes, columns - 1, columns + 1]}
     wrong["format"] = [None, 3, *(kernel for name, kernel in KERNEL_FORMATS.items() if name != "hqq2")]
+    wrong["out"] = _wrong_blocks(m, 1, fmt.matrix_bytes(rows, columns))
     return Row(kernels.write_fitted, values, wrong, any_float=frozenset({"weights"}))
+
+
+def _wrong_blocks(m: Memory, blocks: int, n_bytes: int) -> list[Tensor]:
+    """Bytes for panels in other blocks than there are, or in rows that overlap."""
+    right = m.hold(torch.zeros(blocks * n_bytes, dtype=torch.uint8))
+    overlapping = right.as_strided((max(blocks, 2), n_bytes), (n_bytes - 1 if blocks > 1 else 0, 1))
+    shapes = [(blocks * n_bytes,), (1, blocks, n_bytes), (0, n_bytes), (blocks * n_bytes, 1)]
+    return [right[: blocks * n_bytes * (0 not in shape)].view(shape) for shape in shapes] + [overlapping]
+
+
+@row("write_signed_bytes")
+def _(m: Memory) -> Row:
+    blocks, rows, columns, fmt = 3, 9, D, MATRIX_FORMATS["int8"]
+    sizes = [0, -1, 2**40, 2**62, None]
+    values = {"runner": runner(), "format": KERNEL_FORMATS["int8"], "weights": numbers(m, blocks, rows, columns)}
+    values |= {"rows": rows, "columns": columns}
+    values["out"] = m.hold(torch.zeros(blocks, fmt.matrix_bytes(rows, columns), dtype=torch.uint8))
+    wrong = NO_RUNNER | {"rows": [*sizes, rows - 1, rows + 1], "columns": [*sizes, columns - 1, columns + 1]}
+    wrong["format"] = [None, 3, *(kernel for name, kernel in KERNEL_FORMATS.items() if name != "int8")]
+    wrong["out"] = _wrong_blocks(m, blocks, fmt.matrix_bytes(rows, columns))
+    wrong["weights"] = [
+        numbers(m, *size) for size in ((2, rows, columns), (blocks * rows, columns), (0, rows, columns))
+    ]
+    return Row(kernels.write_signed_bytes, values, wrong, any_float=frozenset({"weights"}))
 
 
 @row("crc32c")

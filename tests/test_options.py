@@ -20,19 +20,8 @@ from moestro.bench.options import ComparedOptions, ShapeOptions, TableOptions
 from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
-from moestro.planning.options import (
-    Checked,
-    ModelOptions,
-    Options,
-    ReplayOptions,
-    about,
-    check_names,
-    flag,
-    name_of,
-    needs,
-    option,
-    shows_options,
-)
+from moestro.planning.option import Checked, about, check_names, flag, name_of, needs, option, shows_options
+from moestro.planning.options import ModelOptions, Options, ReplayOptions
 from moestro.text.options import TextOptions
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -49,6 +38,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "expert_bits": (5, "--expert-bits 5: there are 16, 8, 4, 3, 2"),
     "dense_bits": (5, "--dense-bits 5: there are 16, 8, 4, 3, 2"),
     "head_bits": (5, "--head-bits 5: there are 16, 8, 4, 3, 2"),
+    "fit": ("gptq", "no fit 'gptq'; there are: hqq, none"),
     "transcode": (4, "--transcode 4: there are 8"),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {

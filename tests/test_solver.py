@@ -237,4 +237,7 @@ def test_panels_with_bytes_are_what_the_twin_writes(name: str, dtype: torch.dtyp
     matrix = KINDS[kind][:rows, :columns].to(dtype).clone()
     matrix[0], matrix[1], matrix[2] = 0, -0.5, matrix[2].abs() + 1
     fitted = solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=True)
-    assert torch.equal(write_fitted(matrix, fmt, fitted, threads=2), write_in_torch(matrix, fmt, fitted))
+    ours, twins = torch.zeros(2, 1, fmt.matrix_bytes(*matrix.shape), dtype=torch.uint8)
+    write_fitted(matrix, fmt, fitted, ours, threads=2)
+    write_in_torch(matrix, fmt, fitted, twins)
+    assert torch.equal(ours, twins)

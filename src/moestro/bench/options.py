@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..planning.options import BITS, Checked, ModelOptions, Options, about, bits_in, option_like
+from ..planning.option import Checked, about, bits_in, option_like
+from ..planning.options import BITS, ModelOptions, Options
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES, SHAPES
 

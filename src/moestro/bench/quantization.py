@@ -29,7 +29,8 @@ from ..loading.context import model_context
 from ..loading.download import resolve
 from ..loading.load import load, load_tokenizer
 from ..loading.packed.manifest import is_packed
-from ..planning.options import BITS, ModelOptions, bits_in
+from ..planning.option import bits_in
+from ..planning.options import BITS, ModelOptions
 from ..planning.shapes import spec_of_shape
 from ..text.files import read_text
 from ..text.generation import check_ids, encode

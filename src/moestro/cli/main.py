@@ -224,7 +224,7 @@ def inspect_command(
 @takes_options(
     only=(
         *("revision", "config", "tokenizer", "trust_remote_code", "dtype"),
-        *("ram", "threads", "bits", "expert_bits", "dense_bits", "head_bits", "transcode"),
+        *("ram", "threads", "bits", "expert_bits", "dense_bits", "head_bits", "fit", "transcode"),
     )
 )
 def pack(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..planning.options import Checked, about, flag, name_of
+from ..planning.option import Checked, about, flag, name_of
 
 Command = Callable[..., None]
 

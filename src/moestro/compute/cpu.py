@@ -239,16 +239,35 @@ def solve_hqq(
     return hqq_solver.Fitted(codes, scales, zeros)
 
 
-def write_fitted(matrix: Tensor, fmt: Descriptor, fitted: hqq_solver.Fitted, *, threads: int | None = None) -> Tensor:
-    """As `quantize.write_in_torch`, bit for bit, for a matrix [R, K] on the CPU."""
+def write_fitted(
+    matrix: Tensor, fmt: Descriptor, fitted: hqq_solver.Fitted, out: Tensor, *, threads: int | None = None
+) -> None:
+    """As `quantize.write_in_torch`, bit for bit, for a matrix [R, K] and bytes on the CPU."""
     kernel = kernel_format(fmt)
     if _kernels is None or kernel is None or not matrix.numel():
-        return quantize.write_in_torch(matrix, fmt, fitted)
-    rows, columns = matrix.shape
-    panels = torch.empty(-(-rows // PANEL), fmt.panel_bytes(columns), dtype=torch.uint8)
-    pool = runner(threads or len(core_cpus()))
-    _kernels.write_fitted(pool, kernel, _readable(matrix), rows, columns, fitted.scales, fitted.zeros, panels)
-    return panels
+        quantize.write_in_torch(matrix, fmt, fitted, out)
+        return
+    (rows, columns), pool = matrix.shape, runner(threads or len(core_cpus()))
+    _kernels.write_fitted(pool, kernel, _readable(matrix), rows, columns, fitted.scales, fitted.zeros, out)
+
+
+def write_int8(blocks: Tensor, fmt: Descriptor, out: Tensor, *, threads: int | None = None) -> None:
+    """As `quantize.write_int8_in_torch`, bit for bit, for matrices [N, R, K] and bytes on the CPU.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or larger than a float16 scale covers.
+    """
+    kernel = kernel_format(fmt)
+    if _kernels is None or kernel is None or not blocks.numel():
+        quantize.write_int8_in_torch(blocks, fmt, out)
+        return
+    (_, rows, columns), pool = blocks.shape, runner(threads or len(core_cpus()))
+    readable = blocks if blocks.dtype in FLOAT_FORMATS and blocks.stride(2) == 1 else _readable(blocks)
+    try:
+        _kernels.write_signed_bytes(pool, kernel, readable, rows, columns, out)
+    except ValueError:
+        quantize.quantize_int8(blocks.flatten(0, 1), fmt.group)  # says which weight
+        raise
 
 
 def first_touch(memory: Tensor, threads: int) -> None:
@@ -340,4 +359,4 @@ def type_of(dtype: torch.dtype) -> _kernels.Type:
 
 
 hqq_solver.use_solver(solve_hqq)
-quantize.use_writer(write_fitted)
+quantize.use_writers(write_fitted, write_int8)

@@ -313,9 +313,7 @@ def pack_dense(
         source = stored.get(layer.name)
         with in_tensor(layer.name):
             if source is None:
-                packed.view(-1, layer.fmt.panel_bytes(layer.weight.shape[1])).copy_(
-                    layer.fmt.pack(layer.weight.detach(), fast=fast)
-                )
+                layer.fmt.pack_blocks(layer.weight.detach()[None], packed[None], fast=fast)
             else:
                 with on_host(packed) as target:
                     source.write(target)

@@ -262,7 +262,7 @@ def pack_rest(
     On a device, have its decode steps captured.
 
     Args:
-        fast: find scales at once rather than fit them, as in `MatrixFormat.pack`.
+        fast: find scales at once rather than fit them, as in `MatrixFormat.pack`, whatever the config says.
         stored: as in `attach`. weights: those outside the experts that are packed from a checkpoint's own bytes, by
             the model's names.
     """
@@ -271,7 +271,7 @@ def pack_rest(
     if dense is not None:
         on = None if device.dense_is_packable else device.torch_device
         with spent("packing"):
-            pack_dense(model, dense, threads, fast=fast, stored=weights, on=on)
+            pack_dense(model, dense, threads, fast=fast or config.skips_fit, stored=weights, on=on)
     modules = expert_modules(model).values()
     for module in modules:
         keep_in_store(module, module._moestro.layout)

@@ -42,7 +42,7 @@ def load_cached(
     Raises:
         As `load` and `load_packed`.
     """
-    asked = asked_bits(config)
+    asked = asked_bits(config).settled()
     if not config.cache or not any(bits is not None and bits < _FLOAT_BITS for bits in _bits(asked)):
         return load(None)
     wanted = find_files(model, options.revision)

@@ -12,7 +12,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..planning.options import METHOD, Options, check_names, shows_options
+from ..planning.option import check_names, shows_options
+from ..planning.options import METHOD, Options
 
 
 @register_quantization_config(METHOD)

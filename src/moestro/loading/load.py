@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
-from ..planning.options import DTYPES, METHOD, ModelOptions, Options, check_names, shows_options
+from ..planning.option import check_names, shows_options
+from ..planning.options import DTYPES, METHOD, ModelOptions, Options
 from .cached import load_cached
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig

@@ -37,7 +37,7 @@ def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Ma
     """
     refuse_replacing(target)
     config = MoestroConfig(**{**options.to_dict(), "device": "cpu", "fuse": False})
-    asked = asked_bits(config)
+    asked = asked_bits(config).settled()
     with remembering(), ExitStack() as context:
         wanted = find_files(model, source.revision)
         found = {"model": name_of(model, wanted), "fingerprint": fingerprint(wanted)}

@@ -78,9 +78,10 @@ def load_plain(
     model.hf_quantizer = quantizer
     quantizer.preprocess_model(model=model, dtype=dtype)
     threads, device = model.moestro.cpu.threads, quantizer.device
-    packed = _packed_weights(model, weights, dense_formats(model, config, device), threads)
+    fast = config.skips_fit
+    packed = _packed_weights(model, weights, dense_formats(model, config, device), threads, fast)
     _fill_dense(model, weights.dense, device.torch_device)
-    _fill_experts(model, weights, kept)
+    _fill_experts(model, weights, kept, fast)
     model.initialize_weights()  # buffers that no checkpoint has; experts' parameters are on the meta device
     model.tie_weights()
     model.set_use_kernels(False)
@@ -156,14 +157,15 @@ def _stated_dtype(folder: Path, config: Any) -> torch.dtype:
 
 
 def _packed_weights(
-    model: Any, weights: PlainWeights, formats: DenseFormats | None, threads: int
+    model: Any, weights: PlainWeights, formats: DenseFormats | None, threads: int, fast: bool
 ) -> dict[str, StoredWeight]:
     """Take out of the dense weights those that go into panels, which the model itself gets no values of."""
     kept = {}
     for layer in () if formats is None else packable(model, formats):
         if (read := weights.dense.pop(layer.name, None)) is None:
             continue
-        kept[layer.name] = StoredWeight(functools.partial(_write_matrix, read=read, fmt=layer.fmt, threads=threads))
+        write = functools.partial(_write_matrix, read=read, fmt=layer.fmt, threads=threads, fast=fast)
+        kept[layer.name] = StoredWeight(write)
         dtype = weights.dtype_of(layer.name)
         if layer.weight.dtype != dtype:
             layer.weight.data = layer.weight.data.to(dtype)  # on the meta device
@@ -171,13 +173,13 @@ def _packed_weights(
     return kept
 
 
-def _write_matrix(panels: Tensor, *, read: Callable[[], Tensor], fmt: MatrixFormat, threads: int) -> None:
-    """Fill the panels of a format, uint8 [matrix_bytes], with a matrix."""
+def _write_matrix(panels: Tensor, *, read: Callable[[], Tensor], fmt: MatrixFormat, threads: int, fast: bool) -> None:
+    """Fill the panels of a format, uint8 [matrix_bytes], with a matrix. fast: as in `MatrixFormat.pack`."""
     matrix = read()
     if fmt.is_float:
         pack_stored_matrix(panels, matrix.to(_DTYPES[fmt.name]), None, None, threads=threads)
     else:
-        panels.view(-1, fmt.panel_bytes(matrix.shape[1])).copy_(fmt.pack(matrix))
+        fmt.pack_blocks(matrix[None], panels[None], fast=fast)
 
 
 def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torch.device) -> None:
@@ -195,28 +197,32 @@ def _fill_dense(model: Any, dense: dict[str, Callable[[], Tensor]], device: torc
     give_buffers_memory(model, device)
 
 
-def _fill_experts(model: Any, weights: PlainWeights, kept: KeptLayers | None) -> None:
-    """Pack each expert from the files into its home, in RAM or in a slot. Layers that are kept are read instead."""
+def _fill_experts(model: Any, weights: PlainWeights, kept: KeptLayers | None, fast: bool) -> None:
+    """Pack each expert from the files into its home, in RAM or in a slot. Layers that are kept are read instead.
+
+    Args:
+        fast: as in `MatrixFormat.pack`.
+    """
     conductor = model.moestro
     if kept is not None and not all(_is_float(math.format) for math in conductor.math):
         kept.begin(len(conductor.math), conductor.spec.expert_bytes, conductor.cpu.threads)
     for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
-        math, homes = (
-            conductor.math[index],
-            [home(conductor, index, each) for each in range(conductor.spec.layers[index].experts)],
-        )
+        math = conductor.math[index]
+        homes = [home(conductor, index, each) for each in range(conductor.spec.layers[index].experts)]
         kept_here = None if _is_float(math.format) else kept  # plain weights are as fast to read again
         if kept_here is not None and kept_here.restore(index, homes):
             continue
         weights.fetch(module)
         with spent("packing"):
-            _fill_layer(module, homes, weights, math, conductor.cpu.threads)
+            _fill_layer(module, homes, weights, math, conductor.cpu.threads, fast)
         logger.debug("packed %s, %d experts of %d bytes", module, len(homes), homes[0].nbytes)
         if kept_here is not None:
             kept_here.keep(index, homes)
 
 
-def _fill_layer(module: str, homes: list[Tensor], weights: PlainWeights, math: ExpertMath, threads: int) -> None:
+def _fill_layer(
+    module: str, homes: list[Tensor], weights: PlainWeights, math: ExpertMath, threads: int, fast: bool
+) -> None:
     step = max(1, _AT_ONCE_BYTES // homes[0].nbytes)
     for first in range(0, len(homes), step):
         with ExitStack() as targets:
@@ -225,7 +231,7 @@ def _fill_layer(module: str, homes: list[Tensor], weights: PlainWeights, math: E
                 for number, target in enumerate(homes[first : first + step])
             ]
             names = [f"{module}, expert {first + number}" for number in range(len(some))]
-            _write_experts(names, some, math.format, math.shape, threads)
+            _write_experts(names, some, math.format, math.shape, threads, fast)
 
 
 def _is_float(fmt: ExpertFormat) -> bool:
@@ -238,6 +244,7 @@ def _write_experts(
     fmt: ExpertFormat,
     shape: ExpertShape,
     threads: int,
+    fast: bool,
 ) -> None:
     """Fill experts' bytes, uint8 [expert_bytes] each. Floats that keep their dtype are read where the file has them.
 
@@ -253,4 +260,4 @@ def _write_experts(
     for name, (packed, weights), left in zip(names, experts, views, strict=True):
         for part, tensor in (left | weights.biases).items():
             with in_tensor(f"{name}, {part}"):
-                fmt.pack(packed, shape, {part: tensor})
+                fmt.pack(packed, shape, {part: tensor}, fast=fast)

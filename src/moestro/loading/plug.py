@@ -160,7 +160,8 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 packed = home(layer.conductor, layer.index, expert)
                 try:
                     with in_tensor(f"{name} of expert {expert}"):
-                        math.format.pack(packed, math.shape, layer.layout.parts(part, tensor[expert]))
+                        parts = layer.layout.parts(part, tensor[expert])
+                        math.format.pack(packed, math.shape, parts, fast=self.quantization_config.skips_fit)
                 except CheckpointError as error:
                     self._unfit.append(error)
                     return

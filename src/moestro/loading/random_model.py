@@ -79,9 +79,10 @@ def build_random_model(
         torch.manual_seed(seed)
         model.initialize_weights()
         model.tie_weights()
-        _fill_experts(conductor)
+        fast = config.fit != "hqq"
+        _fill_experts(conductor, fast)
         _route(model, skewed=True)
-        pack_rest(model, config, device, fast=True, stored=stored, weights=_random_weights(model, stored))
+        pack_rest(model, config, device, fast=fast, stored=stored, weights=_random_weights(model, stored))
     return model.requires_grad_(False).eval()
 
 
@@ -120,18 +121,18 @@ def _random_weights(model: Any, stored: StoredFormats | None) -> dict[str, Store
     }
 
 
-def _fill_experts(conductor: Conductor) -> None:
+def _fill_experts(conductor: Conductor, fast: bool) -> None:
     """Pack one random layer; expert e of layer l is that layer's expert e + l with its blocks rotated by l.
 
     Rotating blocks reorders neurons, which changes the bytes but no result. The bytes repeat after as many layers as an
-    expert has blocks. There is such a layer for each format.
+    expert has blocks. There is such a layer for each format. fast: as in `MatrixFormat.pack`.
     """
     bases: dict[str, list[Tensor]] = {}
     for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
         math, count = conductor.math[layer], conductor.spec.layers[layer].experts
         fmt, shape = math.format, math.shape
         if fmt.name not in bases:
-            bases[fmt.name] = _random_experts(math, count)
+            bases[fmt.name] = _random_experts(math, count, fast)
         base = bases[fmt.name]
         turn = fmt.byte_range(shape, range(layer % fmt.blocks(shape) * fmt.block)).stop
         end = fmt.byte_range(shape, range(shape.neurons // fmt.block * fmt.block)).stop
@@ -145,19 +146,19 @@ def _fill_experts(conductor: Conductor) -> None:
             target[end:].copy_(source[end:])
 
 
-def _random_experts(math: ExpertMath, count: int) -> list[Tensor]:
+def _random_experts(math: ExpertMath, count: int, fast: bool) -> list[Tensor]:
     """The packed bytes of experts with uniform weights of the initializer's spread."""
     bound = _INITIALIZER_STD * 3**0.5
     if all(matrix.is_packable for matrix in math.format.matrices.values()):
-        return [_packed_expert(math, bound) for _ in range(count)]
+        return [_packed_expert(math, bound, fast) for _ in range(count)]
     make = random_experts(math.format, math.shape, bound)
     return [make() for _ in range(count)]
 
 
-def _packed_expert(math: ExpertMath, bound: float) -> Tensor:
+def _packed_expert(math: ExpertMath, bound: float, fast: bool) -> Tensor:
     packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
     parts = {name: torch.empty(size).uniform_(-bound, bound) for name, size in math.shape.parts.items()}
-    math.format.pack(packed, math.shape, parts, fast=True)
+    math.format.pack(packed, math.shape, parts, fast=fast)
     return packed
 
 

@@ -4,214 +4,31 @@ A new option is one new field here. The commands, `moestro.load` and `MoestroCon
 
     >>> Options(bits=5)
     Traceback (most recent call last):
-    moestro.errors.RequestError: --bits 5: there are 16, 8, 4
+    moestro.errors.RequestError: --bits 5: there are 16, 8, 4, 3, 2
 """
 
 from __future__ import annotations
 
 import os
-import textwrap
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cache
-from inspect import Parameter, signature
-from math import isfinite
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
 
 from ..errors import RequestError
 from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
 from .machines import machine_names
+from .option import Checked, bits_in, needs, one_of, option, option_like
 from .policies import DEFAULT_POLICY, POLICIES
 from .shapes import SHAPES
 
 METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 BITS = (16, 8, 4, 3, 2)
+FITTED_BITS = (4, 3, 2)  # whose scales and zeros may be fitted
+FITS = ("hqq", "none")
 DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
 }
-
-Check = Callable[[Any, str], Any]  # (value, flag) -> the value to keep; raises RequestError
-_IN_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What is known of an option besides its field's name, type and default.
-
-    unset: what None stands for, in words. short: a short flag, like "-t". check: refuses or converts a value. named:
-    the option's name, where it is not the field's.
-    """
-
-    help: str
-    metavar: str | None = None
-    unset: str | None = None
-    short: str | None = None
-    check: Check | None = None
-    named: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The help, with what None stands for."""
-        return self.help if self.unset is None else f"{self.help} [default: {self.unset}]"
-
-
-def option(default: Any, help: str, **about: Any) -> Any:
-    """A field that is an option; for `about` see `About`."""
-    return field(default=default, metadata={"about": About(help, **about)})
-
-
-def option_like(kind: type[Checked], name: str, **changes: Any) -> Any:
-    """A field that is an option of another dataclass again, with another default or other values of `About`."""
-    same = next(one for one in fields(kind) if one.name == name)
-    default = changes.pop("default", same.default)
-    return field(default=default, metadata={"about": replace(about(same), **changes)})
-
-
-def about(one: Field[Any]) -> About:
-    """What a field's option says of itself."""
-    return one.metadata["about"]  # type: ignore[no-any-return]
-
-
-def name_of(one: Field[Any]) -> str:
-    """The name of a field's option."""
-    return about(one).named or one.name
-
-
-def flag(name: str) -> str:
-    """The option's name on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
-def one_of(noun: str, names: Collection[str]) -> Check:
-    """A check that a value is one of these names; a table of them may still grow."""
-
-    def check(value: Any, flag: str) -> Any:
-        if value not in names:
-            raise RequestError(
-                f"no {noun} {value!r}; there are: {', '.join(names if isinstance(names, tuple) else sorted(names))}"
-            )
-        return value
-
-    return check
-
-
-def needs(holds: Callable[[Any], bool], needed: str) -> Check:
-    """A check that a condition holds for a value, which is said in words if it does not."""
-
-    def check(value: Any, flag: str) -> Any:
-        if not holds(value):
-            raise RequestError(f"{flag} {value!r}: needs {needed}")
-        return value
-
-    return check
-
-
-def bits_in(choices: tuple[int, ...]) -> Check:
-    """A check of a number of bits."""
-
-    def check(value: Any, flag: str) -> Any:
-        if value not in choices:
-            raise RequestError(f"{flag} {value}: there are {', '.join(map(str, choices))}")
-        return value
-
-    return check
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _fit(value: Any, hint: Any, flag: str) -> Any:
-    """The value as one of the types of a field's hint.
-
-    Raises:
-        RequestError: it is of none of them, or no finite number.
-    """
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if value is None and NoneType in kinds:
-        return None
-    if get_origin(hint) is Sequence:
-        if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
-            return tuple(value)
-        raise RequestError(f"{flag} {value!r}: needs a list of texts")
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-    if int in kinds and is_number and isinstance(value, Integral):
-        return int(value)
-    if float in kinds and is_number:
-        return float(value)
-    if (bool in kinds and isinstance(value, bool)) or (str in kinds and isinstance(value, str)):
-        return value
-    needed = " or ".join(words for kind, words in _IN_WORDS.items() if kind in kinds)
-    raise RequestError(f"{flag} {value!r}: needs {needed}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A dataclass of options. Each value is checked when it is made, and kept as its check returns it.
-
-    Raises:
-        RequestError: one line that names the option, the value and what is possible.
-    """
-
-    def __post_init__(self) -> None:
-        kind: Any = type(self)
-        hints = _hints(kind)
-        for one in fields(self):
-            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], flag(name_of(one)))
-            if check is not None and value is not None:
-                value = check(value, flag(name_of(one)))
-            object.__setattr__(self, one.name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments that make an equal object, as they are after their checks."""
-        return asdict(self)
-
-
-def check_names(given: dict[str, Any], names: list[str]) -> None:
-    """Refuse keyword arguments that are no options.
-
-    Raises:
-        RequestError: the first wrong name, and the names that there are.
-    """
-    if wrong := [name for name in given if name not in names]:
-        raise RequestError(f"no option {wrong[0]!r}; use one of: {', '.join(names)}")
-
-
-def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
-    """Show the fields of dataclasses where a function or class takes them as **options.
-
-    They come into its signature, and into its docstring in place of the word {options}.
-    """
-
-    shown_fields = [one for kind in kinds for one in fields(kind)]
-
-    def show(function: Any) -> Any:
-        own = signature(function)
-        shown = [one for one in own.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
-        for one in shown_fields:
-            shown.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type))
-        lines = [
-            textwrap.fill(
-                f"{one.name}: {about(one).text}",
-                116,
-                initial_indent=" " * 8,
-                subsequent_indent=" " * 12,
-                break_on_hyphens=False,
-            )
-            for one in shown_fields
-        ]
-        function.__signature__ = own.replace(parameters=shown)
-        function.__doc__ = (function.__doc__ or "").replace("{options}", "\n".join(lines).lstrip())
-        return function
-
-    return show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +119,15 @@ class Options(Checked):
         unset="--bits; 16 with --bits 3 or 2",
         check=bits_in(BITS),
     )
+    fit: str | None = option(
+        None,
+        "How weights become 4, 3 or 2 bits: hqq fits zeros to them; none takes the nearest whole numbers between a "
+        "group's extremes, which is faster and loses more quality. It changes nothing at 16 and 8 bits, nor of weights "
+        "that a checkpoint has quantized.",
+        metavar="NAME",
+        unset="hqq; none for --shape, whose weights are noise",
+        check=one_of("fit", FITS),
+    )
     transcode: int | None = option(
         None,
         "Bits for GGUF's IQ1 to IQ3 and TQ, which are not kept: 8.",
@@ -327,6 +153,11 @@ class Options(Checked):
             raise RequestError("--dense-bits and --head-bits are for packed layers; leave them or --no-pack-dense out")
         if self.clock == "virtual" and (self.device != "emulated" or self.machine is None):
             raise RequestError("--clock virtual needs --device emulated and --machine NAME, whose time it models")
+
+    @property
+    def skips_fit(self) -> bool:
+        """Whether 4, 3 and 2 bits are rounded at once, not fitted."""
+        return self.fit == "none"
 
     @property
     def budget(self) -> Budget:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..planning.options import Checked, ModelOptions, needs, option, option_like
+from ..planning.option import Checked, needs, option, option_like
+from ..planning.options import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)

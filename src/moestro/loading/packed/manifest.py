@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError, ModelError
+from ...planning.options import FITS, FITTED_BITS
 from ..choose import EXPERT_FILE
 from ..choose import MANIFEST as MANIFEST  # which the others here have from this file
 
@@ -83,12 +84,21 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The options that made the weights what they are; None where they are the checkpoint's own."""
+    """The options that made the weights what they are; None where they are the checkpoint's own.
+
+    fit: how fewer bits were found, None where no weights have so few.
+    """
 
     expert_bits: int | None = None
     dense_bits: int | None = None
     head_bits: int | None = None
     transcode: int | None = None
+    fit: str | None = None
+
+    def settled(self) -> Asked:
+        """With the fit that a load by these options takes."""
+        is_fitted = {self.expert_bits, self.dense_bits, self.head_bits} & {*FITTED_BITS}
+        return replace(self, fit=(self.fit or FITS[0]) if is_fitted else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,11 @@ class PackedFolder:
                     f"{self.model} is packed {has}, not with --{name.replace('_', '-')} {wanted} (which --bits sets, "
                     "too); leave it out, or pack the checkpoint with it"
                 )
+        if made.fit is not None and asked.fit not in (None, made.fit):
+            raise RequestError(
+                f"{self.model} is packed with --fit {made.fit}, not {asked.fit}; leave --fit out, or pack the "
+                "checkpoint with it"
+            )
         if dtype not in (None, self.manifest.dtype):
             raise RequestError(
                 f"{self.model} is packed in {self.manifest.dtype}, not {dtype}; leave --dtype out, or pack the "

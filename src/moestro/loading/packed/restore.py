@@ -37,8 +37,8 @@ def asked_bits(config: MoestroConfig) -> Asked:
     """What a config's options make of weights on its device; None where they leave them as they are."""
     expert = config.expert_bits or config.bits
     if not (device_class(config.device).dense_is_packable and config.pack_dense):
-        return Asked(expert, transcode=config.transcode)
-    return Asked(expert, config.dense_bits or config.bits, head_bits(config), config.transcode)
+        return Asked(expert, transcode=config.transcode, fit=config.fit)
+    return Asked(expert, config.dense_bits or config.bits, head_bits(config), config.transcode, config.fit)
 
 
 def load_packed(

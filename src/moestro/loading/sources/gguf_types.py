@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ModelError
+from ...errors import ModelError, in_tensor
 from ...memory.formats import format_named
 from ...memory.formats.quantize import quantize_int8
 from ...memory.formats.raw import RawMatrix
@@ -70,7 +70,7 @@ def stored_matrix(
             f"bits ({format_bytes(int8_bytes(tensor))} instead of {format_bytes(tensor.data.nbytes)} for this tensor); "
             "or use a file of Q4_K_M, IQ4_XS, Q8_0 or MXFP4"
         )
-    return _as_int8(data, tensor)
+    return _as_int8(name, data, tensor)
 
 
 def int8_bytes(tensor: GgufTensor) -> int:
@@ -86,12 +86,13 @@ def floats_of(data: Tensor, type_name: str) -> Tensor:
     return torch.from_numpy(gguf.dequantize(data.numpy(), kind))
 
 
-def _as_int8(data: Tensor, tensor: GgufTensor) -> RawMatrix:
+def _as_int8(name: str, data: Tensor, tensor: GgufTensor) -> RawMatrix:
     fmt, columns = format_named("int8"), tensor.shape[-1]
     codes = torch.empty(data.shape[0], columns, dtype=torch.uint8)
     scales = torch.empty(data.shape[0], -(-columns // fmt.group), dtype=torch.float16)
     for first in range(0, data.shape[0], _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        coded = quantize_int8(floats_of(data[rows], tensor.type), fmt.group)
+        with in_tensor(f"{name}, from row {first} on"):
+            coded = quantize_int8(floats_of(data[rows], tensor.type), fmt.group)
         codes[rows], scales[rows] = coded.codes, coded.scales
     return RawMatrix("bytes", data.shape[0], columns, {"weight": codes.view(torch.int8), "scales": scales}, fmt)

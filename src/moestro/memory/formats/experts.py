@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...errors import CheckpointError
 from .codes import Coded
 from .descriptor import PANEL
+from .hqq_solver import check_finite
 from .matrix import MatrixFormat
 
 ALIGN_BYTES = 64  # an expert starts on a cache line
@@ -138,11 +140,15 @@ class ExpertFormat:
                 target.view(torch.float32).copy_(pad(tensor, (0, missing)).view(n, size))
                 continue
             if name == "down":
-                matrices = pad(tensor, (0, missing)).view(d, n, size).transpose(0, 1)  # [N, D, B]
-                matrices = pad(matrices, (0, 0, 0, -d % PANEL))
+                matrices = _padded(tensor, (0, missing)).unflatten(1, (n, size)).transpose(0, 1)  # [N, D, B]
+                matrices = _padded(matrices, (0, 0, 0, -d % PANEL))
             else:
-                matrices = pad(tensor, (0, 0, 0, missing)).view(n, size, d)
-            target.copy_(self.matrices[name].pack(matrices.flatten(0, 1), fast=fast).view(n, -1))
+                matrices = _padded(tensor, (0, 0, 0, missing)).unflatten(0, (n, size))
+            try:
+                self.matrices[name].pack_blocks(matrices, target, fast=fast)
+            except CheckpointError:
+                check_finite(tensor)  # names the place in the matrix, not in its blocks
+                raise
 
     def pack_coded(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Coded]) -> None:
         """Write matrices that are quantized already into an expert's bytes: the twin of the kernels' repacking.
@@ -234,3 +240,8 @@ class ExpertFormat:
 
 def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _padded(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Filled up with zeros as `pad` takes sizes, but not copied where there is nothing to fill."""
+    return pad(tensor, sizes) if any(sizes) else tensor

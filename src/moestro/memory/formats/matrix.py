@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
-from .descriptor import ROW, Code, Descriptor, Scale, Zero
-from .quantize import pack_hqq, quantize_int4, quantize_int8
+from .descriptor import PANEL, ROW, Code, Descriptor, Scale, Zero
+from .quantize import pack_hqq, pack_int8, quantize_int4
 
 
 class MatrixFormat(Descriptor):
@@ -39,13 +39,33 @@ class MatrixFormat(Descriptor):
         """
         if self.is_float:
             return pack_floats(self, matrix)
+        rows, columns = matrix.shape
+        panels = torch.empty(-(-rows // PANEL), self.panel_bytes(columns), dtype=torch.uint8, device=matrix.device)
+        self.pack_blocks(matrix[None], panels.view(1, -1), fast=fast)
+        return panels
+
+    def pack_blocks(self, blocks: Tensor, out: Tensor, *, fast: bool = False) -> None:
+        """Write matrices of equal size, [N, R, K] of any float dtype and strides, to uint8 [N, bytes of a matrix].
+
+        Args:
+            blocks: quantized as one matrix [N * R, K]; if there are several, R is a multiple of 16.
+            out: a view of any stride, on any device. fast: as in `pack`.
+
+        Raises:
+            ValueError: weights are not quantized to this format here; a checkpoint has them.
+        """
         if not self.is_packable:
             raise ValueError(f"nothing here quantizes to {self.name}: a checkpoint has it")
         if self.name == "int8":
-            return pack_codes(self, quantize_int8(matrix, self.group))
+            pack_int8(blocks, self, out)
+            return
+        matrix = blocks.flatten(0, 1)
         if self.scale is Scale.SHIFTED:
-            return pack_hqq(matrix, self, fit=not fast)
-        return pack_codes(self, quantize_int4(matrix, self.group, fit=not fast))
+            pack_hqq(matrix, self, out, fit=not fast)
+        elif self.is_float:
+            out.copy_(pack_floats(self, matrix).view(len(out), -1))
+        else:
+            out.copy_(pack_codes(self, quantize_int4(matrix, self.group, fit=not fast)).view(len(out), -1))
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         """uint8 [P, panel_bytes] -> [P * 16, K] in `dtype`: what the kernels compute with."""

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from ...errors import CheckpointError
 from .codes import Coded, pack_codes
 from .descriptor import SUPER, Descriptor
-from .hqq_solver import Fitted, solve_hqq
+from .hqq_solver import Fitted, check_finite, solve_hqq
 
 _MOST_BYTE = 255
 _MOST_HALF = 65504.0  # of float16
@@ -26,13 +26,35 @@ _MOST_ZERO = 2048.0  # up to it float16 has all whole numbers
 
 
 def quantize_int8(matrix: Tensor, group: int) -> Coded:
-    """[R, K] -> signed bytes: the largest of a group is 127 scales."""
+    """[R, K] -> signed bytes: the largest of a group is 127 scales.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or larger than a float16 scale covers.
+    """
+    check_finite(matrix)
     groups = _groups(matrix, group)
     most = groups.abs().amax(-1, keepdim=True)
     # The smallest of float16 are whole steps of 2**-24: rounded up, so that no weight has to be cut.
     scale = torch.where(most < 127 * 2**-14, (most / 127 * 2**24).ceil() / 2**24, most / 127).half()
+    if bool(scale.isinf().any()):
+        raise CheckpointError(
+            f"a weight has a size of {float(most.max()):.3g}, but signed bytes with a float16 scale reach "
+            f"{127 * _MOST_HALF:,.0f}; load the checkpoint with --bits 16"
+        )
     whole = (groups / scale.float()).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127).to(torch.int8)
     return Coded(whole.view(torch.uint8).flatten(1)[:, : matrix.shape[1]], scale.squeeze(-1))
+
+
+def pack_int8(blocks: Tensor, fmt: Descriptor, out: Tensor) -> None:
+    """Write the panels of `quantize_int8` of blocks [N, R, K] of any strides to `out`, as `write_int8_in_torch`."""
+    on_host = {blocks.device.type, out.device.type} == {"cpu"}
+    (_byte_writer if on_host else write_int8_in_torch)(blocks, fmt, out)
+
+
+def write_int8_in_torch(blocks: Tensor, fmt: Descriptor, out: Tensor, /) -> None:
+    """Write the panels of matrices [N, R, K] in signed bytes to a view uint8 [N, bytes of a matrix]."""
+    for block, to in zip(blocks, out, strict=True):
+        to.copy_(pack_codes(fmt, quantize_int8(block, fmt.group)).flatten())
 
 
 def quantize_int4(matrix: Tensor, group: int, *, fit: bool = True) -> Coded:
@@ -81,26 +103,29 @@ def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
     return _in_bytes(matrix, fmt, solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=fit))
 
 
-def pack_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Tensor:
-    """The panels of `quantize_hqq`, uint8 [P, panel_bytes]."""
+def pack_hqq(matrix: Tensor, fmt: Descriptor, out: Tensor, *, fit: bool = True) -> None:
+    """Write the panels of `quantize_hqq` to `out`, as `write_in_torch`."""
+    matrix = matrix.contiguous()  # once, for solver and writer
     fitted = solve_hqq(matrix, bits=fmt.code_bits, group=fmt.group, fit=fit)
-    writer = _writer if matrix.device.type == "cpu" else write_in_torch
-    return writer(matrix, fmt, fitted)
+    on_host = {matrix.device.type, out.device.type} == {"cpu"}
+    (_writer if on_host else write_in_torch)(matrix, fmt, fitted, out)
 
 
-def write_in_torch(matrix: Tensor, fmt: Descriptor, fitted: Fitted, /) -> Tensor:
-    """Panels of a matrix [R, K] with what the solver found for it, uint8 [P, panel_bytes]."""
-    return pack_codes(fmt, _in_bytes(matrix, fmt, fitted))
+def write_in_torch(matrix: Tensor, fmt: Descriptor, fitted: Fitted, out: Tensor, /) -> None:
+    """Write a matrix [R, K] with what the solver found for it to a view uint8 [N, bytes], some panels in each row."""
+    out.copy_(pack_codes(fmt, _in_bytes(matrix, fmt, fitted)).view(len(out), -1))
 
 
-Writer: TypeAlias = Callable[[Tensor, Descriptor, Fitted], Tensor]
+Writer: TypeAlias = Callable[[Tensor, Descriptor, Fitted, Tensor], None]
+ByteWriter: TypeAlias = Callable[[Tensor, Descriptor, Tensor], None]
 _writer: Writer = write_in_torch
+_byte_writer: ByteWriter = write_int8_in_torch
 
 
-def use_writer(writer: Writer) -> None:
-    """Write panels with this from now on, for matrices on the CPU."""
-    global _writer
-    _writer = writer
+def use_writers(writer: Writer, byte_writer: ByteWriter) -> None:
+    """Write panels with these from now on, for matrices on the CPU: of what the solver found, and of signed bytes."""
+    global _writer, _byte_writer
+    _writer, _byte_writer = writer, byte_writer
 
 
 def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
@@ -116,7 +141,8 @@ def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
 
     in_super = SUPER // fmt.group
     largest = pad(scale.squeeze(-1), (0, -scale.shape[1] % in_super)).unflatten(1, (-1, in_super)).amax(-1)
-    exponent = torch.frexp(largest / _MOST_BYTE).exponent.clamp(-127, 127)
+    of_byte = largest / _MOST_BYTE  # 0, which has no exponent, of the smallest subnormals
+    exponent = torch.where(of_byte > 0, torch.frexp(of_byte).exponent.clamp(-127, 127), -127)
     power = torch.ldexp(torch.ones_like(largest), exponent).repeat_interleave(in_super, 1)[:, : scale.shape[1], None]
     whole_scale = (scale / power).round().clamp(0, _MOST_BYTE)
     whole_scale = torch.where((scale > 0) & (whole_scale == 0), 1, whole_scale)
