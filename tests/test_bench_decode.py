@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from moestro.bench import decode
 from moestro.bench.decode import PROMPTS, measure_decode
-from moestro.bench.models import ALONE, OURS, ModelWorker, _transformers_alone
+from moestro.bench.models import ALONE, OURS, Engine, ModelWorker, _transformers_alone
+from moestro.cli.bench import _batches
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
+from moestro.decode.dense import PackedLinear
 from moestro.errors import BudgetError, RequestError
 from moestro.loading import plug  # noqa: F401  # registers the experts function
 from moestro.loading.config import MoestroConfig
@@ -34,6 +36,7 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     print_report = decode.DecodeReport.to_json
     monkeypatch.setattr(decode.DecodeReport, "to_json", lambda self: reports.append(self) or print_report(self))
     arguments = ["--shape", "tiny", "--bits", "8", "--layers", "2", "--rounds", "2", "-t", "1", "--json"]
+    arguments += ["--batch", "1,3"]
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "decode", *arguments])
     torch_threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as end:
@@ -56,8 +59,13 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     assert printed["ratios"].keys() == {ALONE}
     assert printed["ratios"][ALONE].keys() == {"decode", *(f"prefill_{tokens}" for tokens in PROMPTS)}
     assert all(value > 0 for value in printed["ratios"][ALONE].values())
+    assert [row["batch"] for row in printed["batches"]] == [1, 3]
+    for row in printed["batches"]:
+        assert 0 < row["tok_s"] < 1.2 * row["limit_tok_s"]
     reports[0].print()
-    assert "tokens per second" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tokens per second" in shown
+    assert "sequences a step" in shown
 
 
 @needs_kernels
@@ -124,3 +132,30 @@ def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(decode, "available_ram_bytes", lambda: 9 * 2**30)
     with pytest.raises(BudgetError, match=r"engines with 16 layers of olmoe-1b-7b needs .*; --layers \d would fit"):
         measure_decode("olmoe-1b-7b", 4)
+
+
+@pytest.mark.parametrize("given", ["0", "1,x", "", "2,,4", "-1"])
+def test_batches_that_are_none(given: str) -> None:
+    with pytest.raises(RequestError, match="is no number of sequences; give some like"):
+        _batches(given)
+
+
+@needs_kernels
+def test_what_a_step_of_sequences_takes() -> None:
+    """The bytes and operations of its limit, against sums over the model's own tensors."""
+    engine = Engine(OURS, "tiny", 16, 2, 1)
+    model = engine._model
+    _, (experts, dense, attention) = engine.batch(3, 5, 2)
+    config, spec = model.config, model.moestro.spec
+    expert = 3 * config.hidden_size * config.intermediate_size
+    assert experts[1] == 2 * 3 * config.num_experts_per_tok * config.num_hidden_layers * expert
+    most = min(3 * config.num_experts_per_tok, config.num_local_experts) * config.num_hidden_layers
+    assert config.num_experts_per_tok * config.num_hidden_layers <= experts[0] / spec.layers[0].expert_bytes <= most
+    projections = [m.matrix for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(projections) == 4 * config.num_hidden_layers + 1
+    routers = config.num_local_experts * config.hidden_size * config.num_hidden_layers
+    assert dense[1] == 2 * 3 * (sum(m.rows * m.columns for m in projections) + routers)
+    assert dense[0] == spec.dense_bytes - config.vocab_size * config.hidden_size * 2
+    heads, kept = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size // heads
+    assert attention == (3 * 6 * 2 * kept * width * 2 * 2, 3 * 6 * 4 * heads * width * 2)

@@ -9,7 +9,7 @@ is measured between turns; that speed divided by the bytes that a token reads is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -23,6 +23,7 @@ from ..machine.probe import available_ram_bytes, cpu_model
 from ..memory.formats import format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
+from .batches import BatchFigures, BatchTurns, print_batches
 from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .models import ALONE, OURS, ModelWorker
 from .report import Report, check_kernels, print_table
@@ -62,6 +63,7 @@ class DecodeReport(Report):
     outside_us: float  # of a decoded token outside our kernels, embedding and head too, divided by the layers
     engines: tuple[EngineFigures, ...]
     ratios: dict[str, dict[str, float]]  # ours over each other engine's: the median of the turns' ratios
+    batches: tuple[BatchFigures, ...] = ()  # of ours
 
     def print(self) -> None:
         """Print a table of the engines."""
@@ -77,6 +79,7 @@ class DecodeReport(Report):
             rows.append((row.engine, str(row.bits), *cells, "" if row.share is None else f"{row.share:.2f}"))
         print_table(("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit"), rows)
         print("tokens per second (and how many times as fast we are)")
+        print_batches(self.batches)
 
 
 def measure_decode(
@@ -88,6 +91,7 @@ def measure_decode(
     threads: int | None = None,
     alone: bool = True,
     others: Mapping[str, StartEngine] = MappingProxyType({}),
+    batches: Sequence[int] = (),
 ) -> DecodeReport:
     """Measure a shape at so many bits.
 
@@ -98,6 +102,7 @@ def measure_decode(
         threads: of each engine; None for one on each physical core.
         alone: also measure Transformers alone, in bfloat16.
         others: by their names, functions that start other engines at the same bits.
+        batches: also measure steps of so many sequences each.
 
     Raises:
         RequestError: no kernels, or no such shape or form. BudgetError: too little RAM.
@@ -120,7 +125,7 @@ def measure_decode(
             add(name, bits, start(shape, bits, depth, count))
         if alone:
             add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
-        return _take_turns(shape, depth, count, ours, engines, rounds)
+        return _take_turns(shape, depth, count, ours, engines, rounds, BatchTurns(batches, count))
 
 
 def _take_turns(
@@ -130,6 +135,7 @@ def _take_turns(
     ours: ModelWorker,
     engines: dict[str, tuple[int | str, EngineWorker]],
     rounds: int,
+    batches: BatchTurns,
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
     limits: list[float] = []
@@ -144,6 +150,7 @@ def _take_turns(
         for name, (_, engine) in engines.items():
             decodes[name].append(1 / engine.decode_s(CONTEXT, NEW_TOKENS))
         outside_s.append(ours.outside_s())
+        batches.take(ours, limits[-1])
     limit = median(limits)
     token_bytes = ours.card["token_bytes"]
     figures = tuple(
@@ -163,7 +170,7 @@ def _take_turns(
         if name != OURS
     }
     outside_us = median(outside_s) / layers * 1e6
-    return DecodeReport(shape, layers, threads, best_level(), limit, outside_us, figures, ratios)
+    return DecodeReport(shape, layers, threads, best_level(), limit, outside_us, figures, ratios, batches.figures())
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:

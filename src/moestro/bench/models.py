@@ -10,6 +10,7 @@ random tokens; it does not sample.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -40,6 +41,15 @@ class ModelWorker(EngineWorker):
     ) -> None:
         numbers = (bits, layers, threads, *(() if expert_bits is None else (expert_bits,)))
         super().__init__("moestro.bench.models", [engine, shape, *map(str, numbers)], python=python)
+
+    def batch(self, sequences: int, context: int, steps: int) -> tuple[float, list[tuple[float, float]]]:
+        """Seconds of a step of so many sequences with one new token each, and what it took.
+
+        Returns:
+            The seconds; and of experts, dense layers and attention each the bytes that a step read and its operations.
+        """
+        step_s, parts = self.ask("batch", sequences=sequences, context=context, steps=steps)
+        return float(step_s), [(float(n_bytes), float(operations)) for n_bytes, operations in parts]
 
     def outside_s(self) -> float:
         """Seconds a token that the last `decode_s` spent outside our kernels."""
@@ -84,11 +94,53 @@ class Engine:
         if conductor is None:
             return {"token_bytes": 0}
         top_k = self._model.config.num_experts_per_tok
+        experts = sum(layer.expert_bytes * top_k for layer in conductor.spec.layers)
+        return {"token_bytes": experts + self._dense_bytes()}
+
+    def batch(self, sequences: int, context: int, steps: int) -> tuple[float, list[tuple[float, float]]]:
+        """As `ModelWorker.batch`."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        self._forward(context, sequences)
+        conductor, before = self._model.moestro, replace(self._model.moestro.counters)
+        step_s = sum(self._forward(1, sequences) for _ in range(steps)) / steps
+        after = conductor.counters
+        experts, chosen = ((getattr(after, n) - getattr(before, n)) / steps for n in ("misses", "tokens"))
+        self._cache = None  # of several sequences
+        return step_s, [
+            (experts * conductor.spec.layers[0].expert_bytes, 2 * chosen * self._expert_weights()),
+            (self._dense_bytes(), 2 * sequences * self._dense_weights()),
+            self._attention_of(sequences, context + steps / 2),
+        ]
+
+    def _dense_bytes(self) -> float:
         embedding = self._model.get_input_embeddings()
         table = embedding.matrix.packed if hasattr(embedding, "matrix") else embedding.weight
         looked_up = table.numel() * table.element_size()  # one row is read, not the table
-        experts = sum(layer.expert_bytes * top_k for layer in conductor.spec.layers)
-        return {"token_bytes": experts + conductor.spec.dense_bytes - looked_up}
+        return float(self._model.moestro.spec.dense_bytes - looked_up)
+
+    def _dense_weights(self) -> int:
+        """Weights that a token is multiplied with outside the experts: of projections, head and routers."""
+        from ..decode.dense import PackedLinear
+
+        projections = [m.matrix for m in self._model.modules() if isinstance(m, PackedLinear)]
+        table = getattr(self._model.get_input_embeddings(), "weight", None)
+        routers = [p for p in self._model.parameters() if p.dim() == 2 and not p.is_meta and p is not table]
+        return int(sum(m.rows * m.columns for m in projections) + sum(p.numel() for p in routers))
+
+    def _expert_weights(self) -> int:
+        shape = self._model.moestro.math[0].shape
+        return int(shape.hidden * shape.neurons * (3 if shape.has_gate else 2))
+
+    def _attention_of(self, sequences: int, length: float) -> tuple[float, float]:
+        """Bytes of keys and values that a step reads, and its operations with them."""
+        config = self._model.config
+        heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
+        width = width or config.hidden_size // heads
+        tokens = sequences * length * config.num_hidden_layers
+        kept = 2 * config.num_key_value_heads * width * self._model.dtype.itemsize
+        return tokens * kept, tokens * 4 * heads * width
 
     def prefill_s(self, tokens: int) -> float:
         from transformers import DynamicCache
@@ -106,8 +158,8 @@ class Engine:
         self.outside_s = token_s - (self._runner.busy_s - busy_s) / tokens
         return token_s
 
-    def _forward(self, tokens: int) -> float:
-        ids = self._torch.randint(0, self._model.config.vocab_size, (1, tokens))
+    def _forward(self, tokens: int, sequences: int = 1) -> float:
+        ids = self._torch.randint(0, self._model.config.vocab_size, (sequences, tokens))
         start_s = perf_counter()
         with self._torch.no_grad():
             self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
@@ -146,7 +198,7 @@ def main() -> None:
     def start() -> tuple[dict[str, Any], Handlers]:
         form = int(bits) if bits.isdigit() else bits
         model = Engine(engine, shape, form, int(layers), int(threads), *map(int, expert_bits))
-        handlers: Handlers = {"prefill_s": model.prefill_s, "decode_s": model.decode_s}
+        handlers: Handlers = {"prefill_s": model.prefill_s, "decode_s": model.decode_s, "batch": model.batch}
         return model.card(), {**handlers, "outside_s": lambda: model.outside_s}
 
     serve(start, ours=engine == OURS)

@@ -89,6 +89,9 @@ def bench_decode(
     layers: Layers = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns to take medians of.")] = 5,
     alone: Annotated[bool, typer.Option(help="Also Transformers alone, in bfloat16.")] = True,
+    batch: Annotated[
+        str | None, unset("N,N,...", "Also steps of so many sequences each, beside the limit, like 1,2,4,8,16.", "none")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a whole random-weight model beside Transformers alone."""
@@ -97,9 +100,27 @@ def bench_decode(
     if form is not None and options.bits is not None:
         raise RequestError("--format says all about the weights; leave --bits out")
     report = measure_decode(
-        measured.shape, form or options.bits or 4, layers=layers, rounds=rounds, threads=options.threads, alone=alone
+        measured.shape,
+        form or options.bits or 4,
+        layers=layers,
+        rounds=rounds,
+        threads=options.threads,
+        alone=alone,
+        batches=_batches(batch),
     )
     show(report, as_json)
+
+
+def _batches(given: str | None) -> tuple[int, ...]:
+    """The numbers of sequences of --batch.
+
+    Raises:
+        RequestError: one is no number from 1 on.
+    """
+    parts = [] if given is None else given.split(",")
+    if wrong := [part for part in parts if not part.strip().isdecimal() or int(part) < 1]:
+        raise RequestError(f"--batch {given}: {wrong[0]!r} is no number of sequences; give some like 1,2,4,8,16")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
