@@ -157,11 +157,10 @@ def _read_matrix(reader: RunReader, one: Dense, target: Tensor) -> None:
 
 def _unpacked(reader: RunReader, one: Dense, order: Tensor | None) -> Tensor:
     """A packed matrix as plain numbers, [rows, columns], in its dtype."""
-    panels = torch.empty(one.run.n_bytes, dtype=torch.uint8)
-    _read_matrix(reader, one, panels)
+    packed = torch.empty(one.run.n_bytes, dtype=torch.uint8)
+    _read_matrix(reader, one, packed)
     fmt, dtype = format_named(one.format), getattr(torch, one.dtype)
-    exact = fmt.unpack(panels.view(-1, fmt.panel_bytes(one.columns)), one.columns, torch.float32)[: one.rows]
-    found: Tensor = exact.to(dtype)
+    found: Tensor = fmt.unpack_matrix(packed, one.rows, one.columns, torch.float32).to(dtype)
     return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
 
 

@@ -15,7 +15,7 @@ from ...errors import RequestError
 from .codes import IQ4NL, Coded
 from .descriptor import PANEL
 from .experts import ORDERS, ExpertFormat, ExpertShape, UnpackedExpert
-from .matrix import MatrixFormat, format_named, format_names, strided, uniform
+from .matrix import MatrixFormat, format_named, format_names, strided_format, uniform
 from .strided import Strided
 
 MATRIX_FORMATS: dict[str, MatrixFormat] = {
@@ -79,6 +79,6 @@ __all__ = [
     "format_asked_for",
     "format_named",
     "format_names",
-    "strided",
+    "strided_format",
     "uniform",
 ]

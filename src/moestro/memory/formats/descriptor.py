@@ -167,7 +167,7 @@ class Descriptor:
 
     @property
     def block(self) -> int:
-        """Neurons of an expert's block at the least, so that down's columns are whole units and its rows whole classes."""
+        """Neurons of an expert's block at the least, so that down's columns are whole units; whole classes of rows."""
         if self.is_float or self.scale is Scale.BLOCK:
             return CHUNK
         if self.is_strided:

@@ -10,7 +10,7 @@ nothing.
 
 Before the first block come the orders of gate's and up's columns, where these have one that is not the file's own
 (GPTQ's act-order): int32 [D] each, filled up to a cache line. Column k of such a matrix stands for number order[k] of a
-hidden state. Of formats whose scales belong to columns (strided.py), gate's, up's and down's tables stand there too; the
+hidden state. Of formats whose scales belong to columns (strided.py), the tables of gate, up and down stand there; the
 neurons are then in the order of gate's classes of rows, and down's panels have the D outputs in that of down's own. A
 range of blocks begins with all that stands before the first, whichever blocks these are.
 """
@@ -94,12 +94,12 @@ class ExpertFormat:
         orders: int = 0,
     ) -> None:
         self.matrices = {"gate": gate or matrix, "up": up or gate or matrix, "down": matrix}
-        self.block = block or matrix.block
+        self.is_strided = self.matrices["gate"].is_strided
+        self.block = block or max(matrix.block, self.matrices["gate"].block if self.is_strided else 0)
         names = [fmt.name for fmt in self.matrices.values()]
         self.orders = orders
         joined = names[0] if len({*names}) == 1 else "+".join(names)
         self.name = f"{joined}{ORDERS[orders]}"  # as `expert_format_named` takes it
-        self.is_strided = self.matrices["gate"].is_strided
         kinds = {fmt.is_strided for fmt in self.matrices.values()}
         groups = {self.matrices[part].group for part in ("gate", "up")}
         if len(kinds) > 1 or (self.is_strided and (orders or len(groups) > 1 or self.block % min(groups))):
@@ -121,7 +121,7 @@ class ExpertFormat:
 
     def tables(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
         """Name -> where the table of each matrix is within an expert, in bytes; none of formats that have none."""
-        sizes = {part: (shape.neurons, shape.hidden) for part in (("gate", "up") if shape.has_gate else ("up",))}
+        sizes = dict.fromkeys(("gate", "up") if shape.has_gate else ("up",), (shape.neurons, shape.hidden))
         sizes["down"] = (shape.hidden, self.blocks(shape) * self.block)
         start = 0
         for name, size in sizes.items() if self.is_strided else ():
@@ -187,7 +187,8 @@ class ExpertFormat:
                     panels = fmt.write(part).flatten()
                 block[place.start : place.start + panels.numel()] = panels
                 block[place.start + panels.numel() : place.stop] = 0
-        self.pack_tables(packed, shape, {name: one for name, one in parts.items() if isinstance(one, Strided)})
+        strided = {name: one for name, one in parts.items() if isinstance(one, Strided)}
+        self.pack_tables(packed, shape, {name: (one.of_scales, one.of_zeros) for name, one in strided.items()})
 
     def _strided_panels(self, name: str, coded: Strided, neurons: range, shape: ExpertShape) -> Tensor:
         """One block's part of a matrix, uint8 [bytes]."""
@@ -199,12 +200,16 @@ class ExpertFormat:
         parts = (coded.codes[n], coded.scales[of], coded.zeros[of])
         return write_panels(fmt, *parts, (self.block, shape.hidden)).flatten()
 
-    def pack_tables(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Strided]) -> None:
-        """Write the tables of matrices, as in `pack_coded`, into an expert's bytes."""
+    def pack_tables(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write the tables of matrices into an expert's bytes.
+
+        Args:
+            parts: `of_scales` and `of_zeros` of `Strided`, by the names of the matrices.
+        """
         tables = dict(self.tables(shape))
-        for name, coded in parts.items():
+        for name, (of_scales, of_zeros) in parts.items():
             width = self.blocks(shape) * self.block if name == "down" else shape.hidden
-            packed[tables[name].start : tables[name].stop] = write_table(coded, width)
+            packed[tables[name].start : tables[name].stop] = write_table(of_scales, of_zeros, width)
 
     def pack_orders(self, packed: Tensor, shape: ExpertShape, orders: Sequence[Tensor]) -> None:
         """Write the orders of gate's and up's columns into an expert's bytes.

@@ -4,7 +4,7 @@
 2304
 >>> uniform(4, 128).name
 'int4g128'
->>> strided(2, 16, 128).name
+>>> strided_format(2, 16, 128).name
 'hqq2r16s128'
 """
 
@@ -134,7 +134,7 @@ def _uniform(bits: int, group: int, scale: str, zeros: bool) -> MatrixFormat:
 _STRIDED = re.compile(r"hqq([234568])r(16|32|64|128|256)s([1-9][0-9]{0,8})")
 
 
-def strided(bits: int, group: int, super_group: int) -> MatrixFormat:
+def strided_format(bits: int, group: int, super_group: int) -> MatrixFormat:
     """Whole numbers of which some rows of a column, far apart, share a scale and a zero: HQQ's axis 0.
 
     Args:
@@ -163,7 +163,7 @@ def format_named(name: str) -> MatrixFormat:
     if name in _NAMED:
         return _NAMED[name]
     if (parts := _STRIDED.fullmatch(name)) is not None:
-        return strided(*(int(part) for part in parts.groups()))
+        return strided_format(*(int(part) for part in parts.groups()))
     for bits in (2, 3, 4, 5, 6, 8):
         for group in (16, 32, 64, 128, ROW):
             for scale in _SCALES:
@@ -174,5 +174,5 @@ def format_named(name: str) -> MatrixFormat:
 
 
 def format_names() -> tuple[str, ...]:
-    """Names of the formats that are no `uniform` or `strided` ones."""
+    """Names of the formats that are no `uniform` or `strided_format` ones."""
     return tuple(_NAMED)

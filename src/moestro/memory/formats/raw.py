@@ -71,7 +71,9 @@ def read_strided(raw: RawMatrix, columns: Tensor | None = None) -> Strided:
         parts = [words >> shift & 7 for shift in range(27, -1, -3)]
         codes = torch.cat(parts)[: raw.fmt.group].to(torch.uint8)
     else:  # of the 8 / bits equal parts of all weights, the first in the highest bits
-        parts = [words.flatten() >> shift & (1 << bits) - 1 for shift in range(8 - _held_bits(bits), -1, -_held_bits(bits))]
+        parts = [
+            words.flatten() >> shift & (1 << bits) - 1 for shift in range(8 - _held_bits(bits), -1, -_held_bits(bits))
+        ]
         codes = torch.cat(parts)
     whole = codes.view(raw.rows, raw.columns)[class_order(raw.rows, raw.fmt.group)]
     table = strided_table(raw, None)

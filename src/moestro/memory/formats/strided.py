@@ -18,7 +18,6 @@ Legend: R rows, K columns, C classes, P panels of 16 rows, M rows of the table.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,10 +50,9 @@ class Strided:
         return replace(self, **sides, of_scales=self.of_scales[..., index])
 
 
-@functools.lru_cache
 def class_order(rows: int, group: int) -> Tensor:
-    """int64 [R]: which row stands at each place; equal arguments give one tensor."""
-    return torch.arange(rows).view(group, rows // group).T.flatten()
+    """int64 [R], on the CPU: which row stands at each place."""
+    return torch.arange(rows, device="cpu").view(group, rows // group).T.flatten()
 
 
 def values(fmt: Descriptor, found: Strided, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,11 +83,15 @@ def write_panels(fmt: Descriptor, codes: Tensor, scales: Tensor, zeros: Tensor, 
     return torch.cat((*parts, packed), -1).flatten(1)
 
 
-def write_table(found: Strided, width: int) -> Tensor:
-    """uint8 [table_bytes], for so many columns; those beyond the matrix have scales of zero."""
+def write_table(of_scales: Tensor, of_zeros: Tensor, width: int) -> Tensor:
+    """uint8 [table_bytes], for so many columns; those beyond the matrix have scales of zero.
+
+    Args:
+        of_scales, of_zeros: as in `Strided`.
+    """
     width = -(-width // CHUNK) * CHUNK
-    table = pad(found.of_scales, (0, width - found.of_scales.shape[2])).contiguous()
-    head = pad(found.of_zeros.float().contiguous().view(torch.uint8), (0, _TABLE_AT - 8))
+    table = pad(of_scales, (0, width - of_scales.shape[2])).contiguous()
+    head = pad(of_zeros.contiguous().view(torch.uint8), (0, _TABLE_AT - 8))
     return torch.cat((head, table.flatten().view(torch.uint8)))
 
 
@@ -97,7 +99,7 @@ def write_matrix(fmt: Descriptor, found: Strided) -> Tensor:
     """A whole matrix, uint8 [matrix_bytes]."""
     rows, columns = found.codes.shape
     panels = write_panels(fmt, found.codes, found.scales, found.zeros, (rows, columns))
-    return torch.cat((panels.flatten(), write_table(found, columns)))
+    return torch.cat((panels.flatten(), write_table(found.of_scales, found.of_zeros, columns)))
 
 
 def read_panels(fmt: Descriptor, panels: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:

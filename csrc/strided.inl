@@ -1,0 +1,181 @@
+// Products with weights whose scales and zeros belong to columns: Scale::kColumn (formats.h, memory/formats/strided.py).
+//
+// The rows of a class are neighbouring panels, which have equal shares of the bytes of its columns. A weight is
+// (code - zero) * scale. For one token, scales are folded into the activations, once for all rows of a class:
+// y[r] = sum of code[r, k] * (x[k] * scale[k]) less the sum of x[k] * scale[k] * zero[k], which all rows share.
+
+namespace {
+
+// A chunk of a class of rows, of which `first` is the first panel: what codes are multiplied with, and what comes off them.
+inline void factors_of_columns(const Coded& c, const Panels& all, const uint8_t* first, int64_t of_matrix, int64_t chunk,
+                               float* scale, float* zero) {
+  const int64_t of_class = c.group / kPanel, share = kGroup / of_class, at = c.layout.scales_at(chunk);
+  uint8_t bytes[2][kGroup];
+  for (int64_t i = 0; i < of_class; ++i) {
+    memcpy(bytes[0] + i * share, first + i * all.stride + at, share);
+    memcpy(bytes[1] + i * share, first + i * all.stride + at + share, share);
+  }
+  const ColumnTable& table = all.place.table;
+  const int64_t row = (all.place.panel + of_matrix) / of_class % table.rows;
+  const uint8_t* of_scales = table.at + moestro::kTableHeader + row * table.columns * 4 + (all.place.column + chunk * kGroup) * 2;
+  float of_zeros[2];
+  memcpy(of_zeros, table.at, sizeof(of_zeros));
+  const V zero_scale = V::set(of_zeros[0]), zero_zero = V::set(of_zeros[1]);
+  for (int k = 0; k < kGroup; k += W) {
+    const V less = V::load_fp16(of_scales + table.columns * 2 + 2 * k);
+    ((to_float(I::load_bytes(bytes[0] + k)) - less) * V::load_fp16(of_scales + 2 * k)).store(scale + k);
+    ((to_float(I::load_bytes(bytes[1] + k)) - zero_zero) * zero_scale).store(zero + k);
+  }
+}
+
+// The first panel of the class that a panel belongs to.
+inline int64_t first_of_class(const Coded& c, const Panels& all, int64_t panel) {
+  return panel - (all.place.panel + panel) % (c.group / kPanel);
+}
+
+// Calls do_with(C()) with the class of codes that are whole numbers from 0.
+template <class Do>
+inline void with_unsigned(Code code, Do do_with) {
+  switch (code) {
+    case Code::kU2: return do_with(U2());
+    case Code::kU3: return do_with(U3());
+    case Code::kU4: return do_with(U4());
+    case Code::kU5: return do_with(U5());
+    case Code::kU6: return do_with(U6());
+    default: return do_with(U8());
+  }
+}
+
+// Calls put(column, codes as floats) for the sixteenth s of a chunk's columns.
+template <class C, class Put>
+inline void for_codes(const uint8_t* codes, int s, int v, Put put) {
+  const auto table = I::load_table(kE2m1);  // no code that is strided looks anything up
+  const I low = I::set16(0x00FF);
+  if constexpr (C::kQuads) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Quads q;
+      C::quads(codes, s, i, v, table, q);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const int column = 16 * s + 8 * i + 2 * j;
+        const I first = q[j] & low, second = shift_right16<8>(q[j]);
+        put(column, even_half(first));
+        put(column + 1, odd_half(first));
+        put(column + 4, even_half(second));
+        put(column + 5, odd_half(second));
+      }
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const I pair = C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2);
+      put(16 * s + 2 * j, even_half(pair));
+      put(16 * s + 2 * j + 1, odd_half(pair));
+    }
+  }
+}
+
+template <class C>
+inline void convert_chunk(const uint8_t* codes, const float* scale, const float* zero, float* to) {
+  for (int s = 0; s < kSixteens; ++s)
+    for (int v = 0; v < VP; ++v)
+      for_codes<C>(codes, s, v, [&](int k, V code) { ((code - V::set(zero[k])) * V::set(scale[k])).store(to + k * kPanel + v * W); });
+}
+
+// Columns [begin, begin + count) of a panel as float32 [count, 16], in whole chunks.
+inline void convert_strided(const Coded& c, const Panels& all, int64_t panel, int64_t begin, int64_t count, float* to) {
+  const int64_t first = first_of_class(c, all, panel);
+  alignas(64) float scale[kGroup], zero[kGroup];
+  for (int64_t chunk = begin / kGroup; chunk * kGroup < begin + count; ++chunk, to += kGroup * kPanel) {
+    factors_of_columns(c, all, all.w + first * all.stride, panel, chunk, scale, zero);
+    const uint8_t* codes = c.codes_at(all.w + panel * all.stride, chunk);
+    const uint8_t* next = codes + (count + kGroup - 1) / kGroup * (c.layout.codes + c.layout.own);
+    for (int64_t i = 0; i < c.layout.codes; i += 64) prefetch(next + i);
+    with_unsigned(c.code, [&](auto code) { convert_chunk<decltype(code)>(codes, scale, zero, to); });
+  }
+}
+
+// out[r] = (or +=) P panels of a class, from `panel` on, times one token.
+template <class C, int P>
+inline void multiply_class(const Coded& c, const Panels& all, int64_t panel, const Tokens& x) {
+  const uint8_t *first = all.w + first_of_class(c, all, panel) * all.stride, *w = all.w + panel * all.stride;
+  alignas(64) float scale[kGroup], zero[kGroup];
+  V acc[P][1][VP], less = V::zero();
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < VP; ++v) acc[p][0][v] = V::zero();
+  for (int64_t chunk = 0; chunk < x.columns / kGroup; ++chunk) {
+    factors_of_columns(c, all, first, panel, chunk, scale, zero);
+    const float* xs = x.floats + chunk * kGroup;
+    for (int k = 0; k < kGroup; k += W) {
+      const V scaled = V::load(xs + k) * V::load(scale + k);
+      less = fma(scaled, V::load(zero + k), less);
+      scaled.store(scale + k);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const uint8_t* codes = c.codes_at(w + p * all.stride, chunk);
+      for (int64_t i = 0; i < c.layout.codes + c.layout.own; i += 64) prefetch(codes + i + kAhead);
+      for (int s = 0; s < kSixteens; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v)
+          for_codes<C>(codes, s, v, [&](int k, V code) { acc[p][0][v] = fma(code, V::set(scale[k]), acc[p][0][v]); });
+    }
+  }
+  const V off = V::set(sum(less));
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < VP; ++v) acc[p][0][v] = acc[p][0][v] - off;
+  finish(Panels{w, all.stride, all.out + panel * all.apart, all.apart, all.ld, all.add}, acc);
+}
+
+// All panels times one token, four of a class at a time.
+template <class C>
+inline void strided_product(C, const Coded& c, const Panels& all, int64_t panels, const Tokens& x) {
+  const int64_t of_class = c.group / kPanel;
+  for (int64_t p = 0; p < panels;) {
+    const int64_t of_this = of_class - (all.place.panel + p) % of_class, rest = panels - p < of_this ? panels - p : of_this;
+    if (rest >= 4) multiply_class<C, 4>(c, all, p, x), p += 4;
+    else if (rest >= 2) multiply_class<C, 2>(c, all, p, x), p += 2;
+    else multiply_class<C, 1>(c, all, p, x), p += 1;
+  }
+}
+
+// As weights.h has it, of one of some panels.
+inline void convert(const Coded& c, const Panels& all, int64_t panel, int64_t begin, int64_t count, float* to) {
+  if (c.is_strided()) convert_strided(c, all, panel, begin, count, to);
+  else convert(c, all.w + panel * all.stride, begin, count, to);
+}
+
+inline void product(const Coded& c, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
+  if (x.count == 1 && c.is_strided()) return with_unsigned(c.code, [&](auto code) { strided_product(code, c, all, panels, x); });
+  if (x.count == 1) return with_code(c.code, [&](auto code) { one_product(code, c, all, panels, x); });
+  if (x.as != Packing::kFloats) return few_product(c, all, panels, x, tile);
+  many_product(all, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
+    convert(c, all, panel, k, count, to);
+  });
+}
+
+// Calls do_with(F()) with the class of a format that has kernels of its own, or do_with(Coded).
+template <class Do>
+inline void with_format(const MatrixFormat& f, Do do_with) {
+  if (f.code == Code::kFp32) do_with(Fp32());
+  else if (f.code == Code::kFp16) do_with(Fp16());
+  else if (f.code == Code::kBf16) do_with(Bf16());
+  else if (f == moestro::kInt8) do_with(Int8());
+  else if (f == moestro::kInt4) do_with(Int4());
+  else do_with(Coded(f));
+}
+
+inline Packing packing_of(const MatrixFormat& f, int64_t n, Type type) {
+  Packing as = Packing::kFloats;
+  with_format(f, [&](auto format) { as = packing_of(format, n, type); });
+  return as;
+}
+
+inline void product(const MatrixFormat& f, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
+  with_format(f, [&](auto format) { product(format, all, panels, K, x, tile); });
+}
+
+}  // namespace
