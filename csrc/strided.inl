@@ -46,11 +46,11 @@ inline void with_unsigned(Code code, Do do_with) {
   }
 }
 
-// Calls put(column, codes as floats) for the sixteenth s of a chunk's columns.
+// Calls put(column, codes as floats) for the sixteenth s of a chunk's columns, in the order of the codes' bytes.
 template <class C, class Put>
 inline void for_codes(const uint8_t* codes, int s, int v, Put put) {
   const auto table = I::load_table(kE2m1);  // no code that is strided looks anything up
-  const I low = I::set16(0x00FF);
+  const I byte = I::set32(0xFF);
   if constexpr (C::kQuads) {
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
@@ -58,12 +58,11 @@ inline void for_codes(const uint8_t* codes, int s, int v, Put put) {
       C::quads(codes, s, i, v, table, q);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        const int column = 16 * s + 8 * i + 2 * j;
-        const I first = q[j] & low, second = shift_right16<8>(q[j]);
-        put(column, even_half(first));
-        put(column + 1, odd_half(first));
-        put(column + 4, even_half(second));
-        put(column + 5, odd_half(second));
+        const int column = 16 * s + 8 * i + 2 * j;  // bytes are columns 0 4 1 5 from here
+        put(column, to_float(q[j] & byte));
+        put(column + 4, to_float(shift_right32<8>(q[j]) & byte));
+        put(column + 1, to_float(shift_right32<16>(q[j]) & byte));
+        put(column + 5, to_float(shift_right32<24>(q[j])));  // no code has 8 bits
       }
     }
   } else {
@@ -99,15 +98,19 @@ inline void convert_strided(const Coded& c, const Panels& all, int64_t panel, in
 // out[r] = (or +=) P panels of a class, from `panel` on, times one token.
 template <class C, int P>
 inline void multiply_class(const Coded& c, const Panels& all, int64_t panel, const Tokens& x) {
+  constexpr int S = 4 / P;  // sums of a panel, since one waits for its last addition
   const uint8_t *first = all.w + first_of_class(c, all, panel) * all.stride, *w = all.w + panel * all.stride;
   alignas(64) float scale[kGroup], zero[kGroup];
-  V acc[P][1][VP], less = V::zero();
+  V acc[P][S][VP], less = V::zero();
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < VP; ++v) acc[p][0][v] = V::zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < S; ++i)
+      for (int v = 0; v < VP; ++v) acc[p][i][v] = V::zero();
   for (int64_t chunk = 0; chunk < x.columns / kGroup; ++chunk) {
     factors_of_columns(c, all, first, panel, chunk, scale, zero);
     const float* xs = x.floats + chunk * kGroup;
+#pragma GCC unroll 4
     for (int k = 0; k < kGroup; k += W) {
       const V scaled = V::load(xs + k) * V::load(scale + k);
       less = fma(scaled, V::load(zero + k), less);
@@ -117,17 +120,26 @@ inline void multiply_class(const Coded& c, const Panels& all, int64_t panel, con
     for (int p = 0; p < P; ++p) {
       const uint8_t* codes = c.codes_at(w + p * all.stride, chunk);
       for (int64_t i = 0; i < c.layout.codes + c.layout.own; i += 64) prefetch(codes + i + kAhead);
+#pragma GCC unroll 1
       for (int s = 0; s < kSixteens; ++s)
 #pragma GCC unroll 4
         for (int v = 0; v < VP; ++v)
-          for_codes<C>(codes, s, v, [&](int k, V code) { acc[p][0][v] = fma(code, V::set(scale[k]), acc[p][0][v]); });
+          for_codes<C>(codes, s, v, [&](int k, V code) {
+            V& sum = acc[p][(k % 2 + k / 4 % 2 * 2) % S][v];
+            sum = fma(code, V::set(scale[k]), sum);
+          });
     }
   }
   const V off = V::set(sum(less));
+  V out[P][1][VP];
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < VP; ++v) acc[p][0][v] = acc[p][0][v] - off;
-  finish(Panels{w, all.stride, all.out + panel * all.apart, all.apart, all.ld, all.add}, acc);
+    for (int v = 0; v < VP; ++v) {
+      V whole = acc[p][0][v];
+      for (int i = 1; i < S; ++i) whole = whole + acc[p][i][v];
+      out[p][0][v] = whole - off;
+    }
+  finish(Panels{w, all.stride, all.out + panel * all.apart, all.apart, all.ld, all.add}, out);
 }
 
 // All panels times one token, four of a class at a time.
