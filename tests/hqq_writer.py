@@ -23,7 +23,13 @@ class Kind(NamedTuple):
 
 
 EXPERTS, ATTENTION = Kind(2, 16, 128), Kind(4, 64, 256)  # as published
-SIZES = {"hidden_size": 256, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 FAMILY = Family("mixtral", SIZES)
 
 
@@ -33,7 +39,10 @@ def quantize(weight: Tensor, kind: Kind) -> tuple[dict[str, Tensor], Tensor]:
         weight, nbits=kind.bits, group_size=kind.group, axis=0, round_zero=kind.bits == 4, optimize=False, device="cpu"
     )
     found, byte = {"W_q": W_q}, {"nbits": 8, "axis": 0, "optimize": False, "device": "cpu"}
-    for name, own in (("scale", {"group_size": kind.super_group}), ("zero", {"channel_wise": False, "group_size": None})):
+    for name, own in (
+        ("scale", {"group_size": kind.super_group}),
+        ("zero", {"channel_wise": False, "group_size": None}),
+    ):
         codes, of = Quantizer.quantize(meta[name], **byte, **own)
         for one in ("scale", "zero"):
             found[f"meta.meta_{name}.{one}"] = of[one].half()
@@ -76,12 +85,17 @@ def write_checkpoint(
     return type(model).from_pretrained(reference, dtype=torch.float32)
 
 
-def write_files(folder: Path, trunk: dict[str, Tensor], experts: dict[str, dict[str, Tensor]], *, relative: bool) -> None:
+def write_files(
+    folder: Path, trunk: dict[str, Tensor], experts: dict[str, dict[str, Tensor]], *, relative: bool
+) -> None:
     """The trunk's file, one for each expert, and the index of all."""
     places: dict[str, Any] = dict.fromkeys(trunk, "model.safetensors-trunk.safetensors")
     save_file(trunk, folder / "model.safetensors-trunk.safetensors")
     for count, (prefix, tensors) in enumerate(experts.items()):
         file = f"model-{count:05}.safetensors"
-        save_file({("" if relative else prefix) + name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+        save_file(
+            {("" if relative else prefix) + name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / file,
+        )
         places |= {f"{prefix}{name}": file for name in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))

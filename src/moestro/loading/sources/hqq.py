@@ -66,10 +66,11 @@ def read_hqq(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -
         )
     bits = _bits_of(name, codes, shape, group)
     count = rows // group * columns
-    of_scales = torch.stack([_half(name, f"meta.meta_scale.{one}", tensors) for one in ("scale", "zero")])
-    supers = of_scales.shape[1]
-    if supers == 0 or count % supers:
-        raise CheckpointError(f"{name} has {count} scales, which {supers} super-groups do not divide; {_AGAIN}")
+    pair = [_half(name, f"meta.meta_scale.{one}", tensors) for one in ("scale", "zero")]
+    supers = len(pair[0])
+    if len(pair[1]) != supers or supers == 0 or count % supers:
+        sizes = f"{supers} scales and {len(pair[1])} zeros"
+        raise CheckpointError(f"{name} has {count} scales, which super-groups of {sizes} do not divide; {_AGAIN}")
     for what, side, wanted in (
         ("scale_q", scales, {(count // supers, supers), (1, count)}),
         ("zero_q", zeros, {(1, count)}),
@@ -83,7 +84,7 @@ def read_hqq(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -
         "weight": codes,
         "scales": scales.reshape(rows // group, columns),
         "zeros": zeros.reshape(rows // group, columns),
-        "of_scales": of_scales,
+        "of_scales": torch.stack(pair),
         "of_zeros": torch.cat([_one(name, f"meta.meta_zero.{one}", tensors) for one in ("scale", "zero")]),
     }
     return RawMatrix("strided", rows, columns, parts, strided_format(bits, group, count // supers))
