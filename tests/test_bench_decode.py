@@ -76,7 +76,9 @@ def test_other_engines_take_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ratios.keys() == {"another"}
 
 
-@pytest.mark.parametrize("name", sorted({*MIXES, *format_names(), "int4g128", "int8row", "int4g32bf16z"}))
+@pytest.mark.parametrize(
+    "name", sorted({*MIXES, *format_names(), "int4g128", "int8row", "int4g32bf16z", "hqq2r16s128"})
+)
 def test_random_weights_in_each_form(name: str) -> None:
     """Every matrix but routers and the embedding is in the form's formats, finite, and of the size of other weights."""
     model: Any = build_random_model("tiny", MoestroConfig(device="cpu", threads=1), dtype="auto", seed=0, form=name)

@@ -21,7 +21,7 @@ from moestro.compute.repack import pack_stored, pack_stored_matrix
 from moestro.errors import CheckpointError, ModelError
 from moestro.loading.gpu_need import refuse_on_gpu
 from moestro.loading.sources.hqq import read_hqq
-from moestro.memory.formats import ExpertFormat, ExpertShape, expert_format_named, format_named, strided_format
+from moestro.memory.formats import ExpertFormat, ExpertShape, Strided, expert_format_named, format_named, strided_format
 from moestro.memory.formats.descriptor import Code, Descriptor, Scale, Zero
 from moestro.memory.formats.raw import RawMatrix
 from moestro.memory.formats.strided import class_order
@@ -38,6 +38,15 @@ def stored(rows: int, columns: int, kind: Kind) -> tuple[RawMatrix, Tensor]:
     """A random matrix as a file has it, and the weights [R, K] that it stands for."""
     tensors, values = quantize(torch.randn(rows, columns) / 8, kind)
     return read_hqq("matrix", tensors, (rows, columns)), values
+
+
+def random_strided(fmt: Descriptor, rows: int, columns: int) -> Strided:
+    """A matrix of random bits."""
+    torch.manual_seed(5)
+    sides = [torch.randint(0, 256, (rows // fmt.group, columns), dtype=torch.uint8) for _ in range(2)]
+    codes = torch.randint(0, 2**fmt.code_bits, (rows, columns), dtype=torch.uint8)
+    table = torch.randint(0, 256, (fmt.table_rows(rows), 2, 2 * columns), dtype=torch.uint8).view(torch.float16)
+    return Strided(codes, *sides, table, torch.tensor([0.25, 3.5]))
 
 
 def packed_matrix(raw: RawMatrix) -> Tensor:
