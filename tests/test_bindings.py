@@ -463,7 +463,12 @@ def _(m: Memory) -> Row:
 def stored_values(m: Memory, **changes: Any) -> dict[str, Any]:
     """40 rows of 96 columns of 4 bits, with a scale and a zero for 32 each."""
     fmt = kernels.MatrixFormat(
-        code=kernels.Code.U4, group=32, scale=kernels.Scale.FP16, zero=kernels.Zero.INT, constant=0
+        code=kernels.Code.U4,
+        group=32,
+        scale=kernels.Scale.FP16,
+        zero=kernels.Zero.INT,
+        constant=0,
+        super_group=0,
     )
     return {
         "format": fmt,

@@ -2,7 +2,8 @@
 
 Beside its codes `W_q` a matrix has `meta.scale_q` and `meta.zero_q`, a byte for each group, and scale and zero of these
 bytes. Bits and groups are not written down; they follow from the shapes, since the model's config says how large a
-matrix is. The layout is that of hqq 0.2.8 (its `Quantizer` and `BitPack`) under the names of mixtral-offloading's `HQQLinearTritonSavable`; memory/formats/strided.py says what the numbers stand for.
+matrix is. The layout is that of hqq 0.2.8 (its `Quantizer` and `BitPack`), under names of mixtral-offloading (its
+`HQQLinearTritonSavable`); memory/formats/strided.py says what the numbers stand for.
 
 Legend: R rows, K columns, g rows of a group, C = R / g classes, S super-groups.
 """
