@@ -53,14 +53,19 @@ def quantize(weight: Tensor, kind: Kind) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def write_checkpoint(
-    folder: Path, *, experts: Kind = EXPERTS, attention: Kind = ATTENTION, relative: bool = True
+    folder: Path,
+    *,
+    family: Family = FAMILY,
+    experts: Kind = EXPERTS,
+    attention: Kind = ATTENTION,
+    relative: bool = True,
 ) -> nn.Module:
     """Save a small Mixtral in this form, a file for each expert, and load what its tensors stand for.
 
     Args:
         relative: whether names in an expert's file leave out what the index has before them.
     """
-    model, reference = build_model(FAMILY), folder / "reference"
+    model, reference = build_model(family), folder / "reference"
     model.save_pretrained(folder)
     model.save_pretrained(reference)
     plain = load_file(folder / "model.safetensors")

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from families import random_ids
-from hqq_writer import ATTENTION, EXPERTS, Kind, quantize, write_checkpoint
+from hqq_writer import ATTENTION, EXPERTS, FAMILY, Kind, quantize, write_checkpoint
 from moestro import load
 from moestro.decode.dense import PackedLinear
 from moestro.errors import MoestroError
 from moestro.loading.checkpoint import is_stored, prefix_of
 from moestro.loading.pack import pack
 from moestro.planning.options import ModelOptions, Options
+from test_mutated_checkpoints import CHANGES, change_config, loads_or_says_why
 from test_packed import same
 from test_stored import DEVICES, _same
 
@@ -142,6 +147,38 @@ def test_damage_is_one_line(damage: Callable[[Path], None], says: str, tmp_path:
     with pytest.raises(MoestroError, match=says) as error:
         load(str(tmp_path), threads=2)
     assert "\n" not in str(error.value)
+
+
+@cache
+def _files(base: Path) -> dict[str, bytes]:
+    """A checkpoint of one layer, in two files with an index."""
+    folder = base / "whole-hqq"
+    folder.mkdir()
+    write_checkpoint(folder, family=replace(FAMILY, config={**FAMILY.config, "num_hidden_layers": 1}), relative=False)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: tensor for file in set(index.values()) for name, tensor in load_file(folder / file).items()}
+    names = [f"model-{1 + number % 2}.safetensors" for number in range(len(tensors))]
+    of_names = dict(zip(sorted(tensors), names, strict=True))
+    files = {file: save({name: tensors[name] for name in of_names if of_names[name] == file}) for file in set(names)}
+    files["config.json"] = (folder / "config.json").read_bytes()
+    return files | {"model.safetensors.index.json": json.dumps({"weight_map": of_names}).encode()}
+
+
+@pytest.mark.timeout(900)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_damage_is_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Or a model whose every weight is from the file."""
+    base = tmp_path_factory.getbasetemp()
+    files = dict(_files(base))
+    data.draw(st.sampled_from([change for change in CHANGES if change is not change_config]))(files, data.draw)
+    folder = base / "mutated-hqq"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    loads_or_says_why(folder)
 
 
 def test_experts_in_two_forms_are_refused(tmp_path: Path) -> None:
