@@ -21,7 +21,9 @@ from hqq_writer import ATTENTION, EXPERTS, FAMILY, Kind, quantize, write_checkpo
 from moestro import load
 from moestro.decode.dense import PackedLinear
 from moestro.errors import MoestroError
-from moestro.loading.checkpoint import is_stored, prefix_of
+from moestro.loading.checkpoint import is_stored
+from moestro.loading.contents import inspect_model
+from moestro.loading.headers import prefix_of
 from moestro.loading.pack import pack
 from moestro.planning.options import ModelOptions, Options
 from test_mutated_checkpoints import CHANGES, change_config, loads_or_says_why
@@ -98,6 +100,20 @@ def test_dense_layers_can_be_dequantized(published: tuple[Path, nn.Module]) -> N
     model = load(str(published[0]), dtype="float32", threads=2, pack_dense=False)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, published[1].get_parameter(name)), name
+
+
+def test_what_inspect_says(published: tuple[Path, nn.Module]) -> None:
+    """By the headers, the index and the config alone."""
+    found, weights = inspect_model(str(published[0])), dict[str, int]()
+    for name, parameter in published[1].named_parameters():
+        part = "experts" if ".experts." in name else "attention" if "self_attn" in name else "others"
+        weights[part] = weights.get(part, 0) + parameter.numel()
+    assert found.quantization == "hqq"
+    assert set(found.parts) == {"experts", "attention", "router and norms", "embeddings", "head"}
+    for part, kind, bits in (("experts", "hqq int2", 3.05), ("attention", "hqq int4", 4.3)):
+        assert found.parts[part].weights == weights[part]
+        assert list(found.parts[part].formats) == [kind]
+        assert found.parts[part].bits == pytest.approx(bits, abs=0.06)
 
 
 def _drop(folder: Path, file: str, name: str) -> None:

@@ -229,15 +229,6 @@ def names_of_files(folder: Path) -> dict[str, list[str]]:
     return files
 
 
-def prefix_of(names: Iterable[str], indexed: Iterable[str]) -> str:
-    """What the index has before the names of a file that leaves it out, as those of mixtral-offloading's experts do."""
-    wanted, found = set(indexed), list(names)
-    if not wanted.isdisjoint(found):
-        return ""
-    before = Counter(one.removesuffix(name) for name in found for one in wanted if one.endswith(f".{name}"))
-    return max(before, key=lambda prefix: before[prefix], default="")
-
-
 def _refuse_adapter(model: str, folder: Path) -> None:
     """Refuse a PEFT adapter, which Transformers would load or pass over, depending on whether PEFT is installed."""
     if (folder / "adapter_config.json").exists():

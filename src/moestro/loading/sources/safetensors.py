@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError, ModelError, first_line
-from ..checkpoint import names_of_files, prefix_of, read_config, weight_files
+from ..checkpoint import names_of_files, read_config, weight_files
+from ..headers import prefix_of
 from .base import ExpertWeights, Part, floats_of, ordered, row_index, tokenizer_from
 from .hqq import by_class
 from .layouts import WEIGHTS, Matrix, read_matrix, split_name
