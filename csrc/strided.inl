@@ -10,10 +10,14 @@ namespace {
 inline void factors_of_columns(const Coded& c, const Panels& all, const uint8_t* first, int64_t of_matrix, int64_t chunk,
                                float* scale, float* zero) {
   const int64_t of_class = c.group / kPanel, share = kGroup / of_class, at = c.layout.scales_at(chunk);
-  uint8_t bytes[2][kGroup];
-  for (int64_t i = 0; i < of_class; ++i) {
-    memcpy(bytes[0] + i * share, first + i * all.stride + at, share);
-    memcpy(bytes[1] + i * share, first + i * all.stride + at + share, share);
+  uint8_t gathered[2][kGroup];
+  const uint8_t *scales = first + at, *zeros = scales + kGroup;
+  if (of_class > 1) {
+    for (int64_t i = 0; i < of_class; ++i) {
+      memcpy(gathered[0] + i * share, first + i * all.stride + at, share);
+      memcpy(gathered[1] + i * share, first + i * all.stride + at + share, share);
+    }
+    scales = gathered[0], zeros = gathered[1];
   }
   const ColumnTable& table = all.place.table;
   const int64_t row = (all.place.panel + of_matrix) / of_class % table.rows;
@@ -21,10 +25,11 @@ inline void factors_of_columns(const Coded& c, const Panels& all, const uint8_t*
   float of_zeros[2];
   memcpy(of_zeros, table.at, sizeof(of_zeros));
   const V zero_scale = V::set(of_zeros[0]), zero_zero = V::set(of_zeros[1]);
+#pragma GCC unroll 4
   for (int k = 0; k < kGroup; k += W) {
     const V less = V::load_fp16(of_scales + table.columns * 2 + 2 * k);
-    ((to_float(I::load_bytes(bytes[0] + k)) - less) * V::load_fp16(of_scales + 2 * k)).store(scale + k);
-    ((to_float(I::load_bytes(bytes[1] + k)) - zero_zero) * zero_scale).store(zero + k);
+    ((to_float(I::load_bytes(scales + k)) - less) * V::load_fp16(of_scales + 2 * k)).store(scale + k);
+    ((to_float(I::load_bytes(zeros + k)) - zero_zero) * zero_scale).store(zero + k);
   }
 }
 
