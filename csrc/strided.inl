@@ -51,40 +51,83 @@ inline void with_unsigned(Code code, Do do_with) {
   }
 }
 
-// Calls put(column, codes as floats) for the sixteenth s of a chunk's columns, in the order of the codes' bytes.
+// The low bits of 32-bit lanes as floats, by looking them up: codes below kCounted need no other bit masked off.
+#if defined(__AVX512F__)
+constexpr int kCounted = 16;
+inline V counts() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline V counted(V table, I code) { return {_mm512_permutexvar_ps(code.v, table.v)}; }
+#elif defined(__AVX2__)
+constexpr int kCounted = 8;
+inline V counts() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline V counted(V table, I code) { return {_mm256_permutevar8x32_ps(table.v, code.v)}; }
+#else
+constexpr int kCounted = 0;
+inline V counts() { return V::zero(); }
+inline V counted(V, I code) { return to_float(code); }
+#endif
+
+// Byte N of 32-bit lanes as floats, where no code has 8 bits.
+template <class C, int N>
+inline V byte_of(V table, I quad) {
+  I code = quad;
+  if constexpr (N > 0) code = shift_right32<8 * N>(quad);
+  if constexpr (C::kLargest < kCounted) return counted(table, code);
+  else if constexpr (N == 3) return to_float(code);
+  else return to_float(code & I::set32(0xFF));
+}
+
+// Calls put(column, codes as floats of 16 rows) for the sixteenth s of a chunk's columns, in the order of bytes.
 template <class C, class Put>
-inline void for_codes(const uint8_t* codes, int s, int v, Put put) {
-  const auto table = I::load_table(kE2m1);  // no code that is strided looks anything up
-  const I byte = I::set32(0xFF);
+inline void for_codes(const uint8_t* codes, int s, V table, Put put) {
   if constexpr (C::kQuads) {
+    const auto nothing = I::load_table(kE2m1);  // no code that is strided looks anything up there
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      Quads q;
-      C::quads(codes, s, i, v, table, q);
+      Quads q[VP];
+#pragma GCC unroll 4
+      for (int v = 0; v < VP; ++v) C::quads(codes, s, i, v, nothing, q[v]);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         const int column = 16 * s + 8 * i + 2 * j;  // bytes are columns 0 4 1 5 from here
-        put(column, to_float(q[j] & byte));
-        put(column + 4, to_float(shift_right32<8>(q[j]) & byte));
-        put(column + 1, to_float(shift_right32<16>(q[j]) & byte));
-        put(column + 5, to_float(shift_right32<24>(q[j])));  // no code has 8 bits
+        V code[VP];
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 0>(table, q[v][j]);
+        put(column, code);
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 1>(table, q[v][j]);
+        put(column + 4, code);
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 2>(table, q[v][j]);
+        put(column + 1, code);
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 3>(table, q[v][j]);
+        put(column + 5, code);
       }
     }
   } else {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const I pair = C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2);
-      put(16 * s + 2 * j, even_half(pair));
-      put(16 * s + 2 * j + 1, odd_half(pair));
+      V even[VP], odd[VP];
+#pragma GCC unroll 4
+      for (int v = 0; v < VP; ++v) {
+        const I pair = C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2);
+        even[v] = even_half(pair), odd[v] = odd_half(pair);
+      }
+      put(16 * s + 2 * j, even);
+      put(16 * s + 2 * j + 1, odd);
     }
   }
 }
 
 template <class C>
 inline void convert_chunk(const uint8_t* codes, const float* scale, const float* zero, float* to) {
+  const V table = counts();
   for (int s = 0; s < kSixteens; ++s)
-    for (int v = 0; v < VP; ++v)
-      for_codes<C>(codes, s, v, [&](int k, V code) { ((code - V::set(zero[k])) * V::set(scale[k])).store(to + k * kPanel + v * W); });
+    for_codes<C>(codes, s, table, [&](int k, const V (&code)[VP]) {
+      const V less = V::set(zero[k]), times = V::set(scale[k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VP; ++v) ((code[v] - less) * times).store(to + k * kPanel + v * W);
+    });
 }
 
 // Columns [begin, begin + count) of a panel as float32 [count, 16], in whole chunks.
@@ -106,6 +149,7 @@ inline void multiply_class(const Coded& c, const Panels& all, int64_t panel, con
   constexpr int S = 4 / P;  // sums of a panel, since one waits for its last addition
   const uint8_t *first = all.w + first_of_class(c, all, panel) * all.stride, *w = all.w + panel * all.stride;
   alignas(64) float scale[kGroup], zero[kGroup];
+  const V table = counts();
   V acc[P][S][VP], less = V::zero();
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
@@ -127,12 +171,14 @@ inline void multiply_class(const Coded& c, const Panels& all, int64_t panel, con
       for (int64_t i = 0; i < c.layout.codes + c.layout.own; i += 64) prefetch(codes + i + kAhead);
 #pragma GCC unroll 1
       for (int s = 0; s < kSixteens; ++s)
+        for_codes<C>(codes, s, table, [&](int k, const V (&code)[VP]) {
+          const V times = V::set(scale[k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < VP; ++v)
-          for_codes<C>(codes, s, v, [&](int k, V code) {
+          for (int v = 0; v < VP; ++v) {
             V& sum = acc[p][(k % 2 + k / 4 % 2 * 2) % S][v];
-            sum = fma(code, V::set(scale[k]), sum);
-          });
+            sum = fma(code[v], times, sum);
+          }
+        });
     }
   }
   const V off = V::set(sum(less));
