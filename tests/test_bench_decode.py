@@ -96,6 +96,11 @@ def test_random_weights_in_each_form(name: str) -> None:
     assert bool(model(torch.arange(8)[None]).logits.isfinite().all())
 
 
+def test_forms_that_do_not_divide_a_shape_are_refused() -> None:
+    with pytest.raises(RequestError, match="groups of 256 rows, which do not divide all matrices"):
+        build_random_model("tiny", MoestroConfig(device="cpu"), dtype="auto", seed=0, form="hqq2r256s8")
+
+
 @needs_kernels
 def test_forms_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("q9", "int4g128@order", "q4_k+q9", ""):

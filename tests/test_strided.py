@@ -362,6 +362,14 @@ def test_scales_that_are_plain_floats_are_refused() -> None:
         read_hqq("a.matrix", tensors, (64, 48))
 
 
+def test_shapes_that_no_classes_divide() -> None:
+    fmt = expert_format_named("hqq2r16s8+hqq2r16s8+hqq4r64s8")
+    assert fmt.divides(ExpertShape(hidden=192, neurons=80))
+    for shape in (ExpertShape(192, 72), ExpertShape(96, 80), ExpertShape(192, 80, has_bias=True)):
+        assert not fmt.divides(shape)
+        assert expert_format_named("int4").divides(shape)
+
+
 def test_a_gpu_refuses_them() -> None:
     gpu: Any = SimpleNamespace(accelerator=True, is_pretended=False)
     with pytest.raises(ModelError, match=r"\(hqq2r16s128\) are computed by the CPU's kernels alone; use --device cpu"):

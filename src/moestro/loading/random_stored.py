@@ -61,12 +61,12 @@ def stored_formats(model: Any, name: str) -> StoredFormats:
         kind = experts[0].matrices["down"]
         beside = format_named("q8_0") if name == "mxfp4" else kind
         dense = {one: beside for one in linears if not (name == "fp8" and one == head)}
-        sizes = [(model.get_submodule(one).out_features, fmt) for one, fmt in dense.items()]
-        for module in expert_modules(model).values():
-            of = FamilyLayout.of(name, module).shape
-            sizes += [(of.neurons, experts[0].matrices["up"]), (of.hidden, kind)]
-        if odd := [rows for rows, fmt in sizes if fmt.is_strided and rows % fmt.group]:
-            raise RequestError(f"{name} has groups of {kind.group} rows, which do not divide a matrix of {odd[0]} rows")
+        whole = [fmt.divides(model.get_submodule(one).out_features) for one, fmt in dense.items()]
+        shapes = [FamilyLayout.of(one, module).shape for one, module in expert_modules(model).items()]
+        if not all((*whole, *(experts[0].divides(shape) for shape in shapes))):
+            raise RequestError(
+                f"{name} has groups of {kind.group} rows, which do not divide all matrices of this shape"
+            )
     return StoredFormats(experts, {f"{one}.weight": fmt for one, fmt in dense.items()})
 
 

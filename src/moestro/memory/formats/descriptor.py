@@ -232,6 +232,10 @@ class Descriptor:
         """Bytes of the panels of a matrix."""
         return -(-rows // PANEL) * self.panel_bytes(columns)
 
+    def divides(self, rows: int) -> bool:
+        """Whether a matrix of so many rows can be in this format: classes of rows are whole."""
+        return not self.is_strided or rows % self.group == 0
+
     def table_rows(self, rows: int) -> int:
         """Of `Scale.COLUMN`: after how many classes of rows the numbers of super-groups repeat; 0 of other scales."""
         classes = max(1, rows // self.group) if self.is_strided else 0

@@ -105,6 +105,11 @@ class ExpertFormat:
         if len(kinds) > 1 or (self.is_strided and (orders or len(groups) > 1 or self.block % min(groups))):
             raise ValueError(f"{self.name} has neurons in several orders")
 
+    def divides(self, shape: ExpertShape) -> bool:
+        """Whether experts of that shape can be in this format: classes of rows are whole, and without biases."""
+        whole = self.matrices["up"].divides(shape.neurons) and self.matrices["down"].divides(shape.hidden)
+        return whole and not (self.is_strided and shape.has_bias)
+
     def blocks(self, shape: ExpertShape) -> int:
         """N, the last one possibly padded."""
         return -(-shape.neurons // self.block)
