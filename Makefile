@@ -39,8 +39,8 @@ sanitize-%:
 SANITIZED := build/sanitize-python
 # Preloaded, since Python itself is built without; libstdc++ too, or the sanitizer finds no __cxa_throw to watch.
 PRELOADED = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
-REACH_KERNELS := $(patsubst %,tests/test_%.py,bindings stored cpu_kernels solver few_tokens dense experts fuse fuse_families families fork \
-	watch cache_tensors model_surgery)
+REACH_KERNELS := $(patsubst %,tests/test_%.py,bindings strided stored cpu_kernels solver few_tokens dense experts fuse \
+	batched_decode fuse_families families fork watch cache_tensors model_surgery)
 
 sanitize-python: install  ## build the extension with ASan and UBSan and run the tests that reach it (some 8 min on 2 cores)
 	rm -rf $(SANITIZED)

@@ -141,8 +141,8 @@ void rms_norm(Runner& runner, const std::string& level_name, nb::handle x, nb::h
   runner.rms_norm(level, data, type, rows, norm, to);
 }
 
-void make_format(MatrixFormat* self, Code code, int64_t group, Scale scale, Zero zero, int32_t constant) {
-  const MatrixFormat made{code, group, scale, zero, constant};
+void make_format(MatrixFormat* self, Code code, int64_t group, Scale scale, Zero zero, int32_t constant, int64_t super_group) {
+  const MatrixFormat made{code, group, scale, zero, constant, super_group};
   check(made);
   new (self) MatrixFormat(made);
 }
@@ -155,6 +155,7 @@ int64_t bytes_of_panel(const MatrixFormat& format, int64_t columns) {
 void make_linear(Linear* self, nb::handle packed, const MatrixFormat& format, int64_t rows, int64_t columns, nb::handle bias) {
   check_size(rows, "rows");
   check_size(columns, "columns");
+  require(!is_strided(format) || rows % format.group == 0, "rows: no whole classes");
   const uint8_t* bytes = Array(packed, "packed").packed(matrix_bytes(format, rows, columns));
   const float* added = bias.is_none() ? nullptr : Array(bias, "bias").floats(rows);
   new (self) Linear{bytes, rows, columns, format, added, nullptr, Type::kFp32};
@@ -403,12 +404,13 @@ NB_MODULE(_kernels, m) {
       .value("NONE", Scale::kNone).value("FP16", Scale::kFp16).value("BF16", Scale::kBf16).value("FP32", Scale::kFp32)
       .value("E8M0", Scale::kE8m0).value("E4M3", Scale::kE4m3).value("BLOCK", Scale::kBlock).value("K4", Scale::kK4)
       .value("K2", Scale::kK2).value("K6", Scale::kK6).value("K3", Scale::kK3).value("IQ4XS", Scale::kIq4xs)
-      .value("SHIFTED", Scale::kShifted);
+      .value("SHIFTED", Scale::kShifted).value("COLUMN", Scale::kColumn);
   nb::enum_<Zero>(m, "Zero")
       .value("NONE", Zero::kNone).value("CONSTANT", Zero::kConstant).value("FP16", Zero::kFp16).value("INT", Zero::kInt)
-      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin).value("FIXED", Zero::kFixed);
+      .value("ADD", Zero::kAdd).value("MIN", Zero::kMin).value("FIXED", Zero::kFixed)
+      .value("COLUMN", Zero::kColumn);
   nb::class_<MatrixFormat>(m, "MatrixFormat")
-      .def("__init__", &make_format, nb::kw_only(), "code"_a, "group"_a, "scale"_a, "zero"_a, "constant"_a)
+      .def("__init__", &make_format, nb::kw_only(), "code"_a, "group"_a, "scale"_a, "zero"_a, "constant"_a, "super_group"_a)
       .def("panel_bytes", &bytes_of_panel, "columns"_a)
       .def_prop_ro("least_block", &least_block);
   nb::enum_<Activation>(m, "Activation")

@@ -37,6 +37,9 @@ int64_t code_bytes(const Raw& raw, const MatrixFormat& f) {
       require(bytes > 0, "codes: no blocks of GGUF of that format and width");
       return raw.rows * bytes;
     }
+    case Layout::kStrided:
+      if (bits == 3) return (f.group + 9) / 10 * (raw.rows / f.group) * raw.columns * 4;
+      return raw.rows * raw.columns * (bits == 2 || bits == 4 ? bits : 8) / 8;
     default:
       require(bits >= 8, "codes: plain ones are whole bytes");
       require(raw.row_stride >= 0 && raw.row_stride <= kMostSize && raw.column_stride >= 0 && raw.column_stride <= kMostSize,
@@ -63,13 +66,19 @@ void make_stored(Stored* self, const MatrixFormat& format, Layout layout, int64_
   check_size(columns, "columns");
   raw.layout = layout, raw.rows = rows, raw.columns = columns;
   raw.row_stride = row_stride, raw.column_stride = column_stride;
+  require(is_strided(format) == (layout == Layout::kStrided), "layout: does not fit the format");
+  require(!is_strided(format) || rows % format.group == 0, "rows: no whole classes");
+  require(!is_strided(format) || row_order.is_none(), "row_order: classes have their own");
   require(flip == 0 || flip == 128, "flip: not 0 or 128");
   raw.flip = static_cast<uint8_t>(flip), raw.tensor_scale = tensor_scale;
   const Array bytes(codes, "codes");
   const int64_t wanted = code_bytes(raw, format);
   raw.codes = bytes.bytes(layout == Layout::kPlain ? bytes.count() : wanted);
   if (bytes.count() < wanted) bytes.refuse(std::to_string(wanted) + " bytes");
-  if (!format.is_float() && layout != Layout::kGguf) {
+  if (layout == Layout::kStrided) {
+    raw.scales = Array(scales, "scales").bytes(rows / format.group * columns);
+    raw.zeros = Array(zeros, "zeros").bytes(rows / format.group * columns);
+  } else if (!format.is_float() && layout != Layout::kGguf) {
     const Array sides(scales, "scales");
     raw.scales = sides.bytes(sides.count());
     const int64_t group = format.group == kRow ? columns : format.group, groups = (columns + group - 1) / group;
@@ -111,7 +120,8 @@ void repack_stored(Runner& runner, const nb::object& jobs) {
     const int64_t unit = stored->format.is_float() ? 2 : repack_column_unit(stored->format);
     const bool is_whole = columns % unit == 0 || column + columns >= stored->raw.columns;
     require(column % unit == 0 && is_whole, "jobs: begins or ends within a unit of columns");
-    uint8_t* out = Array(job[5], "out").bytes(matrix_bytes(stored->format, rows, columns));
+    require(!is_strided(stored->format) || row % stored->format.group == 0, "jobs: begins within a class of rows");
+    uint8_t* out = Array(job[5], "out").bytes(panels_bytes(stored->format, rows, columns));
     list.push_back({&stored->raw, stored->format, row, rows, column, columns, out});
     kept.push_back(nb::borrow(job[0]));
   }
@@ -127,7 +137,8 @@ void bind_repack(nb::module_& m) {
       .value("nibbles", Layout::kNibbles)
       .value("awq", Layout::kAwq)
       .value("gptq", Layout::kGptq)
-      .value("gguf", Layout::kGguf);
+      .value("gguf", Layout::kGguf)
+      .value("strided", Layout::kStrided);
   nb::class_<Stored>(m, "Stored")
       .def("__init__", &make_stored, nb::kw_only(), "format"_a, "layout"_a, "rows"_a, "columns"_a, "codes"_a, "row_stride"_a = 0,
            "column_stride"_a = 0, "scales"_a.none() = nb::none(), "zeros"_a.none() = nb::none(), "flip"_a = 0, "tensor_scale"_a = 1.0f,

@@ -36,6 +36,13 @@ inline void check(const Shape& shape) {
   check(shape.down);
   require(shape.block == 64 || shape.block == 128 || shape.block == kMostBlock, "block: expected 64, 128 or 256 neurons");
   require(shape.block % least_block(shape.down) == 0, "block: cuts the units of down");
+  const bool strided = is_strided(shape.up);
+  require(is_strided(shape.down) == strided && (!shape.has_gate || is_strided(shape.gate) == strided),
+          "formats: scales of columns in some matrices");
+  require(!strided || !shape.has_gate || shape.gate.group == shape.up.group, "formats: gate and up have other orders of neurons");
+  require(!strided || shape.block % shape.up.group == 0, "block: cuts the classes of gate and up");
+  require(!strided || (shape.neurons % shape.up.group == 0 && shape.hidden % shape.down.group == 0), "formats: no whole classes of rows");
+  require(!strided || (shape.orders == 0 && !shape.has_bias), "formats: scales of columns beside orders or biases");
   require(shape.orders >= 0 && shape.orders <= (shape.has_gate ? 2 : 1), "orders: not one of each of gate and up at most");
   require(shape.has_gate || shape.activation != Activation::kClampedSwiglu, "activation: clamped_swiglu needs a gate");
 }

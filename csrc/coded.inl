@@ -83,7 +83,7 @@ constexpr bool meets_bytes() {
 }
 
 inline Packing packing_of(const Coded& c, int64_t n, Type) {
-  if (n > moestro::kThinTokens || !c.is_whole()) return Packing::kFloats;
+  if (n > moestro::kThinTokens || !c.is_whole() || c.is_strided()) return Packing::kFloats;
   bool bytes = false;
   with_code(c.code, [&](auto code) { bytes = meets_bytes<decltype(code)>(); });
   return n == 1 && bytes ? Packing::kBytePlanes : Packing::kWhole;
@@ -362,35 +362,6 @@ inline void one_product(C code, const Coded& c, const Panels& all, int64_t panel
   const int64_t apart = panels / P;
   for (int64_t p = 0; p < apart; ++p) multiply_one<C, P>(code, c, part(p, apart), x);
   if constexpr (P > 1) for (int64_t p = apart * P; p < panels; ++p) multiply_one<C, 1>(code, c, part(p, 1), x);
-}
-
-inline void product(const Coded& c, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
-  if (x.count == 1) return with_code(c.code, [&](auto code) { one_product(code, c, all, panels, x); });
-  if (x.as != Packing::kFloats) return few_product(c, all, panels, x, tile);
-  many_product(all, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
-    convert(c, all.w + panel * all.stride, k, count, to);
-  });
-}
-
-// Calls do_with(F()) with the class of a format that has kernels of its own, or do_with(Coded).
-template <class Do>
-inline void with_format(const MatrixFormat& f, Do do_with) {
-  if (f.code == Code::kFp32) do_with(Fp32());
-  else if (f.code == Code::kFp16) do_with(Fp16());
-  else if (f.code == Code::kBf16) do_with(Bf16());
-  else if (f == moestro::kInt8) do_with(Int8());
-  else if (f == moestro::kInt4) do_with(Int4());
-  else do_with(Coded(f));
-}
-
-inline Packing packing_of(const MatrixFormat& f, int64_t n, Type type) {
-  Packing as = Packing::kFloats;
-  with_format(f, [&](auto format) { as = packing_of(format, n, type); });
-  return as;
-}
-
-inline void product(const MatrixFormat& f, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
-  with_format(f, [&](auto format) { product(format, all, panels, K, x, tile); });
 }
 
 }  // namespace

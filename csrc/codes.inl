@@ -142,6 +142,7 @@ struct Coded {
     if (code == Code::kE4m3) unit = 256;
   }
   bool is_whole() const { return code != Code::kE4m3; }
+  bool is_strided() const { return scale == Scale::kColumn; }
   const uint8_t* codes_at(const uint8_t* panel, int64_t chunk) const {
     return panel + layout.codes_at(chunk);
   }

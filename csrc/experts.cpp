@@ -14,8 +14,35 @@ namespace moestro {
 
 int64_t block_bytes(const Shape& shape) {
   const int64_t bias = shape.has_bias ? shape.block * 4 : 0;
-  const int64_t gate = shape.has_gate ? matrix_bytes(shape.gate, shape.block, shape.hidden) + bias : 0;
-  return gate + matrix_bytes(shape.up, shape.block, shape.hidden) + bias + matrix_bytes(shape.down, shape.hidden, shape.block);
+  const int64_t gate = shape.has_gate ? panels_bytes(shape.gate, shape.block, shape.hidden) + bias : 0;
+  return gate + panels_bytes(shape.up, shape.block, shape.hidden) + bias + panels_bytes(shape.down, shape.hidden, shape.block);
+}
+
+namespace {
+
+int64_t down_columns(const Shape& shape) { return shape.blocks() * shape.block; }
+
+}  // namespace
+
+int64_t head_bytes(const Shape& shape) {
+  const int64_t gate = shape.has_gate ? table_bytes(shape.gate, shape.neurons, shape.hidden) : 0;
+  const int64_t rest = table_bytes(shape.up, shape.neurons, shape.hidden) + table_bytes(shape.down, shape.hidden, down_columns(shape));
+  return shape.orders * order_bytes(shape) + gate + rest;
+}
+
+Tables tables_of(const Shape& shape, const uint8_t* packed) {
+  const uint8_t* at = packed + shape.orders * order_bytes(shape);
+  const auto next = [&](const MatrixFormat& format, int64_t rows, int64_t columns) {
+    if (!is_strided(format)) return ColumnTable{};
+    const ColumnTable table{at, table_rows(format, rows), table_columns(columns)};
+    at += table_bytes(format, rows, columns);
+    return table;
+  };
+  Tables all;
+  if (shape.has_gate) all.gate = next(shape.gate, shape.neurons, shape.hidden);
+  all.up = next(shape.up, shape.neurons, shape.hidden);
+  all.down = next(shape.down, shape.hidden, down_columns(shape));
+  return all;
 }
 
 namespace {
@@ -72,6 +99,11 @@ const int32_t* order_of(const Work& work, const Shape& shape, int64_t number) {
     if (order[i] < 0 || order[i] >= shape.hidden) throw std::out_of_range("packed: an order has no column " + std::to_string(order[i]));
   }
   return order;
+}
+
+// Of outputs in the order of classes of rows, some, times a weight, to where they belong among D.
+void add_rows(const MatrixFormat& f, int64_t D, float weight, const float* partial, int64_t begin, int64_t count, float* out) {
+  for (int64_t i = begin; i < begin + count; ++i) out[own_row(f, D, i)] += weight * partial[i];
 }
 
 // What one token takes from one item: partial row, weight.
@@ -153,6 +185,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   for (int w = 0; w < count; ++w) {
     const Work& work = works[w];
     const int32_t *gate_order = order_of(work, shape, 0), *up_order = order_of(work, shape, shape.orders - 1);
+    const Tables tables = tables_of(shape, work.packed);
     const int64_t begin = work.neuron_begin / shape.block, end = (work.neuron_end + shape.block - 1) / shape.block;
     const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
     const int64_t tile = tile_of(work.tokens, most), chunk = chunk_blocks(shape, work.tokens);
@@ -160,8 +193,8 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
       const int64_t n = std::min(tile, work.tokens - t);
       for (int64_t b = begin; b < end; b += chunk) {
         const int64_t stop = std::min(b + chunk, end);
-        items.push_back({work.packed + head, gate_order, up_order, b, stop, work.rows + t, n, with_last && stop == end, nullptr,
-                         nullptr});
+        items.push_back({work.packed + head, gate_order, up_order, tables, b, stop, work.rows + t, n, with_last && stop == end,
+                         nullptr, nullptr});
         owner.push_back(&work);
         first_row.push_back(t);
         offset.push_back(floats);
@@ -194,7 +227,10 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   const int64_t cuts = (D + cut - 1) / cut;
   crew.pool.run(static_cast<int>(tokens * cuts), [&](int i, int) {
     const int64_t t = i / cuts, begin = i % cuts * cut, width = std::min(cut, D - begin);
-    for (const Part& part : parts[t]) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
+    for (const Part& part : parts[t]) {
+      if (!is_strided(shape.down)) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
+      else add_rows(shape.down, D, part.weight, part.partial, begin, width, out + t * D);
+    }
   });
 }
 
@@ -225,14 +261,13 @@ void Runner::run_linears(const Level& level, const Input& x, int64_t tokens, con
 }
 
 void Runner::look_up(const Level& level, const Linear& table, const int64_t* ids, int64_t n) {
-  const int64_t K = table.columns, stride = panel_bytes(table.format, K), row_bytes = K * size_of(table.out_type);
+  const int64_t K = table.columns, row_bytes = K * size_of(table.out_type);
   for (int64_t i = 0; i < n; ++i) {
     if (ids[i] < 0 || ids[i] >= table.rows)
       throw std::out_of_range("no row " + std::to_string(ids[i]) + " in a table of " + std::to_string(table.rows));
   }
   each(static_cast<int>(n), round_up(K, kGroup) + kPanel * kTileColumns, n * K >= kPoolElements, [&](int i, float* row) {
-    const uint8_t* panel = table.packed + ids[i] / kPanel * stride;
-    level.unpack_row(table.format, panel, ids[i] % kPanel, K, row + round_up(K, kGroup), row);
+    level.unpack_row(table, ids[i], row + round_up(K, kGroup), row);
     level.write(row, K, table.out_type, static_cast<uint8_t*>(table.out) + i * row_bytes);
   });
 }

@@ -9,7 +9,9 @@
 // An expert is packed in blocks of B neurons: gate rows [B, D], up rows [B, D] and the matching down columns
 // as a matrix [D, B], each in a format of its own, then float32 biases; after the last block the float32 down bias [D].
 // Where the columns of gate and up are in an order of their own (act-order), the orders stand before the first block:
-// int32 [D] each, filled up to a cache line. Column k of a matrix then meets number order[k] of a token.
+// int32 [D] each, filled up to a cache line. Column k of a matrix then meets number order[k] of a token. With kColumn the
+// tables of gate, up and down stand there (formats.h), neurons are in the order of gate's classes of rows, and the
+// outputs of down come in the order of its own, out of which the sum of all parts puts them.
 //
 // Work is cut into items of (expert, tile of tokens, chunk of blocks). The cut depends on the work alone and
 // never on the number of threads, each item fills its own partial result, and partial results are added in
@@ -51,7 +53,13 @@ struct Shape {
 
 int64_t block_bytes(const Shape& shape);  // of one block of neurons
 inline int64_t order_bytes(const Shape& shape) { return round_up(shape.hidden * 4, kLineBytes); }
-inline int64_t head_bytes(const Shape& shape) { return shape.orders * order_bytes(shape); }  // before the first block
+int64_t head_bytes(const Shape& shape);  // before the first block
+
+// An expert's tables, of an address that begins an expert; empty ones of other formats.
+struct Tables {
+  ColumnTable gate, up, down;
+};
+Tables tables_of(const Shape& shape, const uint8_t* packed);
 
 inline int64_t size_of(Type type) { return type == Type::kFp32 ? 4 : 2; }  // of an activation's types
 
@@ -76,6 +84,7 @@ struct Work {
 struct Item {
   const uint8_t* packed;           // from the first block on
   const int32_t *gate_order, *up_order;  // [D], or none
+  Tables tables;
   int64_t block_begin, block_end;  // blocks of the expert
   const int64_t* rows;             // [n]
   int64_t tokens;                  // n
@@ -155,8 +164,8 @@ struct Level {
   const char* name;
   void (*run_item)(const Shape& shape, const Input& x, const Item& item, Scratch& scratch);
   void (*run_linear)(const Input& x, const LinearItem& item, Scratch& scratch);
-  // Row `lane` of a panel of K columns as float32; `tile` has room for 16 rows of kTileColumns.
-  void (*unpack_row)(const MatrixFormat& format, const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to);
+  // A row of a matrix as float32; `tile` has room for 16 rows of kTileColumns.
+  void (*unpack_row)(const Linear& matrix, int64_t row, float* tile, float* to);
   void (*rms_norm)(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row);
   void (*read)(const Input& x, float* to);  // the first row, with zeros up to a whole group
   void (*write)(const float* from, int64_t count, Type type, void* to);

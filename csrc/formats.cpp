@@ -1,5 +1,8 @@
 #include "formats.h"
 
+#include <algorithm>
+#include <numeric>
+
 namespace moestro {
 
 int64_t bits_of(Code code) {
@@ -48,6 +51,7 @@ PanelLayout parts_of(const MatrixFormat& f) {
       const int groups = static_cast<int>(kGroup / f.group);
       return {0, kPanel, 2 * kPanel * groups, codes, 2, groups};
     }
+    case Scale::kColumn: return {0, 0, 2 * kGroup * kPanel / f.group, codes, 0, 1};  // a share of its class's bytes
     default: break;
   }
   const int64_t tensor = f.scale == Scale::kE4m3 ? 4 : 0;
@@ -77,16 +81,27 @@ int64_t panel_bytes(const MatrixFormat& f, int64_t K) {
   return l.panel_header + units * l.unit_header + chunks * l.codes;
 }
 
+int64_t table_rows(const MatrixFormat& f, int64_t R) {
+  if (!is_strided(f)) return 0;
+  const int64_t classes = std::max<int64_t>(1, R / f.group);
+  return classes / std::gcd(classes, f.super_group);
+}
+
+int64_t table_bytes(const MatrixFormat& f, int64_t R, int64_t K) {
+  return is_strided(f) ? kTableHeader + table_rows(f, R) * table_columns(K) * 4 : 0;
+}
+
 int64_t least_block(const MatrixFormat& down) {
   if (down.is_float()) return 64;
+  if (is_strided(down)) return std::max(kGroup, down.group);
   if (down.group == kRow || is_two_level(down)) return 256;
   return down.scale == Scale::kBlock ? kGroup : kGroup << layout_of(down).unit_shift;
 }
 
 const char* fault_of(const MatrixFormat& f) {
   const bool has_zero = f.zero != Zero::kNone, table = f.code == Code::kE2m1 || f.code == Code::kIq4nl;
-  if (f.code < Code::kFp32 || f.code > Code::kE4m3 || f.scale < Scale::kNone || f.scale > Scale::kShifted ||
-      f.zero < Zero::kNone || f.zero > Zero::kFixed)
+  if (f.code < Code::kFp32 || f.code > Code::kE4m3 || f.scale < Scale::kNone || f.scale > Scale::kColumn ||
+      f.zero < Zero::kNone || f.zero > Zero::kColumn)
     return "format: no such code, scale or zero";
   if (f.is_float()) return f.scale != Scale::kNone || has_zero || f.constant ? "format: floats have no scales" : nullptr;
   if (f.scale == Scale::kNone) return "format: codes without a scale";
@@ -94,10 +109,17 @@ const char* fault_of(const MatrixFormat& f) {
   if (f.zero == Zero::kConstant ? f.constant < 0 || f.constant > 255 : f.constant != 0) return "format: constant: no zero";
   if ((f.zero == Zero::kMin) != (f.scale == Scale::kK4 || f.scale == Scale::kK2)) return "format: zero: does not fit the scale";
   if ((f.zero == Zero::kFixed) != (f.scale == Scale::kShifted)) return "format: zero: does not fit the scale";
+  if ((f.zero == Zero::kColumn) != is_strided(f)) return "format: zero: does not fit the scale";
+  if (is_strided(f) ? f.super_group < 1 || f.super_group > int64_t{1} << 30 : f.super_group != 0)
+    return "format: super_group: does not fit the scale";
   switch (f.scale) {
     case Scale::kShifted:
       if (bits_of(f.code) == 8) return "format: a shifted scale for codes of a byte";
       return f.group != 16 && f.group != 32 && f.group != 64 ? "format: group: expected 16, 32 or 64" : nullptr;
+    case Scale::kColumn:
+      if (f.group != 16 && f.group != 32 && f.group != 64 && f.group != 128 && f.group != 256)
+        return "format: group: expected 16, 32, 64, 128 or 256 rows";
+      return nullptr;
     case Scale::kBlock: return f.group != 128 || has_zero ? "format: a block has 128 columns and no zero" : nullptr;
     case Scale::kK4: case Scale::kIq4xs: return f.group != 32 ? "format: group: expected 32" : nullptr;
     case Scale::kK2: case Scale::kK6: case Scale::kK3: return f.group != 16 ? "format: group: expected 16" : nullptr;

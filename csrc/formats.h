@@ -35,6 +35,7 @@ enum class Scale : int {
   // Small whole numbers of each group, times an fp16 of 256 columns: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K, IQ4_XS.
   kK4 = 7, kK2 = 8, kK6 = 9, kK3 = 10, kIq4xs = 11,
   kShifted = 12,  // a byte of each group, times 2^(byte - 127) of 256 columns
+  kColumn = 13,   // (byte - fp16) * fp16, of a class of rows and a column
 };
 
 enum class Zero : int {
@@ -45,17 +46,20 @@ enum class Zero : int {
   kAdd = 4,   // fp16, added to scale * code
   kMin = 5,   // small whole numbers times an fp16, subtracted: with the scales kK4 and kK2
   kFixed = 6,  // a byte of each row and group: byte * 2^(bits - 8) - 1/2, with kShifted
+  kColumn = 7,  // (byte - float) * float, of a class of rows and a column, with kColumn
 };
 
 struct MatrixFormat {
   Code code = Code::kBf16;
-  int64_t group = kGroup;  // columns that share a scale, or kRow
+  int64_t group = kGroup;  // columns that share a scale, or kRow; of kColumn, the rows of a class
   Scale scale = Scale::kNone;
   Zero zero = Zero::kNone;
   int32_t constant = 0;  // the zero, where it is one
+  int64_t super_group = 0;  // of kColumn: scales that share two fp16
 
   bool operator==(const MatrixFormat& o) const {
-    return code == o.code && group == o.group && scale == o.scale && zero == o.zero && constant == o.constant;
+    return code == o.code && group == o.group && scale == o.scale && zero == o.zero && constant == o.constant &&
+           super_group == o.super_group;
   }
   bool operator!=(const MatrixFormat& o) const { return !(*this == o); }
   bool is_float() const { return code <= Code::kBf16; }
@@ -87,14 +91,39 @@ struct PanelLayout {
 
 int64_t bits_of(Code code);
 int64_t scale_bytes(Scale scale);  // of a row and group
-inline bool is_two_level(const MatrixFormat& format) { return format.scale >= Scale::kK4; }
+inline bool is_strided(const MatrixFormat& format) { return format.scale == Scale::kColumn; }
+inline bool is_two_level(const MatrixFormat& format) { return format.scale >= Scale::kK4 && !is_strided(format); }
 
 PanelLayout layout_of(const MatrixFormat& format);
 
-// Bytes of a panel of K columns, and of a matrix.
+// Bytes of a panel of K columns, and of a matrix's panels.
 int64_t panel_bytes(const MatrixFormat& format, int64_t K);
-inline int64_t matrix_bytes(const MatrixFormat& format, int64_t R, int64_t K) {
+inline int64_t panels_bytes(const MatrixFormat& format, int64_t R, int64_t K) {
   return round_up(R, kPanel) / kPanel * panel_bytes(format, K);
+}
+
+// With kColumn, a matrix has a table behind its panels (an expert before its blocks): float32 scale and zero of all zeros,
+// filled up to a cache line, and for each of some classes of rows, after which they repeat, fp16 scales of the columns'
+// scales and then fp16 zeros of these, for whole chunks of columns.
+struct ColumnTable {
+  const uint8_t* at = nullptr;
+  int64_t rows = 0, columns = 0;  // classes until they repeat, and columns up to a whole chunk
+};
+constexpr int64_t kTableHeader = 64;
+inline int64_t table_columns(int64_t K) { return round_up(K, kGroup); }
+int64_t table_rows(const MatrixFormat& format, int64_t R);  // 0 of other scales
+int64_t table_bytes(const MatrixFormat& format, int64_t R, int64_t K);
+inline int64_t matrix_bytes(const MatrixFormat& format, int64_t R, int64_t K) {
+  return panels_bytes(format, R, K) + table_bytes(format, R, K);
+}
+// Which row of a matrix of R rows stands at place i: with kColumn the rows of a class are neighbours, R / group apart.
+inline int64_t own_row(const MatrixFormat& format, int64_t R, int64_t i) {
+  return is_strided(format) ? i % format.group * (R / format.group) + i / format.group : i;
+}
+inline int64_t place_of_row(const MatrixFormat& format, int64_t R, int64_t row) {
+  if (!is_strided(format)) return row;
+  const int64_t classes = R / format.group;
+  return row % classes * format.group + row / classes;
 }
 
 // Neurons of an expert's block, at the least: as many as a unit of down's columns.

@@ -101,7 +101,8 @@ inline void ask_for(const uint8_t* w, int64_t stride, int64_t panels) {
 void run_item(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
   const int64_t D = shape.hidden, B = shape.block, n = item.tokens, wide = moestro::round_up(D, kPanel);
   const bool thin = n <= moestro::kThinTokens, same_order = item.gate_order == item.up_order;
-  const bool joined = shape.has_gate && shape.gate == shape.up && same_order;
+  // Gate and up as one matrix, unless they have a table each.
+  const bool joined = shape.has_gate && shape.gate == shape.up && same_order && !moestro::is_strided(shape.up);
   const MatrixFormat& gate = shape.has_gate ? shape.gate : shape.up;
   const Places at(scratch, D, n, B);
   const Packing gate_as = packing_of(gate, n, input.type), up_as = packing_of(shape.up, n, input.type);
@@ -119,9 +120,11 @@ void run_item(const Shape& shape, const Input& input, const Item& item, Scratch&
   for (int64_t b = item.block_begin; b < item.block_end; ++b, block += size) {
     if (thin) ask_for(block + down, down_panel, wide / kPanel);
     if (shape.has_gate) {
-      product(gate, {block, gate_panel, at.first, kPanel, first, false}, joined ? 2 * panels : panels, D, x, at.tile);
+      const Panels gates{block, gate_panel, at.first, kPanel, first, false, {item.tables.gate, b * panels, 0}};
+      product(gate, gates, joined ? 2 * panels : panels, D, x, at.tile);
     }
-    if (!joined) product(shape.up, {block + up, up_panel, up_out, kPanel, first, false}, panels, D, up_x, at.tile);
+    const Panels ups{block + up, up_panel, up_out, kPanel, first, false, {item.tables.up, b * panels, 0}};
+    if (!joined) product(shape.up, ups, panels, D, up_x, at.tile);
     const float* bias = reinterpret_cast<const float*>(block + down + wide / kPanel * down_panel);
     if (shape.has_bias) add_bias(bias, at.first, first, first, n);
     for (int64_t t = 0; t < n; ++t) {
@@ -131,7 +134,8 @@ void run_item(const Shape& shape, const Input& input, const Item& item, Scratch&
     if (!thin) continue;
     const uint8_t* next = b + 1 < item.block_end ? block + size : item.likely_next;
     if (next) ask_for(next, gate_panel, joined ? 2 * panels : panels);
-    product(shape.down, {block + down, down_panel, y, kPanel, wide, b > item.block_begin}, wide / kPanel, B, h, at.tile);
+    const Panels outputs{block + down, down_panel, y, kPanel, wide, b > item.block_begin, {item.tables.down, 0, b * B}};
+    product(shape.down, outputs, wide / kPanel, B, h, at.tile);
   }
   const uint8_t* downs = item.packed + item.block_begin * size + down;
   const Panels all{downs, down_panel, y, kPanel, wide, false};
@@ -140,19 +144,39 @@ void run_item(const Shape& shape, const Input& input, const Item& item, Scratch&
       if (h.tiled()) return tile_product<decltype(format)>(all, size, wide / kPanel, h.columns, h, at.tile);
     }
     many_product(all, wide / kPanel, h.columns, h, at.tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
-      for (int64_t j = k; j < k + count; to += kGroup * kPanel, j += kGroup)
-        convert(format, downs + j / B * size + panel * down_panel, j % B, kGroup, to);
+      for (int64_t j = k; j < k + count; to += kGroup * kPanel, j += kGroup) {
+        const ColumnTable& table = item.tables.down;
+        convert(format, Panels{downs + j / B * size, down_panel, y, kPanel, wide, false, {table, 0, item.block_begin * B + j / B * B}},
+                panel, j % B, kGroup, to);
+      }
     });
   });
   if (item.add_down_bias) add_bias(reinterpret_cast<const float*>(item.packed + shape.blocks() * size), y, D, wide, n);
 }
 
+inline void write_number(float value, Type type, void* out, int64_t at) {
+  if (type == Type::kFp32) static_cast<float*>(out)[at] = value;
+  else static_cast<uint16_t*>(out)[at] = type == Type::kBf16 ? bf16_of(value) : fp16_of(value);
+}
+
 inline void write_row(const float* from, const float* bias, int64_t count, Type type, void* out, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) write_number(from[i] + (bias ? bias[i] : 0.0f), type, out, at + i);
+}
+
+// Outputs of a dense layer from the place `first` on, one token's, which begin at `at` of its out.
+inline void write_outputs(const moestro::Linear& linear, const float* from, int64_t first, int64_t count, int64_t at) {
+  if (!moestro::is_strided(linear.format))
+    return write_row(from, linear.bias ? linear.bias + first : nullptr, count, linear.out_type, linear.out, at + first);
   for (int64_t i = 0; i < count; ++i) {
-    const float value = from[i] + (bias ? bias[i] : 0.0f);
-    if (type == Type::kFp32) static_cast<float*>(out)[at + i] = value;
-    else static_cast<uint16_t*>(out)[at + i] = type == Type::kBf16 ? bf16_of(value) : fp16_of(value);
+    const int64_t row = moestro::own_row(linear.format, linear.rows, first + i);
+    write_number(from[i] + (linear.bias ? linear.bias[row] : 0.0f), linear.out_type, linear.out, at + row);
   }
+}
+
+inline ColumnTable table_of(const moestro::Linear& m) {
+  if (!moestro::is_strided(m.format)) return {};
+  const uint8_t* at = m.packed + moestro::panels_bytes(m.format, m.rows, m.columns);
+  return {at, moestro::table_rows(m.format, m.rows), moestro::table_columns(m.columns)};
 }
 
 void run_linear(const Input& input, const LinearItem& item, Scratch& scratch) {
@@ -161,23 +185,25 @@ void run_linear(const Input& input, const LinearItem& item, Scratch& scratch) {
   const Places at(scratch, K, n, 0);
   const Tokens x = pack_input(input, item.rows, n, nullptr, packing_of(linear.format, n, input.type), at, 0, scratch);
   const TileRows configured(n);
+  const ColumnTable table = table_of(linear);
   for (int64_t p = item.panel_begin; p < item.panel_end; p += 4) {
     const int64_t panels = item.panel_end - p < 4 ? item.panel_end - p : 4, r = p * kPanel;
-    product(linear.format, {linear.packed + p * stride, stride, at.out, kPanel, 4 * kPanel, false}, panels, K, x, at.tile);
+    const Panels some{linear.packed + p * stride, stride, at.out, kPanel, 4 * kPanel, false, {table, p, 0}};
+    product(linear.format, some, panels, K, x, at.tile);
     const int64_t count = linear.rows - r < panels * kPanel ? linear.rows - r : panels * kPanel;
-    for (int64_t t = 0; t < n; ++t) {
-      write_row(at.out + t * 4 * kPanel, linear.bias ? linear.bias + r : nullptr, count, linear.out_type, linear.out,
-                item.rows[t] * linear.rows + r);
-    }
+    for (int64_t t = 0; t < n; ++t) write_outputs(linear, at.out + t * 4 * kPanel, r, count, item.rows[t] * linear.rows);
   }
 }
 
-// One row of a panel of K columns; `tile` has room for a tile of 512 columns.
-void unpack_row(const MatrixFormat& f, const uint8_t* panel, int64_t lane, int64_t K, float* tile, float* to) {
-  with_format(f, [&](auto format) {
+// One row of a matrix; `tile` has room for a tile of 512 columns.
+void unpack_row(const moestro::Linear& matrix, int64_t row, float* tile, float* to) {
+  const int64_t K = matrix.columns, stride = moestro::panel_bytes(matrix.format, K);
+  const int64_t place = moestro::place_of_row(matrix.format, matrix.rows, row), lane = place % kPanel;
+  const Panels all{matrix.packed, stride, nullptr, 0, 0, false, {table_of(matrix), 0, 0}};
+  with_format(matrix.format, [&](auto format) {
     for (int64_t k = 0; k < K; k += kTileColumns) {
       const int64_t count = K - k < kTileColumns ? K - k : kTileColumns;
-      convert(format, panel, k, count, tile);
+      convert(format, all, place / kPanel, k, count, tile);
       for (int64_t i = 0; i < count; ++i) to[k + i] = tile[i * kPanel + lane];
     }
   });

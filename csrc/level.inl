@@ -22,6 +22,7 @@ using moestro::MatrixFormat;
 using moestro::LinearItem;
 using moestro::Scratch;
 using moestro::Shape;
+using moestro::ColumnTable;
 
 enum class Packing : int { kFloats, kWhole, kBytePlanes, kBf16Tiles, kFloatTiles, kWholeTiles };
 
@@ -110,6 +111,12 @@ inline void pack_whole(const float* row, int64_t columns, int64_t N, Packing as,
   }
 }
 
+// Where some panels stand in a matrix whose scales belong to columns: its table, and the first panel and column.
+struct Place {
+  ColumnTable table;
+  int64_t panel = 0, column = 0;
+};
+
 // Where a product's panels are read from and its results go: panels are `stride` bytes apart, and their results
 // `apart` floats; the rows of out, one a token, are ld floats apart.
 struct Panels {
@@ -118,6 +125,7 @@ struct Panels {
   float* out;
   int64_t apart, ld;
   bool add;  // to what is in out
+  Place place = {};
 };
 
 // What the level has of matrix tiles: tiles_from<F>() tokens go to them.
@@ -335,12 +343,18 @@ inline void many_product(const Panels& to, int64_t panels, int64_t K, const Toke
   }
 }
 
+// As weights.h has it, of one of some panels.
+template <class F>
+inline void convert(F, const Panels& all, int64_t panel, int64_t begin, int64_t count, float* to) {
+  convert(F(), all.w + panel * all.stride, begin, count, to);
+}
+
 template <class F>
 inline void product(F, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* tile) {
   if (x.tiled()) return tile_product<F>(all, bytes_of<F>(kGroup), panels, K, x, tile);
   if (x.count <= moestro::kThinTokens) return thin_product<F>(all, panels, K, x);
   many_product(all, panels, K, x, tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
-    convert(F(), all.w + panel * all.stride, k, count, to);
+    convert(F(), all, panel, k, count, to);
   });
 }
 
@@ -354,6 +368,7 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 }  // namespace
 
 #include "coded.inl"
+#include "strided.inl"
 #include "items.inl"
 #include "limits.inl"
 #include "norm.inl"

@@ -94,7 +94,7 @@ inline void write_codes(Code code, const UnitRow* rows, int64_t chunk, uint8_t* 
 
 // What a chunk of a unit has for itself.
 inline void write_own(const MatrixFormat& f, const PanelLayout& layout, const UnitRow* rows, int64_t chunk, uint8_t* to) {
-  if (layout.own == 0) return;
+  if (layout.own == 0 || is_strided(f)) return;  // the bytes of columns are no row's
   if (!is_two_level(f)) return write_sides(f, rows, chunk * layout.groups, layout.groups, to);
   for (int r = 0; r < kPanel; ++r) {
     const uint32_t *s = rows[r].scale + chunk * kGroup / f.group, *m = rows[r].zero + chunk * kGroup / f.group;

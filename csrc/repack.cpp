@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "panels.h"
+#include "repack_strided.h"
 
 namespace moestro {
 
@@ -232,6 +233,7 @@ inline uint8_t code_at(const Raw& raw, const MatrixFormat& f, int64_t row, int64
 }
 
 void read_codes(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, int64_t n, uint8_t* to) {
+  if (raw.layout == Layout::kStrided) return read_strided(raw, f, row, k, n, to);
   if (raw.column_order != nullptr) {
     for (int64_t i = 0; i < n; ++i) to[i] = code_at(raw, f, row, raw.column_order[k + i]);
   } else if (raw.layout == Layout::kNibbles) {  // k is even
@@ -358,11 +360,12 @@ const char* repack_panel(const RepackJob& job, int64_t panel) {
         if (const char* fault = fault_of_blocks(f, rows[r], columns)) return fault;
       } else {
         read_codes(raw, f, row, from, columns, rows[r].codes);
-        read_sides(raw, f, row, from, columns, rows[r]);
+        if (!is_strided(f)) read_sides(raw, f, row, from, columns, rows[r]);
         if (const char* fault = fault_of_row(f, rows[0], rows[r], columns)) return fault;
       }
     }
     write_unit(f, layout, rows, k, std::min(unit, job.columns - k), out);
+    if (is_strided(f) && first < raw.rows) write_columns(raw, f, first, from, columns, out + layout.scales_at(k / kGroup));
   }
   return nullptr;
 }

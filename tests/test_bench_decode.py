@@ -84,7 +84,9 @@ def test_other_engines_take_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ratios.keys() == {"another"}
 
 
-@pytest.mark.parametrize("name", sorted({*MIXES, *format_names(), "int4g128", "int8row", "int4g32bf16z"}))
+@pytest.mark.parametrize(
+    "name", sorted({*MIXES, *format_names(), "int4g128", "int8row", "int4g32bf16z", "hqq2r16s128"})
+)
 def test_random_weights_in_each_form(name: str) -> None:
     """Every matrix but routers and the embedding is in the form's formats, finite, and of the size of other weights."""
     model: Any = build_random_model("tiny", MoestroConfig(device="cpu", threads=1), dtype="auto", seed=0, form=name)
@@ -100,6 +102,11 @@ def test_random_weights_in_each_form(name: str) -> None:
         assert {"mxfp4": "q8_0", "q4_k_m": "q4_k"}.get(name, name) == projection.matrix.fmt.name
     assert 1e-3 < float(projection.weight.float().std()) < 1e-2
     assert bool(model(torch.arange(8)[None]).logits.isfinite().all())
+
+
+def test_forms_that_do_not_divide_a_shape_are_refused() -> None:
+    with pytest.raises(RequestError, match="groups of 256 rows, which do not divide all matrices"):
+        build_random_model("tiny", MoestroConfig(device="cpu"), dtype="auto", seed=0, form="hqq2r256s8")
 
 
 @needs_kernels

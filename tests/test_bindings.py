@@ -203,13 +203,15 @@ def wrong_caches(m: Memory) -> list[Tensor]:
 @row("MatrixFormat")
 def _(m: Memory) -> Row:
     code, scale, zero = kernels.Code, kernels.Scale, kernels.Zero
-    values = {"code": code.U4, "group": 32, "scale": scale.FP16, "zero": zero.CONSTANT, "constant": 8}
+    values = {"code": code.U4, "group": 32, "scale": scale.FP16, "zero": zero.CONSTANT}
+    values |= {"constant": 8, "super_group": 0}
     wrong = {
         "code": [code.FP32, code.S8, code.E2M1, code.E4M3, 13, None],
         "group": [-1, 1, 8, 17, 48, 256, 2**40],
         "scale": [scale.NONE, scale.BLOCK, scale.K4, scale.K2, scale.K6, scale.K3, 12, None],
         "zero": [zero.NONE, zero.MIN, zero.INT, 6, None],  # with a constant
         "constant": [-1, 256, 2**40],
+        "super_group": [-1, 1, 2**40, None],
     }
     return Row(kernels.MatrixFormat, values, wrong)
 
@@ -498,7 +500,12 @@ def _(m: Memory) -> Row:
 def stored_values(m: Memory, **changes: Any) -> dict[str, Any]:
     """40 rows of 96 columns of 4 bits, with a scale and a zero for 32 each."""
     fmt = kernels.MatrixFormat(
-        code=kernels.Code.U4, group=32, scale=kernels.Scale.FP16, zero=kernels.Zero.INT, constant=0
+        code=kernels.Code.U4,
+        group=32,
+        scale=kernels.Scale.FP16,
+        zero=kernels.Zero.INT,
+        constant=0,
+        super_group=0,
     )
     return {
         "format": fmt,

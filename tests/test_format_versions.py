@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from moestro.loading.packed.manifest import SOLVER, VERSION
-from moestro.memory.formats import MATRIX_FORMATS
+from moestro.memory.formats import MATRIX_FORMATS, strided_format
+from moestro.memory.formats.strided import write_matrix
 from test_formats import CODED, random_coded
+from test_strided import KINDS, random_strided
 
 RECORDED = Path(__file__).parent / "data/format_versions.json"
 
@@ -21,6 +23,9 @@ def _checksums() -> dict[str, dict[str, int]]:
     for fmt in CODED:
         torch.manual_seed(5)
         written[fmt.name] = zlib.crc32(fmt.write(random_coded(fmt, 20, 330)).numpy().tobytes())
+    for kind in KINDS:
+        fmt = strided_format(*kind)
+        written[fmt.name] = zlib.crc32(write_matrix(fmt, random_strided(fmt, 2 * fmt.group, 330)).numpy().tobytes())
     torch.manual_seed(5)
     weights = torch.randn(20, 330) / 64
     for name, fmt in MATRIX_FORMATS.items():

@@ -45,6 +45,7 @@ class Scale(Enum):
     K3 = 10
     IQ4XS = 11
     SHIFTED = 12
+    COLUMN = 13
 
 class Zero(Enum):
     NONE = 0
@@ -54,9 +55,12 @@ class Zero(Enum):
     ADD = 4
     MIN = 5
     FIXED = 6
+    COLUMN = 7
 
 class MatrixFormat:
-    def __init__(self, *, code: Code, group: int, scale: Scale, zero: Zero, constant: int) -> None: ...
+    def __init__(
+        self, *, code: Code, group: int, scale: Scale, zero: Zero, constant: int, super_group: int
+    ) -> None: ...
     def panel_bytes(self, columns: int) -> int: ...
     @property
     def least_block(self) -> int: ...
@@ -176,6 +180,7 @@ class Layout(Enum):
     awq = 2
     gptq = 3
     gguf = 4
+    strided = 5
 
 class Stored:
     def __init__(

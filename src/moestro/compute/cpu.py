@@ -143,13 +143,14 @@ class Matrix:
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """[rows, columns], rounded once."""
         exact = dtype if dtype.itemsize > 4 else torch.float32
-        found = self.fmt.unpack(self.panels, self.columns, exact)[: self.rows].to(dtype)
+        found = self.fmt.unpack_matrix(self.packed, self.rows, self.columns, exact).to(dtype)
         return found if self.order is None else torch.empty_like(found).index_copy_(1, self.order, found)
 
     @property
     def panels(self) -> Tensor:
-        """uint8 [P, panel_bytes], a view."""
-        return self.packed.view(-1, self.fmt.panel_bytes(self.columns))
+        """uint8 [P, panel_bytes], a view; without the table that some formats have behind them."""
+        size = self.fmt.panels_bytes(self.rows, self.columns)
+        return self.packed.view(-1)[:size].view(-1, self.fmt.panel_bytes(self.columns))
 
 
 @outside_of_graphs
@@ -179,6 +180,8 @@ def look_up(table: Matrix, ids: Tensor, dtype: torch.dtype, *, threads: int, lev
         IndexError: it has no such row.
     """
     if kernel_format(table.fmt) is None or level == "torch":
+        if table.fmt.is_strided:  # whose panels need the table of the whole
+            return table.unpack(torch.float32)[ids].to(dtype)
         parts = []
         for rows in ids.flatten().split(_ROWS_AT_ONCE):
             if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < table.rows:
@@ -347,6 +350,7 @@ def kernel_format(fmt: Descriptor) -> _kernels.MatrixFormat | None:
         scale=_kernels.Scale[fmt.scale.name],
         zero=_kernels.Zero[fmt.zero.name],
         constant=fmt.constant,
+        super_group=fmt.super_group,
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat, format_named
 from ..memory.formats.descriptor import Scale
-from ..memory.formats.raw import RawMatrix, flip, read_raw, sides
+from ..memory.formats.raw import RawMatrix, flip, read_raw, read_strided, sides, strided_table
+from ..memory.formats.strided import class_order, write_matrix, write_table
 from .cpu import _kernels, kernel_format, runner
 
 Stored: TypeAlias = "_kernels.Stored"
@@ -45,7 +46,7 @@ def pack_stored(
         packed: uint8 [expert_bytes], on the CPU.
         parts: "gate", "up" and "down": the stored matrix, which of its rows and in which order (int64), and the order
             of its columns (int64 [K]); None for all, in the file's order. Columns of gate and up in an order of their
-            own need a format that keeps it.
+            own need a format that keeps it. Rows of a matrix whose scales belong to columns are those of its classes.
 
     Raises:
         CheckpointError: FP8 whose blocks of 128 rows begin within 16 that are packed together, or with a NaN.
@@ -71,6 +72,10 @@ def pack_stored_experts(
             _pack_by_the_twin(packed, fmt, shape, parts)
         else:
             jobs += _jobs_of(packed, fmt, shape, parts)
+            raws = {name: (raw, columns) for name, (raw, _, columns) in parts.items() if isinstance(raw, RawMatrix)}
+            strided = {name: one for name, one in raws.items() if one[0].fmt.is_strided}
+            tables = {name: (strided_table(*one), one[0].tensors["of_zeros"]) for name, one in strided.items()}
+            fmt.pack_tables(packed, shape, tables)
     if not jobs:
         return
     try:
@@ -84,6 +89,9 @@ def _pack_by_the_twin(packed: Tensor, fmt: ExpertFormat, shape: ExpertShape, par
         if isinstance(raw, Tensor):
             taken = raw if rows is None else raw[rows]
             fmt.pack(packed, shape, {name: taken if columns is None else taken[:, columns]})
+        elif raw.fmt.is_strided:
+            _check_classes(raw, rows)
+            fmt.pack_coded(packed, shape, {name: read_strided(raw, columns)})
         else:
             fmt.pack_coded(packed, shape, {name: read_raw(raw, rows, columns)})
 
@@ -120,7 +128,15 @@ def pack_stored_matrix(
     fmt = format_of(raw)
     n_rows, n_columns = raw.shape if isinstance(raw, Tensor) else (raw.rows, raw.columns)
     n_rows = n_rows if rows is None else len(rows)
-    if _kernels is None:
+    if isinstance(raw, RawMatrix) and fmt.is_strided:
+        if _kernels is None:
+            _check_classes(raw, rows)
+            packed.copy_(write_matrix(fmt, read_strided(raw, columns)))
+            return
+        panels_bytes = fmt.panels_bytes(n_rows, n_columns)
+        packed[panels_bytes:] = write_table(strided_table(raw, columns), raw.tensors["of_zeros"], n_columns)
+        packed = packed[:panels_bytes]
+    elif _kernels is None:
         if isinstance(raw, Tensor):
             taken = raw if rows is None else raw[rows]
             panels = fmt.pack(taken if columns is None else taken[:, columns])
@@ -128,7 +144,7 @@ def pack_stored_matrix(
             panels = fmt.write(read_raw(raw, rows, columns))
         packed.copy_(panels.view(-1))
         return
-    matrix, job_bytes = _stored(raw, rows, columns), fmt.matrix_bytes(_ROWS_OF_JOB, n_columns)
+    matrix, job_bytes = _stored(raw, rows, columns), fmt.panels_bytes(_ROWS_OF_JOB, n_columns)
     outs = packed.split(job_bytes)
     firsts = range(0, n_rows, _ROWS_OF_JOB)
     jobs = [
@@ -160,6 +176,20 @@ def orders_of(fmt: ExpertFormat, shape: ExpertShape, parts: Mapping[str, StoredP
 def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None) -> Stored:
     """A stored matrix as the kernels take it."""
     layouts = _kernels.Layout
+    if isinstance(raw, RawMatrix) and raw.fmt.is_strided:
+        _check_classes(raw, rows)
+        fmt = kernel_format(raw.fmt)
+        assert fmt is not None
+        return _kernels.Stored(
+            format=fmt,
+            layout=layouts.strided,
+            rows=raw.rows,
+            columns=raw.columns,
+            codes=_flat(raw.tensors["weight"]),
+            scales=_flat(raw.tensors["scales"]),
+            zeros=_flat(raw.tensors["zeros"]),
+            column_order=columns,
+        )
     given: dict[str, Any] = {"row_order": rows, "column_order": columns, "format": kernel_format(format_of(raw))}
     if isinstance(raw, Tensor):
         size = raw.element_size()
@@ -186,6 +216,16 @@ def _stored(raw: RawMatrix | Tensor, rows: Tensor | None, columns: Tensor | None
         )
     layout = {"awq": layouts.awq, "gptq": layouts.gptq}.get(raw.layout, layouts.nibbles)
     return _kernels.Stored(**given, layout=layout, codes=_flat(codes))
+
+
+def _check_classes(raw: RawMatrix, rows: Tensor | None) -> None:
+    """Refuse rows in another order than that of a strided matrix's classes.
+
+    Raises:
+        ValueError: they are.
+    """
+    if rows is not None and not torch.equal(rows, class_order(raw.rows, raw.fmt.group)):
+        raise ValueError(f"rows of a matrix in {raw.fmt.name} in another order than its own")
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ from ..simulate.trace import Trace
 from ..simulate.virtual import machine_clock
 from .config import MoestroConfig
 from .context import model_context
-from .gpu_need import Need
+from .gpu_need import Need, refuse_on_gpu
 from .methods import give_methods
 from .timing import spent
 
@@ -133,6 +133,8 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
     else:
         experts = stored.experts
     dense = dense_formats(model, config, device, stored)
+    of_experts = (fmt for of in experts for fmt in of.matrices.values())
+    refuse_on_gpu(device, (*of_experts, *({} if stored is None else stored.dense).values()))
     spec = _spec_of(model, layouts, experts, dense_bytes(model, dense))
     virtual = config.clock == "virtual"
     machine = None if config.machine in (None, THIS) else machine_named(config.machine)

@@ -22,14 +22,14 @@ from transformers import AutoConfig
 from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_utils import load_state_dict
 
-from ..errors import CheckpointError, ModelError, first_line
+from ..errors import CheckpointError, ModelError, MoestroError, first_line
 from ..planning.options import METHOD
 
 logger = logging.getLogger("moestro")
 
 
 def is_stored(source: str) -> bool:
-    """Whether a checkpoint here is quantized: a GGUF file, a folder of one, or one whose config.json says so."""
+    """Whether a checkpoint here is quantized: GGUF, or a folder whose config.json or tensors' names say so."""
     path = Path(source)
     if path.is_file():
         return True
@@ -41,7 +41,19 @@ def is_stored(source: str) -> bool:
         return False
     parts = [values, *(values[name] for name in ("text_config",) if isinstance(values, dict) and name in values)]
     own = [part.get("quantization_config") for part in parts if isinstance(part, dict)]
-    return any(isinstance(one, dict) and one.get("quant_method") != METHOD for one in own)
+    return any(isinstance(one, dict) and one.get("quant_method") != METHOD for one in own) or _is_of_hqq(path)
+
+
+def _is_of_hqq(folder: Path) -> bool:
+    """Whether tensors have the names of HQQ's, of which mixtral-offloading's config.json says nothing."""
+    try:
+        names: Iterable[str] = [name for each in names_of_files(folder).values() for name in each]
+        if not names and (single := folder / "model.safetensors").exists():
+            with safe_open(single, framework="pt") as opened:
+                names = opened.keys()
+        return any(name.endswith(".W_q") for name in names)
+    except (MoestroError, SafetensorError, OSError):  # which are told where the weights are read
+        return False
 
 
 def read_config(model: str, source: str, trust_remote_code: bool = False, *, quantized: bool = False) -> Any:
@@ -199,6 +211,22 @@ def weight_files(folder: Path) -> list[Path]:
                     f"{index} is no index of weights ({first_line(error)}); download it again"
                 ) from error
     return []
+
+
+def names_of_files(folder: Path) -> dict[str, list[str]]:
+    """The tensors' names that the index of a folder of several files has for each of them; none without an index.
+
+    Raises:
+        CheckpointError: it is no index.
+    """
+    files: dict[str, list[str]] = {}
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return files
+    weight_files(folder)  # refuses an index that cannot be read
+    for name, file in json.loads(index.read_text())["weight_map"].items():
+        files.setdefault(file, []).append(name)
+    return files
 
 
 def _refuse_adapter(model: str, folder: Path) -> None:

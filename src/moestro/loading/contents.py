@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import CheckpointError, first_line
 from .choose import has_tokenizer
 from .gguf_header import TRANSCODED
-from .headers import TensorHeader, read_header
+from .headers import TensorHeader, prefix_of, read_header
 from .hub import Wanted, find_files
 from .packed.manifest import MANIFEST, REST_FILE, parse_manifest
 
 _AT_ONCE = 8  # headers
+_INDEX = "model.safetensors.index.json"
 _PARTS = (  # the first that a tensor's name fits
     ("shared experts", r"shared_?expert|shared_mlp|share_expert|_shexp"),
     ("router and norms", r"norm|router|gate_inp|mlp\.gate\.|moe\.gate\.|ffn\.gate\.|exp_probs|score_correction"),
@@ -92,10 +93,22 @@ def inspect_model(model: str, revision: str | None = None) -> Contents:
         )
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         headers = list(pool.map(lambda name: read_header(wanted, name), wanted.weights))
-    tensors = [tensor for header in headers for tensor in header.tensors]
     if wanted.is_gguf:
-        return _gguf(wanted, headers[0].metadata, tensors)
+        return _gguf(wanted, headers[0].metadata, [tensor for header in headers for tensor in header.tensors])
+    indexed, tensors = _indexed(wanted), list[TensorHeader]()
+    for name, header in zip(wanted.weights, headers, strict=True):
+        before = prefix_of([tensor.name for tensor in header.tensors], indexed.get(name, ()))
+        tensors += [replace(tensor, name=f"{before}{tensor.name}") for tensor in header.tensors]
     return _safetensors(wanted, tensors)
+
+
+def _indexed(wanted: Wanted) -> dict[str, list[str]]:
+    """The names that the index of several files has for each, from which they were chosen; none without one."""
+    files: dict[str, list[str]] = {}
+    if len(wanted.weights) > 1 and _INDEX in wanted.sizes:
+        for name, file in json.loads(wanted.read(_INDEX))["weight_map"].items():
+            files.setdefault(file, []).append(name)
+    return files
 
 
 def _gguf(wanted: Wanted, metadata: Mapping[str, Any], tensors: Iterable[TensorHeader]) -> Contents:
@@ -122,12 +135,14 @@ def _gguf(wanted: Wanted, metadata: Mapping[str, Any], tensors: Iterable[TensorH
     )
 
 
-def _safetensors(wanted: Wanted, tensors: Iterable[TensorHeader]) -> Contents:
+def _safetensors(wanted: Wanted, tensors: Collection[TensorHeader]) -> Contents:
     text = _config(wanted)[1]
     quantized = text.get("quantization_config")
     quantized = quantized if isinstance(quantized, dict) else {}
     method = str(quantized.get("quant_method") or quantized.get("quant_algo") or "").lower()
     bits = _packed_bits(quantized)
+    if any(tensor.name.endswith(".W_q") for tensor in tensors):
+        return _by_config(wanted, _by_part((tensor, *_hqq_weights(tensor, text)) for tensor in tensors), "hqq")
     return _by_config(wanted, _by_part((tensor, *_weights(tensor, method, bits)) for tensor in tensors), method)
 
 
@@ -216,6 +231,24 @@ def _weights(tensor: TensorHeader, method: str, bits: int) -> tuple[int, str]:
         if dtype == "U8" or (dtype == "I8" and method == "fp8"):  # two weights of 4 bits a byte
             return 2 * count, method if method != "fp8" else "fp4"
     return count, dtype
+
+
+def _hqq_weights(tensor: TensorHeader, text: Mapping[str, Any]) -> tuple[int, str]:
+    """As `_weights`, of mixtral-offloading's form, in which a matrix's size stands in the config alone."""
+    if ".meta." in tensor.name:
+        return 0, ""
+    if not tensor.name.endswith(".W_q"):
+        return math.prod(tensor.shape), tensor.dtype
+    hidden, heads = _whole(text.get("hidden_size")), _whole(text.get("num_attention_heads"))
+    width = _whole(text.get("head_dim")) or hidden // max(heads, 1)
+    if ".experts." in tensor.name:
+        count = hidden * _whole(text.get("intermediate_size"))
+    elif re.search(r"\.[kv]_proj\.", tensor.name):
+        count = hidden * width * (_whole(text.get("num_key_value_heads")) or heads)
+    else:
+        count = hidden * width * heads
+    bits = 3 if tensor.dtype == "I32" else 8 * tensor.n_bytes // max(count, 1)  # ten of 3 bits in a word
+    return count, f"hqq int{bits}"
 
 
 def _by_part(tensors: Iterable[tuple[TensorHeader, int, str]]) -> dict[str, Part]:

@@ -20,7 +20,7 @@ Legend: T tokens, D model width, K top-k.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +40,11 @@ from transformers import (
 
 from ..compute import gpu
 from ..compute.experts import TOKENS_AT_ONCE, ExpertMath, ExpertWork, run_experts
+from ..devices import Device
 from ..engine.families import expert_modules
+from ..errors import ModelError
 from ..memory.allocations import META, StorageFollower, TooLong
+from ..memory.formats import MatrixFormat
 from ..planning.plan import Plan
 from ..planning.text_shape import Footprint, text_shape
 
@@ -316,3 +319,18 @@ def _estimate(model: Any, math: Sequence[ExpertMath], context: int, device: torc
 
     unlike = {(one.shape, one.format.name, one.post_norm is None): one for one in math}.values()  # layers are alike
     return shape.footprint(context, experts_bytes, scores_of_two_widths=device.type == "cpu")
+
+
+def refuse_on_gpu(device: Device, formats: Iterable[MatrixFormat]) -> None:
+    """Refuse weights that no kernel of a GPU reads.
+
+    Raises:
+        ModelError: there are such weights, and the device is a GPU.
+    """
+    if device.accelerator is None or device.is_pretended:
+        return
+    name = next((fmt.name for fmt in formats if fmt.is_strided), None)
+    if name is not None:
+        raise ModelError(
+            f"weights in HQQ's groups of rows ({name}) are computed by the CPU's kernels alone; use --device cpu"
+        )

@@ -6,7 +6,8 @@ Reads no weight. Knows the files' layout, not what tensors mean. Needs the stand
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,3 +82,12 @@ def _parse_safetensors(data: bytes, size: int) -> Header:
             raise ValueError(f"{name} ends at {end + last}, in a file of {size}; it may be cut short")
         tensors.append(TensorHeader(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), last - first))
     return Header(tuple(tensors))
+
+
+def prefix_of(names: Iterable[str], indexed: Iterable[str]) -> str:
+    """What the index has before the names of a file that leaves it out, as those of mixtral-offloading's experts do."""
+    wanted, found = set(indexed), list(names)
+    if not wanted.isdisjoint(found):
+        return ""
+    before = Counter(one.removesuffix(name) for name in found for one in wanted if one.endswith(f".{name}"))
+    return max(before, key=lambda prefix: before[prefix], default="")

@@ -134,15 +134,17 @@ def _fill_experts(conductor: Conductor, fast: bool) -> None:
         if fmt.name not in bases:
             bases[fmt.name] = _random_experts(math, count, fast)
         base = bases[fmt.name]
-        turn = fmt.byte_range(shape, range(layer % fmt.blocks(shape) * fmt.block)).stop
+        head = fmt.head_bytes(shape)
+        turn = head + layer % fmt.blocks(shape) * fmt.block_bytes(shape)
         end = fmt.byte_range(shape, range(shape.neurons // fmt.block * fmt.block)).stop
         for expert in range(count):
             source, target = base[(expert + layer) % count], home(conductor, layer, expert)
-            if shape.neurons % fmt.block or not turn:
+            if shape.neurons % fmt.block or turn == head:
                 target.copy_(source)
                 continue
-            target[: end - turn].copy_(source[turn:end])
-            target[end - turn : end].copy_(source[:turn])
+            target[:head].copy_(source[:head])
+            target[head : head + end - turn].copy_(source[turn:end])
+            target[head + end - turn : end].copy_(source[head:turn])
             target[end:].copy_(source[end:])
 
 

@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.families import expert_modules
+from ..engine.families import FamilyLayout, expert_modules
+from ..errors import RequestError
 from ..memory.formats import (
     PANEL,
     Coded,
     ExpertFormat,
     ExpertShape,
     MatrixFormat,
+    Strided,
     expert_format_named,
     format_asked_for,
     format_named,
 )
 from ..memory.formats.descriptor import ROW, SUPER, Code, Scale, Zero
+from ..memory.formats.strided import write_matrix
 from .build import StoredFormats
 
 # What llama.cpp's quantizer writes under these names, and FP8 as DeepSeek and Qwen publish it.
@@ -58,6 +61,12 @@ def stored_formats(model: Any, name: str) -> StoredFormats:
         kind = experts[0].matrices["down"]
         beside = format_named("q8_0") if name == "mxfp4" else kind
         dense = {one: beside for one in linears if not (name == "fp8" and one == head)}
+        whole = [fmt.divides(model.get_submodule(one).out_features) for one, fmt in dense.items()]
+        shapes = [FamilyLayout.of(one, module).shape for one, module in expert_modules(model).items()]
+        if not all((*whole, *(experts[0].divides(shape) for shape in shapes))):
+            raise RequestError(
+                f"{name} has groups of {kind.group} rows, which do not divide all matrices of this shape"
+            )
     return StoredFormats(experts, {f"{one}.weight": fmt for one, fmt in dense.items()})
 
 
@@ -77,6 +86,8 @@ def random_panels(fmt: MatrixFormat, rows: int, columns: int, bound: float) -> T
     """A random matrix: uint8 [matrix_bytes], weights up to some `bound` in size."""
     if fmt.is_float:
         return fmt.pack(torch.empty(rows, columns).uniform_(-bound, bound)).flatten()
+    if fmt.is_strided:
+        return _between(*(write_matrix(fmt, _strided(fmt, rows, columns, bound, ones)) for ones in (False, True)))
     low, high = (fmt.write(_coded(fmt, PANEL, columns, bound, ones)).flatten() for ones in (False, True))
     panels = -(-rows // PANEL)
     return _between(low.repeat(panels), high.repeat(panels))
@@ -89,8 +100,10 @@ def random_experts(fmt: ExpertFormat, shape: ExpertShape, bound: float) -> Calla
     ends = []
     for ones in (False, True):
         packed = torch.zeros(fmt.expert_bytes(shape), dtype=torch.uint8)
-        coded = {name: _coded(fmt.matrices[name], *size, bound, ones) for name, size in sizes.items()}
-        fmt.pack_coded(packed, shape, coded)
+        make = _strided if fmt.is_strided else _coded
+        fmt.pack_coded(
+            packed, shape, {name: make(fmt.matrices[name], *size, bound, ones) for name, size in sizes.items()}
+        )
         ends.append(packed)
     return functools.partial(_between, *ends)
 
@@ -114,6 +127,16 @@ def _coded(fmt: MatrixFormat, rows: int, columns: int, bound: float, ones: bool)
     elif fmt.zero is Zero.INT:
         sides["zeros"] = torch.full((rows, groups), int(largest), dtype=torch.uint8)
     return Coded(codes, **sides)
+
+
+def _strided(fmt: MatrixFormat, rows: int, columns: int, bound: float, ones: bool) -> Strided:
+    """As `_coded`, of groups of rows."""
+    largest = 2**fmt.code_bits / 2
+    codes = torch.full((rows, columns), 2**fmt.code_bits - 1 if ones else 0, dtype=torch.uint8)
+    sides = torch.full((rows // fmt.group, columns), 128, dtype=torch.uint8)
+    of_scales = torch.tensor([bound / largest / 128, 0.0]).half()
+    table = of_scales[None, :, None].expand(fmt.table_rows(rows), 2, columns)
+    return Strided(codes, sides, sides, table, torch.tensor([largest / 128, 0.0]))
 
 
 def _scales(fmt: MatrixFormat, rows: int, groups: int, supers: int, scale: float) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def kernel_of(math: ExpertMath, x_dtype: torch.dtype, device: torch.device) -> G
     if triton_kernels() is None or math.post_norm is not None or x_dtype not in _DTYPES:
         return None
     shape, fmt, matrices = math.shape, math.format, math.format.matrices
-    if fmt.block % matrices["down"].block:
+    if fmt.block % matrices["down"].block or fmt.head_bytes(shape):  # orders and tables, which the kernels do not read
         return None
     gate = recognize(math.activation, shape.has_gate)
     if gate is None:

@@ -100,7 +100,8 @@ def _expert_formats(folder: PackedFolder, model: Any) -> list[ExpertFormat]:
         found = (len(layer.experts), layer.hidden, layer.neurons, layer.has_gate, layer.has_bias)
         wanted = (layout.experts, shape.hidden, shape.neurons, shape.has_gate, shape.has_bias)
         sizes = {run.n_bytes for run in layer.experts}
-        if found != wanted or fmt.block != layer.block or sizes != {fmt.expert_bytes(shape)}:
+        fits = fmt.divides(shape) and fmt.block == layer.block and sizes == {fmt.expert_bytes(shape)}
+        if found != wanted or not fits:
             raise _misfit(folder, f"experts of {layer.module} in other shapes or sizes than its config makes them")
         formats.append(fmt)
     return formats
@@ -117,7 +118,7 @@ def _dense_kinds(folder: PackedFolder, model: Any) -> dict[str, Any]:
         owner, leaf = _place(folder, model, one.name)
         parameter = owner._parameters.get(leaf)
         fmt, dtype = _known(folder, format_named, one.format), getattr(torch, one.dtype, None)
-        fits = parameter is not None and tuple(parameter.shape) == (one.rows, one.columns)
+        fits = parameter is not None and tuple(parameter.shape) == (one.rows, one.columns) and fmt.divides(one.rows)
         if not fits or not isinstance(dtype, torch.dtype) or one.run.n_bytes != fmt.matrix_bytes(one.rows, one.columns):
             raise _misfit(folder, f"{one.name} in another shape or size than its config makes it")
         assert parameter is not None
@@ -157,11 +158,10 @@ def _read_matrix(reader: RunReader, one: Dense, target: Tensor) -> None:
 
 def _unpacked(reader: RunReader, one: Dense, order: Tensor | None) -> Tensor:
     """A packed matrix as plain numbers, [rows, columns], in its dtype."""
-    panels = torch.empty(one.run.n_bytes, dtype=torch.uint8)
-    _read_matrix(reader, one, panels)
+    packed = torch.empty(one.run.n_bytes, dtype=torch.uint8)
+    _read_matrix(reader, one, packed)
     fmt, dtype = format_named(one.format), getattr(torch, one.dtype)
-    exact = fmt.unpack(panels.view(-1, fmt.panel_bytes(one.columns)), one.columns, torch.float32)[: one.rows]
-    found: Tensor = exact.to(dtype)
+    found: Tensor = fmt.unpack_matrix(packed, one.rows, one.columns, torch.float32).to(dtype)
     return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
 
 

@@ -18,7 +18,9 @@ from transformers import AutoTokenizer
 
 from ...errors import CheckpointError, first_line
 from ...memory.formats.codes import values
-from ...memory.formats.raw import RawMatrix, read_raw
+from ...memory.formats.raw import RawMatrix, read_raw, read_strided
+from ...memory.formats.strided import in_own_order
+from ...memory.formats.strided import values as strided_values
 from ..checkpoint import refuse_code
 
 
@@ -99,6 +101,9 @@ def floats_of(value: Tensor | Part) -> Tensor:
         return value.clone()
     if isinstance(value.raw, Tensor):
         return value.raw.clone()
+    if value.raw.fmt.is_strided:
+        fmt = value.raw.fmt
+        return in_own_order(fmt, strided_values(fmt, read_strided(value.raw)))
     dense = values(value.raw.fmt, read_raw(value.raw, value.rows, value.columns))
     if value.columns is None:
         return dense

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import CheckpointError, ModelError, first_line
 from ...memory.formats import MatrixFormat, format_named, uniform
 from ...memory.formats.raw import RawMatrix
+from .hqq import read_hqq, split_hqq
 from .quantization import Quantization
 
 Tensors = Mapping[str, Tensor]
@@ -29,7 +30,7 @@ _SCALE_KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 _POWERS = (torch.uint8, _E8M0)  # dtypes that a scale of powers of two is stored in
 
 # Endings of a matrix's tensors: those that hold its weights, those beside them, and those that nothing here needs.
-WEIGHTS = ("weight", "weight_packed", "blocks", "packed", "qweight")
+WEIGHTS = ("weight", "weight_packed", "blocks", "packed", "qweight", "W_q")
 _BESIDE = (
     *("weight_scale_inv", "weight_scale_2", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape"),
     *("weight_g_idx", "scale_inv", "scale", "qscale_weight", "scales", "global_scale", "scale_2", "qzeros", "g_idx"),
@@ -40,7 +41,6 @@ _FOREIGN = {  # endings of methods that are refused, where the config does not n
     "quant_map": "bitsandbytes",
     "absmax": "bitsandbytes",
     "SCB": "bitsandbytes",
-    "W_q": "HQQ",
     "codebooks": "AQLM",
     "centroids": "VPTQ",
     "Qidxs": "QuIP#",
@@ -66,6 +66,8 @@ def split_name(name: str) -> tuple[str, str]:
     Raises:
         ModelError: it belongs to a method that is refused.
     """
+    if (of_hqq := split_hqq(name)) is not None:
+        return of_hqq
     last = name.rpartition(".")[2]
     if last in _FOREIGN:
         raise ModelError(f"{name} is of {_FOREIGN[last]}, which Moestro does not read; use another checkpoint")
@@ -307,6 +309,7 @@ def _uniform(bits: int, group: int, scales: Tensor, zeros: bool) -> MatrixFormat
 _Reader = Callable[[str, Tensors, tuple[int, int], Quantization], Matrix]
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "qscale_weight")
 _LAYOUTS: tuple[tuple[set[str], _Reader], ...] = (
+    ({"W_q"}, lambda n, t, s, _: Matrix(read_hqq(n, t, s))),
     ({"blocks", "scales"}, _blocks),
     ({"weight_packed", "weight_scale"}, _words),
     (

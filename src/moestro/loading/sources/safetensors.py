@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError, ModelError, first_line
-from ..checkpoint import read_config, weight_files
+from ..checkpoint import names_of_files, read_config, weight_files
+from ..headers import prefix_of
 from .base import ExpertWeights, Part, floats_of, ordered, row_index, tokenizer_from
+from .hqq import by_class
 from .layouts import WEIGHTS, Matrix, read_matrix, split_name
 from .names import Piece, Renamer, find_experts
 from .quantization import Quantization
@@ -75,13 +77,15 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         CheckpointError: a file is absent, damaged or cut short, or no safetensors.
     """
     tensors: dict[str, Callable[[], Tensor]] = {}
+    indexed = names_of_files(folder)
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is a pickle; save the model as safetensors")
         try:
             opened = safe_open(path, framework="pt")
             names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
-            tensors |= {name: functools.partial(opened.get_tensor, name) for name in names}
+            before = prefix_of(names, indexed.get(path.name, ()))
+            tensors |= {f"{before}{name}": functools.partial(opened.get_tensor, name) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or cut short ({first_line(error)}); download it again") from error
     if not tensors:
@@ -110,7 +114,7 @@ class SafetensorsWeights:
             matrix = self._matrix(piece, (shape[0] * piece.shared, shape[1]), layout.experts)
             rows = None if piece.rows is None else row_index(piece.rows)
             weights.matrices[part] = Part(matrix.raw, rows, matrix.columns)
-        return ordered(weights)
+        return ordered(by_class(module, weights))
 
     def dense(self) -> Iterator[tuple[str, Tensor | Part]]:
         renamer, unused, joined = Renamer(self._model), list[str](), 0

@@ -15,7 +15,8 @@ from ...errors import RequestError
 from .codes import IQ4NL, Coded
 from .descriptor import PANEL
 from .experts import ORDERS, ExpertFormat, ExpertShape, UnpackedExpert
-from .matrix import MatrixFormat, format_named, format_names, uniform
+from .matrix import MatrixFormat, format_named, format_names, strided_format, uniform
+from .strided import Strided
 
 MATRIX_FORMATS: dict[str, MatrixFormat] = {
     name: format_named(name) for name in ("fp32", "fp16", "bf16", "int8", "int4", "hqq4", "hqq3", "hqq2")
@@ -40,7 +41,10 @@ def expert_format_named(name: str) -> ExpertFormat:
     if at + order not in ORDERS:
         raise KeyError(name)
     orders = ORDERS.index(at + order)
-    return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up), orders=orders)
+    try:
+        return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up), orders=orders)
+    except ValueError as error:  # parts that do not go together
+        raise KeyError(name) from error
 
 
 def format_asked_for(name: str) -> ExpertFormat:
@@ -69,10 +73,12 @@ __all__ = [
     "ExpertFormat",
     "ExpertShape",
     "MatrixFormat",
+    "Strided",
     "UnpackedExpert",
     "expert_format_named",
     "format_asked_for",
     "format_named",
     "format_names",
+    "strided_format",
     "uniform",
 ]

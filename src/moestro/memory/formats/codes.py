@@ -97,7 +97,7 @@ def pack_codes(fmt: Descriptor, coded: Coded) -> Tensor:
     rows, columns = coded.codes.shape
     chunks, panels = -(-columns // CHUNK), -(-rows // PANEL)
     codes = _padded(coded.codes, rows=panels * PANEL, columns=chunks * CHUNK).view(panels, PANEL, chunks, CHUNK)
-    packed = _write_codes(fmt.code, codes)  # [P, chunks, bytes]
+    packed = write_codes(fmt.code, codes)  # [P, chunks, bytes]
     tensor, shared, own = _write_sides(fmt, coded, panels, chunks)
     of_unit = chunks if fmt.unit is None else fmt.unit // CHUNK
     parts = [part for part in (shared, None if own is None else _of_units(own, of_unit)) if part is not None]
@@ -118,7 +118,7 @@ def read_codes(fmt: Descriptor, panels: Tensor, columns: int) -> Coded:
     units = pad(body, (0, -body.shape[1] % unit_bytes)).unflatten(1, (-1, unit_bytes))
     header, packed = units[..., : fmt.unit_header_bytes], units[..., fmt.unit_header_bytes :]
     packed = packed.unflatten(2, (of_unit, -1)).flatten(1, 2)[:, :chunks]
-    codes = _read_code_bytes(fmt.code, packed)  # [P, 16, chunks, 64]
+    codes = read_code_bytes(fmt.code, packed)  # [P, 16, chunks, 64]
     found = Coded(codes.flatten(2).flatten(0, 1)[:, :columns], torch.empty(0))
     shared, own = header[..., :shared_bytes], header[..., shared_bytes : shared_bytes + of_unit * own_bytes]
     own = own.unflatten(2, (of_unit, own_bytes)).flatten(1, 2)
@@ -159,7 +159,7 @@ def _numbers(fmt: Descriptor, codes: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
-def _write_codes(code: Code, codes: Tensor) -> Tensor:
+def write_codes(code: Code, codes: Tensor) -> Tensor:
     """uint8 [P, 16, chunks, 64] -> uint8 [P, chunks, bytes]."""
     if code in (Code.S8, Code.U8, Code.E4M3):
         pairs: Tensor = codes.unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4)  # [P, chunks, 32, 16, 2]
@@ -190,7 +190,7 @@ def _plane_words(part: Tensor, bits: int) -> Tensor:
     return words
 
 
-def _read_code_bytes(code: Code, packed: Tensor) -> Tensor:
+def read_code_bytes(code: Code, packed: Tensor) -> Tensor:
     """uint8 [P, chunks, bytes] -> uint8 [P, 16, chunks, 64]."""
     if code in (Code.S8, Code.U8, Code.E4M3):
         pairs: Tensor = packed.unflatten(2, (-1, PANEL, 2)).permute(0, 3, 1, 2, 4)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from math import gcd
 
 PANEL = 16  # rows
 CHUNK = 64  # columns
@@ -46,6 +47,7 @@ class Scale(Enum):
     # Small whole numbers, times an fp16 of each super-group: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K and IQ4_XS.
     K4, K2, K6, K3, IQ4XS = 7, 8, 9, 10, 11
     SHIFTED = 12  # a byte, times 2 ** (byte - 127) of each row and super-group
+    COLUMN = 13  # (byte - fp16) * fp16, of a class of rows and a column (strided.py)
 
 
 class Zero(Enum):
@@ -58,6 +60,7 @@ class Zero(Enum):
     ADD = 4  # fp16 of each row and group, added to scale * code
     MIN = 5  # small whole numbers of each row and group, times an fp16 of each super-group, subtracted
     FIXED = 6  # a byte of each row and group, in fixed point: byte * 2 ** (bits - 8) - 0.5
+    COLUMN = 7  # (byte - float32) * float32, of a class of rows and a column; the floats are of the whole matrix
 
 
 _BITS = {Code.FP32: 32, Code.FP16: 16, Code.BF16: 16, Code.U2: 2, Code.U3: 3, Code.U5: 5, Code.U6: 6}
@@ -72,8 +75,10 @@ _TWO_LEVEL_GROUPS = {Scale.K4: 32, Scale.K3: 16, Scale.K2: 16, Scale.K6: 16, Sca
 class Descriptor:
     """One way to write a matrix down.
 
-    group: columns that share a scale: 16, 32, 64, 128, or ROW; of floats, as many as kernels take at once.
+    group: columns that share a scale: 16, 32, 64, 128, or ROW; of floats, as many as kernels take at once. Of
+        `Scale.COLUMN`, the rows of a class: 16, 32, 64, 128 or 256.
     constant: the zero, where it is one for all.
+    super_group: of `Scale.COLUMN`, how many scales share two fp16.
 
     Raises:
         ValueError: parts that do not go together.
@@ -85,6 +90,7 @@ class Descriptor:
     scale: Scale = Scale.NONE
     zero: Zero = Zero.NONE
     constant: int = 0
+    super_group: int = 0
 
     def __post_init__(self) -> None:
         if (fault := self._fault()) is not None:
@@ -95,6 +101,8 @@ class Descriptor:
             return None if (self.scale, self.zero) == (Scale.NONE, Zero.NONE) else "floats have no scales"
         if self.scale is Scale.NONE:
             return "codes without a scale"
+        if self.is_strided or self.zero is Zero.COLUMN or self.super_group:
+            return self._fault_of_strided()
         wanted = _TWO_LEVEL_GROUPS.get(self.scale, _BLOCK if self.scale is Scale.BLOCK else self.group)
         if self.group != wanted or self.group not in (ROW, 16, 32, 64, 128):
             return f"groups of {self.group} columns"
@@ -108,6 +116,13 @@ class Descriptor:
             return "a zero for codes that are signed"
         fits = 0 < self.constant < 2**self.code_bits if self.zero is Zero.CONSTANT else self.constant == 0
         return None if fits else f"a constant zero of {self.constant}"
+
+    def _fault_of_strided(self) -> str | None:
+        if (self.scale, self.zero) != (Scale.COLUMN, Zero.COLUMN) or self.code not in _UNSIGNED or self.constant:
+            return "scales and zeros of columns go together, with codes from 0"
+        if self.group not in (16, 32, 64, 128, 256):
+            return f"groups of {self.group} rows"
+        return None if self.super_group > 0 else f"super-groups of {self.super_group} groups"
 
     @property
     def is_float(self) -> bool:
@@ -125,6 +140,11 @@ class Descriptor:
         return self.scale in _TWO_LEVEL_BYTES or self.scale is Scale.SHIFTED
 
     @property
+    def is_strided(self) -> bool:
+        """Whether a group is some rows of one column, far apart, which packing makes neighbours (strided.py)."""
+        return self.scale is Scale.COLUMN
+
+    @property
     def code_bits(self) -> int:
         """Bits of a code."""
         return _BITS.get(self.code, 8)
@@ -134,6 +154,8 @@ class Descriptor:
         """Columns whose scales lie together before their codes; None for all of a row."""
         if self.is_two_level:
             return SUPER
+        if self.is_strided:
+            return CHUNK
         if self.group == ROW:
             return None
         return CHUNK if self.is_float or self.group == CHUNK else 2 * CHUNK
@@ -141,13 +163,15 @@ class Descriptor:
     @property
     def groups_of_chunk(self) -> int:
         """Groups of a chunk that have scales of their own."""
-        return 1 if self.group == ROW else max(1, CHUNK // self.group)
+        return 1 if self.group == ROW or self.is_strided else max(1, CHUNK // self.group)
 
     @property
     def block(self) -> int:
-        """Neurons of an expert's block at the least, so that down's columns are whole units."""
+        """Neurons of an expert's block at the least, so that down's columns are whole units; whole classes of rows."""
         if self.is_float or self.scale is Scale.BLOCK:
             return CHUNK
+        if self.is_strided:
+            return max(CHUNK, self.group)
         return SUPER if self.unit is None else self.unit
 
     @property
@@ -168,6 +192,8 @@ class Descriptor:
         """Bytes of what a panel has before its units, what chunks of a unit share, and what each has for itself."""
         if self.scale is Scale.SHIFTED:
             return 0, PANEL, 2 * PANEL * self.groups_of_chunk
+        if self.is_strided:  # the panels of a class have equal shares of its columns' scales and zeros
+            return 0, 0, 2 * CHUNK * PANEL // self.group
         if self.is_two_level:
             return 0, PANEL * (4 if self.zero is Zero.MIN else 2), _TWO_LEVEL_BYTES[self.scale]
         if self.is_float:
@@ -202,6 +228,24 @@ class Descriptor:
         units = 1 if self.unit is None else -(-columns // self.unit)
         return self.side_bytes[0] + units * self.unit_header_bytes + chunks * self.code_bytes
 
-    def matrix_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a packed matrix."""
+    def panels_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the panels of a matrix."""
         return -(-rows // PANEL) * self.panel_bytes(columns)
+
+    def divides(self, rows: int) -> bool:
+        """Whether a matrix of so many rows can be in this format: classes of rows are whole."""
+        return not self.is_strided or rows % self.group == 0
+
+    def table_rows(self, rows: int) -> int:
+        """Of `Scale.COLUMN`: after how many classes of rows the numbers of super-groups repeat; 0 of other scales."""
+        classes = max(1, rows // self.group) if self.is_strided else 0
+        return classes // gcd(classes, self.super_group) if classes else 0
+
+    def table_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the numbers of super-groups and those of the zeros, which a matrix has once; 0 where it has none."""
+        width = -(-columns // CHUNK) * CHUNK
+        return (_LINE + self.table_rows(rows) * width * 4) if self.is_strided else 0
+
+    def matrix_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a packed matrix: its panels, then its table."""
+        return self.panels_bytes(rows, columns) + self.table_bytes(rows, columns)

@@ -10,7 +10,9 @@ nothing.
 
 Before the first block come the orders of gate's and up's columns, where these have one that is not the file's own
 (GPTQ's act-order): int32 [D] each, filled up to a cache line. Column k of such a matrix stands for number order[k] of a
-hidden state. A range of blocks then begins with the orders, whichever blocks these are.
+hidden state. Of formats whose scales belong to columns (strided.py), the tables of gate, up and down stand there; the
+neurons are then in the order of gate's classes of rows, and down's panels have the D outputs in that of down's own. A
+range of blocks begins with all that stands before the first, whichever blocks these are.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .codes import Coded
 from .descriptor import PANEL
 from .hqq_solver import check_finite
 from .matrix import MatrixFormat
+from .strided import Strided, in_own_order, read_panels, read_table, values, write_panels, write_table
 
 ALIGN_BYTES = 64  # an expert starts on a cache line
 _BIAS_BYTES = 4  # float32, so that no dtype of bias loses a bit
@@ -77,6 +80,10 @@ class ExpertFormat:
         matrix: the format of all matrices, but for those that `gate` and `up` name: files mix formats.
         block: neurons of a block, B; an expert can be divided between blocks. None for the least that `down` needs.
         orders: of columns: 0, 1 that gate and up share, or 2, gate's and up's.
+
+    Raises:
+        ValueError: some matrices have scales of columns (`is_strided`) and others not, or their neurons are in other
+            orders.
     """
 
     def __init__(
@@ -89,11 +96,21 @@ class ExpertFormat:
         orders: int = 0,
     ) -> None:
         self.matrices = {"gate": gate or matrix, "up": up or gate or matrix, "down": matrix}
-        self.block = block or matrix.block
+        self.is_strided = self.matrices["gate"].is_strided
+        self.block = block or max(matrix.block, self.matrices["gate"].block if self.is_strided else 0)
         names = [fmt.name for fmt in self.matrices.values()]
         self.orders = orders
         joined = names[0] if len({*names}) == 1 else "+".join(names)
         self.name = f"{joined}{ORDERS[orders]}"  # as `expert_format_named` takes it
+        kinds = {fmt.is_strided for fmt in self.matrices.values()}
+        groups = {self.matrices[part].group for part in ("gate", "up")}
+        if len(kinds) > 1 or (self.is_strided and (orders or len(groups) > 1 or self.block % min(groups))):
+            raise ValueError(f"{self.name} has neurons in several orders")
+
+    def divides(self, shape: ExpertShape) -> bool:
+        """Whether experts of that shape can be in this format: classes of rows are whole, and without biases."""
+        whole = self.matrices["up"].divides(shape.neurons) and self.matrices["down"].divides(shape.hidden)
+        return whole and not (self.is_strided and shape.has_bias)
 
     def blocks(self, shape: ExpertShape) -> int:
         """N, the last one possibly padded."""
@@ -105,11 +122,22 @@ class ExpertFormat:
         return _aligned(self.head_bytes(shape) + blocks + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0))
 
     def head_bytes(self, shape: ExpertShape) -> int:
-        """Bytes before the first block: the orders of columns."""
-        return self.orders * _aligned(shape.hidden * _ORDER_BYTES)
+        """Bytes before the first block: the orders of columns and the tables of `is_strided`."""
+        orders = self.orders * _aligned(shape.hidden * _ORDER_BYTES)
+        return max((table.stop for _, table in self.tables(shape)), default=orders)
+
+    def tables(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
+        """Name -> where the table of each matrix is within an expert, in bytes; none of formats that have none."""
+        sizes = dict.fromkeys(("gate", "up") if shape.has_gate else ("up",), (shape.neurons, shape.hidden))
+        sizes["down"] = (shape.hidden, self.blocks(shape) * self.block)
+        start = 0
+        for name, size in sizes.items() if self.is_strided else ():
+            stop = start + self.matrices[name].table_bytes(*size)
+            yield name, range(start, stop)
+            start = stop
 
     def byte_range(self, shape: ExpertShape, neurons: range) -> range:
-        """The run of bytes that holds `neurons` (from a multiple of `block` to another, or to F), with the orders."""
+        """The run of bytes that holds `neurons` (from a multiple of `block` to another, or to F), with the head."""
         block_bytes, head = self.block_bytes(shape), self.head_bytes(shape)
         last = neurons.stop >= shape.neurons
         stop = self.expert_bytes(shape) if last else head + neurons.stop // self.block * block_bytes
@@ -150,21 +178,49 @@ class ExpertFormat:
                 check_finite(tensor)  # names the place in the matrix, not in its blocks
                 raise
 
-    def pack_coded(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Coded]) -> None:
+    def pack_coded(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Coded | Strided]) -> None:
         """Write matrices that are quantized already into an expert's bytes: the twin of the kernels' repacking.
 
         Args:
-            parts: "gate" and "up" [F, D], "down" [D, F], in the formats that these have here.
+            parts: "gate" and "up" [F, D], "down" [D, F], in the formats that these have here. Of `is_strided`, the
+                neurons in the order of gate's classes.
         """
         places, blocks = dict(self.places(shape)), self._blocks(packed, shape)
         for name, coded in parts.items():
             fmt, place = self.matrices[name], places[name]
             for number, block in enumerate(blocks):
-                neurons = torch.arange(number * self.block, min((number + 1) * self.block, shape.neurons))
-                part = coded.columns(fmt, neurons) if name == "down" else coded.rows(neurons)
-                panels = fmt.write(part.padded(self.block) if name == "down" else part).flatten()
+                neurons = range(number * self.block, min((number + 1) * self.block, shape.neurons))
+                if isinstance(coded, Strided):
+                    panels = self._strided_panels(name, coded, neurons, shape)
+                else:
+                    index = torch.arange(neurons.start, neurons.stop)
+                    part = coded.columns(fmt, index).padded(self.block) if name == "down" else coded.rows(index)
+                    panels = fmt.write(part).flatten()
                 block[place.start : place.start + panels.numel()] = panels
                 block[place.start + panels.numel() : place.stop] = 0
+        strided = {name: one for name, one in parts.items() if isinstance(one, Strided)}
+        self.pack_tables(packed, shape, {name: (one.of_scales, one.of_zeros) for name, one in strided.items()})
+
+    def _strided_panels(self, name: str, coded: Strided, neurons: range, shape: ExpertShape) -> Tensor:
+        """One block's part of a matrix, uint8 [bytes]."""
+        fmt, n = self.matrices[name], slice(neurons.start, neurons.stop)
+        if name == "down":
+            parts = (coded.codes[:, n], coded.scales[:, n], coded.zeros[:, n])
+            return write_panels(fmt, *parts, (shape.hidden, self.block)).flatten()
+        of = slice(n.start // fmt.group, n.stop // fmt.group)
+        parts = (coded.codes[n], coded.scales[of], coded.zeros[of])
+        return write_panels(fmt, *parts, (self.block, shape.hidden)).flatten()
+
+    def pack_tables(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write the tables of matrices into an expert's bytes.
+
+        Args:
+            parts: `of_scales` and `of_zeros` of `Strided`, by the names of the matrices.
+        """
+        tables = dict(self.tables(shape))
+        for name, (of_scales, of_zeros) in parts.items():
+            width = self.blocks(shape) * self.block if name == "down" else shape.hidden
+            packed[tables[name].start : tables[name].stop] = write_table(of_scales, of_zeros, width)
 
     def pack_orders(self, packed: Tensor, shape: ExpertShape, orders: Sequence[Tensor]) -> None:
         """Write the orders of gate's and up's columns into an expert's bytes.
@@ -178,7 +234,7 @@ class ExpertFormat:
         columns = torch.arange(shape.hidden)
         if len(orders) != self.orders or not all(torch.equal(order.long().sort().values, columns) for order in orders):
             raise ValueError(f"expected {self.orders} orders of {shape.hidden} columns, each a permutation of them")
-        size = self.head_bytes(shape) // max(self.orders, 1)
+        size = _aligned(shape.hidden * _ORDER_BYTES)
         for number, order in enumerate(orders):
             head = packed[number * size : (number + 1) * size].view(torch.int32)
             head[: shape.hidden] = order
@@ -196,6 +252,9 @@ class ExpertFormat:
                 continue
             columns = self.block if name == "down" else shape.hidden
             fmt = self.matrices[name]
+            if fmt.is_strided:
+                found[name] = self._unpack_strided(name, packed, shape, part, neurons, dtype)
+                continue
             rows = fmt.unpack(part.reshape(-1, fmt.panel_bytes(columns)), columns, dtype).unflatten(
                 0, (len(blocks), -1)
             )
@@ -206,16 +265,35 @@ class ExpertFormat:
         if shape.has_bias and neurons.stop == shape.neurons:
             found["down_bias"] = self._down_bias(packed, shape).to(dtype)
         if self.orders:
-            size = self.head_bytes(shape) // self.orders
+            size = _aligned(shape.hidden * _ORDER_BYTES)
             heads = [packed[i * size :][: shape.hidden * _ORDER_BYTES].view(torch.int32) for i in range(self.orders)]
             found |= {"gate_order": heads[0], "up_order": heads[-1]}
         return UnpackedExpert(**found)
 
+    def _unpack_strided(
+        self, name: str, packed: Tensor, shape: ExpertShape, part: Tensor, neurons: range, dtype: torch.dtype
+    ) -> Tensor:
+        """Of some blocks' bytes [n, bytes] of a matrix: [f, D], or [D, f] of down."""
+        fmt, table = self.matrices[name], dict(self.tables(shape))[name]
+        of_matrix = shape.hidden if name == "down" else shape.neurons
+        of_scales, of_zeros = read_table(fmt, packed[table.start : table.stop], of_matrix)
+        if name == "down":
+            found = []
+            for number, block in enumerate(part):
+                first = neurons.start + number * self.block
+                parts = read_panels(fmt, block.view(-1, fmt.panel_bytes(self.block)), self.block)
+                of_block = of_scales[..., first : first + self.block]
+                found.append(values(fmt, Strided(*parts, of_block, of_zeros), dtype))
+            return in_own_order(fmt, torch.cat(found, 1)[:, : len(neurons)])
+        parts = read_panels(fmt, part.reshape(-1, fmt.panel_bytes(shape.hidden)), shape.hidden)
+        of_scales = of_scales[..., : shape.hidden].roll(-(neurons.start // fmt.group), 0)
+        return values(fmt, Strided(*parts, of_scales, of_zeros), dtype)[: len(neurons)]
+
     def places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
         """Name -> where each part is within a block, in bytes, in this order."""
         parts = ("gate", "up") if shape.has_gate else ("up",)
-        sizes = {part: self.matrices[part].matrix_bytes(self.block, shape.hidden) for part in parts}
-        sizes["down"] = self.matrices["down"].matrix_bytes(shape.hidden, self.block)
+        sizes = {part: self.matrices[part].panels_bytes(self.block, shape.hidden) for part in parts}
+        sizes["down"] = self.matrices["down"].panels_bytes(shape.hidden, self.block)
         if shape.has_bias:
             sizes |= dict.fromkeys((["gate_bias"] if shape.has_gate else []) + ["up_bias"], self.block * _BIAS_BYTES)
         start = 0

@@ -4,11 +4,14 @@
 2304
 >>> uniform(4, 128).name
 'int4g128'
+>>> strided_format(2, 16, 128).name
+'hqq2r16s128'
 """
 
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
 from .descriptor import PANEL, ROW, Code, Descriptor, Scale, Zero
 from .quantize import pack_hqq, pack_int8, quantize_int4
+from .strided import unpack_strided
 
 
 class MatrixFormat(Descriptor):
@@ -68,8 +72,20 @@ class MatrixFormat(Descriptor):
             out.copy_(pack_codes(self, quantize_int4(matrix, self.group, fit=not fast)).view(len(out), -1))
 
     def unpack(self, panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """uint8 [P, panel_bytes] -> [P * 16, K] in `dtype`: what the kernels compute with."""
+        """uint8 [P, panel_bytes] -> [P * 16, K] in `dtype`: what the kernels compute with.
+
+        Raises:
+            ValueError: panels alone do not say it (`Scale.COLUMN`); see `unpack_matrix`.
+        """
+        if self.is_strided:
+            raise ValueError(f"panels in {self.name} need the table of their matrix")
         return unpack(self, panels, columns, dtype)
+
+    def unpack_matrix(self, packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A whole matrix, uint8 [matrix_bytes] -> [R, K] in `dtype`, its rows in their own order."""
+        if self.is_strided:
+            return unpack_strided(self, packed, rows, columns, dtype)
+        return self.unpack(packed.view(-1, self.panel_bytes(columns)), columns, dtype)[:rows]
 
     def write(self, coded: Coded) -> Tensor:
         """The codes and scales of a matrix [R, K] as panels, uint8 [P, panel_bytes]."""
@@ -135,6 +151,28 @@ def _uniform(bits: int, group: int, scale: str, zeros: bool) -> MatrixFormat:
     return MatrixFormat(name, Code[f"U{bits}"], group, _SCALES[scale], zero, constant)
 
 
+_STRIDED = re.compile(r"hqq([234568])r(16|32|64|128|256)s([1-9][0-9]{0,8})")
+
+
+def strided_format(bits: int, group: int, super_group: int) -> MatrixFormat:
+    """Whole numbers of which some rows of a column, far apart, share a scale and a zero: HQQ's axis 0.
+
+    Args:
+        bits: 2, 3, 4, 5, 6 or 8. group: rows that share them, 16, 32, 64, 128 or 256.
+        super_group: scales, which are bytes, that share an fp16 scale and zero.
+
+    Returns:
+        One object for equal arguments, named like `hqq2r16s128`.
+    """
+    return _strided(bits, group, super_group)
+
+
+@functools.cache
+def _strided(bits: int, group: int, super_group: int) -> MatrixFormat:
+    name, code = f"hqq{bits}r{group}s{super_group}", Code[f"U{bits}"]
+    return MatrixFormat(name, code, group, Scale.COLUMN, Zero.COLUMN, super_group=super_group)
+
+
 @functools.cache
 def format_named(name: str) -> MatrixFormat:
     """The format of that name.
@@ -144,6 +182,8 @@ def format_named(name: str) -> MatrixFormat:
     """
     if name in _NAMED:
         return _NAMED[name]
+    if (parts := _STRIDED.fullmatch(name)) is not None:
+        return strided_format(*(int(part) for part in parts.groups()))
     for bits in (2, 3, 4, 5, 6, 8):
         for group in (16, 32, 64, 128, ROW):
             for scale in _SCALES:
@@ -154,5 +194,5 @@ def format_named(name: str) -> MatrixFormat:
 
 
 def format_names() -> tuple[str, ...]:
-    """Names of the formats that are no `uniform` ones."""
+    """Names of the formats that are no `uniform` or `strided_format` ones."""
     return tuple(_NAMED)

@@ -19,6 +19,7 @@ from ...errors import CheckpointError
 from .codes import Coded
 from .descriptor import SUPER, Code, Scale, Zero
 from .matrix import MatrixFormat
+from .strided import Strided, class_order
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds row 0, 1, ... of eight
 
@@ -38,6 +39,9 @@ class RawMatrix:
             "zeros" int32 [R * bits / 32, G] along the rows, or none.
         awq: "weight" int32 [K, R / 8]; "scales" [G, R]; "zeros" int32 [G, R / 8], or none.
         gptq: "weight" int32 [K * bits / 32, R]; "scales" [G, R]; "zeros" int32 [G, R * bits / 32], or none.
+        strided: "weight" uint8, R K bits / 8 bytes; of 3 bits int32 [ceil(g / 10), R K / g]; both as hqq's BitPack has
+            them. "scales", "zeros" uint8 [R / g, K]; "of_scales" float16 [2, S], "of_zeros" float32 [2]: scale and
+            zero of scales and of zeros (strided.py).
     """
 
     layout: str
@@ -58,6 +62,36 @@ def read_raw(raw: RawMatrix, rows: Tensor | None = None, columns: Tensor | None 
     if columns is not None:
         coded = replace(coded, codes=coded.codes[:, columns])
     return coded if rows is None else coded.rows(rows)
+
+
+def read_strided(raw: RawMatrix, columns: Tensor | None = None) -> Strided:
+    """A stored matrix of the layout "strided", its rows by classes and its columns in an order, int64 [K]."""
+    bits, words = raw.fmt.code_bits, raw.tensors["weight"]
+    if bits == 3:  # of ten rows of groups' members in a word, the first in its highest bits
+        parts = [words >> shift & 7 for shift in range(27, -1, -3)]
+        codes = torch.cat(parts)[: raw.fmt.group].to(torch.uint8)
+    else:  # of the 8 / bits equal parts of all weights, the first in the highest bits
+        parts = [
+            words.flatten() >> shift & (1 << bits) - 1 for shift in range(8 - _held_bits(bits), -1, -_held_bits(bits))
+        ]
+        codes = torch.cat(parts)
+    whole = codes.view(raw.rows, raw.columns)[class_order(raw.rows, raw.fmt.group)]
+    table = strided_table(raw, None)
+    found = Strided(whole, raw.tensors["scales"], raw.tensors["zeros"], table, raw.tensors["of_zeros"])
+    return found if columns is None else found.columns(columns)
+
+
+def _held_bits(bits: int) -> int:
+    """Bits that a code takes in a file's bytes."""
+    return bits if bits in (2, 4) else 8
+
+
+def strided_table(raw: RawMatrix, columns: Tensor | None) -> Tensor:
+    """float16 [M, 2, K]: scale and zero of the scales of each class and column, until they repeat."""
+    of_scales = raw.tensors["of_scales"]
+    order = torch.arange(raw.columns) if columns is None else columns
+    classes = torch.arange(raw.fmt.table_rows(raw.rows))[:, None]
+    return of_scales[:, (classes * raw.columns + order) % of_scales.shape[1]].transpose(0, 1)
 
 
 def sides(raw: RawMatrix) -> Coded:
