@@ -186,6 +186,20 @@ def test_cells_are_recomputed() -> None:
     assert (report.speeds, report.shape, report.layers) == ((), None, None)
 
 
+def test_a_table_without_a_fit() -> None:
+    """The perplexity of weights that were rounded at once, which is another."""
+    found = [
+        measure_quantization(READING, dense_bits=(16,), expert_bits=(2,), fit=fit, threads=1).rows[0].perplexity
+        for fit in ("none", "hqq", None)
+    ]
+    assert found[1] == found[2] != found[0]
+    ids = AutoTokenizer.from_pretrained(DEMO)(HELDOUT.read_text(), verbose=False).input_ids
+    options: dict[str, Any] = {"dtype": "float32", "expert_bits": 2, "dense_bits": 16, "head_bits": 16, "fit": "none"}
+    model = moestro.load("demo", threads=1, cache=False, **options)
+    expected = perplexity(window_losses(model, torch.tensor(ids)[:512].view(8, 64)), 64)
+    assert found[0] == pytest.approx(expected, rel=1e-6)
+
+
 def _rounded(dense: int, expert: int) -> tuple[Any, int]:
     """Transformers' model, with each matrix as our formats keep it, and the bytes of all weights.
 

@@ -75,6 +75,7 @@ class TableOptions(Checked):
     threads: int | None = option_like(Options, "threads")
     dense_bits: Sequence[str] = _table_bits("dense_bits", "row")
     expert_bits: Sequence[str] = _table_bits("expert_bits", "column")
+    fit: str | None = option_like(Options, "fit", unset="hqq")
     shape: str | None = option_like(
         ModelOptions, "shape", help=f"Also decode speeds of a shape, with random weights: {', '.join(SHAPES)}."
     )

@@ -119,13 +119,14 @@ def measure_quantization(
     *,
     dense_bits: Sequence[int] = TABLE_BITS,
     expert_bits: Sequence[int] = TABLE_BITS,
+    fit: str | None = None,
     speed: SpeedRequest | None = None,
     threads: int | None = None,
 ) -> QuantizationReport:
     """Measure a model's table.
 
     Args:
-        dense_bits, expert_bits: rows and columns of the table.
+        dense_bits, expert_bits: rows and columns of the table. fit: as `moestro.load` takes it.
         speed: whose decode speeds to measure as well; None for none.
         threads: of the CPU's kernels; None for one on each physical core.
 
@@ -156,6 +157,7 @@ def measure_quantization(
                 dense_bits=dense,
                 expert_bits=expert,
                 head_bits=16,
+                fit=fit,
                 threads=count,
                 cache=False,
             )

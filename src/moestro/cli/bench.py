@@ -285,6 +285,7 @@ def bench_quantization(
         Reading(model, table.source, text, tokens, window),
         dense_bits=[*map(int, table.dense_bits or TABLE_BITS)],
         expert_bits=[*map(int, table.expert_bits or TABLE_BITS)],
+        fit=table.fit,
         speed=None if table.shape is None else SpeedRequest(table.shape, layers, rounds),
         threads=table.threads,
     )
