@@ -138,6 +138,13 @@ def test_beams(run) -> None:  # type: ignore[no-untyped-def]
     assert "decode" in err
 
 
+def test_guesses_from_the_prompt_leave_the_text_as_it_is(run) -> None:  # type: ignore[no-untyped-def]
+    prompt = f"{PROMPT} {PROMPT} {PROMPT}"
+    options = "-n", "20", "--temperature", "0", "--dtype", "float32"
+    plain, _ = run("run", "demo", prompt, *options)
+    assert run("run", "demo", prompt, *options, "--prompt-lookup", "4")[0] == plain
+
+
 def test_the_same_seed_gives_the_same_text(run) -> None:  # type: ignore[no-untyped-def]
     texts = [run("run", "demo", PROMPT, "-n", "20", "--seed", seed)[0] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import moestro
 from families import FAMILIES, build_model
 from moestro import load, load_tokenizer
-from moestro.errors import ModelError, MoestroError
+from moestro.decode.cpu.masks import MOST_TOKENS
+from moestro.engine.steps import PREFILL_TOKENS
+from moestro.errors import ModelError, MoestroError, RequestError
 from moestro.text.chat import ChatSession
 from moestro.text.choices import choose
 from moestro.text.generation import generate_text
-from moestro.text.options import TextOptions
+from moestro.text.options import MOST_GUESSES, TextOptions
 from moestro.text.settings import FOLLOWED, OURS, REFUSED, SETTINGS
 
 DEMO = Path(moestro.__file__).parent / "demo"
@@ -281,6 +283,22 @@ def test_a_request_wins_over_the_checkpoint() -> None:
     assert spoken.stop == ["x"]
     ours_alone = choose(TextOptions(), settings_of(), 4096).arguments
     assert {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 50}.items() <= ours_alone.items()
+
+
+def test_guesses_from_the_prompt() -> None:
+    own = settings_of(prompt_lookup_num_tokens=3)
+    for options, wanted in (
+        (TextOptions(), 3),
+        (TextOptions(prompt_lookup=0), None),
+        (TextOptions(prompt_lookup=5), 5),
+    ):
+        choices = choose(options, own, 4096)
+        assert choices.arguments["prompt_lookup_num_tokens"] == wanted
+        assert choices.goes_back == (wanted is not None) != choices.can_continue
+    assert choose(TextOptions(), settings_of(), 4096).arguments["prompt_lookup_num_tokens"] is None
+    with pytest.raises(RequestError, match="guesses for one text, not for 3 beams; leave one out"):
+        choose(TextOptions(prompt_lookup=2, num_beams=3), settings_of(), 4096)
+    assert MOST_GUESSES + 1 == PREFILL_TOKENS == MOST_TOKENS
 
 
 CHATS: list[dict[str, Any]] = [

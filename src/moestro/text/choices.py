@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ..errors import RequestError
 from .options import TextOptions
 from .settings import check_settings
 
@@ -43,13 +44,18 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         rows: of the model's embedding; token ids are below it.
 
     Raises:
-        ModelError: the checkpoint has settings that cannot be followed.
+        ModelError: the checkpoint has settings that cannot be followed. RequestError: options that contradict.
     """
     check_settings(own, rows)
     num_beams = options.num_beams or own.num_beams or 1
     stop = options.stop or own.stop_strings or ()
     keeps_cache = own.use_cache is not False and own.cache_implementation in (None, "dynamic", "hybrid")
-    goes_back = own.prompt_lookup_num_tokens is not None
+    lookup = options.prompt_lookup if options.prompt_lookup is not None else own.prompt_lookup_num_tokens
+    if options.prompt_lookup and num_beams > 1:
+        raise RequestError(
+            f"--prompt-lookup {options.prompt_lookup} guesses for one text, not for {num_beams} beams; leave one out"
+        )
+    goes_back = lookup is not None and lookup > 0
     arguments: dict[str, Any] = {
         "max_length": None,  # max_new_tokens is always given
         "num_beams": num_beams,
@@ -58,6 +64,7 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         # Nothing here reads them, and layers that must return them cannot be fused.
         **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
         "stop_strings": None,  # answer.py ends the text at them
+        "prompt_lookup_num_tokens": lookup if goes_back else None,
         **_sampling(options, own, num_beams),
     }
     if keeps_cache:

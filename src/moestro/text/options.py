@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ..planning.option import Checked, needs, option, option_like
 from ..planning.options import ModelOptions
 
+MOST_GUESSES = 15  # with one more token a step is still one of decode (engine/steps.py)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Checked):
@@ -57,4 +59,12 @@ class TextOptions(Checked):
         "Beams of a beam search; the text then comes at the end.",
         unset="the checkpoint's, or 1",
         check=needs(lambda n: n >= 1, "at least 1"),
+    )
+    prompt_lookup: int | None = option(
+        None,
+        "Guess up to so many next tokens from where the text had the last ones before, and compute them in one step; "
+        "the text stays the same. 0 for none.",
+        metavar="N",
+        unset="the checkpoint's, or 0",
+        check=needs(lambda n: 0 <= n <= MOST_GUESSES, f"0 to {MOST_GUESSES}"),
     )
