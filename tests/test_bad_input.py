@@ -312,7 +312,9 @@ NO_TEXT = {
 }
 
 
-@pytest.mark.parametrize("way", NO_TEXT)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.long] if at else []) for at, way in enumerate(NO_TEXT)]
+)
 def test_input_that_is_no_text(way: str) -> None:
     arguments, given = NO_TEXT[way]
     command = [sys.executable, "-m", "moestro.cli.main", *arguments, "-n", "2"]

@@ -246,6 +246,7 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.long
 def test_speeds_of_a_shape(run: Run) -> None:
     small = ["--tokens", "64", "--window", "64", "-t", "1", "--expert-bits", "16", "--dense-bits", "16"]
     status, out, err = run("demo", *small, "--shape", "tiny", "--layers", "2", "--rounds", "1", "--json")

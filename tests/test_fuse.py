@@ -441,9 +441,9 @@ def test_a_cache_that_grows_in_place_stays_a_cache() -> None:
 # makes 1e-4 of that. Its "eager" attention has a mask always, so there all is equal.
 COMPILED = [
     (True, "eager", 8, "eager", 0.0),
-    (True, "aot_eager", None, "sdpa", 1e-5),
+    pytest.param(True, "aot_eager", None, "sdpa", 1e-5, marks=pytest.mark.long),
     (True, "aot_eager", 8, "sdpa", 2e-3),
-    (False, "aot_eager", 8, "eager", 0.0),
+    pytest.param(False, "aot_eager", 8, "eager", 0.0, marks=pytest.mark.long),
 ]
 
 

@@ -151,7 +151,14 @@ def test_a_file_and_a_folder_here(tmp_path: Path) -> None:
 # --- fetching
 
 
-@pytest.mark.parametrize("name", ["hf.co/org/gguf:Q4_K_M", "org/gguf:q4_k_m", "https://huggingface.co/org/gguf:Q4_K_M"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf.co/org/gguf:Q4_K_M",
+        pytest.param("org/gguf:q4_k_m", marks=pytest.mark.long),
+        pytest.param("https://huggingface.co/org/gguf:Q4_K_M", marks=pytest.mark.long),
+    ],
+)
 def test_one_gguf_file_is_fetched_once(hub: Hub, tmp_path: Path, name: str) -> None:
     done = fetch(hub, tmp_path, name)
     assert done.returncode == 0, done

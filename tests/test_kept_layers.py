@@ -226,11 +226,6 @@ def _killed(source: Path, target: Path, rounds: int) -> None:
     assert names(target.parent) == [target.name, "wanted"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill here")
-def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
-    _killed(source, tmp_path / "model", 3)
-
-
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill here")
 def test_killed_fifty_times(source: Path, tmp_path: Path) -> None:

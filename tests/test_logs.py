@@ -20,7 +20,15 @@ def _moestro(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize(("verbose", "level"), [(["-vv"], ""), (["-v"], "error"), ([], "debug"), ([], "")])
+@pytest.mark.parametrize(
+    ("verbose", "level"),
+    [
+        (["-vv"], ""),
+        ([], ""),
+        pytest.param(["-v"], "error", marks=pytest.mark.long),
+        pytest.param([], "debug", marks=pytest.mark.long),
+    ],
+)
 def test_levels_and_no_prompt_in_the_log(verbose: list[str], level: str) -> None:
     done = _moestro(*verbose, "run", "demo", SECRET, "-n", "4", "--temperature", "0", MOESTRO_LOG=level)
     assert done.returncode == 0, done.stderr
@@ -48,7 +56,7 @@ def test_a_wrong_level_is_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize("level", ["info", "", "loud"])
+@pytest.mark.parametrize("level", ["info", pytest.param("", marks=pytest.mark.long), "loud"])
 def test_the_level_of_a_program_that_imports_moestro(level: str) -> None:
     code = "import moestro\nmoestro.load('demo', threads=1, device='cpu')"
     environment = {**os.environ, "MOESTRO_LOG": level}

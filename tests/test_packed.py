@@ -83,10 +83,10 @@ def test_checksums_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         {},
         {"bits": 16},
         {"bits": 8},
-        {"bits": 4},
+        pytest.param({"bits": 4}, marks=pytest.mark.long),
         {"bits": 2},
         {"expert_bits": 4, "dense_bits": 8, "head_bits": 16},
-        {"expert_bits": 3, "head_bits": 4},
+        pytest.param({"expert_bits": 3, "head_bits": 4}, marks=pytest.mark.long),
     ],
     ids=str,
 )

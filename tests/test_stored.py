@@ -28,6 +28,7 @@ from test_sources_safetensors import CASES, FAMILY, write_checkpoint
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
 GGUF_FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
+OF_GPT_OSS = ("MXFP4", "Q8_0", "Q5_1", "Q4_K")  # those that its files have
 DEVICES: tuple[dict[str, Any], ...] = (
     {"device": "cpu"},
     {"device": "emulated", "gpu_memory": "32MiB", "policy": "lru", "link": None},
@@ -104,8 +105,14 @@ def test_quantized_safetensors(family: str, kind: str, options: dict[str, Any], 
     _same(model, expected)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=[pytest.mark.long] if family == "gpt_oss" and kind not in OF_GPT_OSS else [])
+        for family in GGUF_FAMILIES
+        for kind in TYPES
+    ],
+)
 def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     arch, width = KNOWN[family][0], 256 if kind.endswith(("K", "XS")) else 64
     model = _build(family, hidden_size=width, intermediate_size=width, moe_intermediate_size=width)
