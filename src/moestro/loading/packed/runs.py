@@ -24,7 +24,8 @@ from .manifest import AGAIN, ALIGN_BYTES, File, Run
 
 logger = logging.getLogger("moestro")
 
-_PIECE_BYTES = 1 << 19  # read, then summed: fits the caches of a core
+_PIECE_BYTES = 1 << 21  # read, then summed while the caches have it
+_READERS = 2  # for each thread that computes, since a reader also waits for the disk
 _SHARE_BYTES = 8 << 20  # of one run, for a thread
 
 
@@ -42,7 +43,7 @@ class RunReader:
 
     Args:
         folder: where they are. files: by name, with the bytes that they must have.
-        threads: that read at once.
+        threads: of the CPU, each of which has two readers.
 
     Raises:
         CheckpointError: a file is absent, or of another size.
@@ -50,7 +51,7 @@ class RunReader:
 
     def __init__(self, folder: Path, files: dict[str, File], threads: int) -> None:
         self._folder, self._files = folder, dict[str, BinaryIO]()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="moestro-read")
+        self._pool = ThreadPoolExecutor(_READERS * threads, thread_name_prefix="moestro-read")
         self._filled = {name for name, file in files.items() if file.crc is None}  # whose runs are filled up
         self._seek = threading.Lock()  # where files can only be read from where they are
         self._read_s, self._check_s, self._n_bytes = 0.0, 0.0, 0
