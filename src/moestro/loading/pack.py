@@ -44,7 +44,7 @@ def pack(model: str, target: Path, source: ModelOptions, options: Options) -> Ma
         other_config = None if source.config is None else fingerprint(find_files(source.config, weights=False))
         key = json.dumps([found, other_config, source.dtype, asdict(asked), SOLVER, VERSION])
         layers = target.with_name(f".{target.name}{SUFFIX}")
-        kept = context.enter_context(kept_layers(layers, key, has_room=lambda n_bytes: True))
+        kept = context.enter_context(kept_layers(layers, key, make_room=lambda n_bytes: True))
         loaded = load_checkpoint(model, config, source, kept)
         path = Path(resolve(model, source.revision))
         other = None if source.config is None else Path(resolve(source.config, weights=False))

@@ -37,11 +37,11 @@ class KeptLayers:
 
     Args:
         folder: it need not exist. key: of all that the layers' bytes depend on. is_on: whether to keep any.
-        has_room: whether so many bytes may be written there.
+        make_room: for so many bytes; False where there is none.
     """
 
-    def __init__(self, folder: Path, key: str, is_on: bool, has_room: Callable[[int], bool]) -> None:
-        self._folder, self._key, self._is_on, self._make_room = folder, key, is_on, has_room
+    def __init__(self, folder: Path, key: str, is_on: bool, make_room: Callable[[int], bool]) -> None:
+        self._folder, self._key, self._is_on, self._make_room = folder, key, is_on, make_room
         self._threads, self._layers = 1, 0
         self.has_begun, self.has_room = False, True
         self._runs = dict[int, tuple[Run, ...]]()  # of each layer that is kept
@@ -151,11 +151,11 @@ class KeptLayers:
 
 
 @contextmanager
-def kept_layers(folder: Path, key: str, has_room: Callable[[int], bool]) -> Iterator[KeptLayers]:
+def kept_layers(folder: Path, key: str, make_room: Callable[[int], bool]) -> Iterator[KeptLayers]:
     """Keep the layers of a load inside the block; says what is kept if the block is ended by an error or by Ctrl-C.
 
     Args:
-        folder, key, has_room: as in `KeptLayers`.
+        folder, key, make_room: as in `KeptLayers`.
     """
     lock = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as held:
@@ -166,7 +166,7 @@ def kept_layers(folder: Path, key: str, has_room: Callable[[int], bool]) -> Iter
             is_on = True
         except (Timeout, OSError):  # another process is at it, or nothing can be written there
             is_on = False
-        kept = KeptLayers(folder, key, is_on, has_room)
+        kept = KeptLayers(folder, key, is_on, make_room)
         try:
             yield kept
         except BaseException:
