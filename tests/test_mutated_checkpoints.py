@@ -206,6 +206,16 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 CHANGES = (flip_a_header, flip_json, truncate, drop_a_file, change_config, change_a_tensor, change_a_tensor)
 
 
+def files_load_or_say_why(folder: Path, files: dict[str, bytes]) -> None:
+    """`loads_or_says_why` of a folder that has these files and no others."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    loads_or_says_why(folder)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -214,13 +224,7 @@ def test_safetensors(kind: str, tmp_path_factory: pytest.TempPathFactory, data: 
     base = tmp_path_factory.getbasetemp()
     files = dict(whole(kind, base))
     data.draw(st.sampled_from(CHANGES))(files, data.draw)
-    folder = base / f"mutated-{kind}"
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    loads_or_says_why(folder)
+    files_load_or_say_why(base / f"mutated-{kind}", files)
 
 
 SCALES = ("weight_scale_inv", "weight_scale", "scales")

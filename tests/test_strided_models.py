@@ -26,7 +26,7 @@ from moestro.loading.contents import inspect_model
 from moestro.loading.headers import prefix_of
 from moestro.loading.pack import pack
 from moestro.planning.options import ModelOptions, Options
-from test_mutated_checkpoints import CHANGES, change_config, loads_or_says_why
+from test_mutated_checkpoints import CHANGES, change_config, files_load_or_say_why
 from test_packed import same
 from test_stored import DEVICES, _same
 
@@ -188,13 +188,7 @@ def test_any_damage_is_one_line(tmp_path_factory: pytest.TempPathFactory, data: 
     base = tmp_path_factory.getbasetemp()
     files = dict(_files(base))
     data.draw(st.sampled_from([change for change in CHANGES if change is not change_config]))(files, data.draw)
-    folder = base / "mutated-hqq"
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    loads_or_says_why(folder)
+    files_load_or_say_why(base / "mutated-hqq", files)
 
 
 def test_experts_in_two_forms_are_refused(tmp_path: Path) -> None:

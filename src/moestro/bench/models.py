@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -109,7 +110,10 @@ class Engine:
         experts, chosen = ((getattr(after, n) - getattr(before, n)) / steps for n in ("misses", "tokens"))
         self._cache = None  # of several sequences
         return step_s, [
-            (experts * conductor.spec.layers[0].expert_bytes, 2 * chosen * self._expert_weights()),
+            (
+                experts * fmean(layer.expert_bytes for layer in conductor.spec.layers),
+                2 * chosen * self._expert_weights(),
+            ),
             (self._dense_bytes(), 2 * sequences * self._dense_weights()),
             self._attention_of(sequences, context + steps / 2),
         ]

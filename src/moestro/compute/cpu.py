@@ -1,7 +1,7 @@
 """What the compiled kernels calculate on the CPU, bound to tensors; the machine's limits beside it.
 
 Experts (`CpuExperts`; their twin is `experts.run_experts`), linear layers (`run_linear`), embeddings (`look_up`), norms
-(`rms_norm`) and the solver that quantizes (`solve_hqq`); what goes together for a single token is in few_tokens.py. A
+(`rms_norm`) and the solver that quantizes (`solve_hqq`); what goes together for few tokens is in few_tokens.py. A
 layer's experts run in the kernels when these have their format and their family's gate (activations.py), else in the
 torch twin.
 

@@ -8,6 +8,7 @@ Legend: B sequences, N new tokens of each, S tokens in the cache with these, T =
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,23 +35,34 @@ def seen_in(mask: Tensor | None, sequences: int, new: int, length: int) -> Tenso
 
     Returns:
         None of a mask that says anything else.
+
+    Raises:
+        ValueError: several new tokens of a sequence without a mask.
     """
-    ends = torch.arange(length - new + 1, length + 1)
     if mask is None:
-        return torch.stack((torch.zeros_like(ends), ends), 1).repeat(sequences, 1)
+        if new > 1:
+            raise ValueError(f"{new} new tokens of a sequence without a mask, which does not say what each sees")
+        return _all_seen(sequences, length)
     version = None if mask.is_inference() else mask._version
     key, found = getattr(mask, _KEPT, (None, None))
     if key != (version, sequences, new, length):
-        key, found = (version, sequences, new, length), _read(mask, ends, length)
+        key, found = (version, sequences, new, length), _read(mask, new, length)
         found = None if found is None else found.expand(sequences, new, 2).reshape(-1, 2)
         setattr(mask, _KEPT, (key, found))
     return found
 
 
-def _read(mask: Tensor, ends: Tensor, length: int) -> Tensor | None:
+@lru_cache(maxsize=16)
+def _all_seen(sequences: int, length: int) -> Tensor:
+    """One new token of each sequence, which sees all. All layers of a step ask for it, and none changes it."""
+    return torch.tensor([[0, length]]).repeat(sequences, 1)
+
+
+def _read(mask: Tensor, new: int, length: int) -> Tensor | None:
     """int64 [1 or B, N, 2]."""
-    if mask.device.type != "cpu" or mask.shape[1:] != (1, len(ends), length):
+    if mask.device.type != "cpu" or mask.shape[1:] != (1, new, length):
         return None
+    ends = torch.arange(length - new + 1, length + 1)
     if mask.dtype == torch.bool:
         seen = mask[:, 0]
     elif mask.is_floating_point():
