@@ -1,216 +1,197 @@
-// Products with weights in codes: all formats that weights.h has no kernels for.
+// Products with weights in codes.
 //
-// What stands in the headers becomes floats first (factors_of), a chunk at a time, and the codes whole numbers without
-// their constant zero; so kernels differ by code alone. One token meets codes in registers, a few meet pairs of
-// 16-bit integers that were made once for all of them, and many (or e4m3, which is no whole number) floats.
+// What stands in the headers becomes floats first (factors_of), a chunk at a time, and the codes meet the tokens' integers:
+// their products are summed exactly within a group of columns. So kernels differ by code alone, and a token's result has
+// the same bits however many tokens are beside it. Few tokens meet codes in registers; many meet operands of whole numbers
+// that were made once for all of them. Codes of e4m3, which is no whole number, meet floats.
 
-#include "codes.inl"
+
 
 namespace {
 
-// A chunk's codes as pairs of 16-bit integers without their constant zero, [32][16][2].
-template <class C>
-inline void decode(C, const Coded& c, const uint8_t* codes, int16_t* to) {
-  const I less = I::set16(static_cast<int16_t>(c.constant)), low = I::set16(0x00FF);
-  const auto table = I::load_table(c.table);
-  for (int s = 0; s < kSixteens; ++s, to += 8 * 2 * kPanel)
-    for (int v = 0; v < VP; ++v) {
-      const auto put = [&](int pair, I w) { subtract16(w, less).store(to + (pair * kPanel + v * W) * 2); };
-      if constexpr (C::kQuads) {
-        for (int i = 0; i < 2; ++i) {
-          Quads q;
-          C::quads(codes, s, i, v, table, q);
-          for (int j = 0; j < 2; ++j) {
-            put(4 * i + j, q[j] & low);
-            put(4 * i + j + 2, shift_right16<8>(q[j]));
-          }
-        }
-      } else {
-        for (int j = 0; j < 8; ++j) put(j, C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2));
-      }
-    }
-}
-
-inline void decode(E4m3, const Coded&, const uint8_t*, int16_t*) {}
-
-// As weights.h has it, for formats of codes.
-inline void convert(const Coded& c, const uint8_t* panel, int64_t begin, int64_t count, float* to) {
-  Factors f;
-  alignas(64) int16_t pairs[kPairs * 2 * kPanel];
-  const int of_group = kPairs / c.layout.groups;
-  for (int64_t chunk = begin / kGroup; chunk * kGroup < begin + count; ++chunk) {
-    factors_of(c, panel, 0, 1, chunk, chunk == begin / kGroup, &f);
-    const uint8_t* codes = c.codes_at(panel, chunk);
-    const uint8_t* next = c.codes_at(panel, chunk + (count + kGroup - 1) / kGroup);
-    for (int64_t i = 0; i < c.layout.codes; i += 64) prefetch(next + i);
-    with_code(c.code, [&](auto code) { decode(code, c, codes, pairs); });
-    for (int i = 0; i < kPairs; ++i, to += 2 * kPanel) {
-      const int g = i / of_group;
-      for (int v = 0; v < VP; ++v) {
-        const int64_t at = (i * kPanel + v * W) * 2;
-        V even, odd;
-        if (c.is_whole()) {
-          const I both = I::load(pairs + at);
-          even = even_half(both), odd = odd_half(both);
-        } else {
-          load_e4m3(codes + at, even, odd);
-        }
-        const V scale = V::load(f.scale[g] + v * W), add = c.adds ? V::load(f.add[g] + v * W) : V::zero();
-        fma(even, scale, add).store(to + v * W);
-        fma(odd, scale, add).store(to + kPanel + v * W);
-      }
-    }
-  }
-}
-
-// Whether one token's activations meet codes as bytes: by one instruction for four of them, or by one for two, where the
-// 16-bit sums of a sixteenth suffice: of 8 products of a code and a signed byte.
-template <class C>
-constexpr bool meets_bytes() {
-  if constexpr (std::is_same_v<C, E4m3>) {
-    return false;
-  } else if constexpr (!C::kQuads) {
-    return false;
-  } else {
+// Operands are vectors of weights as dot products take them, of 16 rows each: [16][4] bytes, which meet the high and the
+// low bytes of tokens, or [16][2] 16-bit integers.
 #if defined(MOESTRO_BYTE_DOTS)
-    return true;
-#elif defined(MOESTRO_BYTE_PAIRS)
-    return 8 * C::kLargest * 128 <= 32767;
+constexpr int kOperandColumns = 4, kPlanes = 2;
 #else
-    return false;
+constexpr int kOperandColumns = 2, kPlanes = 1;
 #endif
+constexpr int kOperands = kGroup / kOperandColumns;      // of a chunk
+constexpr int kStepOperands = 8 / kOperandColumns;       // of 8 columns
+constexpr int kUnit = 2 * kGroup, kPlane = kGroup;       // bytes of a token's chunk of integers, and of its plane
+
+template <class C>
+inline void operands_of(const uint8_t* codes, int step, int v, [[maybe_unused]] decltype(I::load_table(nullptr)) table,
+                        I (&w)[kStepOperands]) {
+#if defined(MOESTRO_BYTE_DOTS)
+  C::quads(codes, step / 2, step % 2, v, table, w);
+#else
+  if constexpr (C::kQuads) {
+    const I low = I::set16(0x00FF);
+    Quads q;
+    C::quads(codes, step / 2, step % 2, v, table, q);
+    for (int j = 0; j < 2; ++j) {
+      w[j] = q[j] & low;
+      w[j + 2] = shift_right16<8>(q[j]);
+    }
+  } else {
+    for (int j = 0; j < 4; ++j) w[j] = C::pair(codes + ((4 * step + j) * kPanel + v * W) * 2);
   }
+#endif
 }
 
-inline Packing packing_of(const Coded& c, int64_t n, Type) {
-  if (n > moestro::kThinTokens || !c.is_whole() || c.is_strided()) return Packing::kFloats;
+inline I dot(I weights, const uint8_t* x, I sum) {
+#if defined(MOESTRO_BYTE_DOTS)
+  return dot_bytes(weights, I::set_lane(x), sum);
+#else
+  return dot_pairs(weights, I::set_lane(x), sum);
+#endif
+}
+
+// What comes off each code of an operand.
+inline int32_t less_of(const Coded& c) {
+#if defined(MOESTRO_BYTE_DOTS)
+  if (c.code == Code::kS8) return 128;
+#endif
+  return c.constant;
+}
+
+// Whether one token meets codes as bytes by instructions for pairs of them: where the 16-bit sums of a sixteenth suffice,
+// of 8 products of a code and a signed byte.
+template <class C>
+constexpr bool meets_byte_pairs() {
+#if defined(MOESTRO_BYTE_PAIRS)
+  if constexpr (!std::is_same_v<C, E4m3>)
+    if constexpr (C::kQuads) return 8 * C::kLargest * 128 <= 32767;
+#endif
+  return false;
+}
+
+inline Packing packing_of(const Coded& c, int64_t n) {
+  if (!c.is_whole() || c.is_strided()) return Packing::kFloats;
+#if defined(MOESTRO_BYTE_DOTS)
+  return c.is_plain() ? Packing::kPlainBytes : Packing::kQuadBytes;
+#endif
   bool bytes = false;
-  with_code(c.code, [&](auto code) { bytes = meets_bytes<decltype(code)>(); });
-  return n == 1 && bytes ? Packing::kBytePlanes : Packing::kWhole;
+  with_code(c.code, [&](auto code) { bytes = meets_byte_pairs<decltype(code)>(); });
+  return n == 1 && bytes ? Packing::kQuadBytes : Packing::kPairs;
 }
 
-// One token's sums with a sixteenth s of P panels. There are two sums of a panel where registers allow, which total()
-// adds up; the first counts 256 times where quads meet the high bytes of the activations by it and the low by the second.
-template <class C, int P, int S, class T>
-inline void meet(const uint8_t* codes, int64_t stride, int s, const int16_t* x, [[maybe_unused]] T table, I (&dots)[P][S][VP]) {
+// Sums with a sixteenth s of P panels: the first counts 256 times where there are two planes.
+template <class C, int P, int N, int S, class T>
+inline void meet(const uint8_t* codes, int64_t stride, int s, const uint8_t* x, T table, I (&dots)[P][N][S][VP]) {
   constexpr int kStepBytes = C::kBytes / kSixteens;
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < kStepBytes; i += 64) prefetch(codes + p * stride + s * kStepBytes + i + kAhead);
 #if defined(MOESTRO_BYTE_PAIRS)
-  if constexpr (meets_bytes<C>()) {
-    I of_x[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) of_x[i] = I::set_pair(x + 2 * i);
+  if constexpr (N == 1 && meets_byte_pairs<C>()) {
+    I of_x[4][2];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q)
+      for (int plane = 0; plane < 2; ++plane) of_x[q][plane] = I::set_lane(x + plane * kPlane + 16 * s + 4 * q);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
       for (int v = 0; v < VP; ++v) {
         Quads q;
         C::quads(codes + p * stride, s, 0, v, table, q);
-        I high = add16(multiply_bytes(q[0], of_x[0]), multiply_bytes(q[1], of_x[2]));
-        I low = add16(multiply_bytes(q[0], of_x[1]), multiply_bytes(q[1], of_x[3]));
+        I high = add16(multiply_bytes(q[0], of_x[0][0]), multiply_bytes(q[1], of_x[1][0]));
+        I low = add16(multiply_bytes(q[0], of_x[0][1]), multiply_bytes(q[1], of_x[1][1]));
         C::quads(codes + p * stride, s, 1, v, table, q);
-        high = add16(high, add16(multiply_bytes(q[0], of_x[4]), multiply_bytes(q[1], of_x[6])));
-        low = add16(low, add16(multiply_bytes(q[0], of_x[5]), multiply_bytes(q[1], of_x[7])));
-        I& sum = dots[p][0][v];
+        high = add16(high, add16(multiply_bytes(q[0], of_x[2][0]), multiply_bytes(q[1], of_x[3][0])));
+        low = add16(low, add16(multiply_bytes(q[0], of_x[2][1]), multiply_bytes(q[1], of_x[3][1])));
+        I& sum = dots[p][0][0][v];
         sum = dot_pairs(low, I::set16(1), dot_pairs(high, I::set16(256), sum));
       }
     return;
   }
 #endif
-  if constexpr (C::kQuads) {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, x += 8) {
-      const I x0 = I::set_pair(x), x1 = I::set_pair(x + 2), x2 = I::set_pair(x + 4), x3 = I::set_pair(x + 6);
+  for (int step = 2 * s; step < 2 * s + 2; ++step)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p)
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-        for (int v = 0; v < VP; ++v) {
-          Quads q;
-          C::quads(codes + p * stride, s, i, v, table, q);
-          I &a = dots[p][0][v], &b = dots[p][S - 1][v];
-#if defined(MOESTRO_BYTE_DOTS)
-          a = dot_bytes(q[0], x0, a);
-          b = dot_bytes(q[0], x1, b);
-          a = dot_bytes(q[1], x2, a);
-          b = dot_bytes(q[1], x3, b);
-#else
-          const I low = I::set16(0x00FF);
-          a = dot_pairs(q[0] & low, x0, a);
-          b = dot_pairs(shift_right16<8>(q[0]), x2, b);
-          a = dot_pairs(q[1] & low, x1, a);
-          b = dot_pairs(shift_right16<8>(q[1]), x3, b);
-#endif
-        }
-    }
-  } else {
-#pragma GCC unroll 1
-    for (int j = 0; j < 8; j += 2)
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const I pair = I::set_pair(x + 2 * (j + i));
+      for (int v = 0; v < VP; ++v) {
+        I w[kStepOperands];
+        operands_of<C>(codes + p * stride, step, v, table, w);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
+        for (int j = 0; j < kStepOperands; ++j)
 #pragma GCC unroll 4
-          for (int v = 0; v < VP; ++v) {
-            I& sum = dots[p][i % S][v];
-            sum = dot_pairs(C::pair(codes + p * stride + ((8 * s + j + i) * kPanel + v * W) * 2), pair, sum);
+          for (int t = 0; t < N; ++t) {
+            const uint8_t* at = x + t * kUnit + 4 * (step * kStepOperands + j);
+            I(&sums)[S][VP] = dots[p][t];
+            if constexpr (kPlanes == 2) {
+              sums[0][v] = dot(w[j], at, sums[0][v]);
+              sums[1][v] = dot(w[j], at + kPlane, sums[1][v]);
+            } else {
+              sums[j % S][v] = dot(w[j], at, sums[j % S][v]);
+            }
           }
       }
-  }
 }
 
-template <class C, int S>
+template <int S>
 inline I total(const I (&dots)[S][VP], int v) {
-#if defined(MOESTRO_BYTE_DOTS)
-  if constexpr (C::kQuads) return shift_left32<8>(dots[0][v]) + dots[1][v];
-#endif
-  if constexpr (S == 1) return dots[0][v];
-  else return dots[0][v] + dots[1][v];
+  if constexpr (kPlanes == 2) return shift_left32<8>(dots[0][v]) + dots[1][v];
+  else if constexpr (S == 2) return dots[0][v] + dots[1][v];
+  else return dots[0][v];
 }
 
-// out[r] = (or +=) P panels times one token: exact sums of integers within a group.
-template <class C, int P>
-inline void multiply_one(const Coded& c, const Panels& to, const Tokens& x) {
-  constexpr int S = VP == 1 ? 2 : 1;
+// Adds a group's exact sum: `whole` is the token's sum of integers times their scale.
+inline V add_group(const Coded& c, const Factors& f, int g, int v, I dots, V scale, V whole, V sum) {
+  sum = fma(to_float(dots) * scale, V::load(f.scale[g] + v * W), sum);
+  return c.adds ? fma(whole, V::load(f.add[g] + v * W), sum) : sum;
+}
+
+constexpr int kStreams = 4 * VP <= V::kRegisters / 2 ? 4 : 1;  // panels that few tokens read side by side
+constexpr int kDirectTokens = 4;                               // so many meet codes in registers
+
+// out[t, r] = (or +=) some panels times N tokens, straight from codes.
+template <class C, int P, int N>
+inline void multiply_codes(const Coded& c, const Panels& to, const Tokens& x) {
+  constexpr int S = kPlanes == 2 || (N == 1 && VP == 1) ? 2 : 1;
+  constexpr int kMost = panels_in<N * (kPlanes == 2 ? 2 : 1)>(V::kRegisters / 2), R = kMost < P ? kMost : P;
   const int groups = c.layout.groups, of_group = kSixteens / groups;
   const auto table = I::load_table(c.table);
-  V acc[P][1][VP];
+  const int32_t less = less_of(c);
+  V acc[P][N][VP];
+  begin_sums(to, acc);
   Factors f[P];
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-    for (int v = 0; v < VP; ++v) acc[p][0][v] = V::zero();
-  for (int64_t chunk = 0; chunk < x.columns / kGroup; ++chunk) {
+  for (int64_t chunk = 0; chunk < x.chunks(); ++chunk) {
     factors_of(c, to.w, to.stride, P, chunk, chunk == 0, f);
-    const uint8_t* codes = c.codes_at(to.w, chunk);
-    const V of_x = V::set(x.scales[chunk]);
+    const uint8_t *codes = c.codes_at(to.w, chunk), *of_x = x.unit(chunk, 0);
+    const float* scales = x.scales + chunk * N;
     for (int g = 0; g < groups; ++g) {
-      int32_t sum = 0;
-      for (int i = 0; i < of_group; ++i) sum += x.sixteens[chunk * kSixteens + g * of_group + i];
-      const I start = I::set32(-c.constant * sum);
-      I dots[P][S][VP];
+      int32_t sums[N];
+      for (int t = 0; t < N; ++t) sums[t] = less || c.adds ? x.sum(chunk, t, g * of_group, (g + 1) * of_group) : 0;
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p)
+      for (int p0 = 0; p0 < P; p0 += R) {
+        I dots[R][N][S][VP];
 #pragma GCC unroll 4
-        for (int v = 0; v < VP; ++v) {
-          dots[p][0][v] = I::zero();
-          dots[p][S - 1][v] = start;
+        for (int p = 0; p < R; ++p)
+#pragma GCC unroll 4
+          for (int t = 0; t < N; ++t)
+#pragma GCC unroll 4
+            for (int v = 0; v < VP; ++v) {
+              dots[p][t][0][v] = I::zero();
+              dots[p][t][S - 1][v] = I::set32(-less * sums[t]);
+            }
+        for (int s = g * of_group; s < (g + 1) * of_group; ++s)
+          meet<C, R, N, S>(codes + p0 * to.stride, to.stride, s, of_x, table, dots);
+#pragma GCC unroll 4
+        for (int t = 0; t < N; ++t) {
+          const V scale = V::set(scales[t]), whole = V::set(static_cast<float>(sums[t])) * scale;
+#pragma GCC unroll 4
+          for (int p = 0; p < R; ++p)
+#pragma GCC unroll 4
+            for (int v = 0; v < VP; ++v)
+              acc[p0 + p][t][v] = add_group(c, f[p0 + p], g, v, total<S>(dots[p][t], v), scale, whole, acc[p0 + p][t][v]);
         }
-      for (int s = g * of_group; s < (g + 1) * of_group; ++s)
-        meet<C, P, S>(codes, to.stride, s, x.integers + chunk * kGroup + s * 16, table, dots);
-      const V whole = V::set(static_cast<float>(sum)) * of_x;
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-        for (int v = 0; v < VP; ++v) {
-          V& out = acc[p][0][v];
-          out = fma(to_float(total<C, S>(dots[p], v)) * of_x, V::load(f[p].scale[g] + v * W), out);
-          if (c.adds) out = fma(whole, V::load(f[p].add[g] + v * W), out);
-        }
+      }
     }
   }
-  finish(to, acc);
+  store_sums(to, acc);
 }
 
 #if !defined(MOESTRO_E4M3_ROWS)
@@ -222,16 +203,14 @@ inline void load_e4m3_rows(const uint8_t* p, V (&even)[VP], V (&odd)[VP]) {
 
 template <int P>
 inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x) {
-  const int groups = c.layout.groups, of_group = kPairs / groups;
+  const int groups = c.layout.groups, of_group = kGroup / 2 / groups;
   V acc[P][1][VP];
+  begin_sums(to, acc);
   Factors f[P];
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-    for (int v = 0; v < VP; ++v) acc[p][0][v] = V::zero();
-  for (int64_t chunk = 0; chunk < x.columns / kGroup; ++chunk) {
+  for (int64_t chunk = 0; chunk < x.chunks(); ++chunk) {
     factors_of(c, to.w, to.stride, P, chunk, chunk == 0, f);
     const uint8_t* codes = c.codes_at(to.w, chunk);
-    const float* xs = x.floats + chunk * kGroup;
+    const float* xs = x.floats(chunk, 0);
     for (int g = 0; g < groups; ++g) {
       V part[P][VP];
 #pragma GCC unroll 4
@@ -257,111 +236,219 @@ inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x)
         for (int v = 0; v < VP; ++v) acc[p][0][v] = fma(part[p][v], V::load(f[p].scale[g] + v * W), acc[p][0][v]);
     }
   }
-  finish(to, acc);
+  store_sums(to, acc);
 }
 
-// Some chunks of columns of 4 panels, which all tokens meet while they are in cache.
-constexpr int kFewChunks = 2, kFewPanels = 4;
-struct Decoded {
-  alignas(64) int16_t pairs[kFewPanels][kFewChunks][kPairs * 2 * kPanel];
-  Factors factors[kFewPanels][kFewChunks];
-};
+template <class C, int P, int N>
+inline void multiply_few(C, const Coded& c, const Panels& to, const Tokens& x) {
+  if constexpr (!std::is_same_v<C, E4m3>) multiply_codes<C, P, N>(c, to, x);
+  else if constexpr (N == 1) multiply_one_e4m3<P>(c, to, x);
+}
 
-// out[t, r] = (or +=) P of these panels, from the p-th, times a tile of N tokens, from chunk `begin` of x.
-template <int N, int P>
-inline void multiply_pairs(const Coded& c, const Decoded& w, int p0, const Panels& to, const Tokens& x, int64_t first,
-                           int64_t begin, int64_t chunks) {
-  const int groups = c.layout.groups, of_group = kPairs / groups;
-  V acc[P][N][VP];
-  for (auto& of_panel : acc)
-    for (auto& of_token : of_panel)
-      for (V& a : of_token) a = V::zero();
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t chunk = begin + i;
-    const int16_t* whole = x.integers + first * x.columns + chunk * kGroup * N;
-    const int32_t* sixteens = x.sixteens + (first * x.columns / 16 + chunk * kSixteens * N);
-    const float* scales = x.scales + first * x.columns / kGroup + chunk * N;
+// All panels times few tokens. A quarter of the panels is read beside the next, since memory is read faster in several
+// streams than in one.
+template <class C>
+inline void direct_product(C code, const Coded& c, const Panels& all, int64_t panels, const Tokens& x) {
+  const auto part = [&](int64_t p, int64_t apart) {
+    return Panels{all.w + p * all.stride, all.stride * apart, all.out + p * all.apart, all.apart * apart, all.ld, all.add};
+  };
+  const int64_t apart = panels / kStreams;
+  with_tokens<kDirectTokens>(x.count, [&](auto n) {
+    for (int64_t p = 0; p < apart; ++p) multiply_few<C, kStreams, n>(code, c, part(p, apart), x);
+    if constexpr (kStreams > 1)
+      for (int64_t p = apart * kStreams; p < panels; ++p) multiply_few<C, 1, n>(code, c, part(p, 1), x);
+  });
+}
+
+// Some chunks of columns of 4 panels, which all tokens meet while they are in cache: operands, or floats of e4m3.
+constexpr int kDecodedChunks = 4, kDecodedPanels = 4;
+struct Decoded {
+  alignas(64) uint8_t operands[kDecodedPanels][kDecodedChunks][kOperands * kPanel * 4];
+  Factors factors[kDecodedPanels][kDecodedChunks];
+};
+struct DecodedFloats {
+  alignas(64) float weights[kDecodedPanels][kDecodedChunks][kGroup * kPanel];
+  Factors factors[kDecodedPanels][kDecodedChunks];
+};
+static_assert(sizeof(DecodedFloats) <= moestro::kTileBytes && sizeof(Decoded) <= moestro::kTileBytes);
+
+template <class C>
+inline void decode(C, const Coded& c, const uint8_t* codes, uint8_t* to) {
+  const auto table = I::load_table(c.table);
+  for (int step = 0; step < static_cast<int>(kGroup) / 8; ++step)
+    for (int v = 0; v < VP; ++v) {
+      I w[kStepOperands];
+      operands_of<C>(codes, step, v, table, w);
+      for (int j = 0; j < kStepOperands; ++j) w[j].store(to + ((step * kStepOperands + j) * kPanel + v * W) * 4);
+    }
+}
+inline void decode(E4m3, const Coded&, const uint8_t*, uint8_t*) {}
+
+inline void decode_floats(const uint8_t* codes, float* to) {
+  for (int j = 0; j < kGroup / 2; ++j, codes += 2 * kPanel, to += 2 * kPanel) {
+    V even[VP], odd[VP];
+    load_e4m3_rows(codes, even, odd);
+    for (int v = 0; v < VP; ++v) even[v].store(to + v * W), odd[v].store(to + kPanel + v * W);
+  }
+}
+
+// out[t, r] = (or +=) R of these panels, from p0 on, times N tokens from `first` on, chunks from `begin` on of x.
+template <int N, int R>
+inline void multiply_decoded(const Coded& c, const Decoded& w, int p0, const Panels& to, const Tokens& x, int64_t first,
+                             int64_t begin, int chunks) {
+  const int groups = c.layout.groups, of_group = kOperands / groups, sixteens = kSixteens / groups;
+  const int32_t less = less_of(c);
+  V acc[R][N][VP];
+  begin_sums(to, acc);
+  for (int i = 0; i < chunks; ++i) {
+    const uint8_t* of_x = x.unit(begin + i, first);
+    const float* scales = x.scales + (begin + i) * x.rows + first;
     for (int g = 0; g < groups; ++g) {
-      I dots[P][N][VP];
+      I dots[R][N][VP];
       for (auto& of_panel : dots)
         for (auto& of_token : of_panel)
           for (I& d : of_token) d = I::zero();
-      for (int j = g * of_group; j < (g + 1) * of_group; ++j)
-        for (int p = 0; p < P; ++p)
-          for (int v = 0; v < VP; ++v) {
-            const I both = I::load(w.pairs[p0 + p][i] + (j * kPanel + v * W) * 2);
-            for (int t = 0; t < N; ++t) dots[p][t][v] = dot_pairs(both, I::set_pair(whole + 2 * (j * N + t)), dots[p][t][v]);
-          }
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        if (plane > 0)
+          for (auto& of_panel : dots)
+            for (auto& of_token : of_panel)
+              for (I& d : of_token) d = shift_left32<8>(d);
+        for (int j = g * of_group; j < (g + 1) * of_group; ++j) {
+          const uint8_t* at = of_x + plane * kPlane + 4 * j;
+          I weights[R][VP];
+          for (int p = 0; p < R; ++p)
+            for (int v = 0; v < VP; ++v) weights[p][v] = I::load(w.operands[p0 + p][i] + (j * kPanel + v * W) * 4);
+          for (int t = 0; t < N; ++t)
+            for (int p = 0; p < R; ++p)
+              for (int v = 0; v < VP; ++v) dots[p][t][v] = dot(weights[p][v], at + t * kUnit, dots[p][t][v]);
+        }
+      }
       for (int t = 0; t < N; ++t) {
-        int32_t sum = 0;
-        if (c.adds) for (int s = 0; s < of_group / 8; ++s) sum += sixteens[(g * (of_group / 8) + s) * N + t];
-        const V scale = V::set(scales[t]), of_x = V::set(scales[t] * static_cast<float>(sum));
-        for (int p = 0; p < P; ++p)
+        const int32_t sum = less || c.adds ? x.sum(begin + i, first + t, g * sixteens, (g + 1) * sixteens) : 0;
+        const V scale = V::set(scales[t]), whole = V::set(static_cast<float>(sum)) * scale;
+        const I off = I::set32(-less * sum);
+        for (int p = 0; p < R; ++p)
           for (int v = 0; v < VP; ++v) {
-            const Factors& f = w.factors[p0 + p][i];
-            acc[p][t][v] = fma(to_float(dots[p][t][v]) * scale, V::load(f.scale[g] + v * W), acc[p][t][v]);
-            if (c.adds) acc[p][t][v] = fma(of_x, V::load(f.add[g] + v * W), acc[p][t][v]);
+            const I dots_less = less ? dots[p][t][v] + off : dots[p][t][v];
+            acc[p][t][v] = add_group(c, w.factors[p0 + p][i], g, v, dots_less, scale, whole, acc[p][t][v]);
           }
       }
     }
   }
-  finish(to, acc);
+  store_sums(to, acc);
 }
 
-template <int N = V::kWholeTokens>
-inline void multiply_few(const Coded& c, const Decoded& w, int panels, const Panels& to, const Tokens& x, int64_t first,
-                         int64_t tokens, int64_t begin, int64_t chunks) {
-  if (tokens == N) {
-    constexpr int P = 4 * N * VP <= V::kRegisters / 2 ? 4 : 2 * N * VP <= V::kRegisters - 8 ? 2 : 1;
-    int p = 0;
-    const auto from = [&] { return Panels{nullptr, 0, to.out + p * to.apart, to.apart, to.ld, to.add}; };
-    for (; p + P <= panels; p += P) multiply_pairs<N, P>(c, w, p, from(), x, first, begin, chunks);
-    for (; p < panels; ++p) multiply_pairs<N, 1>(c, w, p, from(), x, first, begin, chunks);
-  } else if constexpr (N > 1) {
-    multiply_few<N - 1>(c, w, panels, to, x, first, tokens, begin, chunks);
+template <int N, int R>
+inline void multiply_decoded(const Coded& c, const DecodedFloats& w, int p0, const Panels& to, const Tokens& x, int64_t first,
+                             int64_t begin, int chunks) {
+  const int groups = c.layout.groups, of_group = static_cast<int>(kGroup) / groups;
+  V acc[R][N][VP];
+  begin_sums(to, acc);
+  for (int i = 0; i < chunks; ++i) {
+    const float* xs = x.floats(begin + i, first);
+    for (int g = 0; g < groups; ++g) {
+      V part[R][N][VP];
+      for (auto& of_panel : part)
+        for (auto& of_token : of_panel)
+          for (V& sum : of_token) sum = V::zero();
+      for (int k = g * of_group; k < (g + 1) * of_group; ++k) {
+        V weights[R][VP];
+        for (int p = 0; p < R; ++p)
+          for (int v = 0; v < VP; ++v) weights[p][v] = V::load(w.weights[p0 + p][i] + k * kPanel + v * W);
+        for (int t = 0; t < N; ++t)
+          for (int p = 0; p < R; ++p)
+            for (int v = 0; v < VP; ++v) part[p][t][v] = fma(weights[p][v], V::set(xs[t * kGroup + k]), part[p][t][v]);
+      }
+      for (int p = 0; p < R; ++p)
+        for (int t = 0; t < N; ++t)
+          for (int v = 0; v < VP; ++v)
+            acc[p][t][v] = fma(part[p][t][v], V::load(w.factors[p0 + p][i].scale[g] + v * W), acc[p][t][v]);
+    }
   }
+  store_sums(to, acc);
 }
 
-// out[t, r] = (or +=) a packed matrix of whole panels times a few tokens, packed as 16-bit integers.
-inline void few_product(const Coded& c, const Panels& all, int64_t panels, const Tokens& x, float* memory) {
-  Decoded& w = *reinterpret_cast<Decoded*>(memory);
-  const int64_t chunks = x.columns / kGroup;
-  for (int64_t p = 0; p < panels; p += kFewPanels) {
-    const int height = static_cast<int>(panels - p < kFewPanels ? panels - p : kFewPanels);
-    for (int64_t k = 0; k < chunks; k += kFewChunks) {
-      const int64_t count = chunks - k < kFewChunks ? chunks - k : kFewChunks;
+// Some decoded panels, from chunk `begin` of x on, times all tokens.
+template <class D>
+inline void decoded_times(const Coded& c, const D& w, int panels, const Panels& to, const Tokens& x, int64_t begin, int chunks) {
+  for_tiles(x.count, V::kTokens, [&](int64_t first, int64_t tokens) {
+    with_tokens<V::kTokens>(tokens, [&](auto n) {
+      constexpr int R = panels_in<n>(V::kRegisters * 3 / 4);
+      int p = 0;
+      for (; p + R <= panels; p += R) multiply_decoded<n, R>(c, w, p, to.results(p, first, to.add), x, first, begin, chunks);
+      if constexpr (R > 1)
+        for (; p < panels; ++p) multiply_decoded<n, 1>(c, w, p, to.results(p, first, to.add), x, first, begin, chunks);
+    });
+  });
+}
+
+// out[t, r] = (or +=) a packed matrix of whole panels times more tokens.
+template <class D>
+inline void decoded_product(const Coded& c, const Panels& all, int64_t panels, const Tokens& x, float* scratch) {
+  D& w = *reinterpret_cast<D*>(scratch);
+  const int64_t chunks = x.chunks();
+  for (int64_t p = 0; p < panels; p += kDecodedPanels) {
+    const int height = static_cast<int>(panels - p < kDecodedPanels ? panels - p : kDecodedPanels);
+    for (int64_t k = 0; k < chunks; k += kDecodedChunks) {
+      const int count = static_cast<int>(chunks - k < kDecodedChunks ? chunks - k : kDecodedChunks);
       for (int i = 0; i < height; ++i)
-        for (int64_t j = 0; j < count; ++j) {
-          const uint8_t* panel = all.w + (p + i) * all.stride;
-          const uint8_t *codes = c.codes_at(panel, k + j), *next = c.codes_at(panel, k + j + count);
+        for (int j = 0; j < count; ++j) {
+          const uint8_t* panel = all.panel_of(p + i, k + j);
+          const int64_t own = all.within(k + j);
+          const uint8_t *codes = c.codes_at(panel, own), *next = c.codes_at(panel, own + count);
           for (int64_t b = 0; b < c.layout.codes; b += 64) prefetch(next + b);
-          factors_of(c, panel, 0, 1, k + j, true, &w.factors[i][j]);
-          with_code(c.code, [&](auto code) { decode(code, c, codes, w.pairs[i][j]); });
+          factors_of(c, panel, 0, 1, own, true, &w.factors[i][j]);
+          if constexpr (std::is_same_v<D, DecodedFloats>) decode_floats(codes, w.weights[i][j]);
+          else with_code(c.code, [&](auto code) { decode(code, c, codes, w.operands[i][j]); });
         }
-      for_tiles(x, [&](int64_t first, int64_t tokens) {
-        const Panels part{nullptr, 0, all.out + first * all.ld + p * all.apart, all.apart, all.ld, all.add || k > 0};
-        multiply_few(c, w, height, part, x, first, tokens, k, count);
-      });
+      const Panels to = all.results(p, 0, all.add || k > 0);
+      if constexpr (std::is_same_v<D, Decoded>) {
+        if (x.tiled()) {
+          tiles_times(c, w, height, to, x, k, count);
+          continue;
+        }
+      }
+      decoded_times(c, w, height, to, x, k, count);
     }
   }
 }
 
-template <class C, int P>
-inline void multiply_one(C, const Coded& c, const Panels& to, const Tokens& x) {
-  if constexpr (std::is_same_v<C, E4m3>) multiply_one_e4m3<P>(c, to, x);
-  else multiply_one<C, P>(c, to, x);
+inline void product(const Coded& c, const Panels& all, int64_t panels, int64_t, const Tokens& x, float* scratch) {
+  const bool one_block = all.block_chunks == INT64_MAX;
+  if (c.is_strided()) return strided_product(c, all, panels, x);
+  if (one_block && x.count <= (c.is_whole() ? kDirectTokens : 1))
+    return with_code(c.code, [&](auto code) { direct_product(code, c, all, panels, x); });
+  if (c.is_whole()) decoded_product<Decoded>(c, all, panels, x, scratch);
+  else decoded_product<DecodedFloats>(c, all, panels, x, scratch);
 }
 
-// A quarter of the panels is read beside the next, as in multiply().
-template <class C>
-inline void one_product(C code, const Coded& c, const Panels& all, int64_t panels, const Tokens& x) {
-  constexpr int P = 4 * VP <= V::kRegisters / 2 ? 4 : 1;
-  const auto part = [&](int64_t p, int64_t apart) {
-    return Panels{all.w + p * all.stride, all.stride * apart, all.out + p * all.apart, all.apart * apart, all.ld, all.add};
-  };
-  const int64_t apart = panels / P;
-  for (int64_t p = 0; p < apart; ++p) multiply_one<C, P>(code, c, part(p, apart), x);
-  if constexpr (P > 1) for (int64_t p = apart * P; p < panels; ++p) multiply_one<C, 1>(code, c, part(p, 1), x);
+// Columns of a panel as float32 [count, 16], from the beginning of a chunk on.
+inline void convert_codes(const Coded& c, const uint8_t* panel, int64_t begin, int64_t count, float* to) {
+  Factors f;
+  const V table = counts(), less = V::set(static_cast<float>(c.constant));
+  const auto of_codes = I::load_table(c.table);
+  const int of_group = static_cast<int>(kGroup) / c.layout.groups;
+  alignas(64) float numbers[kGroup * kPanel];
+  for (int64_t chunk = begin / kGroup; chunk * kGroup < begin + count; ++chunk, to += kGroup * kPanel) {
+    factors_of(c, panel, 0, 1, chunk, true, &f);
+    const uint8_t* codes = c.codes_at(panel, chunk);
+    if (c.is_whole()) {
+      with_code(c.code, [&](auto code) {
+        if constexpr (!std::is_same_v<decltype(code), E4m3>)
+          for (int s = 0; s < kSixteens; ++s)
+            for_codes<decltype(code)>(codes, s, of_codes, table, [&](int k, const V (&w)[VP]) {
+              for (int v = 0; v < VP; ++v) (w[v] - less).store(numbers + k * kPanel + v * W);
+            });
+      });
+    } else {
+      decode_floats(codes, numbers);
+    }
+    for (int k = 0; k < kGroup; ++k)
+      for (int v = 0; v < VP; ++v) {
+        const V add = c.adds ? V::load(f.add[k / of_group] + v * W) : V::zero();
+        fma(V::load(numbers + k * kPanel + v * W), V::load(f.scale[k / of_group] + v * W), add).store(to + k * kPanel + v * W);
+      }
+  }
 }
 
 }  // namespace

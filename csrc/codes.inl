@@ -7,7 +7,6 @@ using moestro::PanelLayout;
 using moestro::Scale;
 using moestro::Zero;
 
-constexpr int kPairs = kGroup / 2;   // of columns, in a chunk
 constexpr int kMostGroups = 4;       // in a chunk
 
 // Four columns of a row as unsigned bytes of a 32-bit lane: a quad. A step of 8 columns has two, of columns 0 4 1 5 and
@@ -15,7 +14,7 @@ constexpr int kMostGroups = 4;       // in a chunk
 using Quads = I[2];
 
 struct U2 {
-  static constexpr bool kQuads = true;
+  static constexpr bool kQuads = true, kPlain = false;
   static constexpr int kLargest = 3;
   static constexpr int kBytes = 256;  // of a chunk
   template <class T>
@@ -33,7 +32,7 @@ inline I bits_of_plane(const uint8_t* plane, int s, int v) {
 }
 
 struct U3 {
-  static constexpr bool kQuads = true;
+  static constexpr bool kQuads = true, kPlain = false;
   static constexpr int kLargest = 7;
   static constexpr int kBytes = 384;
   template <class T>
@@ -46,7 +45,7 @@ struct U3 {
 };
 
 struct U4 {
-  static constexpr bool kQuads = true;
+  static constexpr bool kQuads = true, kPlain = false;
   static constexpr int kLargest = 15;
   static constexpr int kBytes = 512;
   template <class T>
@@ -58,7 +57,7 @@ struct U4 {
 };
 
 struct U5 {
-  static constexpr bool kQuads = true;
+  static constexpr bool kQuads = true, kPlain = false;
   static constexpr int kLargest = 31;
   static constexpr int kBytes = 640;
   template <class T>
@@ -71,7 +70,7 @@ struct U5 {
 };
 
 struct U6 {
-  static constexpr bool kQuads = true;
+  static constexpr bool kQuads = true, kPlain = false;
   static constexpr int kLargest = 63;
   static constexpr int kBytes = 768;
   template <class T>
@@ -85,7 +84,7 @@ struct U6 {
 
 template <int Largest>
 struct Table {
-  static constexpr bool kQuads = true;
+  static constexpr bool kQuads = true, kPlain = false;
   static constexpr int kLargest = Largest;
   static constexpr int kBytes = 512;
   template <class T>
@@ -98,17 +97,27 @@ struct Table {
 using E2m1 = Table<24>;
 using Iq4nl = Table<240>;
 
-struct S8 {
+// Bytes, whose quads are of columns 0 1 2 3 and 4 5 6 7 of a step.
+template <bool Signed>
+struct Bytes {
+#if defined(MOESTRO_BYTE_DOTS)
+  static constexpr bool kQuads = true;
+  template <class T>
+  static void quads(const uint8_t* codes, int s, int i, int, T, Quads& q) {
+    const int32_t flip = Signed ? static_cast<int32_t>(0x80808080) : 0;
+    q[0] = load_quads(codes + (2 * s + i) * 128, flip);
+    q[1] = load_quads(codes + (2 * s + i) * 128 + 64, flip);
+  }
+#else
   static constexpr bool kQuads = false;
+#endif
+  static constexpr bool kPlain = true;
+  static constexpr int kLargest = 255;
   static constexpr int kBytes = 1024;
-  static I pair(const uint8_t* at) { return I::load_int8(at); }
+  static I pair(const uint8_t* at) { return Signed ? I::load_int8(at) : I::load_uint8(at); }
 };
-
-struct U8 {
-  static constexpr bool kQuads = false;
-  static constexpr int kBytes = 1024;
-  static I pair(const uint8_t* at) { return I::load_uint8(at); }
-};
+using S8 = Bytes<true>;
+using U8 = Bytes<false>;
 
 struct E4m3 {};
 
@@ -142,6 +151,7 @@ struct Coded {
     if (code == Code::kE4m3) unit = 256;
   }
   bool is_whole() const { return code != Code::kE4m3; }
+  bool is_plain() const { return code == Code::kS8 || code == Code::kU8; }
   bool is_strided() const { return scale == Scale::kColumn; }
   const uint8_t* codes_at(const uint8_t* panel, int64_t chunk) const {
     return panel + layout.codes_at(chunk);
@@ -162,6 +172,74 @@ inline void with_code(Code code, Do do_with) {
     case Code::kE4m3: return do_with(E4m3());
     case Code::kE2m1: return do_with(E2m1());
     default: return do_with(Iq4nl());
+  }
+}
+
+// The low bits of 32-bit lanes as floats, by looking them up: codes below kCounted need no other bit masked off.
+#if defined(__AVX512F__)
+constexpr int kCounted = 16;
+inline V counts() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline V counted(V table, I code) { return {_mm512_permutexvar_ps(code.v, table.v)}; }
+#elif defined(__AVX2__)
+constexpr int kCounted = 8;
+inline V counts() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline V counted(V table, I code) { return {_mm256_permutevar8x32_ps(table.v, code.v)}; }
+#else
+constexpr int kCounted = 0;
+inline V counts() { return V::zero(); }
+inline V counted(V, I code) { return to_float(code); }
+#endif
+
+// Byte N of 32-bit lanes as floats, where no code has 8 bits.
+template <class C, int N>
+inline V byte_of(V table, I quad) {
+  I code = quad;
+  if constexpr (N > 0) code = shift_right32<8 * N>(quad);
+  if constexpr (C::kLargest < kCounted) return counted(table, code);
+  else if constexpr (N == 3) return to_float(code);
+  else return to_float(code & I::set32(0xFF));
+}
+
+// Calls put(column, codes as floats of 16 rows) for the sixteenth s of a chunk's columns, in the order of bytes. `table` is
+// counts().
+template <class C, class T, class Put>
+inline void for_codes(const uint8_t* codes, int s, T of_codes, V table, Put put) {
+  if constexpr (C::kQuads && !C::kPlain) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Quads q[VP];
+#pragma GCC unroll 4
+      for (int v = 0; v < VP; ++v) C::quads(codes, s, i, v, of_codes, q[v]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const int column = 16 * s + 8 * i + 2 * j;  // bytes are columns 0 4 1 5 from here
+        V code[VP];
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 0>(table, q[v][j]);
+        put(column, code);
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 1>(table, q[v][j]);
+        put(column + 4, code);
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 2>(table, q[v][j]);
+        put(column + 1, code);
+#pragma GCC unroll 4
+        for (int v = 0; v < VP; ++v) code[v] = byte_of<C, 3>(table, q[v][j]);
+        put(column + 5, code);
+      }
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      V even[VP], odd[VP];
+#pragma GCC unroll 4
+      for (int v = 0; v < VP; ++v) {
+        const I pair = C::pair(codes + ((8 * s + j) * kPanel + v * W) * 2);
+        even[v] = even_half(pair), odd[v] = odd_half(pair);
+      }
+      put(16 * s + 2 * j, even);
+      put(16 * s + 2 * j + 1, odd);
+    }
   }
 }
 

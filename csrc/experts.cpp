@@ -101,15 +101,14 @@ const int32_t* order_of(const Work& work, const Shape& shape, int64_t number) {
   return order;
 }
 
-// Of outputs in the order of classes of rows, some, times a weight, to where they belong among D.
-void add_rows(const MatrixFormat& f, int64_t D, float weight, const float* partial, int64_t begin, int64_t count, float* out) {
-  for (int64_t i = begin; i < begin + count; ++i) out[own_row(f, D, i)] += weight * partial[i];
+// Of outputs [begin, begin + count) in the order of classes of rows, times a weight, to where they belong among D.
+void add_rows(const MatrixFormat& f, int64_t D, float weight, const float* some, int64_t begin, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[own_row(f, D, begin + i)] += weight * some[i];
 }
 
-// What one token takes from one item: partial row, weight.
+// What one token takes from one item: a partial row. The weight's place says of which work: its segments share it.
 struct Part {
-  const float* partial;
-  float weight;
+  const float *partial, *weight;
 };
 
 }  // namespace
@@ -169,32 +168,38 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   Crew& crew = call.crew;
   const int64_t D = shape.hidden, wide = round_up(D, kPanel), head = head_bytes(shape);
 
+  const auto blocks_of = [&](const Work& work) { return (work.neuron_end - work.neuron_begin + shape.block - 1) / shape.block; };
+  const auto tiles_of = [&](const Work& work, int64_t most) { return (work.tokens + most - 1) / most; };
+  // An item is a whole expert where there are enough of them: then few partial results are written.
+  const int64_t most = choose_tile(threads_, [&](int64_t tile) {
+    int64_t segments = 0;
+    for (int w = 0; w < count; ++w) {
+      const int64_t blocks = segment_blocks(shape, works[w].tokens);
+      segments += tiles_of(works[w], tile) * ((blocks_of(works[w]) + blocks - 1) / blocks);
+    }
+    return segments;
+  });
+  int64_t experts = 0;
+  for (int w = 0; w < count; ++w) experts += tiles_of(works[w], most);
+  const bool whole = experts >= 16 * threads_;
+
   std::vector<Item> items;
   std::vector<const Work*> owner;
   std::vector<int64_t> first_row, offset;
   int64_t floats = 0, widest = 0;
-  const int64_t most = choose_tile(threads_, [&](int64_t tile) {
-    int64_t chunks = 0;
-    for (int w = 0; w < count; ++w) {
-      const int64_t own = (works[w].neuron_end - works[w].neuron_begin + shape.block - 1) / shape.block;
-      const int64_t chunk = chunk_blocks(shape, works[w].tokens);
-      chunks += (works[w].tokens + tile - 1) / tile * ((own + chunk - 1) / chunk);
-    }
-    return chunks;
-  });
   for (int w = 0; w < count; ++w) {
     const Work& work = works[w];
     const int32_t *gate_order = order_of(work, shape, 0), *up_order = order_of(work, shape, shape.orders - 1);
     const Tables tables = tables_of(shape, work.packed);
-    const int64_t begin = work.neuron_begin / shape.block, end = (work.neuron_end + shape.block - 1) / shape.block;
+    const int64_t begin = work.neuron_begin / shape.block, end = begin + blocks_of(work);
     const bool with_last = shape.has_bias && work.neuron_end == shape.neurons;
-    const int64_t tile = tile_of(work.tokens, most), chunk = chunk_blocks(shape, work.tokens);
+    const int64_t tile = tile_of(work.tokens, most), segment = segment_blocks(shape, work.tokens);
     for (int64_t t = 0; t < work.tokens; t += tile) {
       const int64_t n = std::min(tile, work.tokens - t);
-      for (int64_t b = begin; b < end; b += chunk) {
-        const int64_t stop = std::min(b + chunk, end);
-        items.push_back({work.packed + head, gate_order, up_order, tables, b, stop, work.rows + t, n, with_last && stop == end,
-                         nullptr, nullptr});
+      for (int64_t b = begin; b < end; b += whole ? end - begin : segment) {
+        const int64_t stop = whole ? end : std::min(b + segment, end);
+        items.push_back({work.packed + head, gate_order, up_order, tables, b, stop, segment, work.rows + t, n,
+                         with_last && stop == end, nullptr, nullptr});
         owner.push_back(&work);
         first_row.push_back(t);
         offset.push_back(floats);
@@ -219,17 +224,26 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   std::vector<std::vector<Part>> parts(tokens);
   for (size_t i = 0; i < items.size(); ++i) {
     for (int64_t t = 0; t < items[i].tokens; ++t) {
-      parts[items[i].rows[t]].push_back({items[i].partial + t * wide, owner[i]->weights[first_row[i] + t]});
+      parts[items[i].rows[t]].push_back({items[i].partial + t * wide, owner[i]->weights + first_row[i] + t});
     }
   }
   // Few tokens: cut D, so that all threads have something to add.
   const int64_t cut = tokens >= 4 * threads_ ? D : std::max<int64_t>(256, D / (4 * threads_));
   const int64_t cuts = (D + cut - 1) / cut;
-  crew.pool.run(static_cast<int>(tokens * cuts), [&](int i, int) {
+  crew.pool.run(static_cast<int>(tokens * cuts), [&](int i, int thread) {
     const int64_t t = i / cuts, begin = i % cuts * cut, width = std::min(cut, D - begin);
-    for (const Part& part : parts[t]) {
-      if (!is_strided(shape.down)) level.axpy(part.weight, part.partial + begin, out + t * D + begin, width);
-      else add_rows(shape.down, D, part.weight, part.partial, begin, width, out + t * D);
+    float* sum = scratch[thread].memory;
+    const std::vector<Part>& own = parts[t];
+    for (size_t p = 0; p < own.size();) {
+      const Part& first = own[p];
+      const float* of_expert = first.partial + begin;
+      for (++p; p < own.size() && own[p].weight == first.weight; ++p) {  // the other segments
+        if (of_expert != sum) std::copy_n(of_expert, width, sum);
+        level.axpy(1, own[p].partial + begin, sum, width);
+        of_expert = sum;
+      }
+      if (!is_strided(shape.down)) level.axpy(*first.weight, of_expert, out + t * D + begin, width);
+      else add_rows(shape.down, D, *first.weight, of_expert, begin, width, out + t * D);
     }
   });
 }

@@ -13,10 +13,13 @@
 // tables of gate, up and down stand there (formats.h), neurons are in the order of gate's classes of rows, and the
 // outputs of down come in the order of its own, out of which the sum of all parts puts them.
 //
-// Work is cut into items of (expert, tile of tokens, chunk of blocks). The cut depends on the work alone and
-// never on the number of threads, each item fills its own partial result, and partial results are added in
-// the order of the items: so results are equal, bit for bit, with any number of threads.
+// An expert's sum is taken in segments of some blocks, each from zero, which are added in their order: where they end
+// depends on the shape alone, so a token's result has the same bits whatever is computed beside it. Work is cut into items
+// of (expert, tile of tokens, one segment or all), each fills its own partial result, and these are added in the order of
+// the items: so results are equal, bit for bit, with any number of threads.
 #pragma once
+
+#include <algorithm>
 
 #include "formats.h"
 
@@ -85,7 +88,8 @@ struct Item {
   const uint8_t* packed;           // from the first block on
   const int32_t *gate_order, *up_order;  // [D], or none
   Tables tables;
-  int64_t block_begin, block_end;  // blocks of the expert
+  int64_t block_begin, block_end;  // blocks of the expert: one segment, or all
+  int64_t segment;                 // blocks
   const int64_t* rows;             // [n]
   int64_t tokens;                  // n
   bool add_down_bias;
@@ -126,22 +130,25 @@ struct Scratch {
 };
 
 constexpr int64_t kThinTokens = 16;   // up to here weights are bound by memory, and go block by block
+constexpr int64_t kAloneTokens = 64;  // up to here a token's result has the bits that it has alone
 constexpr int64_t kTileTokens[] = {256, 128, 96};  // of an item with more: the largest that leaves all threads enough items
 constexpr int64_t kThinItemPanels = 8, kItemPanels = 32;  // of a linear layer's item
 constexpr int64_t kTileColumns = 512;  // of a tile of converted weights, 4 panels high
-constexpr int64_t kLeastNeurons = 128, kMostNeurons = 1024;  // of an item, in whole blocks
+constexpr int64_t kTileBytes = 4 * kPanel * kTileColumns * 4;
+constexpr int64_t kLeastNeurons = 128, kMostNeurons = 1024;  // of a segment, in whole blocks
 // Rows of results that there is room for: matrix tiles fill up the last of several tiles.
 inline int64_t padded(int64_t n) { return n <= 16 ? n : round_up(n, 16); }
 inline int64_t scratch_floats(int64_t K, int64_t n, int64_t block) {
+  const bool thin = n <= kThinTokens;
   n = padded(n);
-  const int64_t wide = round_up(K, kGroup), neurons = n <= kThinTokens ? block : kMostNeurons;
-  return wide + 2 * n * wide + 2 * n * block + n * neurons + 4 * kPanel * kTileColumns + n * kPanel * 4;
+  const int64_t wide = round_up(K, kGroup), neurons = thin ? block : kMostNeurons, results = thin ? wide : 4 * kPanel;
+  return wide + 2 * n * wide + 2 * n * block + n * neurons + kTileBytes / 4 + n * std::max(results, 4 * kPanel);
 }
-inline int64_t chunk_blocks(const Shape& shape, int64_t n) {
-  // Enough chunks for the cores of large machines, few enough that partial results stay small.
-  const int64_t chunks = n <= kThinTokens ? 16 : 4, chunk = (shape.blocks() + chunks - 1) / chunks;
+// Blocks of a segment: enough segments for the cores of large machines, few enough that partial results stay small.
+inline int64_t segment_blocks(const Shape& shape, int64_t n) {
+  const int64_t segments = n <= kAloneTokens ? 16 : 4, blocks = (shape.blocks() + segments - 1) / segments;
   const int64_t least = (kLeastNeurons + shape.block - 1) / shape.block, most = kMostNeurons / shape.block;
-  return chunk < least ? least : chunk > most ? most : chunk;
+  return blocks < least ? least : blocks > most ? most : blocks;
 }
 
 // Some queries against keys and values that they share.

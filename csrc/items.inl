@@ -54,7 +54,7 @@ struct Places {
     first = x[1] + n * wide;
     h = first + 2 * n * block;
     tile = h + n * neurons;
-    out = tile + 4 * kPanel * kTileColumns;
+    out = tile + moestro::kTileBytes / 4;
   }
 };
 
@@ -80,7 +80,7 @@ inline void read_row(const Input& x, int64_t row, const int32_t* order, float* t
 // Packs the item's tokens into one of two places, unless this thread did so for its last item.
 inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, const int32_t* order, Packing as,
                          const Places& places, int place, Scratch& scratch) {
-  const Tokens tokens(n, x.width, as, places.x[place]);
+  const Tokens tokens = tokens_of(n, x.width, as, places.x[place]);
   moestro::PackedTokens& packed = scratch.packed[place];
   const bool same = packed.as == static_cast<int>(as) && packed.count == n && packed.order == order && memcmp(packed.rows, rows, n * sizeof(int64_t)) == 0;
   if (same) return tokens;
@@ -98,60 +98,110 @@ inline void ask_for(const uint8_t* w, int64_t stride, int64_t panels) {
     for (int64_t i = 0; i < kAhead; i += 64) prefetch(w + panels / 4 * p * stride + i);
 }
 
-void run_item(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
-  const int64_t D = shape.hidden, B = shape.block, n = item.tokens, wide = moestro::round_up(D, kPanel);
-  const bool thin = n <= moestro::kThinTokens, same_order = item.gate_order == item.up_order;
+// An item while it runs: what all its segments share.
+struct Run {
+  const Shape& shape;
+  const Item& item;
+  const Places& at;
+  const Tokens &x, &up_x;  // what gate and up meet
   // Gate and up as one matrix, unless they have a table each.
-  const bool joined = shape.has_gate && shape.gate == shape.up && same_order && !moestro::is_strided(shape.up);
-  const MatrixFormat& gate = shape.has_gate ? shape.gate : shape.up;
-  const Places at(scratch, D, n, B);
-  const Packing gate_as = packing_of(gate, n, input.type), up_as = packing_of(shape.up, n, input.type);
-  const Tokens x = pack_input(input, item.rows, n, item.gate_order, gate_as, at, 0, scratch);
-  const Tokens up_x = up_as == gate_as && same_order ? x : pack_input(input, item.rows, n, item.up_order, up_as, at, 1, scratch);
-  const Tokens h(n, thin ? B : (item.block_end - item.block_begin) * B, packing_of(shape.down, n, Type::kFp32), at.h);
-  const TileRows configured(n);
-  const int64_t gate_panel = moestro::panel_bytes(gate, D), up_panel = moestro::panel_bytes(shape.up, D);
-  const int64_t down_panel = moestro::panel_bytes(shape.down, B), panels = B / kPanel;
-  const int64_t first = shape.has_gate ? 2 * B : B;  // rows of gate and up, one behind the other
-  const int64_t up = shape.has_gate ? panels * gate_panel : 0, down = up + panels * up_panel;
-  const int64_t size = moestro::block_bytes(shape);
-  const uint8_t* block = item.packed + item.block_begin * size;
-  float *y = item.partial, *up_out = at.first + first - B;
-  for (int64_t b = item.block_begin; b < item.block_end; ++b, block += size) {
-    if (thin) ask_for(block + down, down_panel, wide / kPanel);
+  bool joined;
+  int64_t gate_panel, up_panel, down_panel;  // bytes
+  int64_t gate_bytes, down_at, block_bytes;  // within a block: of gate, where down begins, and in all
+  int64_t panels, wide;                      // of a block, and D rounded up to panels
+
+  Run(const Shape& s, const Item& i, const Places& places, const Tokens& tokens, const Tokens& up_tokens, bool as_one)
+      : shape(s), item(i), at(places), x(tokens), up_x(up_tokens), joined(as_one),
+        gate_panel(moestro::panel_bytes(s.has_gate ? s.gate : s.up, s.hidden)), up_panel(moestro::panel_bytes(s.up, s.hidden)),
+        down_panel(moestro::panel_bytes(s.down, s.block)), gate_bytes(s.has_gate ? s.block / kPanel * gate_panel : 0),
+        down_at(gate_bytes + s.block / kPanel * up_panel), block_bytes(moestro::block_bytes(s)), panels(s.block / kPanel),
+        wide(moestro::round_up(s.hidden, kPanel)) {}
+
+  const uint8_t* block(int64_t b) const { return item.packed + b * block_bytes; }
+  Panels downs(int64_t b, int64_t p, float* out, int64_t ld, bool add) const {
+    return {block(b) + down_at + p * down_panel, down_panel, out, kPanel, ld, add, {item.tables.down, p, b * shape.block}};
+  }
+
+  // Block b's neurons of all tokens: gate, up, activation.
+  const float* neurons(int64_t b) const {
+    const int64_t B = shape.block, first = shape.has_gate ? 2 * B : B, n = item.tokens;
+    float* up_out = at.first + first - B;
     if (shape.has_gate) {
-      const Panels gates{block, gate_panel, at.first, kPanel, first, false, {item.tables.gate, b * panels, 0}};
-      product(gate, gates, joined ? 2 * panels : panels, D, x, at.tile);
+      const Panels gates{block(b), gate_panel, at.first, kPanel, first, false, {item.tables.gate, b * panels, 0}};
+      product(shape.gate, gates, joined ? 2 * panels : panels, shape.hidden, x, at.tile);
     }
-    const Panels ups{block + up, up_panel, up_out, kPanel, first, false, {item.tables.up, b * panels, 0}};
-    if (!joined) product(shape.up, ups, panels, D, up_x, at.tile);
-    const float* bias = reinterpret_cast<const float*>(block + down + wide / kPanel * down_panel);
+    const Panels ups{block(b) + gate_bytes, up_panel, up_out, kPanel, first, false, {item.tables.up, b * panels, 0}};
+    if (!joined) product(shape.up, ups, panels, shape.hidden, up_x, at.tile);
+    const float* bias = reinterpret_cast<const float*>(block(b) + down_at + wide / kPanel * down_panel);
     if (shape.has_bias) add_bias(bias, at.first, first, first, n);
     for (int64_t t = 0; t < n; ++t) {
       activate(shape, shape.has_gate ? at.first + t * first : nullptr, up_out + t * first, up_out + t * first);
     }
-    pack(h, thin ? 0 : (b - item.block_begin) * B, B, [&](int64_t t) { return up_out + t * first; });
-    if (!thin) continue;
-    const uint8_t* next = b + 1 < item.block_end ? block + size : item.likely_next;
-    if (next) ask_for(next, gate_panel, joined ? 2 * panels : panels);
-    const Panels outputs{block + down, down_panel, y, kPanel, wide, b > item.block_begin, {item.tables.down, 0, b * B}};
-    product(shape.down, outputs, wide / kPanel, B, h, at.tile);
+    return up_out;
   }
-  const uint8_t* downs = item.packed + item.block_begin * size + down;
-  const Panels all{downs, down_panel, y, kPanel, wide, false};
-  if (!thin) with_format(shape.down, [&](auto format) {  // of all blocks at once, so that y is read and written seldom
-    if constexpr (!std::is_same_v<decltype(format), Coded>) {
-      if (h.tiled()) return tile_product<decltype(format)>(all, size, wide / kPanel, h.columns, h, at.tile);
+
+  // Down's outputs of blocks [begin, end), for few tokens: each block's as soon as its neurons are there.
+  void few_tokens(int64_t begin, int64_t end, const Tokens& h, float* out) const {
+    const int64_t B = shape.block, first = shape.has_gate ? 2 * B : B;
+    for (int64_t b = begin; b < end; ++b) {
+      ask_for(block(b) + down_at, down_panel, wide / kPanel);
+      const float* of_block = neurons(b);
+      pack(h, 0, B, [&](int64_t t) { return of_block + t * first; });
+      const uint8_t* next = b + 1 < item.block_end ? block(b + 1) : item.likely_next;
+      if (next) ask_for(next, gate_panel, joined ? 2 * panels : panels);
+      product(shape.down, downs(b, 0, out, wide, b > begin), wide / kPanel, B, h, at.tile);
     }
-    many_product(all, wide / kPanel, h.columns, h, at.tile, [&](int64_t panel, int64_t k, int64_t count, float* to) {
-      for (int64_t j = k; j < k + count; to += kGroup * kPanel, j += kGroup) {
-        const ColumnTable& table = item.tables.down;
-        convert(format, Panels{downs + j / B * size, down_panel, y, kPanel, wide, false, {table, 0, item.block_begin * B + j / B * B}},
-                panel, j % B, kGroup, to);
-      }
-    });
-  });
-  if (item.add_down_bias) add_bias(reinterpret_cast<const float*>(item.packed + shape.blocks() * size), y, D, wide, n);
+  }
+
+  // And for many: of all blocks at once, so that outputs are read and written seldom. Later segments are added to those
+  // that are there, some panels at a time.
+  void many_tokens(int64_t begin, int64_t end, const Tokens& h, const float* bias) const {
+    const int64_t B = shape.block, first = shape.has_gate ? 2 * B : B, n = item.tokens, all = wide / kPanel;
+    for (int64_t b = begin; b < end; ++b) {
+      const float* of_block = neurons(b);
+      pack(h, (b - begin) * B, B, [&](int64_t t) { return of_block + t * first; });
+    }
+    const auto multiply = [&](int64_t p, int64_t height, float* out, int64_t ld) {
+      Panels to = downs(begin, p, out, ld, false);
+      to.block_chunks = B / kGroup;
+      to.block_apart = block_bytes;
+      product(shape.down, to, height, (end - begin) * B, h, at.tile);
+      const int64_t rows = shape.hidden - p * kPanel < height * kPanel ? shape.hidden - p * kPanel : height * kPanel;
+      if (bias) add_bias(bias + p * kPanel, out, rows, ld, n);
+    };
+    if (begin == item.block_begin) return multiply(0, all, item.partial, wide);
+    for (int64_t p = 0; p < all; p += 4) {
+      const int64_t height = all - p < 4 ? all - p : 4;
+      multiply(p, height, at.out, 4 * kPanel);
+      for (int64_t t = 0; t < n; ++t) axpy(1, at.out + t * 4 * kPanel, item.partial + t * wide + p * kPanel, height * kPanel);
+    }
+  }
+};
+
+void run_item(const Shape& shape, const Input& input, const Item& item, Scratch& scratch) {
+  const int64_t D = shape.hidden, B = shape.block, n = item.tokens;
+  const bool thin = n <= moestro::kThinTokens, same_order = item.gate_order == item.up_order;
+  const bool joined = shape.has_gate && shape.gate == shape.up && same_order && !moestro::is_strided(shape.up);
+  const Places at(scratch, D, n, B);
+  const Packing gate_as = packing_of(shape.has_gate ? shape.gate : shape.up, n, input.type), up_as = packing_of(shape.up, n, input.type);
+  const Tokens x = pack_input(input, item.rows, n, item.gate_order, gate_as, at, 0, scratch);
+  const Tokens up_x = up_as == gate_as && same_order ? x : pack_input(input, item.rows, n, item.up_order, up_as, at, 1, scratch);
+  const Run run(shape, item, at, x, up_x, joined);
+  const Packing down_as = packing_of(shape.down, n, Type::kFp32);
+  for (int64_t b = item.block_begin; b < item.block_end; b += item.segment) {
+    const int64_t end = b + item.segment < item.block_end ? b + item.segment : item.block_end;
+    const bool has_bias = item.add_down_bias && end == item.block_end;
+    const float* bias = has_bias ? reinterpret_cast<const float*>(run.block(shape.blocks())) : nullptr;
+    const Tokens h = tokens_of(n, thin ? B : (end - b) * B, down_as, at.h);
+    if (!thin) {
+      run.many_tokens(b, end, h, bias);
+      continue;
+    }
+    float* out = b == item.block_begin ? item.partial : at.out;
+    run.few_tokens(b, end, h, out);
+    if (bias) add_bias(bias, out, D, run.wide, n);
+    if (out != item.partial) axpy(1, out, item.partial, n * run.wide);
+  }
 }
 
 inline void write_number(float value, Type type, void* out, int64_t at) {
@@ -184,7 +234,6 @@ void run_linear(const Input& input, const LinearItem& item, Scratch& scratch) {
   const int64_t n = item.tokens, K = linear.columns, stride = moestro::panel_bytes(linear.format, K);
   const Places at(scratch, K, n, 0);
   const Tokens x = pack_input(input, item.rows, n, nullptr, packing_of(linear.format, n, input.type), at, 0, scratch);
-  const TileRows configured(n);
   const ColumnTable table = table_of(linear);
   for (int64_t p = item.panel_begin; p < item.panel_end; p += 4) {
     const int64_t panels = item.panel_end - p < 4 ? item.panel_end - p : 4, r = p * kPanel;
@@ -200,13 +249,11 @@ void unpack_row(const moestro::Linear& matrix, int64_t row, float* tile, float* 
   const int64_t K = matrix.columns, stride = moestro::panel_bytes(matrix.format, K);
   const int64_t place = moestro::place_of_row(matrix.format, matrix.rows, row), lane = place % kPanel;
   const Panels all{matrix.packed, stride, nullptr, 0, 0, false, {table_of(matrix), 0, 0}};
-  with_format(matrix.format, [&](auto format) {
-    for (int64_t k = 0; k < K; k += kTileColumns) {
-      const int64_t count = K - k < kTileColumns ? K - k : kTileColumns;
-      convert(format, all, place / kPanel, k, count, tile);
-      for (int64_t i = 0; i < count; ++i) to[k + i] = tile[i * kPanel + lane];
-    }
-  });
+  for (int64_t k = 0; k < K; k += kTileColumns) {
+    const int64_t count = K - k < kTileColumns ? K - k : kTileColumns;
+    convert(matrix.format, all, place / kPanel, k, count, tile);
+    for (int64_t i = 0; i < count; ++i) to[k + i] = tile[i * kPanel + lane];
+  }
 }
 
 }  // namespace

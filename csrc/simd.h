@@ -65,7 +65,7 @@ inline uint16_t fp16_of(float value) {  // to nearest even
 
 struct V {
   static constexpr int kWidth = 16;
-  static constexpr int kTokens = 12, kWholeTokens = 10;  // of a register tile of floats, and of integers
+  static constexpr int kTokens = 12;  // of a register tile
   static constexpr int kRegisters = 32;
   __m512 v;
   static V zero() { return {_mm512_setzero_ps()}; }
@@ -94,7 +94,7 @@ struct I {
   static I zero() { return {_mm512_setzero_si512()}; }
   static I load(const void* p) { return {_mm512_loadu_si512(p)}; }
   static I load_int8(const void* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
-  static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm512_set1_epi32(both)}; }
+  static I set_lane(const void* p) { int32_t both; memcpy(&both, p, 4); return {_mm512_set1_epi32(both)}; }
   static I set16(int16_t a) { return {_mm512_set1_epi16(a)}; }
   static I set32(int32_t a) { return {_mm512_set1_epi32(a)}; }
   static I load_bytes(const void* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
@@ -105,7 +105,6 @@ struct I {
 };
 inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
-inline I subtract16(I a, I b) { return {_mm512_sub_epi16(a.v, b.v)}; }
 inline I look_up_bytes(I table, I index) { return {_mm512_shuffle_epi8(table.v, index.v)}; }
 template <int N> inline I shift_left16(I a) { return {_mm512_slli_epi16(a.v, N)}; }
 inline void load_e4m3(const void* p, V& even, V& odd) {
@@ -127,21 +126,30 @@ inline I dot_pairs(I a, I b, I sum) {  // sum + a.even * b.even + a.odd * b.odd,
 #if defined(__AVX512VNNI__)
 #define MOESTRO_BYTE_DOTS
 inline I dot_bytes(I a, I b, I sum) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }  // bytes: a unsigned, b signed
+// Two times 16 pairs of bytes as 16 times four: of each row of a panel those of four columns, with bits flipped.
+inline I load_quads(const void* p, int32_t flip) {
+  const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                          20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i quads = _mm512_permutexvar_epi16(places, _mm512_loadu_si512(p));
+  return {flip ? _mm512_xor_si512(quads, _mm512_set1_epi32(flip)) : quads};
+}
 #else
 #define MOESTRO_BYTE_PAIRS
 // Sums of two products of bytes, a unsigned and b signed, as 16-bit integers: the caller sees that these suffice.
 inline I multiply_bytes(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
 inline I add16(I a, I b) { return {_mm512_add_epi16(a.v, b.v)}; }
 #endif
-// Eight 16-bit integers q as two signed bytes each, q = 256 high + low, |q| at most 32639: the high bytes of elements
-// 0 4 1 5, their low bytes, then those of 2 6 3 7, which is the order of Int4's nibbles.
-inline void to_byte_planes(int16_t* q, int64_t count) {
-  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14));
-  for (int64_t i = 0; i < count; i += 32) {
-    const __m512i whole = _mm512_loadu_si512(q + i), high = _mm512_add_epi16(whole, _mm512_set1_epi16(128));
-    const __m512i both = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, whole, high);
-    _mm512_storeu_si512(q + i, _mm512_shuffle_epi8(both, order));
-  }
+// 64 16-bit integers q, |q| at most 32639, as two planes of signed bytes, q = 256 high + low: 64 high bytes and then the
+// low ones, in their own order or, within each eight, in that of quads: 0 4 1 5 2 6 3 7.
+inline void to_byte_planes(const int16_t* q, bool quads, uint8_t* to) {
+  const __m512i a = _mm512_loadu_si512(q), b = _mm512_loadu_si512(q + 32), half = _mm512_set1_epi16(128);
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+  const auto store = [&](__m512i x, __m512i y, uint8_t* at) {
+    const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(x)), _mm512_cvtepi16_epi8(y), 1);
+    _mm512_storeu_si512(at, quads ? _mm512_shuffle_epi8(bytes, order) : bytes);
+  };
+  store(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8), to);
+  store(a, b, to + 64);
 }
 inline I bits_of(V a) { return {_mm512_castps_si512(a.v)}; }
 inline V to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -163,7 +171,7 @@ inline V store_int16(V a, int16_t* p) {
 
 struct V {
   static constexpr int kWidth = 8;
-  static constexpr int kTokens = 6, kWholeTokens = 3;
+  static constexpr int kTokens = 6;
   static constexpr int kRegisters = 16;
   __m256 v;
   static V zero() { return {_mm256_setzero_ps()}; }
@@ -200,7 +208,7 @@ struct I {
   static I zero() { return {_mm256_setzero_si256()}; }
   static I load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
   static I load_int8(const void* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
-  static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {_mm256_set1_epi32(both)}; }
+  static I set_lane(const void* p) { int32_t both; memcpy(&both, p, 4); return {_mm256_set1_epi32(both)}; }
   static I set16(int16_t a) { return {_mm256_set1_epi16(a)}; }
   static I set32(int32_t a) { return {_mm256_set1_epi32(a)}; }
   static I load_bytes(const void* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
@@ -211,7 +219,6 @@ struct I {
 };
 inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
-inline I subtract16(I a, I b) { return {_mm256_sub_epi16(a.v, b.v)}; }
 inline I look_up_bytes(I table, I index) { return {_mm256_shuffle_epi8(table.v, index.v)}; }
 template <int N> inline I shift_left16(I a) { return {_mm256_slli_epi16(a.v, N)}; }
 inline void load_e4m3(const void* p, V& even, V& odd) {
@@ -236,14 +243,17 @@ inline I dot_pairs(I a, I b, I sum) { return {_mm256_add_epi32(sum.v, _mm256_mad
 #define MOESTRO_BYTE_PAIRS
 inline I multiply_bytes(I a, I b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
 inline I add16(I a, I b) { return {_mm256_add_epi16(a.v, b.v)}; }
-inline void to_byte_planes(int16_t* q, int64_t count) {
-  const __m128i one = _mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14);
-  const __m256i order = _mm256_broadcastsi128_si256(one);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m256i whole = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i));
-    const __m256i high = _mm256_add_epi16(whole, _mm256_set1_epi16(128));
-    const __m256i both = _mm256_blendv_epi8(whole, high, _mm256_set1_epi16(-256));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_shuffle_epi8(both, order));
+inline void to_byte_planes(const int16_t* q, bool quads, uint8_t* to) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+  const auto store = [&](__m256i x, __m256i y, uint8_t* at) {  // of 16-bit integers that are signed bytes
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(x, y), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), quads ? _mm256_shuffle_epi8(bytes, order) : bytes);
+  };
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i)), half = _mm256_set1_epi16(128);
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i + 16));
+    store(_mm256_srai_epi16(_mm256_add_epi16(a, half), 8), _mm256_srai_epi16(_mm256_add_epi16(b, half), 8), to + i);
+    store(_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), to + 64 + i);
   }
 }
 inline I bits_of(V a) { return {_mm256_castps_si256(a.v)}; }
@@ -266,7 +276,7 @@ inline V store_int16(V a, int16_t* p) {
 
 struct V {
   static constexpr int kWidth = 4;
-  static constexpr int kTokens = 6, kWholeTokens = 3;
+  static constexpr int kTokens = 6;
   static constexpr int kRegisters = 32;
   float32x4_t v;
   static V zero() { return {vdupq_n_f32(0)}; }
@@ -292,7 +302,7 @@ struct I {
   static I zero() { return {vdupq_n_s32(0)}; }
   static I load(const void* p) { return {vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p)))}; }
   static I load_int8(const void* p) { return {vreinterpretq_s32_s16(vmovl_s8(vld1_s8(static_cast<const int8_t*>(p))))}; }
-  static I set_pair(const int16_t* p) { int32_t both; memcpy(&both, p, 4); return {vdupq_n_s32(both)}; }
+  static I set_lane(const void* p) { int32_t both; memcpy(&both, p, 4); return {vdupq_n_s32(both)}; }
   static I set16(int16_t a) { return {vreinterpretq_s32_s16(vdupq_n_s16(a))}; }
   static I set32(int32_t a) { return {vdupq_n_s32(a)}; }
   static uint8x8_t four_bytes(const void* p) { uint32_t four; memcpy(&four, p, 4); return vcreate_u8(four); }
@@ -304,7 +314,6 @@ struct I {
 };
 inline I operator&(I a, I b) { return {vandq_s32(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {vorrq_s32(a.v, b.v)}; }
-inline I subtract16(I a, I b) { return {vreinterpretq_s32_s16(vsubq_s16(vreinterpretq_s16_s32(a.v), vreinterpretq_s16_s32(b.v)))}; }
 inline I look_up_bytes(I table, I index) {
   return {vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table.v), vreinterpretq_u8_s32(index.v)))};
 }
@@ -343,7 +352,7 @@ inline V store_int16(V a, int16_t* p) {
 
 struct V {
   static constexpr int kWidth = 1;
-  static constexpr int kTokens = 2, kWholeTokens = 2;
+  static constexpr int kTokens = 2;
   static constexpr int kRegisters = 64;
   float v;
   static V zero() { return {0.0f}; }
@@ -374,7 +383,7 @@ struct I {
   static I zero() { return {0}; }
   static I load(const void* p) { I a; memcpy(&a.v, p, 4); return a; }
   static I load_int8(const void* p) { const int8_t* q = static_cast<const int8_t*>(p); return of(q[0], q[1]); }
-  static I set_pair(const int16_t* p) { return load(p); }
+  static I set_lane(const void* p) { return load(p); }
   static I set16(int16_t a) { return of(a, a); }
   static I set32(int32_t a) { return {a}; }
   static I load_bytes(const void* p) { return {*static_cast<const uint8_t*>(p)}; }
@@ -386,7 +395,6 @@ struct I {
 };
 inline I operator&(I a, I b) { return {a.v & b.v}; }
 inline I operator|(I a, I b) { return {a.v | b.v}; }
-inline I subtract16(I a, I b) { return I::of(a.even() - b.even(), a.odd() - b.odd()); }
 inline I look_up_bytes(I::Table table, I index) {
   uint8_t bytes[4];
   memcpy(bytes, &index.v, 4);
