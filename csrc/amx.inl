@@ -123,14 +123,14 @@ inline void multiply_some(const Strip& s, bool two_tiles, bool two_panels, const
 inline void strip_product(Strip s, int64_t panels, const Tokens& x) {
   const int64_t rows = x.tile_rows();
   const Panels to = s.to;
-  s.passes = (x.rows / rows + 1) / 2;
-  for (int64_t first = 0; first < x.rows; first += 2 * rows) {
+  s.passes = (x.tiled_rows() / rows + 1) / 2;
+  for (int64_t first = 0; first < x.count; first += 2 * rows) {
     s.pass = first / (2 * rows);
-    const bool two_tiles = first + rows < x.rows;
+    const bool two_tiles = first + rows < x.count;
     for (int64_t p = 0; p < panels; p += 2) {
       s.to = to.results(p, first, to.add);
       s.to.w = to.w + p * to.stride;
-      if (x.as == Packing::kBf16) multiply_some<1>(s, two_tiles, p + 1 < panels, x, first);
+      if (x.as.form == Form::kBf16) multiply_some<1>(s, two_tiles, p + 1 < panels, x, first);
       else multiply_some<2>(s, two_tiles, p + 1 < panels, x, first);
     }
   }
@@ -170,9 +170,8 @@ inline void tile_product(const Panels& all, int64_t panels, int64_t K, const Tok
 
 // Decoded panels, from chunk `begin` of x on, times all tokens.
 void tiles_times(const Coded& c, const Decoded& w, int panels, const Panels& to, const Tokens& x, int64_t begin, int chunks) {
-  const int groups = c.layout.groups, bytes = static_cast<int>(kGroup) / groups, sixteens = kSixteens / groups;
+  const int groups = c.layout.groups, bytes = static_cast<int>(kGroup) / groups;
   const int64_t rows = x.tile_rows();
-  const int32_t less = less_of(c);
   const TileRows configured(rows, bytes);
   alignas(64) float acc[kDecodedPanels][16][kPanel];
   alignas(64) int32_t dots[2][2][16][kPanel];
@@ -199,9 +198,9 @@ void tiles_times(const Coded& c, const Decoded& w, int panels, const Panels& to,
           _tile_stored(0, high, 64);
           _tile_stored(1, low, 64);
           for (int64_t t = 0; t < tokens; ++t) {
-            const int32_t sum = less || c.adds ? x.sum(begin + i, first + t, g * sixteens, (g + 1) * sixteens) : 0;
-            const V scale = V::set(scales[t]), whole = V::set(static_cast<float>(sum)) * scale;
-            const I all = shift_left32<8>(I::load(high[t])) + I::load(low[t]) + I::set32(-less * sum);
+            const int64_t of_group = x.group(begin + i, g, first + t);
+            const V scale = V::set(scales[t]), whole = V::set(x.sums[of_group]);
+            const I all = shift_left32<8>(I::load(high[t])) + I::load(low[t]) + I::set32(x.offs[of_group]);
             add_group(c, w.factors[p][i], g, 0, all, scale, whole, V::load(acc[p][t])).store(acc[p][t]);
           }
         }

@@ -68,13 +68,16 @@ constexpr bool meets_byte_pairs() {
 }
 
 inline Packing packing_of(const Coded& c, int64_t n) {
-  if (!c.is_whole() || c.is_strided()) return Packing::kFloats;
+  if (!c.is_whole() || c.is_strided()) return {};
+  Packing as{Form::kPairs, c.layout.groups, less_of(c), n >= kCodeTilesFrom};
 #if defined(MOESTRO_BYTE_DOTS)
-  return c.is_plain() ? Packing::kPlainBytes : Packing::kQuadBytes;
+  as.form = c.is_plain() ? Form::kPlainBytes : Form::kQuadBytes;
+#else
+  with_code(c.code, [&](auto code) {
+    if (n == 1 && meets_byte_pairs<decltype(code)>()) as.form = Form::kQuadBytes;
+  });
 #endif
-  bool bytes = false;
-  with_code(c.code, [&](auto code) { bytes = meets_byte_pairs<decltype(code)>(); });
-  return n == 1 && bytes ? Packing::kQuadBytes : Packing::kPairs;
+  return as;
 }
 
 // Sums with a sixteenth s of P panels: the first counts 256 times where there are two planes.
@@ -145,7 +148,7 @@ inline V add_group(const Coded& c, const Factors& f, int g, int v, I dots, V sca
 }
 
 constexpr int kStreams = 4 * VP <= V::kRegisters / 2 ? 4 : 1;  // panels that few tokens read side by side
-constexpr int kDirectTokens = 4;                               // so many meet codes in registers
+constexpr int kDirectTokens = VP == 1 ? 4 : 2;                  // so many meet codes in registers
 
 // out[t, r] = (or +=) some panels times N tokens, straight from codes.
 template <class C, int P, int N>
@@ -154,17 +157,16 @@ inline void multiply_codes(const Coded& c, const Panels& to, const Tokens& x) {
   constexpr int kMost = panels_in<N * (kPlanes == 2 ? 2 : 1)>(V::kRegisters / 2), R = kMost < P ? kMost : P;
   const int groups = c.layout.groups, of_group = kSixteens / groups;
   const auto table = I::load_table(c.table);
-  const int32_t less = less_of(c);
   V acc[P][N][VP];
   begin_sums(to, acc);
   Factors f[P];
   for (int64_t chunk = 0; chunk < x.chunks(); ++chunk) {
     factors_of(c, to.w, to.stride, P, chunk, chunk == 0, f);
     const uint8_t *codes = c.codes_at(to.w, chunk), *of_x = x.unit(chunk, 0);
-    const float* scales = x.scales + chunk * N;
+    const float* scales = x.scales + chunk * x.rows;
     for (int g = 0; g < groups; ++g) {
-      int32_t sums[N];
-      for (int t = 0; t < N; ++t) sums[t] = less || c.adds ? x.sum(chunk, t, g * of_group, (g + 1) * of_group) : 0;
+      const float* sums = x.sums + x.group(chunk, g, 0);
+      const int32_t* offs = x.offs + x.group(chunk, g, 0);
 #pragma GCC unroll 4
       for (int p0 = 0; p0 < P; p0 += R) {
         I dots[R][N][S][VP];
@@ -175,13 +177,13 @@ inline void multiply_codes(const Coded& c, const Panels& to, const Tokens& x) {
 #pragma GCC unroll 4
             for (int v = 0; v < VP; ++v) {
               dots[p][t][0][v] = I::zero();
-              dots[p][t][S - 1][v] = I::set32(-less * sums[t]);
+              dots[p][t][S - 1][v] = I::set32(offs[t]);
             }
         for (int s = g * of_group; s < (g + 1) * of_group; ++s)
           meet<C, R, N, S>(codes + p0 * to.stride, to.stride, s, of_x, table, dots);
 #pragma GCC unroll 4
         for (int t = 0; t < N; ++t) {
-          const V scale = V::set(scales[t]), whole = V::set(static_cast<float>(sums[t])) * scale;
+          const V scale = V::set(scales[t]), whole = V::set(sums[t]);
 #pragma GCC unroll 4
           for (int p = 0; p < R; ++p)
 #pragma GCC unroll 4
@@ -201,10 +203,10 @@ inline void load_e4m3_rows(const uint8_t* p, V (&even)[VP], V (&odd)[VP]) {
 }
 #endif
 
-template <int P>
-inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x) {
+template <int P, int N>
+inline void multiply_e4m3(const Coded& c, const Panels& to, const Tokens& x) {
   const int groups = c.layout.groups, of_group = kGroup / 2 / groups;
-  V acc[P][1][VP];
+  V acc[P][N][VP];
   begin_sums(to, acc);
   Factors f[P];
   for (int64_t chunk = 0; chunk < x.chunks(); ++chunk) {
@@ -212,28 +214,34 @@ inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x)
     const uint8_t* codes = c.codes_at(to.w, chunk);
     const float* xs = x.floats(chunk, 0);
     for (int g = 0; g < groups; ++g) {
-      V part[P][VP];
+      V part[P][N][VP];
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p)
-        for (int v = 0; v < VP; ++v) part[p][v] = V::zero();
+#pragma GCC unroll 4
+        for (int t = 0; t < N; ++t)
+          for (int v = 0; v < VP; ++v) part[p][t][v] = V::zero();
       for (int i = g * of_group; i < (g + 1) * of_group; i += 2) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) prefetch(codes + p * to.stride + i * 2 * kPanel + kAhead);
 #pragma GCC unroll 2
-        for (int j = i; j < i + 2; ++j) {
-          const V first = V::set(xs[2 * j]), second = V::set(xs[2 * j + 1]);
+        for (int j = i; j < i + 2; ++j)
 #pragma GCC unroll 4
           for (int p = 0; p < P; ++p) {
             V even[VP], odd[VP];
             load_e4m3_rows(codes + p * to.stride + j * kPanel * 2, even, odd);
 #pragma GCC unroll 4
-            for (int v = 0; v < VP; ++v) part[p][v] = fma(odd[v], second, fma(even[v], first, part[p][v]));
+            for (int t = 0; t < N; ++t) {
+              const V first = V::set(xs[t * kGroup + 2 * j]), second = V::set(xs[t * kGroup + 2 * j + 1]);
+#pragma GCC unroll 4
+              for (int v = 0; v < VP; ++v) part[p][t][v] = fma(odd[v], second, fma(even[v], first, part[p][t][v]));
+            }
           }
-        }
       }
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p)
-        for (int v = 0; v < VP; ++v) acc[p][0][v] = fma(part[p][v], V::load(f[p].scale[g] + v * W), acc[p][0][v]);
+#pragma GCC unroll 4
+        for (int t = 0; t < N; ++t)
+          for (int v = 0; v < VP; ++v) acc[p][t][v] = fma(part[p][t][v], V::load(f[p].scale[g] + v * W), acc[p][t][v]);
     }
   }
   store_sums(to, acc);
@@ -241,8 +249,8 @@ inline void multiply_one_e4m3(const Coded& c, const Panels& to, const Tokens& x)
 
 template <class C, int P, int N>
 inline void multiply_few(C, const Coded& c, const Panels& to, const Tokens& x) {
-  if constexpr (!std::is_same_v<C, E4m3>) multiply_codes<C, P, N>(c, to, x);
-  else if constexpr (N == 1) multiply_one_e4m3<P>(c, to, x);
+  if constexpr (std::is_same_v<C, E4m3>) multiply_e4m3<P, N>(c, to, x);
+  else multiply_codes<C, P, N>(c, to, x);
 }
 
 // All panels times few tokens. A quarter of the panels is read beside the next, since memory is read faster in several
@@ -260,8 +268,8 @@ inline void direct_product(C code, const Coded& c, const Panels& all, int64_t pa
   });
 }
 
-// Some chunks of columns of 4 panels, which all tokens meet while they are in cache: operands, or floats of e4m3.
-constexpr int kDecodedChunks = 4, kDecodedPanels = 4;
+// Some chunks of columns of some panels, which all tokens meet while they are in cache: operands, or floats of e4m3.
+constexpr int kDecodedChunks = 8, kDecodedPanels = 2;
 struct Decoded {
   alignas(64) uint8_t operands[kDecodedPanels][kDecodedChunks][kOperands * kPanel * 4];
   Factors factors[kDecodedPanels][kDecodedChunks];
@@ -296,8 +304,7 @@ inline void decode_floats(const uint8_t* codes, float* to) {
 template <int N, int R>
 inline void multiply_decoded(const Coded& c, const Decoded& w, int p0, const Panels& to, const Tokens& x, int64_t first,
                              int64_t begin, int chunks) {
-  const int groups = c.layout.groups, of_group = kOperands / groups, sixteens = kSixteens / groups;
-  const int32_t less = less_of(c);
+  const int groups = c.layout.groups, of_group = kOperands / groups;
   V acc[R][N][VP];
   begin_sums(to, acc);
   for (int i = 0; i < chunks; ++i) {
@@ -313,6 +320,7 @@ inline void multiply_decoded(const Coded& c, const Decoded& w, int p0, const Pan
           for (auto& of_panel : dots)
             for (auto& of_token : of_panel)
               for (I& d : of_token) d = shift_left32<8>(d);
+#pragma GCC unroll 8
         for (int j = g * of_group; j < (g + 1) * of_group; ++j) {
           const uint8_t* at = of_x + plane * kPlane + 4 * j;
           I weights[R][VP];
@@ -323,14 +331,14 @@ inline void multiply_decoded(const Coded& c, const Decoded& w, int p0, const Pan
               for (int v = 0; v < VP; ++v) dots[p][t][v] = dot(weights[p][v], at + t * kUnit, dots[p][t][v]);
         }
       }
+      const float* sums = x.sums + x.group(begin + i, g, first);
+      const int32_t* offs = x.offs + x.group(begin + i, g, first);
       for (int t = 0; t < N; ++t) {
-        const int32_t sum = less || c.adds ? x.sum(begin + i, first + t, g * sixteens, (g + 1) * sixteens) : 0;
-        const V scale = V::set(scales[t]), whole = V::set(static_cast<float>(sum)) * scale;
-        const I off = I::set32(-less * sum);
+        const V scale = V::set(scales[t]), whole = V::set(sums[t]);
         for (int p = 0; p < R; ++p)
           for (int v = 0; v < VP; ++v) {
-            const I dots_less = less ? dots[p][t][v] + off : dots[p][t][v];
-            acc[p][t][v] = add_group(c, w.factors[p0 + p][i], g, v, dots_less, scale, whole, acc[p][t][v]);
+            const I exact = x.as.less ? dots[p][t][v] + I::set32(offs[t]) : dots[p][t][v];
+            acc[p][t][v] = add_group(c, w.factors[p0 + p][i], g, v, exact, scale, whole, acc[p][t][v]);
           }
       }
     }
@@ -371,9 +379,10 @@ inline void multiply_decoded(const Coded& c, const DecodedFloats& w, int p0, con
 // Some decoded panels, from chunk `begin` of x on, times all tokens.
 template <class D>
 inline void decoded_times(const Coded& c, const D& w, int panels, const Panels& to, const Tokens& x, int64_t begin, int chunks) {
-  for_tiles(x.count, V::kTokens, [&](int64_t first, int64_t tokens) {
-    with_tokens<V::kTokens>(tokens, [&](auto n) {
-      constexpr int R = panels_in<n>(V::kRegisters * 3 / 4);
+  constexpr int kMost = std::is_same_v<D, Decoded> ? V::kWholeTokens : V::kTokens;
+  for_tiles(x.count, kMost, [&](int64_t first, int64_t tokens) {
+    with_tokens<kMost>(tokens, [&](auto n) {
+      constexpr int kFit = panels_in<n>(V::kRegisters / 2), R = kFit < kDecodedPanels ? kFit : kDecodedPanels;
       int p = 0;
       for (; p + R <= panels; p += R) multiply_decoded<n, R>(c, w, p, to.results(p, first, to.add), x, first, begin, chunks);
       if constexpr (R > 1)
@@ -403,7 +412,7 @@ inline void decoded_product(const Coded& c, const Panels& all, int64_t panels, c
         }
       const Panels to = all.results(p, 0, all.add || k > 0);
       if constexpr (std::is_same_v<D, Decoded>) {
-        if (x.tiled()) {
+        if (x.as.tiled) {
           tiles_times(c, w, height, to, x, k, count);
           continue;
         }
@@ -416,7 +425,7 @@ inline void decoded_product(const Coded& c, const Panels& all, int64_t panels, c
 inline void product(const Coded& c, const Panels& all, int64_t panels, int64_t, const Tokens& x, float* scratch) {
   const bool one_block = all.block_chunks == INT64_MAX;
   if (c.is_strided()) return strided_product(c, all, panels, x);
-  if (one_block && x.count <= (c.is_whole() ? kDirectTokens : 1))
+  if (one_block && x.count <= kDirectTokens)
     return with_code(c.code, [&](auto code) { direct_product(code, c, all, panels, x); });
   if (c.is_whole()) decoded_product<Decoded>(c, all, panels, x, scratch);
   else decoded_product<DecodedFloats>(c, all, panels, x, scratch);

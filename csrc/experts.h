@@ -120,7 +120,7 @@ struct PackedTokens {
   const int64_t* rows = nullptr;
   const int32_t* order = nullptr;
   int64_t count = 0;
-  int as = -1;
+  int as = -1;  // of no tokens
 };
 
 // Scratch memory of a thread, and which tokens it has already packed.
@@ -138,11 +138,13 @@ constexpr int64_t kTileBytes = 4 * kPanel * kTileColumns * 4;
 constexpr int64_t kLeastNeurons = 128, kMostNeurons = 1024;  // of a segment, in whole blocks
 // Rows of results that there is room for: matrix tiles fill up the last of several tiles.
 inline int64_t padded(int64_t n) { return n <= 16 ? n : round_up(n, 16); }
+// Rows of packed tokens: many have some more, so that their chunks do not lie on the same sets of the cache.
+inline int64_t packed_rows(int64_t n) { return n <= 32 ? padded(n) : padded(n) + 5; }
 inline int64_t scratch_floats(int64_t K, int64_t n, int64_t block) {
   const bool thin = n <= kThinTokens;
+  const int64_t rows = packed_rows(n), wide = round_up(K, kGroup), neurons = thin ? block : kMostNeurons;
   n = padded(n);
-  const int64_t wide = round_up(K, kGroup), neurons = thin ? block : kMostNeurons, results = thin ? wide : 4 * kPanel;
-  return wide + 2 * n * wide + 2 * n * block + n * neurons + kTileBytes / 4 + n * std::max(results, 4 * kPanel);
+  return wide + 2 * rows * wide + 2 * n * block + rows * neurons + kTileBytes / 4 + n * std::max(thin ? wide : 0, 4 * kPanel);
 }
 // Blocks of a segment: enough segments for the cores of large machines, few enough that partial results stay small.
 inline int64_t segment_blocks(const Shape& shape, int64_t n) {

@@ -107,8 +107,8 @@ inline void many_product(const Panels& all, int64_t panels, int64_t K, const Tok
 
 template <class F>
 inline Packing packing_of(F, int64_t n, Type type) {
-  if (n < tiles_from<F>()) return Packing::kFloats;
-  return type == Type::kBf16 ? Packing::kBf16 : Packing::kFloatPlanes;
+  if (n < tiles_from<F>()) return {};
+  return {type == Type::kBf16 ? Form::kBf16 : Form::kFloatPlanes, 1, 0, true};
 }
 
 // Columns [begin, begin + count) of one of some panels as float32 [count, 16]: within one block of columns, or whole ones.
@@ -125,7 +125,7 @@ inline void convert(F, const Panels& all, int64_t panel, int64_t begin, int64_t 
 
 template <class F>
 inline void product(F, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* scratch) {
-  if (x.tiled()) return tile_product<F>(all, panels, K, x, scratch);
+  if (x.as.tiled) return tile_product<F>(all, panels, K, x, scratch);
   if (x.count <= moestro::kThinTokens && all.block_chunks == INT64_MAX) return thin_product<F>(all, panels, K, x);
   many_product(all, panels, K, x, scratch, [&](int64_t panel, int64_t k, int64_t count, float* to) {
     convert(F(), all, panel, k, count, to);

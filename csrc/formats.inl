@@ -13,21 +13,13 @@ inline void with_format(const MatrixFormat& f, Do do_with) {
 
 // How n tokens of numbers of that type are packed.
 inline Packing packing_of(const MatrixFormat& f, int64_t n, Type type) {
-  Packing as = Packing::kFloats;
+  Packing as;
   with_format(f, [&](auto format) {
     if constexpr (std::is_same_v<decltype(format), Coded>) as = packing_of(format, n);
     else as = packing_of(format, n, type);
   });
   return as;
 }
-
-// Whether they go to matrix tiles.
-inline bool is_tiled(Packing as, int64_t n) {
-  if (as == Packing::kBf16 || as == Packing::kFloatPlanes) return true;
-  return as != Packing::kFloats && n >= kCodeTilesFrom;
-}
-
-inline Tokens tokens_of(int64_t n, int64_t K, Packing as, float* at) { return Tokens(n, K, as, is_tiled(as, n), at); }
 
 inline void product(const MatrixFormat& f, const Panels& all, int64_t panels, int64_t K, const Tokens& x, float* scratch) {
   with_format(f, [&](auto format) { product(format, all, panels, K, x, scratch); });

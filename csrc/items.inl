@@ -47,13 +47,13 @@ struct Places {
   float *row, *x[2], *first, *h, *tile, *out;
   Places(const Scratch& scratch, int64_t K, int64_t n, int64_t block) {
     const int64_t wide = moestro::round_up(K, kGroup), neurons = n <= moestro::kThinTokens ? block : moestro::kMostNeurons;
+    const int64_t rows = moestro::packed_rows(n);
     row = scratch.memory;
-    n = moestro::padded(n);
     x[0] = row + wide;
-    x[1] = x[0] + n * wide;
-    first = x[1] + n * wide;
-    h = first + 2 * n * block;
-    tile = h + n * neurons;
+    x[1] = x[0] + rows * wide;
+    first = x[1] + rows * wide;
+    h = first + 2 * moestro::padded(n) * block;
+    tile = h + rows * neurons;
     out = tile + moestro::kTileBytes / 4;
   }
 };
@@ -80,15 +80,16 @@ inline void read_row(const Input& x, int64_t row, const int32_t* order, float* t
 // Packs the item's tokens into one of two places, unless this thread did so for its last item.
 inline Tokens pack_input(const Input& x, const int64_t* rows, int64_t n, const int32_t* order, Packing as,
                          const Places& places, int place, Scratch& scratch) {
-  const Tokens tokens = tokens_of(n, x.width, as, places.x[place]);
+  const Tokens tokens(n, x.width, as, places.x[place]);
   moestro::PackedTokens& packed = scratch.packed[place];
-  const bool same = packed.as == static_cast<int>(as) && packed.count == n && packed.order == order && memcmp(packed.rows, rows, n * sizeof(int64_t)) == 0;
+  const int key = static_cast<int>(as.form) | as.groups << 4 | as.less << 8;
+  const bool same = packed.as == key && packed.count == n && packed.order == order && memcmp(packed.rows, rows, n * sizeof(int64_t)) == 0;
   if (same) return tokens;
   pack(tokens, 0, tokens.columns, [&](int64_t t) {
     read_row(x, rows[t], order, places.row);
     return places.row;
   });
-  packed = {rows, order, n, static_cast<int>(as)};
+  packed = {rows, order, n, key};
   return tokens;
 }
 
@@ -192,7 +193,7 @@ void run_item(const Shape& shape, const Input& input, const Item& item, Scratch&
     const int64_t end = b + item.segment < item.block_end ? b + item.segment : item.block_end;
     const bool has_bias = item.add_down_bias && end == item.block_end;
     const float* bias = has_bias ? reinterpret_cast<const float*>(run.block(shape.blocks())) : nullptr;
-    const Tokens h = tokens_of(n, thin ? B : (end - b) * B, down_as, at.h);
+    const Tokens h(n, thin ? B : (end - b) * B, down_as, at.h);
     if (!thin) {
       run.many_tokens(b, end, h, bias);
       continue;

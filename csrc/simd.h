@@ -65,7 +65,7 @@ inline uint16_t fp16_of(float value) {  // to nearest even
 
 struct V {
   static constexpr int kWidth = 16;
-  static constexpr int kTokens = 12;  // of a register tile
+  static constexpr int kTokens = 12, kWholeTokens = 8;  // of a register tile of floats, and of integers
   static constexpr int kRegisters = 32;
   __m512 v;
   static V zero() { return {_mm512_setzero_ps()}; }
@@ -171,7 +171,7 @@ inline V store_int16(V a, int16_t* p) {
 
 struct V {
   static constexpr int kWidth = 8;
-  static constexpr int kTokens = 6;
+  static constexpr int kTokens = 6, kWholeTokens = 2;
   static constexpr int kRegisters = 16;
   __m256 v;
   static V zero() { return {_mm256_setzero_ps()}; }
@@ -276,7 +276,7 @@ inline V store_int16(V a, int16_t* p) {
 
 struct V {
   static constexpr int kWidth = 4;
-  static constexpr int kTokens = 6;
+  static constexpr int kTokens = 6, kWholeTokens = 4;
   static constexpr int kRegisters = 32;
   float32x4_t v;
   static V zero() { return {vdupq_n_f32(0)}; }
@@ -352,7 +352,7 @@ inline V store_int16(V a, int16_t* p) {
 
 struct V {
   static constexpr int kWidth = 1;
-  static constexpr int kTokens = 2;
+  static constexpr int kTokens = 2, kWholeTokens = 2;
   static constexpr int kRegisters = 64;
   float v;
   static V zero() { return {0.0f}; }

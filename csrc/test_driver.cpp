@@ -142,6 +142,56 @@ void check_experts(Machine& machine, const Shape& s, Type type, int64_t n, bool 
                 [&](const Level& level) { return std::max({tolerance(level, s.gate, n), tolerance(level, s.up, n), tolerance(level, s.down, n)}); });
 }
 
+Shape shape_of(const MatrixFormat& gate, const MatrixFormat& up, const MatrixFormat& down) {
+  Shape s;
+  s.gate = gate, s.up = up, s.down = down;
+  s.block = least_block(down);
+  return s;
+}
+
+// Whether matrix tiles multiply, and round, otherwise than the vectors that fewer tokens meet.
+bool has_own_bits(const Level& level, const MatrixFormat& format) {
+  return strcmp(level.name, "amx") == 0 && format.code == Code::kBf16;
+}
+
+// A token's results have the bits that it has alone, whatever is computed beside it: through a matrix, and through an
+// expert beside one that more tokens go to.
+void check_alone(Machine& machine, const MatrixFormat& format, int64_t n, int64_t R, int64_t K, Rng& rng) {
+  Shape s = shape_of(format, format, format);
+  s.hidden = K, s.neurons = R, s.has_bias = n % 2;
+  std::vector<uint8_t> packed(matrix_bytes(format, R, K));
+  random_matrix(format, packed.data(), R, K, 0.1, rng);
+  const Expert experts[2] = {make_expert(s, rng), make_expert(s, rng)};
+  Numbers x(Type::kFp32, n * K, rng);
+  std::vector<int64_t> rows(n);
+  for (int64_t t = 0; t < n; ++t) rows[t] = t;
+  std::vector<float> weights(n);
+  for (auto& w : weights) w = std::fabs(rng());
+  for (const Level* level : machine.levels) {
+    if (has_own_bits(*level, format)) continue;
+    Runner runner(2, {});
+    const auto run = [&](int64_t first, int64_t count, Numbers& linear, Numbers& out) {
+      const Input some{x.bytes.data() + first * K * 4, Type::kFp32, K};
+      const Linear matrix{packed.data(), R, K, format, nullptr, linear.bytes.data(), Type::kFp32};
+      runner.run_linears(*level, some, count, &matrix, 1);
+      std::fill(out.bytes.begin(), out.bytes.end(), 0);
+      const Work works[2] = {{experts[0].packed.data(), 0, R, rows.data(), weights.data() + first, count},
+                             {experts[1].packed.data(), 0, R, rows.data(), weights.data() + first, (count + 1) / 2}};
+      runner.run(*level, s, some, count, works, 2, out.floats());
+    };
+    Numbers all(Type::kFp32, n * R), sums(Type::kFp32, n * K);
+    run(0, n, all, sums);
+    bool equal = true;
+    for (int64_t t = 0; t < (n + 1) / 2; t += 1 + n / 8) {
+      Numbers one(Type::kFp32, R), sum(Type::kFp32, K);
+      run(t, 1, one, sum);
+      equal = equal && memcmp(one.floats(), all.floats() + t * R, R * 4) == 0;
+      equal = equal && memcmp(sum.floats(), sums.floats() + t * K, K * 4) == 0;
+    }
+    machine.note(text("alone %s R=%ld K=%ld n=%ld", name_of(format).c_str(), (long)R, (long)K, (long)n), *level, equal);
+  }
+}
+
 // Sums of memory, in every way that the limits of a machine are measured.
 void check_sums(Machine& machine, Rng& rng) {
   for (int64_t n : {1, 63, 1000})
@@ -158,13 +208,6 @@ void check_sums(Machine& machine, Rng& rng) {
 }
 
 constexpr size_t kOwnKernels = 5;  // formats that have kernels of their own, which are tried with more
-
-Shape shape_of(const MatrixFormat& gate, const MatrixFormat& up, const MatrixFormat& down) {
-  Shape s;
-  s.gate = gate, s.up = up, s.down = down;
-  s.block = least_block(down);
-  return s;
-}
 
 }  // namespace
 
@@ -202,6 +245,10 @@ int main(int argc, char** argv) {
         check_experts(machine, s, type, n, false, rng);
         if (n == 3 || n == 17) check_experts(machine, s, type, n, true, rng);
       }
+    for (int64_t n : {2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17, 33, 64}) {
+      if (f >= kOwnKernels && (f + n) % 4 != 0) continue;
+      check_alone(machine, format, n, n % 2 ? 290 : 600, n % 2 ? 500 : 130, rng);
+    }
     for (bool wide : {false, true}) {  // more than one chunk, and rows or columns of neurons that are cut
       Shape s = shape_of(format, format, format);
       s.hidden = wide ? 1100 : 70;

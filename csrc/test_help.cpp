@@ -344,7 +344,7 @@ void Machine::report(const std::string& what, const Level& level, double error, 
   ++checks_;
   if (!(error <= bound) || !equal) {
     ++failures_;
-    printf("FAIL %s; threads %s\n", line.c_str(), equal ? "agree" : "DIFFER");
+    printf("FAIL %s; bits %s\n", line.c_str(), equal ? "agree" : "DIFFER");
   } else if (error > closest_ * bound) {
     closest_ = error / bound;
     closest_what_ = line;

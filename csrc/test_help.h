@@ -63,8 +63,7 @@ std::vector<double> random_matrix(const moestro::MatrixFormat& format, uint8_t* 
 // finite that should not be, or the other way round; infinities and NaN are taken for each other.
 double relative_error(const Numbers& got, const std::vector<double>& want);
 
-// What float32 arithmetic is allowed; quantized weights meet 16-bit integers where tokens are few, or go through
-// matrix tiles, where bf16 ones meet two bf16 planes.
+// What float32 arithmetic is allowed; codes meet 16-bit integers, and bf16 in matrix tiles meets two bf16 planes.
 double tolerance(const moestro::Level& level, const moestro::MatrixFormat& format, int64_t tokens);
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -91,6 +90,9 @@ class Machine {
       report(what, *level, error(first), bound(*level), equal);
     }
   }
+
+  // A check of equal bits.
+  void note(const std::string& what, const moestro::Level& level, bool equal) { report(what, level, 0, 1, equal); }
 
   int finish() const;  // prints how it went, and returns whether anything failed
 

@@ -10,41 +10,45 @@ constexpr int kSixteens = kGroup / 16;
 // What a token has for a chunk of 64 columns: floats; 16-bit integers; these as two planes of signed bytes,
 // integer = 256 high + low, in the order of quads (codes.inl) or of columns; or, for matrix tiles (amx.inl), bf16 as they
 // are, and floats as two planes of bf16.
-enum class Packing : int { kFloats, kPairs, kQuadBytes, kPlainBytes, kBf16, kFloatPlanes };
+enum class Form : int { kFloats, kPairs, kQuadBytes, kPlainBytes, kBf16, kFloatPlanes };
 
-// Tokens, packed [chunk][token]: a token's chunk lies together, and so do those of all tokens. Integers have a scale
-// [chunk][token] and the sums of each 16 of them [chunk][token][4].
+// And what integers bring along for codes: how many groups of a chunk have scales of their own, and what comes off a code.
+struct Packing {
+  Form form = Form::kFloats;
+  int groups = 1;
+  int32_t less = 0;
+  bool tiled = false;  // for matrix tiles
+
+  bool operator==(const Packing& o) const {
+    return form == o.form && groups == o.groups && less == o.less && tiled == o.tiled;
+  }
+  bool is_whole() const { return form == Form::kPairs || form == Form::kQuadBytes || form == Form::kPlainBytes; }
+  int64_t unit_bytes() const { return form == Form::kFloats || form == Form::kFloatPlanes ? 4 * kGroup : 2 * kGroup; }
+};
+
+// Tokens, packed [chunk][token]: a token's chunk lies together, and so do those of all tokens.
 struct Tokens {
   int64_t count, columns;  // columns rounded up to chunks
-  int64_t rows;            // with those that fill up the last of several matrix tiles
+  int64_t rows;            // with those that fill up
   Packing as;
   uint8_t* memory;
-  float* scales;
-  int32_t* sixteens;
+  float* scales;  // of integers [chunk][token]
+  float* sums;    // of a group, times the scale [chunk][group][token]
+  int32_t* offs;  // of a group, times `less` and negative [chunk][group][token]
 
-  Tokens(int64_t n, int64_t K, Packing packing, bool tiled, float* at)
-      : count(n), columns(moestro::round_up(K, kGroup)), rows(n), as(packing), memory(reinterpret_cast<uint8_t*>(at)),
-        tiled_(tiled) {
-    if (tiled) rows = (n + 15) / 16 * tile_rows();
+  Tokens(int64_t n, int64_t K, Packing packing, float* at)
+      : count(n), columns(moestro::round_up(K, kGroup)), rows(moestro::packed_rows(n)), as(packing),
+        memory(reinterpret_cast<uint8_t*>(at)) {
     scales = at + rows * columns / 2;
-    sixteens = reinterpret_cast<int32_t*>(scales + rows * chunks());
+    sums = scales + rows * chunks();
+    offs = reinterpret_cast<int32_t*>(sums + rows * chunks() * as.groups);
   }
-  bool tiled() const { return tiled_; }
   int64_t chunks() const { return columns / kGroup; }
   int64_t tile_rows() const { return (count + (count + 15) / 16 - 1) / ((count + 15) / 16); }  // of matrix tiles
-  int64_t unit_bytes() const { return as == Packing::kFloats || as == Packing::kFloatPlanes ? 4 * kGroup : 2 * kGroup; }
-  uint8_t* unit(int64_t chunk, int64_t token) const { return memory + (chunk * rows + token) * unit_bytes(); }
+  int64_t tiled_rows() const { return (count + 15) / 16 * tile_rows(); }
+  uint8_t* unit(int64_t chunk, int64_t token) const { return memory + (chunk * rows + token) * as.unit_bytes(); }
   const float* floats(int64_t chunk, int64_t token) const { return reinterpret_cast<const float*>(unit(chunk, token)); }
-  // The sum of a token's integers over the sixteenths [begin, end) of a chunk.
-  int32_t sum(int64_t chunk, int64_t token, int begin, int end) const {
-    const int32_t* of_token = sixteens + (chunk * rows + token) * kSixteens;
-    int32_t total = 0;
-    for (int i = begin; i < end; ++i) total += of_token[i];
-    return total;
-  }
-
- private:
-  bool tiled_;
+  int64_t group(int64_t chunk, int g, int64_t token) const { return (chunk * as.groups + g) * rows + token; }
 };
 
 // Calls do_tile(first token, tokens) for tiles of nearly equal size, `most` at most.
@@ -60,7 +64,7 @@ inline void for_tiles(int64_t n, int64_t most, Do do_tile) {
 
 // A chunk of x as 16-bit integers, near 15 bits and a sign of its largest, and the sums of each 16 of them: returns their
 // scale, which is NaN if there is one, or an infinity, among them, since integers and a maximum would hide it.
-inline float whole_of(const float* x, int16_t* whole, int32_t* sixteens) {
+inline float whole_of(const float* x, int16_t* whole, int32_t (&sixteens)[kSixteens]) {
   V most = V::zero(), nothing = V::zero();
   for (int64_t k = 0; k < kGroup; k += W) {
     const V xv = V::load(x + k);
@@ -87,21 +91,21 @@ inline void pack_bf16_planes(const float*, int, uint8_t*) {}
 
 inline void pack_chunk(const Tokens& to, int64_t chunk, int64_t token, const float* x) {
   uint8_t* unit = to.unit(chunk, token);
-  const int64_t at = chunk * to.rows + token;
-  switch (to.as) {
-    case Packing::kFloats: memcpy(unit, x, 4 * kGroup); return;
-    case Packing::kBf16: return pack_bf16_planes(x, 1, unit);
-    case Packing::kFloatPlanes: return pack_bf16_planes(x, 2, unit);
-    case Packing::kPairs:
-      to.scales[at] = whole_of(x, reinterpret_cast<int16_t*>(unit), to.sixteens + at * kSixteens);
-      return;
-    default: {
+  if (to.as.form == Form::kFloats) return static_cast<void>(memcpy(unit, x, 4 * kGroup));
+  if (!to.as.is_whole()) return pack_bf16_planes(x, to.as.form == Form::kBf16 ? 1 : 2, unit);
+  alignas(64) int16_t whole[kGroup];
+  int32_t sixteens[kSixteens];
+  const bool pairs = to.as.form == Form::kPairs;
+  const float scale = whole_of(x, pairs ? reinterpret_cast<int16_t*>(unit) : whole, sixteens);
 #if defined(MOESTRO_BYTE_DOTS) || defined(MOESTRO_BYTE_PAIRS)
-      alignas(64) int16_t whole[kGroup];
-      to.scales[at] = whole_of(x, whole, to.sixteens + at * kSixteens);
-      to_byte_planes(whole, to.as == Packing::kQuadBytes, unit);
+  if (!pairs) to_byte_planes(whole, to.as.form == Form::kQuadBytes, unit);
 #endif
-    }
+  to.scales[chunk * to.rows + token] = scale;
+  for (int g = 0; g < to.as.groups; ++g) {
+    int32_t total = 0;
+    for (int i = g * kSixteens / to.as.groups; i < (g + 1) * kSixteens / to.as.groups; ++i) total += sixteens[i];
+    to.sums[to.group(chunk, g, token)] = static_cast<float>(total) * scale;
+    to.offs[to.group(chunk, g, token)] = -to.as.less * total;
   }
 }
 
@@ -112,8 +116,9 @@ inline void pack(const Tokens& to, int64_t begin, int64_t count, Row row) {
     const float* x = row(t);
     for (int64_t k = 0; k < count; k += kGroup) pack_chunk(to, (begin + k) / kGroup, t, x + k);
   }
-  for (int64_t k = begin / kGroup; k < (begin + count) / kGroup && to.rows > to.count; ++k)
-    memset(to.unit(k, to.count), 0, (to.rows - to.count) * to.unit_bytes());
+  if (!to.as.tiled) return;
+  for (int64_t k = begin / kGroup; k < (begin + count) / kGroup; ++k)  // the last tile is filled up
+    memset(to.unit(k, to.count), 0, (to.tiled_rows() - to.count) * to.as.unit_bytes());
 }
 
 // Where some panels stand in a matrix whose scales belong to columns: its table, and the first panel and column.
