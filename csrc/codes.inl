@@ -190,13 +190,13 @@ inline V counts() { return V::zero(); }
 inline V counted(V, I code) { return to_float(code); }
 #endif
 
-// Byte N of 32-bit lanes as floats, where no code has 8 bits.
+// Byte N of 32-bit lanes as floats.
 template <class C, int N>
 inline V byte_of(V table, I quad) {
   I code = quad;
   if constexpr (N > 0) code = shift_right32<8 * N>(quad);
   if constexpr (C::kLargest < kCounted) return counted(table, code);
-  else if constexpr (N == 3) return to_float(code);
+  else if constexpr (N == 3 && C::kLargest < 128) return to_float(code);
   else return to_float(code & I::set32(0xFF));
 }
 

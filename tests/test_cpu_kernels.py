@@ -137,6 +137,8 @@ def test_every_quantized_format_against_float64(level: str, fmt: MatrixFormat, t
     expected = torch.nn.functional.linear(x.double(), matrix.unpack(torch.float64))
     error = (run_linear(matrix, x, threads=2, level=level) - expected).norm() / expected.norm()
     assert error <= 5e-4, f"[{rows}, {columns}]: relative error {error:.2e}"
+    ids = torch.randint(rows, (tokens,))
+    assert torch.equal(look_up(matrix, ids, torch.float32, threads=2, level=level), matrix.unpack(torch.float32)[ids])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
