@@ -271,10 +271,10 @@ inline void load_scale(Scale scale, const uint8_t* at, V unit, float* to) {
 }
 
 // Shifted scales, and zeros in fixed point.
-inline void shifted(const Coded& c, const uint8_t* unit, const uint8_t* at, Factors& f) {
+inline void shifted(const Coded& c, const uint8_t* panel, const uint8_t* at, Factors& f) {
   const V step = V::set(c.zero_step), half = V::set(0.5f);
   for_rows([&](int r) {
-    const V power = even_bf16(shift_left32<7>(I::load_bytes(unit + r)));
+    const V power = even_bf16(shift_left32<7>(I::load_bytes(panel + r)));
     for (int g = 0; g < c.layout.groups; ++g) {
       const V scale = power * to_float(I::load_bytes(at + g * kPanel + r));
       const V zero = to_float(I::load_bytes(at + (c.layout.groups + g) * kPanel + r));
@@ -331,7 +331,7 @@ void factors_of(const Coded& c, const uint8_t* panel, int64_t stride, int panels
   for (int p = 0; p < panels; ++p, panel += stride, ++f) {
     if (begins) for (int64_t i = 0; i < l.unit_header; i += 64) prefetch(panel + unit + i + kAhead);
     if (c.scale == Scale::kShifted) {
-      shifted(c, panel + unit, panel + scales, *f);
+      shifted(c, panel, panel + scales, *f);
       continue;
     }
     if (c.scale >= Scale::kK4) {

@@ -1,9 +1,11 @@
 #include "fitted.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <stdexcept>
+#include <vector>
 
 #include "panels.h"
 #include "simd.h"
@@ -71,24 +73,44 @@ void write_codes(const float* weights, int64_t count, float scale, float zero, f
   }
 }
 
+// The sides that a row's groups get, and the power of two of their scales.
+struct RowSides {
+  std::vector<float> scales, zeros;  // [groups of the row]
+  int exponent;                      // -127 where all weights are 0
+  uint8_t power;                     // exponent + 127, or 0
+};
+
+// `to` holds as many scales and zeros as a row has groups.
+void read_sides(const FittedMatrix& m, int64_t row, RowSides& to) {
+  const int64_t group = m.format.group, groups = static_cast<int64_t>(to.scales.size());
+  const float levels = static_cast<float>((1 << bits_of(m.format.code)) - 1);
+  float most = 0;
+  for (int64_t k = 0; k < m.columns; k += kSuper) {
+    float weights[kSuper] = {};
+    const int64_t count = std::min(kSuper, m.columns - k);
+    read_floats(m, row, k, count, weights);
+    for (int64_t at = 0; at < count; at += group) {
+      const int64_t g = (k + at) / group;
+      to.scales[g] = m.scales[row * groups + g], to.zeros[g] = m.zeros[row * groups + g];
+      take_sides(weights + at, group, levels, &to.scales[g], &to.zeros[g]);
+      most = std::max(most, to.scales[g]);
+    }
+  }
+  const float of_byte = most / kMostByte;  // 0, which has no exponent, of the smallest subnormals
+  std::frexp(of_byte, &to.exponent);
+  to.exponent = of_byte > 0 ? std::min(std::max(to.exponent, -127), 127) : -127;
+  to.power = static_cast<uint8_t>(most > 0 ? to.exponent + 127 : 0);
+}
+
 // Columns [k, k + count) of a row, up to 256, filled up with weights of 0. `to` holds zeros.
-void read_row(const FittedMatrix& m, int64_t row, int64_t k, int64_t count, UnitRow& to) {
-  const int64_t group = m.format.group, groups = (count + group - 1) / group, all = (m.columns + group - 1) / group;
+void read_row(const FittedMatrix& m, const RowSides& sides, int64_t row, int64_t k, int64_t count, UnitRow& to) {
+  const int64_t group = m.format.group, groups = (count + group - 1) / group;
   const int64_t bits = bits_of(m.format.code);
   const float levels = static_cast<float>((1 << bits) - 1), steps = static_cast<float>(1 << (8 - bits));
-  float weights[kSuper] = {}, scales[kMostGroups], zeros[kMostGroups], most = 0;
+  const float *scales = sides.scales.data() + k / group, *zeros = sides.zeros.data() + k / group;
+  const float power = std::ldexp(1.0f, sides.exponent);
+  float weights[kSuper] = {};
   read_floats(m, row, k, count, weights);
-  for (int64_t g = 0; g < groups; ++g) {
-    scales[g] = m.scales[row * all + k / group + g], zeros[g] = m.zeros[row * all + k / group + g];
-    take_sides(weights + g * group, group, levels, &scales[g], &zeros[g]);
-    most = std::max(most, scales[g]);
-  }
-  int exponent;
-  const float of_byte = most / kMostByte;  // 0, which has no exponent, of the smallest subnormals
-  std::frexp(of_byte, &exponent);
-  exponent = of_byte > 0 ? std::min(std::max(exponent, -127), 127) : -127;
-  const float power = std::ldexp(1.0f, exponent);
-  to.d = static_cast<uint16_t>(most > 0 ? exponent + 127 : 0);
   for (int64_t g = 0; g < groups; ++g) {
     float scale = nearest(std::min(scales[g] / power, kMostByte));
     if (scale == 0 && scales[g] > 0) scale = 1;
@@ -173,13 +195,22 @@ void write_signed_bytes(Runner& runner, const ByteMatrices& m, int64_t matrices,
 
 void write_fitted(Runner& runner, const FittedMatrix& m, const PanelRows& out) {
   const PanelLayout layout = layout_of(m.format);
-  const int64_t unit = columns_at_once(m.format);
+  const int64_t unit = columns_at_once(m.format), groups = (m.columns + m.format.group - 1) / m.format.group;
   runner.each(static_cast<int>((m.rows + kPanel - 1) / kPanel), 0, true, [&](int panel, float*) {
     UnitRow rows[kPanel];
+    std::array<RowSides, kPanel> sides;
+    const int64_t first = panel * kPanel, count = std::min(kPanel, m.rows - first);
+    uint8_t* const powers = out.at(panel);
+    memset(powers, 0, layout.panel_header);
+    for (int64_t r = 0; r < count; ++r) {
+      sides[r].scales.resize(groups), sides[r].zeros.resize(groups);
+      read_sides(m, first + r, sides[r]);
+      powers[r] = sides[r].power;
+    }
     for (int64_t k = 0; k < m.columns; k += unit) {
       const int64_t columns = std::min(unit, m.columns - k);
       memset(rows, 0, sizeof(rows));
-      for (int64_t r = 0; r < std::min(kPanel, m.rows - panel * kPanel); ++r) read_row(m, panel * kPanel + r, k, columns, rows[r]);
+      for (int64_t r = 0; r < count; ++r) read_row(m, sides[r], first + r, k, columns, rows[r]);
       write_unit(m.format, layout, rows, k, columns, out.at(panel));
     }
   });

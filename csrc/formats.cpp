@@ -49,7 +49,7 @@ PanelLayout parts_of(const MatrixFormat& f) {
     case Scale::kIq4xs: return {0, 32, 32, codes, 2, 2};
     case Scale::kShifted: {
       const int groups = static_cast<int>(kGroup / f.group);
-      return {0, kPanel, 2 * kPanel * groups, codes, 2, groups};
+      return {kPanel, 0, 2 * kPanel * groups, codes, 2, groups};  // a power for each row is before all units
     }
     case Scale::kColumn: return {0, 0, 2 * kGroup * kPanel / f.group, codes, 0, 1};  // a share of its class's bytes
     default: break;

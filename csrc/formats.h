@@ -34,7 +34,7 @@ enum class Scale : int {
   kBlock = 6,  // a float32 for 16 rows and 128 columns
   // Small whole numbers of each group, times an fp16 of 256 columns: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K, IQ4_XS.
   kK4 = 7, kK2 = 8, kK6 = 9, kK3 = 10, kIq4xs = 11,
-  kShifted = 12,  // a byte of each group, times 2^(byte - 127) of 256 columns
+  kShifted = 12,  // a byte of each group, times 2^(byte - 127) of the whole row
   kColumn = 13,   // (byte - fp16) * fp16, of a class of rows and a column
 };
 

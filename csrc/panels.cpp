@@ -127,10 +127,6 @@ inline void write_shared(const MatrixFormat& f, const PanelLayout& layout, const
   if (layout.shared == 0) return;
   if (f.scale == Scale::kBlock) return store32(to, rows[0].scale[0]);
   if (!is_two_level(f)) return write_sides(f, rows, 0, 1, to);
-  if (f.scale == Scale::kShifted) {
-    for (int r = 0; r < kPanel; ++r) to[r] = static_cast<uint8_t>(rows[r].d);
-    return;
-  }
   for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].d);
   if (f.zero == Zero::kMin)
     for (int r = 0; r < kPanel; ++r, to += 2) store16(to, rows[r].dmin);

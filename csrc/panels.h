@@ -14,7 +14,7 @@ constexpr int64_t kMostGroups = kSuper / 16;
 struct UnitRow {
   uint8_t codes[kSuper];
   uint32_t scale[kMostGroups], zero[kMostGroups];  // the bits of each group's
-  uint16_t d, dmin;                                // of a super-group: fp16, or of kShifted a byte
+  uint16_t d, dmin;                                // of a super-group: fp16
 };
 
 inline uint16_t load16(const uint8_t* at) { uint16_t v; memcpy(&v, at, 2); return v; }
@@ -29,7 +29,7 @@ constexpr uint64_t kEach = 0x0101010101010101ull;  // a one in each of 8 bytes
 // Columns of a unit, at most 256: a whole row goes in as many pieces as it needs.
 int64_t columns_at_once(const MatrixFormat& f);
 
-// Writes 16 rows of columns [k, k + columns) into a panel, with what stands before their codes. k is a multiple of
+// Writes 16 rows of columns [k, k + columns) into a panel, with what stands in their units before the codes. k is a multiple of
 // columns_at_once, and columns are that or up to the end of the matrix.
 void write_unit(const MatrixFormat& f, const PanelLayout& layout, const UnitRow* rows, int64_t k, int64_t columns, uint8_t* panel);
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "interleave.h"
 #include "panels.h"
 #include "repack_strided.h"
 
@@ -263,20 +264,6 @@ void read_sides(const Raw& raw, const MatrixFormat& f, int64_t row, int64_t k, i
   for (int64_t g = k / group, i = 0; g < all && (i == 0 || g * group < k + n); ++g, ++i) {
     memcpy(&to.scale[i], raw.scales + (row * all + g) * size, size);
     if (raw.zeros != nullptr) memcpy(&to.zero[i], raw.zeros + (row * all + g) * zero_size, zero_size);
-  }
-}
-
-// Units of one size, of 16 rows side by side: `to` is [n][16]. A unit is a float, or a pair of bf16 columns.
-template <typename Unit>
-void interleave(const uint8_t* const from[kPanel], int64_t n, uint8_t* to) {
-  constexpr int64_t kTile = 128 / sizeof(Unit);  // two cache lines of each row at a time
-  for (int64_t k = 0; k < n; k += kTile) {
-    const int64_t stop = std::min(n, k + kTile);
-    for (int64_t i = k; i < stop; ++i) {
-      Unit units[kPanel];
-      for (int64_t r = 0; r < kPanel; ++r) memcpy(&units[r], from[r] + i * sizeof(Unit), sizeof(Unit));
-      memcpy(to + i * sizeof(units), units, sizeof(units));
-    }
   }
 }
 

@@ -142,7 +142,7 @@ Pair factors_at(const MatrixFormat& f, const uint8_t* panel, const uint8_t* unit
     case Scale::kK3: return {d * (six(static_cast<int>(g)) - 32), 0};
     case Scale::kBlock: return {float_at(unit), 0};
     case Scale::kShifted:
-      return {std::ldexp(at[16 * g + r], unit[r] - 127), at[(64 / f.group + g) * 16 + r] * std::ldexp(1, info_of(f.code).bits - 8) - 0.5};
+      return {std::ldexp(at[16 * g + r], panel[r] - 127), at[(64 / f.group + g) * 16 + r] * std::ldexp(1, info_of(f.code).bits - 8) - 0.5};
     default: break;
   }
   const int64_t groups = f.group == kRow || f.group >= 64 ? 1 : 64 / f.group;
@@ -234,12 +234,15 @@ std::vector<double> random_matrix(const MatrixFormat& format, uint8_t* packed, i
   const int64_t own = format.scale == Scale::kK4 || format.scale == Scale::kK3 ? 48 : format.scale == Scale::kIq4xs ? 32
                       : format.scale == Scale::kShifted ? 32 * groups
                       : two_level ? 64 : is_block || shares ? 0 : sides_bytes(groups);
-  const int64_t shared = is_block ? 4 : format.scale == Scale::kShifted ? 16 : two_level ? (format.zero == Zero::kMin ? 64 : 32) : shares ? sides_bytes(1) : 0;
+  const int64_t shared = is_block ? 4 : two_level && format.scale != Scale::kShifted ? (format.zero == Zero::kMin ? 64 : 32) : shares ? sides_bytes(1) : 0;
   int64_t unit_header = shared + of_unit * own;
   if (const int64_t more = (64 - unit_header % 64) % 64; two_level && more * 100 <= unit_header + of_unit * codes) unit_header += more;
   for (int64_t p = 0; p * kPanel < R; ++p) {
     uint8_t *panel = packed + p * stride, *at = panel, *unit = panel;
     if (format.scale == Scale::kE4m3) { const float tensor = static_cast<float>(size); memcpy(at, &tensor, 4); at += 4; }
+    if (format.scale == Scale::kShifted)
+      for (int r = 0; r < 16; ++r)
+        *at++ = static_cast<uint8_t>(p * 16 + r < R ? 127 + std::ilogb(size / 256) - static_cast<int>(rng.below(2)) : 0);
     for (int64_t c = 0; c < chunks; ++c) {
       if (c % of_unit == 0) {
         unit = at;
@@ -247,9 +250,7 @@ std::vector<double> random_matrix(const MatrixFormat& format, uint8_t* packed, i
         memset(unit, 0, unit_header);
         const double most = format.scale == Scale::kK2 ? 15 : format.scale == Scale::kK4 ? 63 : 32;
         if (is_block) { const float s = static_cast<float>(size); memcpy(unit, &s, 4); }
-        else if (format.scale == Scale::kShifted) {
-          for (int r = 0; r < 16; ++r) unit[r] = static_cast<uint8_t>(p * 16 + r < R ? 127 + std::ilogb(size / 256) - static_cast<int>(rng.below(2)) : 0);
-        } else if (two_level) {
+        else if (two_level && format.scale != Scale::kShifted) {
           for (int r = 0; r < 16; ++r) put16(unit + 2 * r, p * 16 + r < R ? half_of(size / most) : 0);
           if (format.zero == Zero::kMin)
             for (int r = 0; r < 16; ++r) put16(unit + 32 + 2 * r, p * 16 + r < R ? half_of(size * info.largest / 2 / most) : 0);

@@ -35,6 +35,8 @@ class PanelWriter:
         out = b""
         if self.scale == "E4M3":
             out += struct.pack("<f", float(self.coded.tensor))  # type: ignore[arg-type]
+        if self.scale == "SHIFTED":
+            out += self._column(self.coded.d, row, 0)
         unit = UNITS.get(self.scale, {0: self.columns, 64: 64}.get(self.fmt.group, 128))
         for start in range(0, max(1, self.columns), unit or 1):
             header = self._shared(row, start)
@@ -54,6 +56,8 @@ class PanelWriter:
         """What all chunks of a unit share."""
         if self.scale == "BLOCK":
             return struct.pack("<f", float(self.coded.scales[row, start // 128]))
+        if self.scale == "SHIFTED":
+            return b""
         if self.scale in TWO_LEVEL:
             d = self._column(self.coded.d, row, start // 256)
             return d + (self._column(self.coded.dmin, row, start // 256) if self.zero == "MIN" else b"")

@@ -114,7 +114,7 @@ def test_weights_that_are_zero_or_equal_or_tiny_survive(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_bits_of_a_weight_are_as_the_format_says(name: str) -> None:
     bits = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8.25, "int4": 4.5}
-    bits |= {"hqq4": 4.28125, "hqq3": 3.28125, "hqq2": 3.03125}
+    bits |= {"hqq4": 4.25 + 8 / 512, "hqq3": 3.25 + 8 / 512, "hqq2": 3 + 8 / 512}
     assert MATRIX_FORMATS[name].matrix_bytes(256, 512) * 8 == bits[name] * 256 * 512
 
 

@@ -16,6 +16,7 @@ from moestro.errors import CheckpointError
 from moestro.memory.formats import Coded, ExpertFormat, ExpertShape, MatrixFormat, format_named, format_names, uniform
 from moestro.memory.formats.codes import values
 from moestro.memory.formats.descriptor import ROW, Code, Scale, Zero
+from moestro.memory.formats.quantize import quantize_hqq
 from panel_writer import BITS, PanelWriter
 
 UNIFORM = [
@@ -93,7 +94,7 @@ def random_coded(fmt: MatrixFormat, rows: int, columns: int, *, finite: bool = F
         coded["zeros"] = below(8, rows, groups)
     supers = -(-columns // 256)
     if fmt.scale is Scale.SHIFTED:
-        coded["d"] = below(8, rows, supers) % 16 + 112 if finite else below(8, rows, supers)
+        coded["d"] = below(8, rows, 1) % 16 + 112 if finite else below(8, rows, 1)
     elif fmt.is_two_level:
         coded["d"] = floats(torch.float16, rows, supers)
         if fmt.zero is Zero.MIN:
@@ -169,7 +170,7 @@ def test_a_weight_is_scale_times_code_less_zero(fmt: MatrixFormat) -> None:
         scale = scale.contiguous().view(torch.float8_e4m3fn).double() * coded.tensor.double()
     elif fmt.scale is Scale.SHIFTED:
         assert coded.d is not None
-        scale = torch.exp2(coded.d.double()[:, of_super] - 127) * scale.double()
+        scale = torch.exp2(coded.d.double() - 127) * scale.double()
     elif fmt.is_two_level:
         assert coded.d is not None
         signed = scale.contiguous().view(torch.int8) if fmt.scale in (Scale.K6, Scale.IQ4XS) else scale
@@ -201,6 +202,33 @@ def test_packed_weights_are_as_small_as_in_the_file(name: str) -> None:
 def test_scales_and_zeros_of_a_byte_keep_few_bits_small(name: str, most: float) -> None:
     for rows, columns in ((2048, 4096), (2048, format_named(name).block)):
         assert 8 * format_named(name).matrix_bytes(rows, columns) / rows / columns <= most
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    name=st.sampled_from(["hqq4", "hqq3", "hqq2"]),
+    columns=st.integers(1, 5000),
+    tail=st.sampled_from([1.0, 20.0, 1000.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_power_for_a_whole_row_serves_groups_much_smaller_than_its_largest(
+    name: str, columns: int, tail: float, seed: int
+) -> None:
+    """A weight between a group's extremes is off by half a step of its codes, and by what a byte cannot say of scale
+    and zero: up to half of the least scale that the row's power allows, and half a step of the zero, for each code."""
+    torch.manual_seed(seed)
+    fmt = format_named(name)
+    sizes = torch.rand(16, -(-columns // fmt.group)).pow(3) * tail
+    weights = torch.randn(16, columns) * sizes.repeat_interleave(fmt.group, 1)[:, :columns]
+    coded = quantize_hqq(weights, fmt, fit=False)
+    assert coded.d is not None
+    assert coded.d.shape == (16, 1)
+    power, most = torch.exp2(coded.d.double() - 127), 2**fmt.code_bits - 1
+    scale = (power * coded.scales)[:, torch.arange(columns) // fmt.group]
+    off = (fmt.unpack(fmt.write(coded), columns, torch.float32) - weights).abs().double()
+    of_zero = scale * 2**fmt.code_bits / 512
+    bound = scale / 2 + of_zero + most * power / 2
+    assert (off <= bound * (1 + 1e-5)).all()
 
 
 def test_names_and_parameters_give_one_object() -> None:

@@ -143,7 +143,7 @@ def _scales(fmt: MatrixFormat, rows: int, groups: int, supers: int, scale: float
     size = (rows, groups)
     if fmt.scale is Scale.SHIFTED:
         sides = {"scales": torch.full(size, 192, dtype=torch.uint8), "zeros": torch.full(size, 128, dtype=torch.uint8)}
-        return sides | {"d": torch.full((rows, supers), round(log2(scale / 192)) + 127, dtype=torch.uint8)}
+        return sides | {"d": torch.full((rows, 1), round(log2(scale / 192)) + 127, dtype=torch.uint8)}
     if fmt.is_two_level:
         level = _LEVELS[fmt.scale]
         factor = level - 32 if fmt.scale is Scale.K3 else level

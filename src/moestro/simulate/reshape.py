@@ -17,8 +17,10 @@ from ..planning.contract import LayerSpec, ModelSpec, Step
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from .trace import Pass, Trace
 
-# Scales and zeros included: of wide matrices in int8, hqq4, hqq3 and hqq2; see memory/formats, which needs torch.
-BITS_PER_WEIGHT = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.28125, 3: 3.28125, 2: 3.03125}
+# Groups' scales and zeros included: of int8, hqq4, hqq3 and hqq2; see memory/formats, which needs torch.
+BITS_PER_WEIGHT = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.25, 3: 3.25, 2: 3.0}
+_FITTED_BITS = (4, 3, 2)  # whose rows have a byte more; an expert's down matrix is cut into rows of 256 neurons
+_BLOCK = 256
 
 
 def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
@@ -32,7 +34,9 @@ def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
 
     def of(layer: LayerSpec) -> LayerSpec:
         weights = layer.matrices * layer.neurons * layer.hidden
-        return replace(layer, expert_bytes=int(weights * BITS_PER_WEIGHT[bits] / 8), block_bytes=0, head_bytes=0)
+        rows = (layer.matrices - 1) * layer.neurons + layer.hidden * -(-layer.neurons // _BLOCK)
+        expert_bytes = int(weights * BITS_PER_WEIGHT[bits] / 8) + (rows if bits in _FITTED_BITS else 0)
+        return replace(layer, expert_bytes=expert_bytes, block_bytes=0, head_bytes=0)
 
     return replace(spec, layers=tuple(of(layer) for layer in spec.layers))
 

@@ -218,7 +218,7 @@ def load_scale(pointers, row, fits, chunk, piece: tl.constexpr, m: tl.constexpr)
         small = octets + 4 * (lane + _own_at(chunk, m)) + within
         scale = d * _small_scale(small, fits, piece, m)
     elif m.scale == "shifted":
-        power = _power_of_two(_octet(octets + 4 * (lane + _unit_at(chunk, m)) + within, fits))
+        power = _power_of_two(_octet(octets + 4 * lane + within, fits))
         number = _octet(octets + 4 * (lane + _own_at(chunk, m)) + piece * PANEL + within, fits)
         scale = power * number.to(tl.float32)
     elif m.scale == "block":

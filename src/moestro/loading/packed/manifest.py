@@ -18,8 +18,8 @@ from ...planning.options import FITS, FITTED_BITS
 from ..choose import EXPERT_FILE
 from ..choose import MANIFEST as MANIFEST  # which the others here have from this file
 
-VERSION = 1  # of the folder: raised when what lies in it, or a number format of memory/formats, changes its bytes
-SOLVER = "moestro 1"  # what quantizes weights here: changed with what memory/formats/quantize.py gives
+VERSION = 2  # of the folder: raised when what lies in it, or a number format of memory/formats, changes its bytes
+SOLVER = "moestro 2"  # what quantizes weights here: changed with what memory/formats/quantize.py gives
 ALIGN_BYTES = 4096  # each run of bytes begins on a page
 DENSE_FILE, REST_FILE = "dense.bin", "rest.safetensors"
 

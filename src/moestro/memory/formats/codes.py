@@ -34,7 +34,7 @@ class Coded:
 
     codes: uint8 [R, K]; bytes that are signed, or e4m3, as they are. scales: [R, G] in the scale's dtype, bytes as
     uint8; for `Scale.BLOCK` float32 [R, ceil(K / 128)]. zeros: [R, G], float16, or uint8 where they are whole numbers.
-    d, dmin: float16 [R, S]; of `Scale.SHIFTED` d is uint8. tensor: float32 [], of `Scale.E4M3`.
+    d, dmin: float16 [R, S]; of `Scale.SHIFTED` d is uint8 [R, 1]. tensor: float32 [], of `Scale.E4M3`.
     """
 
     codes: Tensor
@@ -56,7 +56,7 @@ class Coded:
     def columns(self, fmt: Descriptor, index: Tensor) -> Coded:
         """Some whole groups of columns, int64 [n]: what is written down of one block of an expert's neurons."""
         groups = index[:1] * 0 if fmt.group == ROW else index[:: fmt.group] // fmt.group
-        supers = index[::SUPER] // SUPER
+        supers = index[:1] * 0 if fmt.scale is Scale.SHIFTED else index[::SUPER] // SUPER
         sides = {"codes": index, "scales": groups, "zeros": groups, "d": supers, "dmin": supers}
         taken = {name: value[:, at] for name, at in sides.items() if (value := getattr(self, name)) is not None}
         return replace(self, **taken)
@@ -232,7 +232,9 @@ def _scales(fmt: Descriptor, coded: Coded, dtype: torch.dtype) -> Tensor:
     assert coded.d is not None
     whole = scales.view(torch.int8) if fmt.scale in (Scale.K6, Scale.IQ4XS) else scales
     whole = whole.to(dtype) - (32 if fmt.scale is Scale.K3 else 0)
-    d = _powers_of_two(coded.d, dtype) if fmt.scale is Scale.SHIFTED else coded.d.to(dtype)
+    if fmt.scale is Scale.SHIFTED:
+        return _powers_of_two(coded.d, dtype) * whole
+    d = coded.d.to(dtype)
     return d.repeat_interleave(SUPER // fmt.group, 1)[:, : whole.shape[1]] * whole
 
 
@@ -265,14 +267,17 @@ def _write_sides(
         return None, _as_bytes(scales[:, 0, :, None]), None
     if fmt.is_two_level:
         assert coded.d is not None
-        both = [coded.d] if coded.dmin is None else [coded.d, coded.dmin]
-        unit = torch.cat([_as_bytes(_sides(one, panels, units).transpose(1, 2)) for one in both], -1)
         of_chunk = CHUNK // fmt.group
         small = [
             None if one is None else _sides(one, panels, chunks * of_chunk).unflatten(2, (chunks, of_chunk))
             for one in (coded.scales, coded.zeros)
         ]
-        return None, unit, _two_level_bytes(fmt.scale, *small)
+        own = _two_level_bytes(fmt.scale, *small)
+        if fmt.scale is Scale.SHIFTED:
+            return _sides(coded.d, panels, 1)[:, :, 0], None, own
+        both = [coded.d] if coded.dmin is None else [coded.d, coded.dmin]
+        unit = torch.cat([_as_bytes(_sides(one, panels, units).transpose(1, 2)) for one in both], -1)
+        return None, unit, own
     groups = fmt.groups_of_chunk
     count = units if fmt.unit is None or fmt.group > CHUNK else chunks
     sides = [_as_bytes(_sides(coded.scales, panels, count * groups).unflatten(2, (count, groups)).permute(0, 2, 3, 1))]
@@ -296,10 +301,8 @@ def _read_sides(fmt: Descriptor, found: Coded, tensor: Tensor, shared: Tensor, o
         scales = shared.contiguous().view(torch.float32)[:, None, :, 0].expand(-1, PANEL, -1)
         return replace(found, scales=scales.flatten(0, 1)[:, :groups])
     if fmt.is_two_level:
-        of_super = torch.uint8 if fmt.scale is Scale.SHIFTED else torch.float16
-        parts = shared.contiguous().view(of_super).unflatten(2, (-1, PANEL))  # [P, units, d and dmin, 16]
-        d, dmin = (_rows(parts[:, :, i], parts.shape[1]) if i < parts.shape[2] else None for i in range(2))
         scales, mins = _two_level_numbers(fmt.scale, own.unflatten(2, (-1, PANEL)))
+        d, dmin = (tensor.flatten()[:, None], None) if fmt.scale is Scale.SHIFTED else _of_supers(shared)
         return replace(
             found, scales=_rows(scales, groups), zeros=None if mins is None else _rows(mins, groups), d=d, dmin=dmin
         )
@@ -320,6 +323,13 @@ def _read_sides(fmt: Descriptor, found: Coded, tensor: Tensor, shared: Tensor, o
         zeros = None
     of_tensor = tensor[0].contiguous().view(torch.float32)[0] if fmt.scale is Scale.E4M3 else None
     return replace(found, scales=scales, zeros=None if zeros is None else _rows(zeros, groups), tensor=of_tensor)
+
+
+def _of_supers(shared: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What units share, uint8 [P, units, bytes] -> float16 [P * 16, units] of d, and of dmin where there is one."""
+    parts = shared.contiguous().view(torch.float16).unflatten(2, (-1, PANEL))  # [P, units, d and dmin, 16]
+    d, *dmin = (_rows(part, parts.shape[1]) for part in parts.unbind(2))
+    return d, dmin[0] if dmin else None
 
 
 def _two_level_bytes(scale: Scale, s: Any, m: Any) -> Tensor:

@@ -46,7 +46,7 @@ class Scale(Enum):
     BLOCK = 6  # a float32 for 128 x 128 weights
     # Small whole numbers, times an fp16 of each super-group: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K and IQ4_XS.
     K4, K2, K6, K3, IQ4XS = 7, 8, 9, 10, 11
-    SHIFTED = 12  # a byte, times 2 ** (byte - 127) of each row and super-group
+    SHIFTED = 12  # a byte, times 2 ** (byte - 127) of each row
     COLUMN = 13  # (byte - fp16) * fp16, of a class of rows and a column (strided.py)
 
 
@@ -136,7 +136,7 @@ class Descriptor:
 
     @property
     def is_two_level(self) -> bool:
-        """Whether the scales of groups are whole numbers times a number of a super-group."""
+        """Whether the scales of groups are whole numbers times a number of a super-group or of a row."""
         return self.scale in _TWO_LEVEL_BYTES or self.scale is Scale.SHIFTED
 
     @property
@@ -191,7 +191,7 @@ class Descriptor:
     def side_bytes(self) -> tuple[int, int, int]:
         """Bytes of what a panel has before its units, what chunks of a unit share, and what each has for itself."""
         if self.scale is Scale.SHIFTED:
-            return 0, PANEL, 2 * PANEL * self.groups_of_chunk
+            return PANEL, 0, 2 * PANEL * self.groups_of_chunk
         if self.is_strided:  # the panels of a class have equal shares of its columns' scales and zeros
             return 0, 0, 2 * CHUNK * PANEL // self.group
         if self.is_two_level:

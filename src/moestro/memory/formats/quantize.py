@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ...errors import CheckpointError
 from .codes import Coded, pack_codes
-from .descriptor import SUPER, Descriptor
+from .descriptor import Descriptor
 from .hqq_solver import Fitted, check_finite, solve_hqq
 
 _MOST_BYTE = 255
@@ -96,7 +96,7 @@ def _in_half(groups: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_hqq(matrix: Tensor, fmt: Descriptor, *, fit: bool = True) -> Coded:
-    """[R, K] -> whole numbers, a scale and a zero of a byte for each group, and a power of two for each super-group.
+    """[R, K] -> whole numbers, a scale and a zero of a byte for each group, and a power of two for each row.
 
     The solver's scales and zeros are rounded to what bytes hold, then weights to the whole numbers that fit these best.
     """
@@ -139,11 +139,10 @@ def _in_bytes(matrix: Tensor, fmt: Descriptor, fitted: Fitted) -> Coded:
     scale = torch.where(from_zero, (high - low) / most, scale)
     zero = torch.where(from_zero, -low / scale, zero).nan_to_num(0.0)
 
-    in_super = SUPER // fmt.group
-    largest = pad(scale.squeeze(-1), (0, -scale.shape[1] % in_super)).unflatten(1, (-1, in_super)).amax(-1)
+    largest = scale.squeeze(-1).amax(-1, keepdim=True)  # of each row
     of_byte = largest / _MOST_BYTE  # 0, which has no exponent, of the smallest subnormals
     exponent = torch.where(of_byte > 0, torch.frexp(of_byte).exponent.clamp(-127, 127), -127)
-    power = torch.ldexp(torch.ones_like(largest), exponent).repeat_interleave(in_super, 1)[:, : scale.shape[1], None]
+    power = torch.ldexp(torch.ones_like(largest), exponent)[..., None]
     whole_scale = (scale / power).round().clamp(0, _MOST_BYTE)
     whole_scale = torch.where((scale > 0) & (whole_scale == 0), 1, whole_scale)
     whole_zero = ((zero + 0.5) * 2 ** (8 - bits)).round().clamp(0, _MOST_BYTE)
