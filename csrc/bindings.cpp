@@ -375,11 +375,12 @@ double read_seconds(Runner& runner, const std::string& level_name, nb::handle me
   return runner.read_seconds(level, data, array.count(), prefetch);
 }
 
-double fma_flops(Runner& runner, const std::string& level_name, int64_t rounds) {
+template <double (Runner::*Flops)(const Level&, int64_t)>
+double flops(Runner& runner, const std::string& level_name, int64_t rounds) {
   const Level& level = level_of(level_name);
   require(rounds >= 1, "rounds: not at least 1");
   nb::gil_scoped_release release;
-  return runner.fma_flops(level, rounds);
+  return (runner.*Flops)(level, rounds);
 }
 
 std::vector<std::pair<std::string, bool>> levels() {
@@ -457,7 +458,8 @@ NB_MODULE(_kernels, m) {
       .def("rms_norm", &rms_norm, "level"_a, "x"_a, "weight"_a, "offset"_a, "epsilon"_a, "out"_a)
       .def("touch", &touch, "memory"_a)
       .def("read_seconds", &read_seconds, "level"_a, "memory"_a, "prefetch"_a)
-      .def("fma_flops", &fma_flops, "level"_a, "rounds"_a);
+      .def("fma_flops", &flops<&Runner::fma_flops>, "level"_a, "rounds"_a)
+      .def("dot_flops", &flops<&Runner::dot_flops>, "level"_a, "rounds"_a);
   bind_checksum(m);
   bind_repack(m);
   bind_solver(m);

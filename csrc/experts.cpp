@@ -331,12 +331,15 @@ double Runner::read_seconds(const Level& level, const float* memory, int64_t flo
   return now_s() - begin;
 }
 
-double Runner::fma_flops(const Level& level, int64_t rounds) {
+double Runner::fma_flops(const Level& level, int64_t rounds) { return flops(level.fma, rounds); }
+double Runner::dot_flops(const Level& level, int64_t rounds) { return flops(level.dots, rounds); }
+
+double Runner::flops(double (*loop)(int64_t), int64_t rounds) {
   const Call call(*this);
   Crew& crew = call.crew;
   std::vector<double> operations(threads_);
   const double begin = now_s();
-  crew.pool.run(threads_, [&](int i, int) { operations[i] = level.fma(rounds); });
+  crew.pool.run(threads_, [&](int i, int) { operations[i] = loop(rounds); });
   const double seconds = now_s() - begin;
   double total = 0;
   for (double o : operations) total += o;

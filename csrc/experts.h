@@ -185,7 +185,8 @@ struct Level {
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // Of n floats: one stream, prefetching so many floats ahead (0: not), or four streams at once (-1).
   float (*sum)(const float* x, int64_t n, int64_t prefetch);
-  double (*fma)(int64_t rounds);  // floating-point operations of a register-only loop
+  double (*fma)(int64_t rounds);  // operations of a register-only loop, of floats
+  double (*dots)(int64_t rounds);  // and of what codes meet
   // Half-quadratic quantization of groups [begin, end): the errors of each iteration, and the codes after some. Both
   // return the number of the first group with a weight that is not finite, or -1.
   int64_t (*fit_groups)(const Fit& matrix, int64_t begin, int64_t end, double* errors);

@@ -68,6 +68,6 @@ inline void tiles_times(const Coded&, const Decoded&, int, const Panels&, const 
 #include "solver.inl"
 
 namespace moestro {
-const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, unpack_row, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of,
+const Level MOESTRO_LEVEL = {MOESTRO_LEVEL_NAME, run_item, run_linear, unpack_row, rms_norm, read_first, write_plain, rotate_row, attend, dot_rows, axpy, sum_of, fma_of, dots_of,
                              fit_groups, code_groups};
 }

@@ -1,4 +1,4 @@
-// The two loops that a machine's limits are measured with: nothing but reading, nothing but multiplying and adding.
+// The loops that a machine's limits are measured with: nothing but reading, nothing but multiplying and adding.
 
 namespace {
 
@@ -41,6 +41,43 @@ double fma_of(int64_t rounds) {
   volatile float sink = sum(total);  // so that the loop is not taken out
   (void)sink;
   return 2.0 * kChains * W * static_cast<double>(rounds);
+}
+
+// The same with what codes meet, an activation's planes being one operand: by matrix tiles where there are some.
+double dots_of(int64_t rounds) {
+#if defined(__AMX_TILE__)
+  const TileRows configured(16, 64);
+  alignas(64) uint8_t tile[1024] = {1};
+  _tile_loadd(4, tile, 64);
+  _tile_loadd(6, tile, 64);
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 6);
+    _tile_dpbsud(2, 4, 6);
+    _tile_dpbsud(3, 4, 6);
+  }
+  _tile_stored(0, tile, 64);
+  volatile uint8_t sink = tile[0];
+  constexpr double kProducts = 4 * 16 * 16 * kGroup;
+#else
+  constexpr int kChains = 12;
+  alignas(64) const uint8_t x[4] = {1, 2, 3, 4};
+  I acc[kChains], w = I::set32(0x01010101);
+  for (I& a : acc) a = I::zero();
+  for (int64_t i = 0; i < rounds; ++i) {
+#if defined(__GNUC__) && !defined(__ARM_NEON)
+    asm volatile("" : "+m"(w));  // a new operand, for all the compiler knows
+#endif
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) acc[j] = dot(w, x, acc[j]);
+  }
+  I total = I::zero();
+  for (const I& a : acc) total = total + a;
+  volatile float sink = sum(to_float(total));
+  constexpr double kProducts = kChains * W * kOperandColumns;
+#endif
+  (void)sink;
+  return 2.0 / kPlanes * kProducts * static_cast<double>(rounds);
 }
 
 }  // namespace

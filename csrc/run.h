@@ -52,8 +52,11 @@ class Runner {
   // Limits of this machine with this pool: seconds to sum `floats` of memory, and multiply-adds a second.
   double read_seconds(const Level& level, const float* memory, int64_t floats, int64_t prefetch);
   double fma_flops(const Level& level, int64_t rounds);
+  double dot_flops(const Level& level, int64_t rounds);  // of codes with a token's integers
 
  private:
+  double flops(double (*loop)(int64_t), int64_t rounds);
+
   struct Crew;
   class Call;
   Crew& crew();

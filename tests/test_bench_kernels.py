@@ -25,10 +25,10 @@ needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kerne
 
 
 def measured_below(share: float, **options: Any) -> Any:
-    """A report whose rows stay below a share of the FMA limit, which is low where another process takes the core."""
+    """A report whose rows stay below a share of their limit, which is low where another process takes the core."""
     for _ in range(3):
         report = measure_kernels(shapes=["qwen3-30b-a3b"], read_bytes=TOY_BYTES, **options)
-        if all(0 < row.fma_share < share for row in report.rows):
+        if all(0 < row.compute_share < share for row in report.rows):
             return report
     pytest.fail(str(report.rows))
 
@@ -39,6 +39,7 @@ def test_rows_and_limits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert report.level == best_level()
     assert report.read_limit_gbps > 0.5
     assert report.fma_limit_gflops > 1
+    assert report.integer_limit_gflops > 1
     assert [(row.format, row.tokens) for row in report.rows] == [(f, n) for f in BITS for n in (1, 20)]
     for row in report.rows:
         assert row.gbps > 0
@@ -48,8 +49,8 @@ def test_rows_and_limits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     with pytest.raises(SystemExit):
         cli()
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"read_limit_gbps", "fma_limit_gflops", "rows"} <= printed.keys()
-    assert {"shape", "format", "tokens", "gbps", "gflops", "share"} <= printed["rows"][0].keys()
+    assert {"read_limit_gbps", "fma_limit_gflops", "integer_limit_gflops", "rows"} <= printed.keys()
+    assert {"shape", "format", "tokens", "gbps", "gflops", "share", "compute_share"} <= printed["rows"][0].keys()
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels"])
     with pytest.raises(SystemExit):
         cli()
@@ -66,7 +67,7 @@ def test_full_measures_all(
     arguments: tuple[str, ...], tokens: object, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, object]] = []
-    report = kernels.KernelReport(1.0, 1.0, (), "scalar", 1)
+    report = kernels.KernelReport(1.0, 1.0, 1.0, (), "scalar", 1)
     monkeypatch.setattr(kernels, "measure_kernels", lambda **options: asked.append(options) or report)
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "kernels", *arguments])
     with pytest.raises(SystemExit):
@@ -92,7 +93,7 @@ def test_only_the_named_formats_are_measured() -> None:
 
 
 @pytest.mark.parametrize("level", [name for name, usable in levels().items() if usable and name != "amx"])
-def test_no_level_without_amx_passes_the_fma_limit(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_level_without_amx_passes_its_limit(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CpuExperts", lambda threads: CpuExperts(threads, level))
     measured_below(1.2, tokens=[64], rounds=3, threads=1)
 

@@ -497,6 +497,12 @@ def _(m: Memory) -> Row:
     return Row(runner().fma_flops, values, {"level": NO_RUNNER["level"], "rounds": [0, -1, None]})
 
 
+@row("Runner.dot_flops")
+def _(m: Memory) -> Row:
+    values = {"level": "", "rounds": 100}
+    return Row(runner().dot_flops, values, {"level": NO_RUNNER["level"], "rounds": [0, -1, None]})
+
+
 def stored_values(m: Memory, **changes: Any) -> dict[str, Any]:
     """40 rows of 96 columns of 4 bits, with a scale and a zero for 32 each."""
     fmt = kernels.MatrixFormat(

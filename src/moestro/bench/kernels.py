@@ -1,7 +1,8 @@
 """Time the CPU kernels beside the limits of this machine, all in one process and in turns.
 
 The read limit is the best of plain, prefetching and four-stream summing loops at 1..N threads over at least 4 GiB. The
-FMA limit is that of a loop of multiply-adds in registers. Each round finds the best loops and then measures every row
+compute limit is that of a loop of multiply-adds in registers: of floats (FMA), or of integers, which codes meet. Each
+round finds the best loops and then measures every row
 once, with a read of all memory between two rows. A figure is the median of the rounds; a row's share is taken of the
 better of the reads before and after it. Weights rotate over at least 8 last-level caches, so that none are read from a
 cache. A share above 1 means that the measurement failed.
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compute.cpu import CpuExperts, best_level, core_cpus, fma_gflops, read_gbps
+from ..compute.cpu import CpuExperts, best_level, core_cpus, dot_gflops, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, ExpertShape, format_asked_for
@@ -59,7 +60,7 @@ def moe_layer(name: str) -> MoeLayer:
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """One case: each of top-k experts computes `tokens` tokens. share, fma_share: of the read and the FMA limit."""
+    """One case: each of top-k experts computes `tokens` tokens. share, compute_share: of the read and the compute limit."""
 
     shape: str
     format: str
@@ -67,7 +68,7 @@ class KernelRow:
     gbps: float
     gflops: float
     share: float
-    fma_share: float
+    compute_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class KernelReport(Report):
 
     read_limit_gbps: float
     fma_limit_gflops: float
+    integer_limit_gflops: float
     rows: tuple[KernelRow, ...]
     level: str
     threads: int
@@ -83,12 +85,15 @@ class KernelReport(Report):
     def print(self) -> None:
         """Print the limits and a table of the rows."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads")
-        print(f"read limit {self.read_limit_gbps:.1f} GB/s   FMA limit {self.fma_limit_gflops:.0f} GFLOP/s")
+        limits = (
+            f"FMA limit {self.fma_limit_gflops:.0f} GFLOP/s   integer limit {self.integer_limit_gflops:.0f} GFLOP/s"
+        )
+        print(f"read limit {self.read_limit_gbps:.1f} GB/s   {limits}")
         rows = []
         for row in self.rows:
-            speeds = (f"{row.gbps:.2f}", f"{row.share:.2f}", f"{row.gflops:.1f}", f"{row.fma_share:.2f}")
+            speeds = (f"{row.gbps:.2f}", f"{row.share:.2f}", f"{row.gflops:.1f}", f"{row.compute_share:.2f}")
             rows.append((row.shape, row.format, str(row.tokens), *speeds))
-        print_table(("shape", "format", "tokens", "GB/s", "of read limit", "GFLOP/s", "of FMA limit"), rows)
+        print_table(("shape", "format", "tokens", "GB/s", "of read limit", "GFLOP/s", "of compute limit"), rows)
 
 
 def measure_kernels(
@@ -132,7 +137,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, rounds: int, count: int) -> KernelReport:
-    reads, fmas = [], []
+    reads, fmas, dots = [], [], []
     speeds: dict[tuple[str, str, int], list[tuple[float, float, float, float]]] = {case: [] for case in cases}
     position = 0
     for _ in range(rounds):
@@ -141,13 +146,16 @@ def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, round
         best = max(scanned, key=lambda loop: scanned[loop])
         reads.append(scanned[best])
         fmas.append(max(fma_gflops(count) for _ in range(3)))
+        dots.append(max(dot_gflops(count) for _ in range(3)))
         for case in cases:
             gbps, gflops, position = _measure_case(case, memory, position, count)
             reads.append(read_gbps(memory, *best))
             # The machine's speed drifts, so a row is compared with the reads right before and after it.
-            speeds[case].append((gbps, gflops, gbps / max(reads[-2:]), gflops / fmas[-1]))
+            matrices = format_asked_for(case[1]).matrices.values()
+            compute = dots[-1] if all(one.meets_integers for one in matrices) else fmas[-1]
+            speeds[case].append((gbps, gflops, gbps / max(reads[-2:]), gflops / compute))
     rows = tuple(KernelRow(*case, *(median(column) for column in zip(*speeds[case], strict=True))) for case in cases)
-    return KernelReport(median(reads), median(fmas), rows, best_level(), count)
+    return KernelReport(median(reads), median(fmas), median(dots), rows, best_level(), count)
 
 
 def _measure_case(case: tuple[str, str, int], memory: Tensor, position: int, threads: int) -> tuple[float, float, int]:

@@ -315,6 +315,11 @@ def fma_gflops(threads: int) -> float:
     return runner(threads).fma_flops("", 20_000_000) / 1e9
 
 
+def dot_gflops(threads: int) -> float:
+    """The same of codes with 16-bit integers, as the kernels multiply them: of vectors, or of the CPU's matrix tiles."""
+    return runner(threads).dot_flops("", 20_000_000) / 1e9
+
+
 def core_cpus() -> list[int]:
     """One processor of each physical core that this process may use."""
     if not hasattr(os, "sched_getaffinity"):

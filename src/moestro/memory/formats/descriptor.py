@@ -140,6 +140,11 @@ class Descriptor:
         return self.scale in _TWO_LEVEL_BYTES or self.scale is Scale.SHIFTED
 
     @property
+    def meets_integers(self) -> bool:
+        """Whether kernels multiply its codes with activations as integers: all codes but e4m3 and strided ones."""
+        return self.is_quantized and self.code is not Code.E4M3 and not self.is_strided
+
+    @property
     def is_strided(self) -> bool:
         """Whether a group is some rows of one column, far apart, which packing makes neighbours (strided.py)."""
         return self.scale is Scale.COLUMN
