@@ -316,7 +316,7 @@ def fma_gflops(threads: int) -> float:
 
 
 def dot_gflops(threads: int) -> float:
-    """The same of codes with 16-bit integers, as the kernels multiply them: of vectors, or of the CPU's matrix tiles."""
+    """The same of codes with 16-bit integers, as the kernels multiply them, in vectors or in matrix tiles."""
     return runner(threads).dot_flops("", 20_000_000) / 1e9
 
 
