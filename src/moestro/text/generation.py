@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from ..decode.beams import read_once
 from ..decode.capture import CaptureFigures, cache_for, figures_of
 from ..engine.counters import Counters
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
@@ -129,6 +130,8 @@ def generate_text(
     )
     start_s = conductor.time.now_s
     with _seeded(options.seed), _explained(model):
+        if choices.num_beams > 1 and choices.keeps_cache and cache is None:
+            cache = read_once(model, ids.to(model.device), choices.num_beams)
         output = model.generate(
             ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
