@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from .capture import StepCache
 from .cpu.cache import RoomLayer, is_held_alone, is_plain, version_of
@@ -114,6 +114,9 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transform
         return self.cumulative_length, *parts
 
 
+# Whose `batch_repeat_interleave` repeats all that they hold. Recurrent ones have none, and families' own, derived from
+# these, may hold more.
+_REPEATABLE = {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer}
 _KNOWN = (DynamicLayer, RoomLayer, DynamicSlidingWindowLayer, WindowLayer)
 
 
@@ -158,7 +161,7 @@ def read_once(model: Any, ids: Tensor, beams: int) -> DynamicCache | None:
     if len(ids) < 2 or not model._supports_default_dynamic_cache():  # as `generate` asks before it makes such a cache
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):  # recurrent ones have none
+    if not {type(layer) for layer in cache.layers} <= _REPEATABLE:
         return None
     with torch.no_grad():
         model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
