@@ -25,6 +25,7 @@ from ..loading.context import model_context
 from ..machine.probe import peak_ram_bytes
 from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
+from .assisted import AssistedFigures, begin_behind, check_goes_back, forwards_of, goes_on
 from .channels import find_channels
 from .choices import choose
 from .options import TextOptions
@@ -39,8 +40,9 @@ class TextResult:
     was nothing of the kind. reused_tokens: tokens of the prompt that the KV cache had from before; they are not in
     prefill_tok_s. decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
-    bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where
-    none can be. Times are the conductor's clock's, which may be a virtual one.
+    bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where none can be.
+    assisted: what guessed tokens brought; None where none were guessed. Times are the conductor's clock's, which may
+    be a virtual one.
     """
 
     text: str
@@ -56,6 +58,7 @@ class TextResult:
     hit_rate: float | None
     bytes_moved: int
     capture: CaptureFigures | None
+    assisted: AssistedFigures | None
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)  # only one that a later generation may go on with
 
@@ -74,7 +77,8 @@ class TextResult:
             "new_tokens",
         )
         capture = None if self.capture is None else self.capture.to_json()
-        return {name: getattr(self, name) for name in names} | {"capture": capture}
+        assisted = None if self.assisted is None else self.assisted.to_json()
+        return {name: getattr(self, name) for name in names} | {"capture": capture, "assisted": assisted}
 
 
 def generate_text(
@@ -88,6 +92,7 @@ def generate_text(
     splits_channels: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
     cache: Any = None,
+    draft: PreTrainedModel | None = None,
 ) -> TextResult:
     """Continue a prompt; without beams, stream the text as it is made.
 
@@ -101,25 +106,33 @@ def generate_text(
         splits_channels: tell reasoning and answer apart by the marks of the tokenizer's family; False: all is text.
         should_stop: called after each step; True ends the answer there.
         cache: a KV cache that holds the first tokens of the prompt.
+        draft: the model that `options.draft` names, as `load_draft` loads it.
 
     Raises:
         RequestError: an empty prompt, one too long for the model or for what its GPU memory was planned for, or one
-            with tokens that the model does not have.
+            with tokens that the model does not have; guesses of tokens, for a model whose cache cannot drop them.
         ModelError: the checkpoint's generation settings cannot be followed.
     """
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     rows = embedding_rows(model)
     check_ids(tokenizer, ids, rows)
     choices = choose(options, model.generation_config, rows)
+    if choices.goes_back:
+        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model))
+    if (options.draft is None) != (draft is None):
+        raise RequestError("--draft names a model that generate_text is given loaded: see load_draft")
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
     tokens = len(ids) + max_new_tokens
     cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
     if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
         cache = None  # our caches cannot take tokens back from a full window; Transformers' own can
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
+    if choices.goes_back and reused_tokens:
+        begin_behind(model, cache)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
     before, capture_before = replace(conductor.counters), figures_of(model)
+    drafted = 0 if draft is None else -forwards_of(draft)
     stream = AnswerStream(
         tokenizer,
         ids.tolist(),
@@ -139,13 +152,15 @@ def generate_text(
             streamer=stream if choices.num_beams == 1 else None,
             pad_token_id=_pad_token(model, tokenizer),
             **({} if cache is None else {"past_key_values": cache}),
+            **({} if draft is None else {"assistant_model": draft}),
             **(choices.arguments | {"max_new_tokens": max_new_tokens}),
         )
     sequence = output.sequences[0].cpu()
     if choices.num_beams > 1:
         stream.add(sequence[len(ids) :].tolist())
         stream.end()
-    new_tokens = len(sequence) - len(ids)
+    new_tokens, steps = len(sequence) - len(ids), len(clock.times_s)
+    drafted += 0 if draft is None else forwards_of(draft)
     return TextResult(
         text=stream.text,
         reasoning=stream.reasoning,
@@ -155,8 +170,11 @@ def generate_text(
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
         **_costs(model, before, capture_before),
+        assisted=AssistedFigures(steps, new_tokens - steps, None if draft is None else drafted)
+        if choices.goes_back
+        else None,
         sequence=sequence,
-        cache=_continued(output, len(sequence)) if choices.can_continue else None,
+        cache=_continued(output, len(sequence), choices.goes_back) if choices.can_continue else None,
     )
 
 
@@ -289,9 +307,11 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def _continued(output: Any, tokens: int) -> Any:
-    """The KV cache after a generation, if it holds exactly all tokens but the last; else None."""
+def _continued(output: Any, tokens: int, went_back: bool) -> Any:
+    """The KV cache after a generation, if it holds exactly all tokens but the last, and can go on; else None."""
     cache = getattr(output, "past_key_values", None)
+    if went_back and not goes_on(cache):
+        return None
     try:
         return cache if cache is not None and int(cache.get_seq_length()) == tokens - 1 else None
     except (AttributeError, ValueError):  # a cache without attention layers has no length
