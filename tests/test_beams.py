@@ -17,9 +17,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from families import save_model
 from moestro import load, load_tokenizer
 from moestro.decode.beams import ReorderCache, WindowLayer, read_once
-from moestro.decode.capture import StepCache
+from moestro.decode.capture import CapturedSteps, StepCache
 from moestro.decode.cpu.cache import RoomLayer
 from moestro.decode.rows import Reordering, all_shared, carry_out
+from moestro.planning.contract import Outcome, Phase, Step, StepInfo
 from moestro.text.generation import generate_text
 from moestro.text.options import TextOptions
 
@@ -259,3 +260,49 @@ def test_layers_that_are_not_known_go_transformers_way() -> None:
         reorder(cache, torch.tensor(parents))
     assert calls == [[0, 0, 1]]
     assert [type(layer) for layer in cache.layers] == [Other, RoomLayer, WindowLayer]
+
+
+class _Steps:
+    """Notes what each layer step was asked to do, and did."""
+
+    lookahead = 0
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Step, Outcome]] = []
+        self._asked: Step | None = None
+
+    def begin(self, info: StepInfo) -> None:
+        pass
+
+    def asked(self, step: Step, top_k: int) -> None:
+        self._asked = step
+
+    def done(self, outcome: Outcome) -> None:
+        assert self._asked is not None
+        self.seen.append((self._asked, outcome))
+
+
+def test_a_step_of_beams_copies_the_union_of_its_experts(tmp_path: Path) -> None:
+    """On the emulated device: an expert that is in no slot crosses once a step, however many beams it serves.
+
+    The answer is the one that the CPU alone gives.
+    """
+    save_model("qwen3_moe", tmp_path, {"max_position_embeddings": 160})
+    beams, new, ids = 8, 10, torch.randint(3, 100, (9,))
+    options = TextOptions(max_new_tokens=new, num_beams=beams, temperature=0)
+    alone = load(str(tmp_path), **ON_CPU)
+    wanted = generate_text(alone, load_tokenizer(shape="tiny"), ids, options)
+    model = load(str(tmp_path), **ON_CPU | {"device": "emulated"}, gpu_memory="560KiB", policy="lru")
+    assert isinstance(model.forward, CapturedSteps)
+    steps = model.moestro.listener = _Steps()
+    text = generate_text(model, load_tokenizer(shape="tiny"), ids, options)
+    assert torch.equal(text.sequence, wanted.sequence)
+    assert model.forward.figures.replays > 0
+    spec, of_decode = model.moestro.spec, [each for each in steps.seen if each[0].phase is Phase.DECODE]
+    assert len(of_decode) == (new - 1) * len(spec.layers)
+    for step, outcome in of_decode:
+        assert sum(step.tokens.values()) == beams * 2  # each token goes to two experts of eight
+        assert sorted((*outcome.hits, *outcome.joined, *outcome.misses)) == sorted(step.tokens)
+        assert outcome.moved_bytes == len(outcome.misses) * spec.layers[outcome.layer].expert_bytes
+    assert any(outcome.misses for _, outcome in of_decode)
+    assert any(outcome.hits for _, outcome in of_decode)

@@ -6,14 +6,17 @@ loaded, the draft, and a start from a cache that holds tokens already, as in a c
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, StaticLayer
 
 from ..decode.cpu.cache import RoomLayer
 from ..errors import RequestError
@@ -48,21 +51,27 @@ class AssistedFigures:
         return f"{self.accepted_tokens}{of} guessed tokens accepted, {self.steps} steps"
 
 
-def check_goes_back(flag: str, name: str, kind: Any) -> None:
-    """Refuse a model whose cache cannot drop wrong guesses again.
+def check_goes_back(flag: str, name: str, kind: Any, config: Any) -> None:
+    """Refuse a model whose cache cannot drop wrong guesses again, or whose answers guesses would change.
+
+    Indexed layers choose among tokens of equal score by how many there are, so a step of several tokens may see others
+    than several steps do. What the layers of a family's own do is not known.
 
     Args:
         flag: the option that wants guesses. name: of the model. kind: its class; None where that is not known.
 
     Raises:
-        RequestError: it has recurrent states, or a cache of its own.
+        RequestError: it has recurrent states, indexed layers, or a cache of its own.
     """
     if kind is None:
         return
-    if kind._is_stateful or not kind._supports_default_dynamic_cache():
+    keeps = kind._is_stateful or not kind._supports_default_dynamic_cache()
+    layers = [] if keeps else DynamicCache(config=config.get_text_config(decoder=True)).layers
+    unknown = {type(layer) for layer in layers if type(layer).__module__ != DynamicLayer.__module__}
+    if keeps or unknown or any(type(layer) is DynamicIndexedLayer for layer in layers):
         raise RequestError(
-            f"{flag}: {name} is a {kind.__name__}, whose cache cannot drop tokens again, as wrong guesses need; "
-            "leave the option out"
+            f"{flag}: {name} is a {kind.__name__}, whose cache cannot take wrong guesses back without a "
+            "trace; leave the option out"
         )
 
 
@@ -77,7 +86,8 @@ def check_guesses(
     if options.draft is None and not options.prompt_lookup:
         return
     flag = "--draft" if options.draft else "--prompt-lookup"
-    check_goes_back(flag, model or str(source.shape), config_and_class(model, source)[1])
+    config, kind = config_and_class(model, source)
+    check_goes_back(flag, model or str(source.shape), kind, config)
     if options.draft is not None:
         check_draft(options.draft, model, source, tokenizer)
 
@@ -99,8 +109,15 @@ def check_draft(draft: str, model: str | None, source: ModelOptions, tokenizer: 
             f"{different[0]!r} (id {different[1]}) is in one of them alone; {remedy}"
         )
     own, kind = config_and_class(draft, ModelOptions(trust_remote_code=source.trust_remote_code))
-    check_goes_back("--draft", draft, kind)
-    rows = [each.get_text_config().vocab_size for each in (config_and_class(model, source)[0], own)]
+    check_goes_back("--draft", draft, kind, own)
+    config = config_and_class(model, source)[0]
+    is_text = all(each.get_text_config() is each for each in (config, own))
+    if not is_text and config.model_type != own.model_type:
+        raise RequestError(
+            f"--draft {draft} is a {own.model_type} and {name} a {config.model_type}, of which one is more than a text "
+            "model; their steps take different arguments, so name a draft of the same family"
+        )
+    rows = [each.get_text_config().vocab_size for each in (config, own)]
     if rows[0] != rows[1]:
         raise RequestError(f"--draft {draft} has {rows[1]} rows of tokens, but {name} has {rows[0]}; {remedy}")
 
@@ -135,6 +152,21 @@ def draft_bytes(draft: PreTrainedModel) -> int:
     """RAM that a draft's weights take."""
     spec = draft.moestro.spec
     return int(spec.dense_bytes + sum(layer.experts * layer.expert_bytes for layer in spec.layers))
+
+
+@contextmanager
+def drafting() -> Iterator[None]:
+    """Keep to itself, inside the block, what Transformers logs of how it calls a draft's `generate`."""
+    logger = logging.getLogger("transformers.generation.utils")
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Passing `generation_config` together with")
+
+    logger.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_ours)
 
 
 def forwards_of(draft: PreTrainedModel) -> int:

@@ -25,7 +25,7 @@ from ..loading.context import model_context
 from ..machine.probe import peak_ram_bytes
 from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
-from .assisted import AssistedFigures, begin_behind, check_goes_back, forwards_of, goes_on
+from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, forwards_of, goes_on
 from .channels import find_channels
 from .choices import choose
 from .options import TextOptions
@@ -118,7 +118,7 @@ def generate_text(
     check_ids(tokenizer, ids, rows)
     choices = choose(options, model.generation_config, rows)
     if choices.goes_back:
-        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model))
+        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model), model.config)
     if (options.draft is None) != (draft is None):
         raise RequestError("--draft names a model that generate_text is given loaded: see load_draft")
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
@@ -142,7 +142,7 @@ def generate_text(
         channels=find_channels(tokenizer) if splits_channels else None,
     )
     start_s = conductor.time.now_s
-    with _seeded(options.seed), _explained(model):
+    with _seeded(options.seed), drafting(), _explained(model):
         if choices.num_beams > 1 and choices.keeps_cache and cache is None:
             cache = read_once(model, ids.to(model.device), choices.num_beams)
         output = model.generate(

@@ -75,6 +75,7 @@ class TextOptions(Checked):
         "step, and the text stays the same.",
         metavar="MODEL",
         unset="none",
+        check=needs(lambda name: bool(name.strip()), "a model's name"),
     )
 
     def __post_init__(self) -> None:
