@@ -118,9 +118,7 @@ def generate_text(
     check_ids(tokenizer, ids, rows)
     choices = choose(options, model.generation_config, rows)
     if choices.goes_back:
-        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model), model.config)
-    if (options.draft is None) != (draft is None):
-        raise RequestError("--draft names a model that generate_text is given loaded: see load_draft")
+        _check_guesses(model, options, draft)
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
     tokens = len(ids) + max_new_tokens
     cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
@@ -132,7 +130,7 @@ def generate_text(
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
     before, capture_before = replace(conductor.counters), figures_of(model)
-    drafted = 0 if draft is None else -forwards_of(draft)
+    drafted = 0 if draft is None else forwards_of(draft)
     stream = AnswerStream(
         tokenizer,
         ids.tolist(),
@@ -160,7 +158,7 @@ def generate_text(
         stream.add(sequence[len(ids) :].tolist())
         stream.end()
     new_tokens, steps = len(sequence) - len(ids), len(clock.times_s)
-    drafted += 0 if draft is None else forwards_of(draft)
+    assisted = AssistedFigures(steps, new_tokens - steps, None if draft is None else forwards_of(draft) - drafted)
     return TextResult(
         text=stream.text,
         reasoning=stream.reasoning,
@@ -170,12 +168,23 @@ def generate_text(
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
         **_costs(model, before, capture_before),
-        assisted=AssistedFigures(steps, new_tokens - steps, None if draft is None else drafted)
-        if choices.goes_back
-        else None,
+        assisted=assisted if choices.goes_back else None,
         sequence=sequence,
         cache=_continued(output, len(sequence), choices.goes_back) if choices.can_continue else None,
     )
+
+
+def _check_guesses(model: PreTrainedModel, options: TextOptions, draft: PreTrainedModel | None) -> None:
+    """Refuse guesses that the model cannot take back, and a draft that is named and not given.
+
+    Raises:
+        RequestError: a line that says which.
+    """
+    if options.draft is not None and draft is None:
+        raise RequestError(f"--draft {options.draft} is not loaded; give generate_text what load_draft returns")
+    of_checkpoint = "prompt_lookup_num_tokens of the checkpoint, which --prompt-lookup 0 unsets"
+    flag = "--draft" if options.draft else "--prompt-lookup" if options.prompt_lookup else of_checkpoint
+    check_goes_back(flag, "this", type(model), model.config)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> Tensor:

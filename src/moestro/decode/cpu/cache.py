@@ -60,7 +60,7 @@ class _Storage:
         self._versions = version_of(self.key_room), version_of(self.value_room)
 
     def knows(self, layer: Any) -> bool:
-        """Whether a layer holds all that is here, and nobody but us has written to it."""
+        """Whether a layer holds all that is here, and nothing was written here but what `note` was told of."""
         return self._is_all(layer.keys, layer.values) and self._versions == (
             version_of(self.key_room),
             version_of(self.value_room),
