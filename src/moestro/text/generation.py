@@ -178,13 +178,18 @@ def _check_guesses(model: PreTrainedModel, options: TextOptions, draft: PreTrain
     """Refuse guesses that the model cannot take back, and a draft that is named and not given.
 
     Raises:
-        RequestError: a line that says which.
+        RequestError: a line that says which. ModelError: the checkpoint's settings ask for the guesses.
     """
     if options.draft is not None and draft is None:
         raise RequestError(f"--draft {options.draft} is not loaded; give generate_text what load_draft returns")
-    of_checkpoint = "prompt_lookup_num_tokens of the checkpoint, which --prompt-lookup 0 unsets"
-    flag = "--draft" if options.draft else "--prompt-lookup" if options.prompt_lookup else of_checkpoint
-    check_goes_back(flag, "this", type(model), model.config)
+    if options.draft or options.prompt_lookup:
+        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model), model.config)
+        return
+    setting = f"the checkpoint's prompt_lookup_num_tokens {model.generation_config.prompt_lookup_num_tokens}"
+    try:
+        check_goes_back(setting, "this", type(model), model.config)
+    except RequestError as error:
+        raise ModelError(f"{error} with --prompt-lookup 0") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> Tensor:
