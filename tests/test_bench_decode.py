@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from moestro.bench import decode
 from moestro.bench.decode import PROMPTS, measure_decode
 from moestro.bench.models import ALONE, OURS, Engine, ModelWorker, _transformers_alone
-from moestro.cli.bench import _batches
+from moestro.cli.bench import _numbers
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import best_level, levels
 from moestro.decode.dense import PackedLinear
@@ -36,7 +36,7 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     print_report = decode.DecodeReport.to_json
     monkeypatch.setattr(decode.DecodeReport, "to_json", lambda self: reports.append(self) or print_report(self))
     arguments = ["--shape", "tiny", "--bits", "8", "--layers", "2", "--rounds", "2", "-t", "1", "--json"]
-    arguments += ["--batch", "1,3"]
+    arguments += ["--batch", "1,3", "--beams", "3"]
     monkeypatch.setattr(sys, "argv", ["moestro", "bench", "decode", *arguments])
     torch_threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as end:
@@ -62,10 +62,15 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     assert [row["batch"] for row in printed["batches"]] == [1, 3]
     for row in printed["batches"]:
         assert 0 < row["tok_s"] < 1.2 * row["limit_tok_s"]
+    (row,) = printed["beams"]
+    assert row["beams"] == 3
+    assert all(0 < row[name] < 1e7 for name in ("tok_s", "batch_tok_s", "alone_tok_s"))
+    assert 0 < row["moved_bytes"] < row["whole_bytes"]
     reports[0].print()
     shown = capsys.readouterr().out
     assert "tokens per second" in shown
     assert "sequences a step" in shown
+    assert "MiB moved a step" in shown
 
 
 @needs_kernels
@@ -143,8 +148,12 @@ def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("given", ["0", "1,x", "", "2,,4", "-1"])
 def test_batches_that_are_none(given: str) -> None:
-    with pytest.raises(RequestError, match="is no number of sequences; give some like"):
-        _batches(given)
+    for flag, least in (("--batch", 1), ("--beams", 2)):
+        with pytest.raises(RequestError, match=f"{flag} .*is no number from {least} on; give some like"):
+            _numbers(flag, given, least)
+    assert _numbers("--beams", None, 2) == ()
+    with pytest.raises(RequestError, match="'1' is no number from 2 on"):
+        _numbers("--beams", "4,1", 2)
 
 
 @needs_kernels

@@ -55,6 +55,7 @@ WRONG_TEXT: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (0.0, "--repetition-penalty 0.0: needs above 0"),
     "num_beams": (0, "--num-beams 0: needs at least 1"),
     "prompt_lookup": (16, "--prompt-lookup 16: needs 0 to 15"),
+    "draft": (" ", "--draft ' ': needs a model's name"),
 }
 
 

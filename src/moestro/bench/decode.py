@@ -24,6 +24,7 @@ from ..memory.formats import format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
 from .batches import BatchFigures, BatchTurns, print_batches
+from .beams import BeamFigures, BeamTurns, print_beams
 from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .models import ALONE, OURS, ModelWorker
 from .report import Report, check_kernels, print_table
@@ -64,6 +65,7 @@ class DecodeReport(Report):
     engines: tuple[EngineFigures, ...]
     ratios: dict[str, dict[str, float]]  # ours over each other engine's: the median of the turns' ratios
     batches: tuple[BatchFigures, ...] = ()  # of ours
+    beams: tuple[BeamFigures, ...] = ()
 
     def print(self) -> None:
         """Print a table of the engines."""
@@ -80,6 +82,7 @@ class DecodeReport(Report):
         print_table(("engine", "bits", *(f"prefill {n}" for n in PROMPTS), "decode", "of the limit"), rows)
         print("tokens per second (and how many times as fast we are)")
         print_batches(self.batches)
+        print_beams(self.beams)
 
 
 def measure_decode(
@@ -92,6 +95,7 @@ def measure_decode(
     alone: bool = True,
     others: Mapping[str, StartEngine] = MappingProxyType({}),
     batches: Sequence[int] = (),
+    beams: Sequence[int] = (),
 ) -> DecodeReport:
     """Measure a shape at so many bits.
 
@@ -102,7 +106,7 @@ def measure_decode(
         threads: of each engine; None for one on each physical core.
         alone: also measure Transformers alone, in bfloat16.
         others: by their names, functions that start other engines at the same bits.
-        batches: also measure steps of so many sequences each.
+        batches: also measure steps of so many sequences each. beams: also beam searches with so many beams each.
 
     Raises:
         RequestError: no kernels, or no such shape or form. BudgetError: too little RAM.
@@ -125,7 +129,8 @@ def measure_decode(
             add(name, bits, start(shape, bits, depth, count))
         if alone:
             add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
-        return _take_turns(shape, depth, count, ours, engines, rounds, BatchTurns(batches, count))
+        more = BatchTurns(batches, count), BeamTurns(beams)
+        return _take_turns(shape, depth, count, ours, engines, rounds, *more)
 
 
 def _take_turns(
@@ -136,6 +141,7 @@ def _take_turns(
     engines: dict[str, tuple[int | str, EngineWorker]],
     rounds: int,
     batches: BatchTurns,
+    beams: BeamTurns,
 ) -> DecodeReport:
     memory = torch.ones(READ_BYTES // 4)
     limits: list[float] = []
@@ -151,6 +157,7 @@ def _take_turns(
             decodes[name].append(1 / engine.decode_s(CONTEXT, NEW_TOKENS))
         outside_s.append(ours.outside_s())
         batches.take(ours, limits[-1])
+        beams.take(ours)
     limit = median(limits)
     token_bytes = ours.card["token_bytes"]
     figures = tuple(
@@ -170,7 +177,8 @@ def _take_turns(
         if name != OURS
     }
     outside_us = median(outside_s) / layers * 1e6
-    return DecodeReport(shape, layers, threads, best_level(), limit, outside_us, figures, ratios, batches.figures())
+    more = batches.figures(), beams.figures()
+    return DecodeReport(shape, layers, threads, best_level(), limit, outside_us, figures, ratios, *more)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:

@@ -52,6 +52,11 @@ class ModelWorker(EngineWorker):
         step_s, parts = self.ask("batch", sequences=sequences, context=context, steps=steps)
         return float(step_s), [(float(n_bytes), float(operations)) for n_bytes, operations in parts]
 
+    def beams(self, beams: int, context: int, steps: int) -> tuple[float, float, float]:
+        """Seconds of a step of a beam search, and the bytes of the cache that its reordering wrote, of all bytes."""
+        step_s, moved_bytes, whole_bytes = self.ask("beams", beams=beams, context=context, steps=steps)
+        return float(step_s), float(moved_bytes), float(whole_bytes)
+
     def outside_s(self) -> float:
         """Seconds a token that the last `decode_s` spent outside our kernels."""
         return float(self.ask("outside_s"))
@@ -117,6 +122,25 @@ class Engine:
             (self._dense_bytes(), 2 * sequences * self._dense_weights()),
             self._attention_of(sequences, context + steps / 2),
         ]
+
+    def beams(self, beams: int, context: int, steps: int) -> tuple[float, float, float]:
+        """As `ModelWorker.beams`. The first two steps, of the prompt and of rows that are still alike, do not count."""
+        from transformers import StoppingCriteria
+
+        figures, seen = self._model._reorder_cache, list[tuple[float, int, int]]()
+
+        class Seen(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
+            def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
+                seen.append((perf_counter(), figures.moved_bytes, figures.whole_bytes))
+                return ids.new_zeros(len(ids), dtype=torch.bool)
+
+        torch = self._torch
+        ids = torch.randint(0, self._model.config.vocab_size, (1, context))
+        chosen = {"num_beams": beams, "max_new_tokens": steps + 3, "do_sample": False}
+        self._model.generate(ids, **chosen, eos_token_id=None, pad_token_id=0, stopping_criteria=[Seen()])
+        first, last = seen[2], seen[-1]
+        step_s, moved_bytes, whole_bytes = ((b - a) / (len(seen) - 3) for a, b in zip(first, last, strict=True))
+        return step_s, moved_bytes, whole_bytes
 
     def _dense_bytes(self) -> float:
         embedding = self._model.get_input_embeddings()
@@ -203,7 +227,7 @@ def main() -> None:
         form = int(bits) if bits.isdigit() else bits
         model = Engine(engine, shape, form, int(layers), int(threads), *map(int, expert_bits))
         handlers: Handlers = {"prefill_s": model.prefill_s, "decode_s": model.decode_s, "batch": model.batch}
-        return model.card(), {**handlers, "outside_s": lambda: model.outside_s}
+        return model.card(), {**handlers, "beams": model.beams, "outside_s": lambda: model.outside_s}
 
     serve(start, ours=engine == OURS)
 

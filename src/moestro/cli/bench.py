@@ -92,6 +92,9 @@ def bench_decode(
     batch: Annotated[
         str | None, unset("N,N,...", "Also steps of so many sequences each, beside the limit, like 1,2,4,8,16.", "none")
     ] = None,
+    beams: Annotated[
+        str | None, unset("N,N,...", "Also beam searches, beside batches and one sequence, like 4,8,16.", "none")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a whole random-weight model beside Transformers alone."""
@@ -106,20 +109,21 @@ def bench_decode(
         rounds=rounds,
         threads=options.threads,
         alone=alone,
-        batches=_batches(batch),
+        batches=_numbers("--batch", batch, 1),
+        beams=_numbers("--beams", beams, 2),
     )
     show(report, as_json)
 
 
-def _batches(given: str | None) -> tuple[int, ...]:
-    """The numbers of sequences of --batch.
+def _numbers(flag: str, given: str | None, least: int) -> tuple[int, ...]:
+    """The numbers of sequences or beams that an option names.
 
     Raises:
-        RequestError: one is no number from 1 on.
+        RequestError: one is no number from `least` on.
     """
     parts = [] if given is None else given.split(",")
-    if wrong := [part for part in parts if not part.strip().isdecimal() or int(part) < 1]:
-        raise RequestError(f"--batch {given}: {wrong[0]!r} is no number of sequences; give some like 1,2,4,8,16")
+    if wrong := [part for part in parts if not part.strip().isdecimal() or int(part) < least]:
+        raise RequestError(f"{flag} {given}: {wrong[0]!r} is no number from {least} on; give some like 4,8,16")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

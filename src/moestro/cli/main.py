@@ -13,6 +13,7 @@ import typer
 
 from ..errors import MoestroError, RequestError, is_fault
 from ..logs import keep_traceback, set_up_logging
+from ..planning.budget import format_bytes
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
@@ -89,13 +90,13 @@ def run(
     text = read_prompt(prompt)
     with timing() as times:
         imports_s = process_s()
-        loaded, tokenizer = _load(model, source, engine, quiet=as_json)
+        loaded, tokenizer, draft = _load(model, source, engine, text=options, quiet=as_json)
     encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
     if not as_json:
         print(text, end="", flush=True)
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):
         on_text = None if as_json else print_piece
-        result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
+        result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json, draft=draft)
     if as_json:
         print(json.dumps(result.to_json() | {"load": {"imports_s": imports_s} | times.to_json()}))
     else:
@@ -117,8 +118,10 @@ def chat(
     from ..text.chat import ChatSession
     from ..text.templates import check_template
 
-    loaded, tokenizer = _load(model, source, engine, lambda tokenizer: check_template(tokenizer, system))
-    session = ChatSession(loaded, tokenizer, options, system)
+    loaded, tokenizer, draft = _load(
+        model, source, engine, lambda tokenizer: check_template(tokenizer, system), text=options
+    )
+    session = ChatSession(loaded, tokenizer, options, system, draft)
     if not session.has_template:
         say("this tokenizer has no chat template: the conversation is one text that the model continues")
     say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
@@ -162,7 +165,7 @@ def trace_command(
     from .replay import print_summary
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer = _load(model, source, engine, quiet=as_json)
+    loaded, tokenizer, _ = _load(model, source, engine, quiet=as_json)
     name = model or source.shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
@@ -278,15 +281,17 @@ def _load(
     options: Options,
     check: Callable[[Any], None] = lambda tokenizer: None,
     *,
+    text: TextOptions | None = None,
     quiet: bool = False,
-) -> tuple[Any, Any]:
-    """The model and its tokenizer, on which `check` is called before the model loads.
+) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and the draft that `text` names, or None.
 
-    quiet: show nothing of a download.
+    check: called with the tokenizer before the model loads. quiet: show nothing of a download.
     """
     from ..compute.cpu import core_cpus
     from ..loading.load import load, load_tokenizer
     from ..loading.once import remembering
+    from ..text.assisted import check_guesses, draft_bytes, load_draft
 
     if options.threads is None:
         options = replace(options, threads=len(core_cpus()))
@@ -300,10 +305,16 @@ def _load(
             model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
         )
         check(tokenizer)
+        draft = None
+        if text is not None:
+            check_guesses(text, model, source, tokenizer)
+            if text.draft is not None:  # first, so that what is left of the RAM is the model's
+                draft, options = load_draft(text.draft, source, options)
+                say(f"draft   {text.draft}: {format_bytes(draft_bytes(draft))} of RAM")
         loaded = load(model, **source.to_dict(), **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
-    return loaded, tokenizer
+    return loaded, tokenizer, draft
 
 
 def _hide_progress() -> None:

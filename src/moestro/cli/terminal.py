@@ -99,12 +99,13 @@ def print_figures(result: TextResult) -> None:
     if result.hit_rate is not None:
         experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
     capture = "" if result.capture is None else f"capture {result.capture.describe()}\n"
+    assisted = "" if result.assisted is None else f"guesses {result.assisted.describe()}\n"
     memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
     say(
         f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
         f"first token after {result.ttft_s:.3f} s\n"
         f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{capture}peak memory   {memory}"
+        f"{experts}{capture}{assisted}peak memory   {memory}"
     )
 
 

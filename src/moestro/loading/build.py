@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts, first_touch
 from ..compute.experts import ExpertMath
+from ..decode.beams import ReorderCache
 from ..decode.capture import capture_steps, forget_steps
 from ..decode.cpu import fuse
 from ..decode.dense import DenseFormats, StoredWeight, dense_bytes, dense_weights, pack_dense, packable
@@ -278,6 +279,8 @@ def pack_rest(
     for module in modules:
         keep_in_store(module, module._moestro.layout)
     give_methods(model)
+    if config.fuse and not hasattr(model, "_reorder_cache"):
+        model._reorder_cache = ReorderCache()
     if config.fuse and device.accelerator is not None:
         capture_steps(model, device.accelerator.graphs())
     elif config.fuse:

@@ -41,7 +41,7 @@ from .packed.read import PackedFolder
 from .packed.restore import load_packed
 from .plain import load_plain
 from .plug import MoestroQuantizer  # noqa: F401  # registers the quantizer and the experts function
-from .random_model import build_random_model, shape_tokenizer
+from .random_model import build_random_model, shape_config, shape_tokenizer
 from .sources import open_source
 from .sources.plain import Unproven
 from .stored import load_stored
@@ -122,6 +122,27 @@ def load_tokenizer(
             f"{model} has no tokenizer that Transformers can read; put its tokenizer.json beside the weights "
             f"({first_line(error)})"
         ) from error
+
+
+def config_and_class(model: str | None, source: ModelOptions) -> tuple[Any, Any]:
+    """What a model's config is, and Transformers' class of it, or None where its own code has that; loads no weights.
+
+    Raises:
+        MoestroError: as `load` does of the config.
+    """
+    if source.shape is not None:
+        config: Any = shape_config(source.shape)
+    else:
+        assert model is not None
+        found = resolve(model, source.revision, weights=False)
+        other = None if source.config is None else resolve(source.config, weights=False)
+        if is_stored(found) and not is_packed(Path(found)):
+            opened = open_source(found, config=other, trust_remote_code=source.trust_remote_code)
+            config = opened.config()
+        else:
+            config = read_config(source.config or model, other or found, source.trust_remote_code)
+    kinds = _auto_class(config)._model_mapping.get(type(config), None)
+    return config, kinds[0] if isinstance(kinds, (list, tuple)) else kinds
 
 
 def load_checkpoint(

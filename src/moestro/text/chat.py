@@ -38,7 +38,9 @@ class ChatSession:
         tokenizer: PreTrainedTokenizerBase,
         options: TextOptions,
         system: str | None = None,
+        draft: PreTrainedModel | None = None,
     ) -> None:
+        self._draft = draft
         self._model, self._tokenizer, self._options, self._system = model, tokenizer, options, system
         self.has_template = has_template(tokenizer)
         check_template(tokenizer, system)
@@ -81,6 +83,7 @@ class ChatSession:
             on_reasoning=on_reasoning,
             should_stop=should_stop,
             cache=cache,
+            draft=self._draft,
         )
         self.messages = [*messages, answer_message(self._tokenizer, result.text, result.reasoning)]
         self._cache = result.cache

@@ -25,7 +25,7 @@ class Choices:
 
     keeps_cache: whether the KV cache is one of Moestro's, which holds exactly the tokens that were computed.
     goes_back: whether generation drops tokens from the cache again, as assisted decoding does.
-    can_continue: whether a later generation may continue with that cache.
+    can_continue: whether a later generation may continue with that cache, if it can go back where it must.
     """
 
     num_beams: int
@@ -55,7 +55,10 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         raise RequestError(
             f"--prompt-lookup {options.prompt_lookup} guesses for one text, not for {num_beams} beams; leave one out"
         )
-    goes_back = lookup is not None and lookup > 0
+    if options.draft is not None:
+        _check_draft(options.draft, own, num_beams, keeps_cache)
+        lookup = None
+    looks_up = lookup is not None and lookup > 0
     arguments: dict[str, Any] = {
         "max_length": None,  # max_new_tokens is always given
         "num_beams": num_beams,
@@ -64,7 +67,7 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         # Nothing here reads them, and layers that must return them cannot be fused.
         **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
         "stop_strings": None,  # answer.py ends the text at them
-        "prompt_lookup_num_tokens": lookup if goes_back else None,
+        "prompt_lookup_num_tokens": lookup if looks_up else None,
         **_sampling(options, own, num_beams),
     }
     if keeps_cache:
@@ -75,10 +78,26 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         num_beams=num_beams,
         stop=[stop] if isinstance(stop, str) else list(stop),
         keeps_cache=keeps_cache,
-        goes_back=goes_back,
-        can_continue=keeps_cache and num_beams == 1 and not goes_back,
+        goes_back=looks_up or options.draft is not None,
+        can_continue=keeps_cache and num_beams == 1,
         arguments=arguments,
     )
+
+
+def _check_draft(draft: str, own: GenerationConfig, num_beams: int, keeps_cache: bool) -> None:
+    """Refuse a draft beside settings of the checkpoint with which Transformers cannot follow it.
+
+    Raises:
+        RequestError: a line that names the setting.
+    """
+    hinders = {
+        f"num_beams {num_beams}": num_beams > 1,
+        f"use_cache {own.use_cache} and cache_implementation {own.cache_implementation}": not keeps_cache,
+        f"guidance_scale {own.guidance_scale}": own.guidance_scale not in (None, 1),
+    }
+    for setting, does in hinders.items():
+        if does:
+            raise RequestError(f"--draft {draft} does not go with the checkpoint's {setting}; leave it out")
 
 
 def _sampling(options: TextOptions, own: GenerationConfig, num_beams: int) -> dict[str, Any]:

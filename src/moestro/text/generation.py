@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from ..decode.beams import read_once
 from ..decode.capture import CaptureFigures, cache_for, figures_of
 from ..engine.counters import Counters
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
@@ -24,6 +25,7 @@ from ..loading.context import model_context
 from ..machine.probe import peak_ram_bytes
 from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
+from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, forwards_of, goes_on
 from .channels import find_channels
 from .choices import choose
 from .options import TextOptions
@@ -38,8 +40,9 @@ class TextResult:
     was nothing of the kind. reused_tokens: tokens of the prompt that the KV cache had from before; they are not in
     prefill_tok_s. decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
-    bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where
-    none can be. Times are the conductor's clock's, which may be a virtual one.
+    bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where none can be.
+    assisted: what guessed tokens brought; None where none were guessed. Times are the conductor's clock's, which may
+    be a virtual one.
     """
 
     text: str
@@ -55,6 +58,7 @@ class TextResult:
     hit_rate: float | None
     bytes_moved: int
     capture: CaptureFigures | None
+    assisted: AssistedFigures | None
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)  # only one that a later generation may go on with
 
@@ -73,7 +77,8 @@ class TextResult:
             "new_tokens",
         )
         capture = None if self.capture is None else self.capture.to_json()
-        return {name: getattr(self, name) for name in names} | {"capture": capture}
+        assisted = None if self.assisted is None else self.assisted.to_json()
+        return {name: getattr(self, name) for name in names} | {"capture": capture, "assisted": assisted}
 
 
 def generate_text(
@@ -87,6 +92,7 @@ def generate_text(
     splits_channels: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
     cache: Any = None,
+    draft: PreTrainedModel | None = None,
 ) -> TextResult:
     """Continue a prompt; without beams, stream the text as it is made.
 
@@ -100,25 +106,31 @@ def generate_text(
         splits_channels: tell reasoning and answer apart by the marks of the tokenizer's family; False: all is text.
         should_stop: called after each step; True ends the answer there.
         cache: a KV cache that holds the first tokens of the prompt.
+        draft: the model that `options.draft` names, as `load_draft` loads it.
 
     Raises:
         RequestError: an empty prompt, one too long for the model or for what its GPU memory was planned for, or one
-            with tokens that the model does not have.
+            with tokens that the model does not have; guesses of tokens, for a model whose cache cannot drop them.
         ModelError: the checkpoint's generation settings cannot be followed.
     """
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     rows = embedding_rows(model)
     check_ids(tokenizer, ids, rows)
     choices = choose(options, model.generation_config, rows)
+    if choices.goes_back:
+        _check_guesses(model, options, draft)
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
     tokens = len(ids) + max_new_tokens
     cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
     if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
         cache = None  # our caches cannot take tokens back from a full window; Transformers' own can
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
+    if choices.goes_back and reused_tokens:
+        begin_behind(model, cache)
     conductor = model.moestro
     clock = _StepClock(should_stop, conductor.time)
     before, capture_before = replace(conductor.counters), figures_of(model)
+    drafted = 0 if draft is None else forwards_of(draft)
     stream = AnswerStream(
         tokenizer,
         ids.tolist(),
@@ -128,7 +140,9 @@ def generate_text(
         channels=find_channels(tokenizer) if splits_channels else None,
     )
     start_s = conductor.time.now_s
-    with _seeded(options.seed), _explained(model):
+    with _seeded(options.seed), drafting(), _explained(model):
+        if choices.num_beams > 1 and choices.keeps_cache and cache is None:
+            cache = read_once(model, ids.to(model.device), choices.num_beams)
         output = model.generate(
             ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
@@ -136,13 +150,15 @@ def generate_text(
             streamer=stream if choices.num_beams == 1 else None,
             pad_token_id=_pad_token(model, tokenizer),
             **({} if cache is None else {"past_key_values": cache}),
+            **({} if draft is None else {"assistant_model": draft}),
             **(choices.arguments | {"max_new_tokens": max_new_tokens}),
         )
     sequence = output.sequences[0].cpu()
     if choices.num_beams > 1:
         stream.add(sequence[len(ids) :].tolist())
         stream.end()
-    new_tokens = len(sequence) - len(ids)
+    new_tokens, steps = len(sequence) - len(ids), len(clock.times_s)
+    assisted = AssistedFigures(steps, new_tokens - steps, None if draft is None else forwards_of(draft) - drafted)
     return TextResult(
         text=stream.text,
         reasoning=stream.reasoning,
@@ -152,9 +168,28 @@ def generate_text(
         **_speeds(len(ids) - reused_tokens, start_s, clock.times_s),
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
         **_costs(model, before, capture_before),
+        assisted=assisted if choices.goes_back else None,
         sequence=sequence,
-        cache=_continued(output, len(sequence)) if choices.can_continue else None,
+        cache=_continued(output, len(sequence), choices.goes_back) if choices.can_continue else None,
     )
+
+
+def _check_guesses(model: PreTrainedModel, options: TextOptions, draft: PreTrainedModel | None) -> None:
+    """Refuse guesses that the model cannot take back, and a draft that is named and not given.
+
+    Raises:
+        RequestError: a line that says which. ModelError: the checkpoint's settings ask for the guesses.
+    """
+    if options.draft is not None and draft is None:
+        raise RequestError(f"--draft {options.draft} is not loaded; give generate_text what load_draft returns")
+    if options.draft or options.prompt_lookup:
+        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model), model.config)
+        return
+    setting = f"the checkpoint's prompt_lookup_num_tokens {model.generation_config.prompt_lookup_num_tokens}"
+    try:
+        check_goes_back(setting, "this", type(model), model.config)
+    except RequestError as error:
+        raise ModelError(f"{error} with --prompt-lookup 0") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> Tensor:
@@ -286,9 +321,11 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def _continued(output: Any, tokens: int) -> Any:
-    """The KV cache after a generation, if it holds exactly all tokens but the last; else None."""
+def _continued(output: Any, tokens: int, went_back: bool) -> Any:
+    """The KV cache after a generation, if it holds exactly all tokens but the last, and can go on; else None."""
     cache = getattr(output, "past_key_values", None)
+    if went_back and not goes_on(cache):
+        return None
     try:
         return cache if cache is not None and int(cache.get_seq_length()) == tokens - 1 else None
     except (AttributeError, ValueError):  # a cache without attention layers has no length

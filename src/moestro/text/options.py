@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import RequestError
 from ..planning.option import Checked, needs, option, option_like
 from ..planning.options import ModelOptions
 
@@ -68,3 +69,24 @@ class TextOptions(Checked):
         unset="the checkpoint's, or 0",
         check=needs(lambda n: 0 <= n <= MOST_GUESSES, f"0 to {MOST_GUESSES}"),
     )
+    draft: str | None = option(
+        None,
+        "A smaller model with the same tokenizer, on the CPU, that guesses the next tokens; they are computed in one "
+        "step, and the text stays the same.",
+        metavar="MODEL",
+        unset="none",
+        check=needs(lambda name: bool(name.strip()), "a model's name"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draft is None:
+            return
+        if self.prompt_lookup:
+            raise RequestError(
+                f"--draft {self.draft} and --prompt-lookup {self.prompt_lookup} both guess tokens; leave one out"
+            )
+        if self.num_beams is not None and self.num_beams > 1:
+            raise RequestError(
+                f"--draft {self.draft} guesses for one text, not for {self.num_beams} beams; leave one out"
+            )

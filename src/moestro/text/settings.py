@@ -88,8 +88,8 @@ _FORCED = Setting(
     FOLLOWED, "ids of tokens that the model has", lambda value, rows: _are_ids([value], rows) or _are_ids(value, rows)
 )
 _MOVED = "Transformers moved it to code on the hub, which is not run; set it to null"
-_DRAFT = "it needs a second model, which Moestro does not load; set it to null"
-_ALONE = "does nothing without a second model"
+_DRAFT = "it is for a kind of draft that Moestro does not run; set it to null"
+_ALONE = "has no effect: a draft guesses as many tokens as Moestro tells it"
 _OPTION = "an option of the request wins, then this, then Moestro's default"
 
 SETTINGS: dict[str, Setting] = {
@@ -179,7 +179,7 @@ SETTINGS: dict[str, Setting] = {
     "assistant_confidence_threshold": _any(FOLLOWED, _ALONE),
     "assistant_lookbehind": _any(FOLLOWED, _ALONE),
     "target_lookbehind": _any(FOLLOWED, _ALONE),
-    "prompt_lookup_num_tokens": _whole(FOLLOWED, 1, "a chat reads its history again each turn"),
+    "prompt_lookup_num_tokens": _whole(FOLLOWED, 1, "with sliding windows, a chat reads its history again each turn"),
     "max_matching_ngram_size": _whole(FOLLOWED, 1),
     "assistant_early_exit": _refused("an early exit would need a model that was trained for it; set it to null"),
     "assistant_ensemble_weight": _refused(_DRAFT),

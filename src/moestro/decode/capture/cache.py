@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from ..rows import Reordering, Shared, carry_out
+
 ROUND = 256  # tokens: requests of about one length share a size, and with it a capture
 _SHAPES = ("dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")  # what a layer learns first
 
@@ -41,6 +43,39 @@ class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
         self.layers: list[Any] = [
             _Window.of(layer) if type(layer) is StaticSlidingWindowLayer else layer for layer in sized
         ]
+        self._shared: Shared | None = None  # what rows have alike since the last reordering, and where they were
+        self._places: list[int] = []
+
+    def can_reorder(self, rows: int) -> bool:
+        """Whether it holds so many rows, in layers that `reorder` knows."""
+        return all(
+            type(layer) in (StaticLayer, _Window) and layer.is_initialized and layer.keys.shape[0] == rows
+            for layer in self.layers
+        )
+
+    def reorder(self, reordering: Reordering) -> int:
+        """Make each row its parent's, in place; returns the bytes that were written."""
+        length, written = int(self.get_seq_length()), 0
+        places = [layer.keys.data_ptr() for layer in self.layers]
+        if places != self._places:
+            self._shared, self._places = None, places
+        copies = reordering.copies(self._shared, length)
+        for layer in self.layers:
+            kept = min(length, layer.max_cache_len)
+            for part in (layer.keys, layer.values):
+                written += carry_out(part, copies, kept, skipped=length - kept)
+        self._shared = reordering.shared_after(self._shared, length)
+        return written
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As Transformers' own, which replaces all tensors."""
+        super().reorder_cache(beam_idx)
+        self._shared = None
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._shared = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens; the argument is negative, as in Transformers' other caches.
@@ -50,6 +85,7 @@ class StepCache(StaticCache):  # type: ignore[misc]  # transformers is not typed
         """
         if tokens_to_remove > 0:
             raise ValueError("crop takes the negative number of tokens to remove")
+        self._shared = None
         layers = [layer for layer in self.layers if layer.is_initialized] if tokens_to_remove else []
         if any(layer.is_sliding and layer.cumulative_length_int > layer.max_cache_len for layer in layers):
             raise ValueError("a full sliding window cannot go back")

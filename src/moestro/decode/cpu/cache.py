@@ -1,16 +1,19 @@
-"""Transformers' plain cache, made longer in place.
+"""Transformers' plain cache, made longer and reordered in place.
 
 Legend: B sequences, N new tokens of each, G key heads, d their width, S tokens in the cache.
 """
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from ..rows import Reordering, Shared, carry_out
 
 _ROOM = 128  # tokens, at least, for which a cache grows at once
 
@@ -28,25 +31,95 @@ class _Storage:
 
     written: tokens that have ever been there. Only behind them may more be written: a caller may hold views of all of
     them, also where the cache was cropped since, or a copy of it went on. Copies of a cache share this object.
+    shared: what rows have alike, of those that were reordered here; None where that is not known.
     """
 
-    __slots__ = ("key_room", "value_room", "written")
+    __slots__ = ("_versions", "key_room", "shared", "value_room", "written")
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.key_room, self.value_room = _with_room(keys), _with_room(values)
+    def __init__(self, keys: Tensor, values: Tensor, parents: Tensor | None = None) -> None:
+        self.key_room, self.value_room = _with_room(keys, parents), _with_room(values, parents)
         self.written = keys.shape[2]
+        self.shared: Shared | None = None
+        self.note()
 
     def is_free_behind(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
         """Whether a cache that holds these may write its next tokens into this room."""
-        if not keys.shape[2] == values.shape[2] == self.written <= self.key_room.shape[2] - tokens:
-            return False
-        pairs = ((keys, self.key_room), (values, self.value_room))
-        return all(part.data_ptr() == room.data_ptr() and _alike(part, room) for part, room in pairs)
+        return self.written <= self.key_room.shape[2] - tokens and self._is_all(keys, values)
 
     def take(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Make keys and values so many tokens longer; what is there is for the caller to write."""
         self.written += tokens
+        return self.all()
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """All keys and values."""
         return self.key_room.narrow(2, 0, self.written), self.value_room.narrow(2, 0, self.written)
+
+    def note(self) -> None:
+        """Note that we have written here."""
+        self._versions = version_of(self.key_room), version_of(self.value_room)
+
+    def knows(self, layer: Any) -> bool:
+        """Whether a layer holds all that is here, and nothing was written here but what `note` was told of."""
+        return self._is_all(layer.keys, layer.values) and self._versions == (
+            version_of(self.key_room),
+            version_of(self.value_room),
+        )
+
+    def _is_all(self, keys: Tensor, values: Tensor) -> bool:
+        if not keys.shape[2] == values.shape[2] == self.written:
+            return False
+        pairs = ((keys, self.key_room), (values, self.value_room))
+        return all(part.data_ptr() == room.data_ptr() and _alike(part, room) for part, room in pairs)
+
+
+class RoomLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """A plain layer that grows in place, and of which a reordering copies only what changes.
+
+    It takes the place of Transformers' own in a beam search, since that copies the whole cache for each token.
+    """
+
+    _layer_type = None  # it is no model's default
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> RoomLayer:
+        """A layer that holds what a plain one does."""
+        made = cls()
+        made.__dict__.update(vars(layer))
+        return made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values, [B, G, N, d]; returns all."""
+        pairs = ((key_states, getattr(self, "keys", None)), (value_states, getattr(self, "values", None)))
+        if not all(_fits_behind(new, part) for new, part in pairs):
+            both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return both
+        return _append(self, key_states, value_states)
+
+    def reorder(self, reordering: Reordering) -> int:
+        """Make each row its parent's; returns the bytes that were written."""
+        storage: _Storage | None = getattr(self, "_moestro_storage", None)
+        length = self.keys.shape[2]
+        shared = storage.shared if storage is not None and storage.knows(self) else None
+        if storage is not None and storage.knows(self) and is_held_alone(self, storage):
+            copies = reordering.copies(shared, length)
+            written = sum(carry_out(part, copies, length) for part in (self.keys, self.values))
+        else:
+            parents = torch.tensor(reordering.parents)
+            storage = self._moestro_storage = _Storage(self.keys, self.values, parents)
+            self.keys, self.values = storage.all()
+            written = sum(part.numel() * part.element_size() for part in (self.keys, self.values))
+        storage.shared = reordering.shared_after(shared, length)
+        storage.note()
+        return written
+
+    def share(self, shared: Shared) -> None:
+        """Take it that rows have this alike, and make room for what follows."""
+        storage = self._moestro_storage = _Storage(self.keys, self.values)
+        self.keys, self.values = storage.all()
+        storage.shared = shared
 
 
 def is_plain(cache: Any, index: int) -> bool:
@@ -58,18 +131,15 @@ def is_plain(cache: Any, index: int) -> bool:
         return False
     if index >= len(cache.layers):
         return True
-    return type(cache.layers[index]) is DynamicLayer and "update" not in vars(cache.layers[index])
+    return type(cache.layers[index]) in (DynamicLayer, RoomLayer) and "update" not in vars(cache.layers[index])
 
 
 def append(cache: Any, index: int, k: Tensor, v: Tensor, kind: CacheKind) -> tuple[Tensor, Tensor]:
     """Add new tokens' keys and values [B, G, N, d] to a plain cache and return all of them, [B, G, S, d]."""
-    sequences, new = k.shape[0], k.shape[2]
-    if not can_grow(cache, index, kind, sequences):
+    if not can_grow(cache, index, kind, k.shape[0]):
         keys, values = cache.update(k, v, index)
         return keys.contiguous(), values.contiguous()
-    keys, values = grow(cache, index, new)
-    keys[:, :, -new:], values[:, :, -new:] = k, v
-    return keys, values
+    return _append(cache.layers[index], k, v)
 
 
 def length_of(cache: Any, index: int) -> int:
@@ -100,10 +170,7 @@ def grow(cache: Any, index: int, tokens: int) -> tuple[Tensor, Tensor]:
     values were replaced or copied, new storage is made.
     """
     layer = cache.layers[index]
-    storage: _Storage | None = getattr(layer, "_moestro_storage", None)
-    if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
-        storage = layer._moestro_storage = _Storage(layer.keys, layer.values)
-    layer.keys, layer.values = storage.take(tokens)
+    layer.keys, layer.values = _storage_for(layer, tokens).take(tokens)
     return layer.keys, layer.values
 
 
@@ -113,12 +180,85 @@ def shrink(cache: Any, index: int, tokens: int) -> None:
     layer.keys, layer.values = layer.keys[:, :, :-tokens], layer.values[:, :, :-tokens]
 
 
+def _append(layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Add keys and values [B, G, N, d] to a layer that holds some of that kind, and return all of them."""
+    new = k.shape[2]
+    storage = _storage_for(layer, new)
+    knows = storage.knows(layer)
+    layer.keys, layer.values = storage.take(new)
+    layer.keys[:, :, -new:], layer.values[:, :, -new:] = k, v
+    if knows:
+        storage.note()
+    return layer.keys, layer.values
+
+
+def _storage_for(layer: Any, tokens: int) -> _Storage:
+    """Storage that holds a layer's keys and values and has room for so many tokens behind them."""
+    storage: _Storage | None = getattr(layer, "_moestro_storage", None)
+    if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
+        shared = storage.shared if storage is not None and storage.knows(layer) else None
+        storage = layer._moestro_storage = _Storage(layer.keys, layer.values)
+        storage.shared = shared
+    return storage
+
+
+def _fits_behind(new: Tensor, part: Tensor | None) -> bool:
+    """Whether new tokens are of the kind that a layer holds."""
+    if part is None or part.dim() != 4 or new.dim() != 4:
+        return False
+    kinds = [(each.dtype, each.device, each.shape[:2], each.shape[3]) for each in (new, part)]
+    return kinds[0] == kinds[1]
+
+
 def _alike(part: Tensor, room: Tensor) -> bool:
     return part.shape[:2] == room.shape[:2] and part.shape[3] == room.shape[3] and part.stride() == room.stride()
 
 
-def _with_room(part: Tensor) -> Tensor:
+def _with_room(part: Tensor, parents: Tensor | None = None) -> Tensor:
+    """A copy of keys or values with room behind them, its rows those of their parents, int64 [B]."""
     length = part.shape[-2]
     storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2), part.shape[3]))
-    storage[:, :, :length] = part
+    if parents is None:
+        storage[:, :, :length] = part
+    else:
+        for row, parent in enumerate(parents.tolist()):
+            storage[row, :, :length] = part[parent]
     return storage
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Grows with each write to the tensor by torch; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _users(tensor: Tensor) -> int:
+    """How many tensors share a tensor's memory."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def is_held_alone(layer: Any, storage: _Storage | None = None) -> bool:
+    """Whether nothing but a layer holds its keys and values, as a copy of its cache or a view of them would.
+
+    Args:
+        storage: in which they are; None where each is a tensor of its own, or a view of one that nothing else holds.
+    """
+    rooms = (None, None) if storage is None else (storage.key_room, storage.value_room)
+    return all(_is_alone(vars(layer), name, room) for name, room in zip(("keys", "values"), rooms, strict=True))
+
+
+def _is_alone(owner: dict[str, Any], name: str, room: Tensor | None) -> bool:
+    base = owner[name]._base  # the tensor that it is a view of, where torch notes that
+    if base is not None and base is not room and (room is not None or getrefcount(base) > _BASE_REFERENCES):
+        return False
+    tensors = 1 if base is None and room is None else 2
+    return getrefcount(owner[name]) <= _REFERENCES and _users(owner[name]) < tensors + _USERS
+
+
+def _counts() -> tuple[int, int, int]:
+    """Of a tensor that only a dict holds: references to it, to one that it is a view of, and users of its memory."""
+    view, alone = {"part": torch.empty(2)[:1]}, {"part": torch.empty(1)}
+    base = view["part"]._base
+    return getrefcount(alone["part"]), getrefcount(base), _users(alone["part"])
+
+
+_REFERENCES, _BASE_REFERENCES, _USERS = _counts()
