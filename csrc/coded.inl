@@ -40,13 +40,14 @@ inline void operands_of(const uint8_t* codes, int step, int v, [[maybe_unused]] 
 #endif
 }
 
-inline I dot(I weights, const uint8_t* x, I sum) {
+inline I dot(I weights, I x, I sum) {
 #if defined(MOESTRO_BYTE_DOTS)
-  return dot_bytes(weights, I::set_lane(x), sum);
+  return dot_bytes(weights, x, sum);
 #else
-  return dot_pairs(weights, I::set_lane(x), sum);
+  return dot_pairs(weights, x, sum);
 #endif
 }
+inline I dot(I weights, const uint8_t* x, I sum) { return dot(weights, I::set_lane(x), sum); }
 
 // What comes off each code of an operand.
 inline int32_t less_of(const Coded& c) {

@@ -61,15 +61,20 @@ double dots_of(int64_t rounds) {
   constexpr double kProducts = 4 * 16 * 16 * kGroup;
 #else
   constexpr int kChains = 12;
-  alignas(64) const uint8_t x[4] = {1, 2, 3, 4};
   I acc[kChains], w = I::set32(0x01010101);
+  const I x = I::set32(0x04030201);
   for (I& a : acc) a = I::zero();
   for (int64_t i = 0; i < rounds; ++i) {
-#if defined(__GNUC__) && !defined(__ARM_NEON)
-    asm volatile("" : "+m"(w));  // a new operand, for all the compiler knows
-#endif
 #pragma GCC unroll 12
-    for (int j = 0; j < kChains; ++j) acc[j] = dot(w, x, acc[j]);
+    for (int j = 0; j < kChains; ++j) {
+      // Another operand each time, for all the compiler knows.
+#if defined(__AVX512F__) && defined(__GNUC__)
+      asm volatile("" : "+v"(w.v));
+#elif defined(__AVX2__) && defined(__GNUC__)
+      asm volatile("" : "+x"(w.v));
+#endif
+      acc[j] = dot(w, x, acc[j]);
+    }
   }
   I total = I::zero();
   for (const I& a : acc) total = total + a;

@@ -219,7 +219,8 @@ def test_a_table_without_a_fit() -> None:
 def _rounded(dense: int, expert: int) -> tuple[Any, int]:
     """Transformers' model, with each matrix as our formats keep it, and the bytes of all weights.
 
-    The neurons of an expert are filled up to whole blocks of 256, where a format is quantized.
+    The neurons of an expert are filled up to whole blocks of 256, where a format is quantized; down is a matrix for
+    each block.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     size = 2 * sum(p.numel() for p in model.parameters())
@@ -239,7 +240,8 @@ def _rounded(dense: int, expert: int) -> tuple[Any, int]:
             more = 0 if expert == 16 else -experts.down_proj.shape[2] % 256
             for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
                 size += sum(rounded(matrix, expert, more_rows=more) for matrix in gate_up.chunk(2))
-                size += rounded(down, expert, more_columns=more)
+                for block in down.split(down.shape[1] if expert == 16 else 256, dim=1):
+                    size += rounded(block, expert, more_columns=0 if expert == 16 else 256 - block.shape[1])
     return model, size
 
 

@@ -2,9 +2,9 @@
 
 The read limit is the best of plain, prefetching and four-stream summing loops at 1..N threads over at least 4 GiB. The
 compute limit is that of a loop of multiply-adds in registers: of floats (FMA), or of integers, which codes meet. Each
-round finds the best loops and then measures every row once, with a read of all memory between two rows. A figure is the
-median of the rounds; a row's share is taken of the better of the reads before and after it. Weights rotate over at least
-8 last-level caches, so that none are read from a cache. A share above 1 means that the measurement failed.
+round finds the best loops and then measures every row once, with a read of all memory between two rows. A figure is
+the median of the rounds; a row's share is taken of the better of the reads before and after it. Weights rotate over at
+least 8 last-level caches, so that none are read from a cache. A share above 1 means that the measurement failed.
 
     moestro bench kernels --json
 """
@@ -59,7 +59,7 @@ def moe_layer(name: str) -> MoeLayer:
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """One case: each of top-k experts computes `tokens` tokens. share, compute_share: of the read and compute limits."""
+    """One case: each of top-k experts computes `tokens` tokens. share, compute_share: of the two limits."""
 
     shape: str
     format: str
