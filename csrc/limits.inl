@@ -60,7 +60,7 @@ double dots_of(int64_t rounds) {
   volatile uint8_t sink = tile[0];
   constexpr double kProducts = 4 * 16 * 16 * kGroup;
 #else
-  constexpr int kChains = 12;
+  constexpr int kChains = V::kRegisters >= 32 ? 12 : 6;  // latency x units, and few enough to stay in registers
   I acc[kChains], w = I::set32(0x01010101);
   const I x = I::set32(0x04030201);
   for (I& a : acc) a = I::zero();
