@@ -144,6 +144,8 @@ inline int64_t chunk_blocks(const Shape& shape, int64_t n) {
   return chunk < least ? least : chunk > most ? most : chunk;
 }
 
+constexpr int64_t kNearTokens = 64;  // whose keys, and then values, stay in a core's first caches while all queries take them
+
 // Some queries against keys and values that they share.
 struct Attend {
   const float* queries;          // [n, d]
@@ -153,7 +155,8 @@ struct Attend {
   int64_t count;
   const int64_t* seen;           // [n]: how many of the tokens, from the first on, a query sees
   float scaling;
-  float* scores;                 // [n, count rounded up to a panel], scratch
+  float* scores;                 // [n, count rounded up to kNearTokens], scratch
+  float* near;                   // [2, kNearTokens, d], scratch
   float *out, *most, *total;     // [n, d]: sums of values times exp(score - most), and [n] each: most, and these weights' sum
 };
 
