@@ -92,15 +92,21 @@ struct Attending {
   // Of `meet` for n queries. 64-bit counts take the room of two floats.
   int64_t meet_floats(int64_t n) const { return round_up(2 * n, kPanel) + n * kPieceTokens + 2 * kNearTokens * d; }
 
-  // What they find in the tokens [begin, end) of the cache.
-  void meet(const Group& group, int64_t g, int64_t begin, int64_t end, const float* queries, float* memory, const Sums& part) const {
+  // Where key head g's keys of a group's sequence lie, from that token on.
+  int64_t place(const Group& group, int64_t g, int64_t begin) const {
+    return (step.seen[group.first].sequence * cache.between + g * cache.apart + begin * d) * size;
+  }
+
+  // What they find in the tokens [begin, end) of the cache. next: keys that this thread will probably read then.
+  void meet(const Group& group, int64_t g, int64_t begin, int64_t end, const float* queries, float* memory, const uint8_t* next,
+            const Sums& part) const {
     const int64_t n = group.count * shared;
     int64_t* seen = reinterpret_cast<int64_t*>(memory);
     float *scores = memory + round_up(2 * n, kPanel), *near = scores + n * kPieceTokens;
     for (int64_t j = 0; j < n; ++j) seen[j] = std::max<int64_t>(0, std::min(step.seen[group.first + j / shared].end, end) - begin);
-    const int64_t place = (step.seen[group.first].sequence * cache.between + g * cache.apart + begin * d) * size;
-    level.attend({queries, n, d, bytes(cache.keys) + place, bytes(cache.values) + place, attention.type, end - begin, seen,
-                  attention.scaling, scores, near, part.out, part.most, part.total});
+    const int64_t at = place(group, g, begin);
+    level.attend({queries, n, d, bytes(cache.keys) + at, bytes(cache.values) + at, attention.type, end - begin, seen,
+                  attention.scaling, scores, near, next, part.out, part.most, part.total});
   }
 
   // The result of token t's head h; zeros where it saw nothing.
@@ -126,7 +132,8 @@ void attend_by_tiles(Runner& runner, const Attending& all, const std::vector<Gro
     all.read(tile, g, queries);
     std::fill(sum.total, sum.total + own, 0.0f);
     for (int64_t at = tile.begin; at < tile.end; at += kPieceTokens) {
-      all.meet(tile, g, at, std::min(at + kPieceTokens, tile.end), queries, scratch, part);
+      const int64_t end = std::min(at + kPieceTokens, tile.end);
+      all.meet(tile, g, at, end, queries, scratch, end < tile.end ? bytes(all.cache.keys) + all.place(tile, g, end) : nullptr, part);
       for (int64_t j = 0; j < own; ++j) fold(part, j, d, sum, j);
     }
     for (int64_t j = 0; j < own; ++j) all.finish(sum, j, tile.first + j / all.shared, g * all.shared + j % all.shared);
@@ -161,7 +168,13 @@ void attend_by_pieces(Runner& runner, const Attending& all, const std::vector<Gr
     const Piece& piece = pieces[i / key_heads];
     float* queries = memory + all.meet_floats(most);
     all.read(*piece.group, i % key_heads, queries);
-    all.meet(*piece.group, i % key_heads, piece.begin, piece.end, queries, memory, sums_of(piece, i % key_heads));
+    const int64_t likely = i + runner.threads();  // which item
+    const uint8_t* ahead = nullptr;
+    if (likely < static_cast<int64_t>(pieces.size()) * key_heads) {
+      const Piece& other = pieces[likely / key_heads];
+      ahead = bytes(all.cache.keys) + all.place(*other.group, likely % key_heads, other.begin);
+    }
+    all.meet(*piece.group, i % key_heads, piece.begin, piece.end, queries, memory, ahead, sums_of(piece, i % key_heads));
   };
   runner.each(static_cast<int>(pieces.size() * key_heads), all.meet_floats(most) + all.read_floats(most), on_pool, meet);
 

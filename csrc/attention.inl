@@ -23,13 +23,35 @@ void rotate_row(const Input& x, void* out, int64_t head, const float* cosine, co
   write_row(row, nullptr, x.width, x.type, out, 0);
 }
 
+// Queries of a tile, and vectors beside each: as many sums as leave registers for what they are made of.
+constexpr int kTileQueries = 6, kTileVectors = V::kRegisters >= 32 ? 4 : 2;
+constexpr int64_t kTileKeys = kTileVectors * W;
+
+// Memory that is asked for a line at a time, between what is computed: the loads that come later find it near.
+struct Ahead {
+  const uint8_t *at = nullptr, *end = nullptr;
+
+  template <int Lines>
+  void ask() {
+    for (int i = 0; i < Lines && at < end; ++i, at += moestro::kLineBytes) {
+#if defined(__GNUC__)
+      __builtin_prefetch(at, 0, 2);
+#endif
+    }
+  }
+};
+// In each step of a loop over a tile, so that as many bytes are asked for as the tile of that type has.
+template <class Reader>
+constexpr int lines_of_step() { return kTileKeys * Reader::kBytes > moestro::kLineBytes ? kTileKeys * Reader::kBytes / moestro::kLineBytes : 1; }
+
 // out += p values for Q queries and N vectors of the columns, p [Q, p_apart], values [count, d].
 template <int Q, int N, class Reader>
-inline void weigh_tile(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out) {
+inline void weigh_tile(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out, Ahead& ahead) {
   V acc[Q][N];
   for (int q = 0; q < Q; ++q)
     for (int n = 0; n < N; ++n) acc[q][n] = V::load(out + q * d + n * W);
   for (int64_t s = 0; s < count; ++s) {
+    ahead.ask<lines_of_step<Reader>()>();
     V value[N];
     for (int n = 0; n < N; ++n) value[n] = read.load(values + s * d * read.kBytes, n * W);
     for (int q = 0; q < Q; ++q) {
@@ -69,10 +91,6 @@ inline float soften(float* scores, int64_t count, float scaling, float* total) {
   *total = sum(sums[0]);
   return largest;
 }
-
-// Queries of a tile, and vectors beside each: as many sums as leave registers for what they are made of.
-constexpr int kTileQueries = 6, kTileVectors = V::kRegisters >= 32 ? 4 : 2;
-constexpr int64_t kTileKeys = kTileVectors * W;
 
 // Calls do_one(Q, q) for tiles of n queries from q on, nearly equal ones.
 template <int Q = kTileQueries, class Do>
@@ -119,12 +137,13 @@ inline void turn_keys(Reader read, const uint8_t* keys, int64_t count, int64_t d
 }
 
 // scores[q, s] = queries[q] . keys[s], each in one sum in the order of d, for keys as `turn` leaves them.
-template <int Q>
-inline void score_tile(const float* queries, const float* keys, int64_t d, float* scores, int64_t apart) {
+template <int Q, int Lines>
+inline void score_tile(const float* queries, const float* keys, int64_t d, float* scores, int64_t apart, Ahead& ahead) {
   V acc[Q][kTileVectors];
   for (auto& of_query : acc)
     for (V& a : of_query) a = V::zero();
   for (int64_t i = 0; i < d; ++i) {
+    ahead.ask<Lines>();
     V key[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) key[v] = V::load(keys + i * kTileKeys + v * W);
     for (int q = 0; q < Q; ++q) {
@@ -138,25 +157,26 @@ inline void score_tile(const float* queries, const float* keys, int64_t d, float
 
 // out += p values for Q queries, p [Q, p_apart], values [count, d]; each in the order of the values.
 template <int Q, class Reader>
-inline void weigh(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out) {
+inline void weigh(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out, Ahead& ahead) {
   int64_t i = 0;
   for (; i + kTileVectors * W <= d; i += kTileVectors * W)
-    weigh_tile<Q, kTileVectors>(read, p, p_apart, values + i * read.kBytes, count, d, out + i);
-  for (; i < d; i += W) weigh_tile<Q, 1>(read, p, p_apart, values + i * read.kBytes, count, d, out + i);
+    weigh_tile<Q, kTileVectors>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
+  for (; i < d; i += W) weigh_tile<Q, 1>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
 }
 
 // The same for values [first, first + count) of those that each query sees, which is given nothing of the others.
 template <int Q, class Reader>
-inline void weigh_seen(Reader read, const moestro::Attend& a, int64_t q, int64_t apart, const uint8_t* values, int64_t first, int64_t count) {
+inline void weigh_seen(Reader read, const moestro::Attend& a, int64_t q, int64_t apart, const uint8_t* values, int64_t first,
+                       int64_t count, Ahead& ahead) {
   const auto of = [&](int i) { return a.seen[q + i] - first < count ? a.seen[q + i] - first : count; };
   int64_t all = count;
   for (int i = 0; i < Q; ++i) all = of(i) < all ? of(i) : all;
   all = all > 0 ? all : 0;
   const float* p = a.scores + q * apart + first;
   float* out = a.out + q * a.d;
-  if (all > 0) weigh<Q>(read, p, apart, values, all, a.d, out);
+  if (all > 0) weigh<Q>(read, p, apart, values, all, a.d, out, ahead);
   for (int i = 0; i < Q; ++i)
-    if (of(i) > all) weigh<1>(read, p + i * apart + all, apart, values + all * a.d * read.kBytes, of(i) - all, a.d, out + i * a.d);
+    if (of(i) > all) weigh<1>(read, p + i * apart + all, apart, values + all * a.d * read.kBytes, of(i) - all, a.d, out + i * a.d, ahead);
 }
 
 constexpr int64_t kNear = moestro::kNearTokens;
@@ -168,13 +188,20 @@ void attend(const moestro::Attend& a) {
   float *turned = a.near, *copied = turned + kNear * d;
   with_reader(a.type, [&](auto read) {
     const int64_t row = d * read.kBytes;
+    // Those rows of keys or values from s on, or what comes behind the last.
+    const auto ahead_of = [&](const uint8_t* rows, int64_t s, int64_t most, const uint8_t* behind, int64_t count) {
+      const uint8_t* from = s < a.count ? rows + s * row : behind;
+      const int64_t n = s < a.count ? (a.count - s < most ? a.count - s : most) : count;
+      return from ? Ahead{from, from + n * row} : Ahead{};
+    };
     for (int64_t s = 0; s < a.count; s += kTileKeys) {
+      Ahead ahead = ahead_of(a.keys, s + kTileKeys, kTileKeys, a.values, a.count < kNear ? a.count : kNear);
       turn_keys(read, a.keys + s * row, a.count - s, d, copied, turned);
       tile_queries(a.n, [&](auto tile, int64_t q) {
         constexpr int Q = decltype(tile)::value;
         bool sees = false;
         for (int i = 0; i < Q; ++i) sees |= a.seen[q + i] > s;
-        if (sees) score_tile<Q>(a.queries + q * d, turned, d, a.scores + q * wide + s, wide);
+        if (sees) score_tile<Q, lines_of_step<decltype(read)>()>(a.queries + q * d, turned, d, a.scores + q * wide + s, wide, ahead);
       });
     }
     for (int64_t q = 0; q < a.n; ++q) {
@@ -185,11 +212,12 @@ void attend(const moestro::Attend& a) {
     const bool copies = a.type != Type::kFp32 && a.n > 2 * kTileQueries;  // converted once for all tiles of queries
     for (int64_t s = 0; s < a.count; s += kNear) {
       const int64_t count = a.count - s < kNear ? a.count - s : kNear;
+      Ahead ahead = ahead_of(a.values, s + kNear, kNear, a.likely_next, kTileKeys);
       for (int64_t i = 0; copies && i < count * d; i += W) read.load(a.values + s * row, i).store(copied + i);
       tile_queries(a.n, [&](auto tile, int64_t q) {
         constexpr int Q = decltype(tile)::value;
-        if (copies) weigh_seen<Q>(ReadFp32(), a, q, wide, reinterpret_cast<const uint8_t*>(copied), s, count);
-        else weigh_seen<Q>(read, a, q, wide, a.values + s * row, s, count);
+        if (copies) weigh_seen<Q>(ReadFp32(), a, q, wide, reinterpret_cast<const uint8_t*>(copied), s, count, ahead);
+        else weigh_seen<Q>(read, a, q, wide, a.values + s * row, s, count, ahead);
       });
     }
   });

@@ -157,6 +157,7 @@ struct Attend {
   float scaling;
   float* scores;                 // [n, count rounded up to kNearTokens], scratch
   float* near;                   // [2, kNearTokens, d], scratch
+  const uint8_t* likely_next;    // keys that the thread will probably read next, or none
   float *out, *most, *total;     // [n, d]: sums of values times exp(score - most), and [n] each: most, and these weights' sum
 };
 
