@@ -393,10 +393,23 @@ std::vector<std::pair<std::string, bool>> levels() {
   return result;
 }
 
+// Runs what Python has to do for signals, on its main thread alone; whether one raised, as Ctrl-C does.
+bool python_says_stop() {
+  nb::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // pools live as long as the process
+  ask_whether_to_stop(python_says_stop);
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const Interrupted&) {  // Python's own exception is set already
+    }
+  });
   nb::enum_<Type>(m, "Type").value("fp32", Type::kFp32).value("fp16", Type::kFp16).value("bf16", Type::kBf16);
   nb::enum_<Code>(m, "Code")
       .value("FP32", Code::kFp32).value("FP16", Code::kFp16).value("BF16", Code::kBf16).value("S8", Code::kS8)
