@@ -224,7 +224,8 @@ def _measure_case(case: Case, memory: Tensor, threads: int) -> tuple[float, floa
     grouped = heads.queries != heads.keys
 
     def in_torch(at: int) -> None:
-        scaled_dot_product_attention(by_heads, *caches[at % len(caches)], attn_mask=mask, enable_gqa=grouped)
+        keys, values = caches[at % len(caches)]
+        scaled_dot_product_attention(by_heads, keys, values, attn_mask=mask, enable_gqa=grouped)
 
     torch.set_num_threads(threads)
     try:

@@ -20,6 +20,7 @@ from .cache import cache
 from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
 from .terminal import (
     AnswerPrinter,
+    ReadingBar,
     print_figures,
     print_piece,
     read_line,
@@ -95,7 +96,13 @@ def run(
         print(text, end="", flush=True)
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):
         on_text = None if as_json else print_piece
-        result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json)
+        with ReadingBar() as bar:
+            result = generate_text(
+                *(loaded, tokenizer, text, options),
+                on_text=on_text,
+                splits_channels=as_json,
+                on_progress=bar.on_progress,
+            )
     if as_json:
         print(json.dumps(result.to_json() | {"load": {"imports_s": imports_s} | times.to_json()}))
     else:
@@ -128,9 +135,13 @@ def chat(
         elif text.strip():
             try:
                 printer = AnswerPrinter()
-                with stop_on_interrupt() as stopped:
+                with ReadingBar() as bar, stop_on_interrupt(bar.is_reading) as stopped:
                     result = session.ask(
-                        text, on_text=printer.on_text, on_reasoning=printer.on_reasoning, should_stop=stopped.is_set
+                        text,
+                        on_text=printer.on_text,
+                        on_reasoning=printer.on_reasoning,
+                        should_stop=stopped.is_set,
+                        on_progress=bar.on_progress,
                     )
                 print()
                 print_figures(result)

@@ -27,6 +27,7 @@ from .answer import AnswerStream, OnText, StopText
 from .channels import find_channels
 from .choices import choose
 from .options import TextOptions
+from .reading import OnProgress, Reading, watched
 from .settings import unusual_settings
 
 
@@ -86,6 +87,7 @@ def generate_text(
     on_reasoning: OnText | None = None,
     splits_channels: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    on_progress: OnProgress | None = None,
     cache: Any = None,
 ) -> TextResult:
     """Continue a prompt; without beams, stream the text as it is made.
@@ -99,6 +101,7 @@ def generate_text(
         on_reasoning: called with each new piece of what the model thinks aloud.
         splits_channels: tell reasoning and answer apart by the marks of the tokenizer's family; False: all is text.
         should_stop: called after each step; True ends the answer there.
+        on_progress: called with the share of the prompt that has been read, 1 when the first token is there.
         cache: a KV cache that holds the first tokens of the prompt.
 
     Raises:
@@ -117,7 +120,11 @@ def generate_text(
         cache = None  # our caches cannot take tokens back from a full window; Transformers' own can
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
     conductor = model.moestro
-    clock = _StepClock(should_stop, conductor.time)
+    reading = None
+    if on_progress is not None:
+        new_tokens = (len(ids) - reused_tokens) * choices.num_beams
+        reading = Reading(new_tokens, len(conductor.spec.layers), on_progress)
+    clock = _StepClock(should_stop, conductor.time, reading)
     before, capture_before = replace(conductor.counters), figures_of(model)
     stream = AnswerStream(
         tokenizer,
@@ -128,7 +135,7 @@ def generate_text(
         channels=find_channels(tokenizer) if splits_channels else None,
     )
     start_s = conductor.time.now_s
-    with _seeded(options.seed), _explained(model):
+    with _seeded(options.seed), _explained(model), watched(model, reading):
         output = model.generate(
             ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
@@ -306,10 +313,12 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     """Notes the time in seconds at which each step ended, and ends the answer when `should_stop` returns True."""
 
-    def __init__(self, should_stop: Callable[[], bool], clock: Clock) -> None:
+    def __init__(self, should_stop: Callable[[], bool], clock: Clock, reading: Reading | None) -> None:
         self.times_s: list[float] = []
-        self._should_stop, self._clock = should_stop, clock
+        self._should_stop, self._clock, self._reading = should_stop, clock, reading
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._reading is not None:
+            self._reading.done()
         self.times_s.append(self._clock.now_s)
         return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)

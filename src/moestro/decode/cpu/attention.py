@@ -130,6 +130,9 @@ class FusedAttention(Fused):
 
     def _takes(self, x: Tensor, given: Mapping[str, Any], most_tokens: int, *, reads_prompt: bool) -> bool:
         cache = given.get("past_key_values")
+        if not is_plain(cache, self.layer):
+            return False
+        past = length_of(cache, self.layer) if reads_prompt else None
         return (
             x.dim() == 3
             and x.shape[2] == self.width
@@ -137,8 +140,7 @@ class FusedAttention(Fused):
             and x.dtype == self.dtype
             and x.device.type == "cpu"
             and not x.requires_grad
-            and is_plain(cache, self.layer)
-            and reads(given.get("attention_mask"), *x.shape[:2], length_of(cache, self.layer) if reads_prompt else None)
+            and reads(given.get("attention_mask"), x.shape[0], x.shape[1], past)
             and self._turns(x, given.get("position_embeddings"))
             and ALL_ATTENTION_FUNCTIONS.get(self._implementation) is self._function
             and all(name in _ARGUMENTS or self._was_tried(name, value) for name, value in given.items())
