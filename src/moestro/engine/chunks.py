@@ -42,27 +42,31 @@ def chunk_for(model: Any, input_ids: torch.Tensor, given: Mapping[str, Any]) -> 
     """How many tokens of each row are read at a time; None where all are.
 
     Args:
-        input_ids: int64 [rows, tokens], of the whole text so far. given: the other arguments of the model.
+        input_ids: int64 [rows, tokens], of the whole text so far, or of what the cache lacks.
+        given: the other arguments of the model.
     """
     cache = given.get("past_key_values")
+    others = [value for key, value in given.items() if key not in _PLAIN]
     if cache is None or not can_be_chunked(model):
         return None
-    if any(value is not None and not isinstance(value, bool) for key, value in given.items() if key not in _PLAIN):
+    if not all(value is None or isinstance(value, bool) or value == {} for value in others):
         return None
     rows, length = input_ids.shape
-    new, plan = length - int(cache.get_seq_length()), model.moestro.gpu_plan
+    mask, past, plan = given.get("attention_mask"), int(cache.get_seq_length()), model.moestro.gpu_plan
+    is_whole = mask is None or mask.shape[-1] == length
+    new, length = (length - past, length) if is_whole else (length, past + length)
     if plan is not None:
         chunk = plan.chunk and max(1, plan.chunk // rows)
     else:
-        chunk = ram_chunk(model, rows, new, length, model.moestro.free_ram_bytes())
+        chunk = ram_chunk(model, rows, new, length, free_ram(model.moestro))
     return chunk if chunk and chunk < new else None
 
 
 def ram_chunk(model: Any, rows: int, new: int, context: int, free_bytes: int) -> int:
-    """The same for a model whose dense part is on the CPU, where so many bytes are free.
+    """How many tokens of each row a model on the CPU may read at a time.
 
     Args:
-        new: tokens of a row to read. context: tokens of a row in the end.
+        new: tokens of a row to read. context: tokens of a row in the end. free_bytes: of RAM, see `free_ram`.
     """
     config, spec = model.config.get_text_config(), model.moestro.spec
     top_k = next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), 8)
@@ -72,13 +76,15 @@ def ram_chunk(model: Any, rows: int, new: int, context: int, free_bytes: int) ->
 
     def fits(chunk: int) -> bool:
         need = shape.footprint(context, lambda tokens: 4 * tokens * hidden * top_k * _PARTS, chunk=chunk)
-        masks = 4 * chunk * context  # of bools, and what reads them
-        return need.kv_bytes * rows + need.prefill_bytes + masks <= free_bytes * RAM_SHARE
+        return need.kv_bytes * rows + need.prefill_bytes <= free_bytes * RAM_SHARE
 
     return max(1, min(new, largest_chunk(max(LEAST_CHUNK, most), fits) // rows))
 
 
-def free_ram(named_bytes: int | None, used_bytes: int) -> int:
-    """Bytes of RAM that a prompt may take: what is free, and no more than a budget leaves beside the model."""
-    free_bytes = available_ram_bytes()
-    return free_bytes if named_bytes is None else min(free_bytes, max(0, named_bytes - used_bytes))
+def free_ram(conductor: Any) -> int:
+    """Bytes of RAM that a prompt may take: those that are free, and no more than a budget leaves beside the model."""
+    free_bytes, named_bytes = available_ram_bytes(), conductor.ram_budget_bytes
+    if named_bytes is None:
+        return free_bytes
+    used_bytes = conductor.store.n_bytes + (0 if conductor.device.dense_on_gpu else conductor.spec.dense_bytes)
+    return int(min(free_bytes, max(0, named_bytes - used_bytes)))

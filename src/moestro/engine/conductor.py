@@ -32,7 +32,6 @@ from ..planning.contract import Costs, ModelSpec, Phase, Policy, StepInfo
 from ..planning.gpu_plan import GpuPlan
 from ..planning.timeline import Timeline
 from ..planning.view import TableView
-from .chunks import free_ram
 from .copies import Copies
 from .counters import Accounts, Counters, Listener
 from .forks import StepLock, only_here
@@ -240,12 +239,7 @@ class Conductor:
         """Whether a listener or a timeline wants each layer to pass through the conductor."""
         return self.listener is not None or self.timeline is not None
 
-    # What was done, and what there is.
-
-    def free_ram_bytes(self) -> int:
-        """Bytes of RAM that a prompt may take: those that are free, and no more than the budget leaves."""
-        dense_bytes = 0 if self.device.dense_on_gpu else self.spec.dense_bytes
-        return free_ram(self.ram_budget_bytes, self.store.n_bytes + dense_bytes)
+    # What was done.
 
     @property
     def counters(self) -> Counters:

@@ -67,7 +67,7 @@ class Need:
         return measure(self.model, self.math, context, self.device, chunk)
 
     def estimated(self, context: int, chunk: int | None = None) -> Footprint:
-        """The same need by arithmetic on the config."""
+        """The need of so many tokens by arithmetic on the config; chunk: as in `measured`."""
         with META:
             return _estimate(self.model, self.math, context, self.device, chunk)
 

@@ -128,8 +128,12 @@ class TextShape:
             beside = tokens * (self.item_bytes * self.hidden * self.streams + 4 * self.linear)
             return beside + max(attention, experts) + _LOGIT_BYTES * self.vocabulary + uncut_bytes
 
-        read_at_once = context if chunk is None else min(chunk, context)
-        return Footprint(context, kv_bytes, activation_bytes(read_at_once), activation_bytes(1), measured=False)
+        if chunk is None or chunk >= context:
+            prefill_bytes = activation_bytes(context)
+        else:  # a later chunk has a mask, of bools and of numbers, and a cache that is made longer
+            masks = chunk * context * (2 + self.item_bytes)
+            prefill_bytes = activation_bytes(chunk) + masks + longer_bytes
+        return Footprint(context, kv_bytes, prefill_bytes, activation_bytes(1), measured=False)
 
 
 def expert_workspace(spec: ModelSpec) -> Callable[[int], int]:
