@@ -79,7 +79,7 @@ def bench_attention(
     options: Options,
     dtypes: Annotated[
         list[str] | None,
-        unset("NAME", "Only caches of this dtype; may be given several times.", "bf16, fp32", "--dtype"),
+        unset("NAME", "Only caches of this dtype; may be given several times.", "bf16, fp32", "--kv-dtype"),
     ] = None,
     cached: Annotated[
         list[int] | None,

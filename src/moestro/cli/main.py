@@ -82,7 +82,7 @@ def run(
 
     from ..loading.timing import process_s, timing
     from ..text.files import writable
-    from ..text.generation import encode, generate_text
+    from ..text.generation import check_context, encode, generate_text
     from .replay import timed, traced
 
     target = None if trace is None else writable(trace)
@@ -91,7 +91,8 @@ def run(
     with timing() as times:
         imports_s = process_s()
         loaded, tokenizer = _load(model, source, engine, quiet=as_json)
-    encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
+    ids = encode(tokenizer, text)  # before the text is printed, since it may be refused
+    check_context(loaded, len(ids), options.max_new_tokens, options.num_beams or 1)
     if not as_json:
         print(text, end="", flush=True)
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):

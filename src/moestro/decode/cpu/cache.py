@@ -32,8 +32,8 @@ class _Storage:
 
     __slots__ = ("key_room", "value_room", "written")
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.key_room, self.value_room = _with_room(keys), _with_room(values)
+    def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        self.key_room, self.value_room = _with_room(keys, tokens), _with_room(values, tokens)
         self.written = keys.shape[2]
 
     def is_free_behind(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
@@ -102,7 +102,7 @@ def grow(cache: Any, index: int, tokens: int) -> tuple[Tensor, Tensor]:
     layer = cache.layers[index]
     storage: _Storage | None = getattr(layer, "_moestro_storage", None)
     if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
-        storage = layer._moestro_storage = _Storage(layer.keys, layer.values)
+        storage = layer._moestro_storage = _Storage(layer.keys, layer.values, tokens)
     layer.keys, layer.values = storage.take(tokens)
     return layer.keys, layer.values
 
@@ -117,8 +117,9 @@ def _alike(part: Tensor, room: Tensor) -> bool:
     return part.shape[:2] == room.shape[:2] and part.shape[3] == room.shape[3] and part.stride() == room.stride()
 
 
-def _with_room(part: Tensor) -> Tensor:
+def _with_room(part: Tensor, tokens: int) -> Tensor:
+    """A larger tensor that begins with part's contents and has room for so many more tokens at least."""
     length = part.shape[-2]
-    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2), part.shape[3]))
+    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2, tokens), part.shape[3]))
     storage[:, :, :length] = part
     return storage
