@@ -1,4 +1,4 @@
-// Few tokens through an attention layer: what stands before its cache, and the cache itself.
+// Tokens through an attention layer, few or a prompt's: what stands before its cache, and the cache itself.
 #pragma once
 
 #include "run.h"
@@ -12,7 +12,7 @@ struct CachePlace {
   int64_t sequences, length, apart, between;
 };
 
-// What a token sees of its sequence's cache: the tokens [begin, end), of which the last is itself.
+// What a token sees of its sequence's cache: the tokens [begin, end), of which the last is itself. Padding sees none.
 struct Seen {
   int64_t sequence, begin, end;
 };

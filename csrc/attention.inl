@@ -23,13 +23,35 @@ void rotate_row(const Input& x, void* out, int64_t head, const float* cosine, co
   write_row(row, nullptr, x.width, x.type, out, 0);
 }
 
+// Queries of a tile, and vectors beside each: as many sums as leave registers for what they are made of.
+constexpr int kTileQueries = 6, kTileVectors = V::kRegisters >= 32 ? 4 : 2;
+constexpr int64_t kTileKeys = kTileVectors * W;
+
+// Memory that is asked for a line at a time, between what is computed: the loads that come later find it near.
+struct Ahead {
+  const uint8_t *at = nullptr, *end = nullptr;
+
+  template <int Lines>
+  void ask() {
+    for (int i = 0; i < Lines && at < end; ++i, at += moestro::kLineBytes) {
+#if defined(__GNUC__)
+      __builtin_prefetch(at, 0, 2);
+#endif
+    }
+  }
+};
+// In each step of a loop over a tile, so that as many bytes are asked for as the tile of that type has.
+template <class Reader>
+constexpr int lines_of_step() { return kTileKeys * Reader::kBytes > moestro::kLineBytes ? kTileKeys * Reader::kBytes / moestro::kLineBytes : 1; }
+
 // out += p values for Q queries and N vectors of the columns, p [Q, p_apart], values [count, d].
 template <int Q, int N, class Reader>
-inline void weigh_tile(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out) {
+inline void weigh_tile(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out, Ahead& ahead) {
   V acc[Q][N];
   for (int q = 0; q < Q; ++q)
     for (int n = 0; n < N; ++n) acc[q][n] = V::load(out + q * d + n * W);
   for (int64_t s = 0; s < count; ++s) {
+    ahead.ask<lines_of_step<Reader>()>();
     V value[N];
     for (int n = 0; n < N; ++n) value[n] = read.load(values + s * d * read.kBytes, n * W);
     for (int q = 0; q < Q; ++q) {
@@ -39,13 +61,6 @@ inline void weigh_tile(Reader read, const float* p, int64_t p_apart, const uint8
   }
   for (int q = 0; q < Q; ++q)
     for (int n = 0; n < N; ++n) acc[q][n].store(out + q * d + n * W);
-}
-
-template <int Q, class Reader>
-inline void weigh(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out) {
-  int64_t i = 0;
-  for (; i + 4 * W <= d; i += 4 * W) weigh_tile<Q, 4>(read, p, p_apart, values + i * read.kBytes, count, d, out + i);
-  for (; i < d; i += W) weigh_tile<Q, 1>(read, p, p_apart, values + i * read.kBytes, count, d, out + i);
 }
 
 // p = exp(scores * scaling - their largest) in place, zeros up to a whole panel; returns the largest, fills the sum.
@@ -77,41 +92,133 @@ inline float soften(float* scores, int64_t count, float scaling, float* total) {
   return largest;
 }
 
-constexpr int kAttendQueries = V::kRegisters >= 32 && VP == 1 ? 4 : V::kRegisters >= 16 ? 2 : 1;  // of a tile
-constexpr int kAttendKeys = VP == 1 ? 4 : 2;
-constexpr int64_t kNearTokens = 64;  // whose values stay in a core's first cache while all queries take them
+// Calls do_one(Q, q) for tiles of n queries from q on, nearly equal ones.
+template <int Q = kTileQueries, class Do>
+inline void with_count(int64_t count, int64_t q, Do do_one) {
+  if (count == Q) return do_one(std::integral_constant<int, Q>(), q);
+  if constexpr (Q > 1) with_count<Q - 1>(count, q, do_one);
+}
+template <class Do>
+inline void tile_queries(int64_t n, Do do_one) {
+  int64_t left = (n + kTileQueries - 1) / kTileQueries;
+  for (int64_t q = 0; q < n; --left) {
+    const int64_t count = (n - q + left - 1) / left;
+    with_count(count, q, do_one);
+    q += count;
+  }
+}
+
+// kTileKeys rows of d elements as float32 [d, kTileKeys].
+template <class Reader>
+inline void turn(Reader, const uint8_t* rows, int64_t d, float* to) {
+  constexpr int kOfUnit = 4 / Reader::kBytes;  // elements in 32 bits
+  const int64_t row = d * Reader::kBytes;
+  for (int64_t s = 0; s < kTileKeys; s += W) {
+    for (int64_t i = 0; i < d; i += 4 * kOfUnit) {
+      I columns[4];
+      load_columns(rows + s * row + i * Reader::kBytes, row, columns);
+      for (int j = 0; j < 4; ++j) {
+        float* at = to + (i + j * kOfUnit) * kTileKeys + s;
+        Reader::first(columns[j]).store(at);
+        if constexpr (kOfUnit == 2) Reader::second(columns[j]).store(at + kTileKeys);
+      }
+    }
+  }
+}
+
+// The same for [count, d] of keys, with zeros behind the last of them; `room` is for kTileKeys of them.
+template <class Reader>
+inline void turn_keys(Reader read, const uint8_t* keys, int64_t count, int64_t d, float* room, float* to) {
+  if (count >= kTileKeys) return turn(read, keys, d, to);
+  uint8_t* whole = reinterpret_cast<uint8_t*>(room);
+  memcpy(whole, keys, count * d * read.kBytes);
+  memset(whole + count * d * read.kBytes, 0, (kTileKeys - count) * d * read.kBytes);
+  turn(read, whole, d, to);
+}
+
+// scores[q, s] = queries[q] . keys[s], each in one sum in the order of d, for keys as `turn` leaves them.
+template <int Q, int Lines>
+inline void score_tile(const float* queries, const float* keys, int64_t d, float* scores, int64_t apart, Ahead& ahead) {
+  V acc[Q][kTileVectors];
+  for (auto& of_query : acc)
+    for (V& a : of_query) a = V::zero();
+  for (int64_t i = 0; i < d; ++i) {
+    ahead.ask<Lines>();
+    V key[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) key[v] = V::load(keys + i * kTileKeys + v * W);
+    for (int q = 0; q < Q; ++q) {
+      const V x = V::set(queries[q * d + i]);
+      for (int v = 0; v < kTileVectors; ++v) acc[q][v] = fma(x, key[v], acc[q][v]);
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < kTileVectors; ++v) acc[q][v].store(scores + q * apart + v * W);
+}
+
+// out += p values for Q queries, p [Q, p_apart], values [count, d]; each in the order of the values.
+template <int Q, class Reader>
+inline void weigh(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out, Ahead& ahead) {
+  int64_t i = 0;
+  for (; i + kTileVectors * W <= d; i += kTileVectors * W)
+    weigh_tile<Q, kTileVectors>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
+  for (; i < d; i += W) weigh_tile<Q, 1>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
+}
+
+// The same for values [first, first + count) of those that each query sees, which is given nothing of the others.
+template <int Q, class Reader>
+inline void weigh_seen(Reader read, const moestro::Attend& a, int64_t q, int64_t apart, const uint8_t* values, int64_t first,
+                       int64_t count, Ahead& ahead) {
+  const auto of = [&](int i) { return a.seen[q + i] - first < count ? a.seen[q + i] - first : count; };
+  int64_t all = count;
+  for (int i = 0; i < Q; ++i) all = of(i) < all ? of(i) : all;
+  all = all > 0 ? all : 0;
+  const float* p = a.scores + q * apart + first;
+  float* out = a.out + q * a.d;
+  if (all > 0) weigh<Q>(read, p, apart, values, all, a.d, out, ahead);
+  for (int i = 0; i < Q; ++i)
+    if (of(i) > all) weigh<1>(read, p + i * apart + all, apart, values + all * a.d * read.kBytes, of(i) - all, a.d, out + i * a.d, ahead);
+}
+
+constexpr int64_t kNear = moestro::kNearTokens;
+static_assert(kNear % kTileKeys == 0, "a tile of keys is part of what is near");
 
 // Each number is summed in an order that depends neither on the other queries nor on how they are cut into tiles.
 void attend(const moestro::Attend& a) {
-  const int64_t wide = moestro::round_up(a.count, kPanel), d = a.d;
+  const int64_t wide = moestro::round_up(a.count, kNear), d = a.d;
+  float *turned = a.near, *copied = turned + kNear * d;
   with_reader(a.type, [&](auto read) {
     const int64_t row = d * read.kBytes;
-    const auto dots = [&](auto keys, int64_t s) {
-      constexpr int S = decltype(keys)::value;
-      int64_t q = 0;
-      for (; q + kAttendQueries <= a.n; q += kAttendQueries)
-        dot_tile<kAttendQueries, S>(read, a.queries + q * d, d, a.keys + s * row, d, a.scores + q * wide + s, wide);
-      for (; q < a.n; ++q) dot_tile<1, S>(read, a.queries + q * d, d, a.keys + s * row, d, a.scores + q * wide + s, wide);
+    // Those rows of keys or values from s on, or what comes behind the last.
+    const auto ahead_of = [&](const uint8_t* rows, int64_t s, int64_t most, const uint8_t* behind, int64_t count) {
+      const uint8_t* from = s < a.count ? rows + s * row : behind;
+      const int64_t n = s < a.count ? (a.count - s < most ? a.count - s : most) : count;
+      return from ? Ahead{from, from + n * row} : Ahead{};
     };
-    int64_t s = 0;
-    for (; s + kAttendKeys <= a.count; s += kAttendKeys) dots(std::integral_constant<int, kAttendKeys>(), s);
-    for (; s < a.count; ++s) dots(std::integral_constant<int, 1>(), s);
+    for (int64_t s = 0; s < a.count; s += kTileKeys) {
+      Ahead ahead = ahead_of(a.keys, s + kTileKeys, kTileKeys, a.values, a.count < kNear ? a.count : kNear);
+      turn_keys(read, a.keys + s * row, a.count - s, d, copied, turned);
+      tile_queries(a.n, [&](auto tile, int64_t q) {
+        constexpr int Q = decltype(tile)::value;
+        bool sees = false;
+        for (int i = 0; i < Q; ++i) sees |= a.seen[q + i] > s;
+        if (sees) score_tile<Q, lines_of_step<decltype(read)>()>(a.queries + q * d, turned, d, a.scores + q * wide + s, wide, ahead);
+      });
+    }
     for (int64_t q = 0; q < a.n; ++q) {
       a.most[q] = -INFINITY, a.total[q] = 0;
       if (a.seen[q] > 0) a.most[q] = soften(a.scores + q * wide, a.seen[q], a.scaling, a.total + q);
       for (int64_t i = 0; i < d; ++i) a.out[q * d + i] = 0;
     }
-    for (int64_t near = 0; near < a.count; near += kNearTokens) {
-      const uint8_t* values = a.values + near * row;
-      for (int64_t q = 0; q < a.n;) {
-        const int64_t left = a.seen[q] - near, count = left < kNearTokens ? left : kNearTokens;
-        const float* p = a.scores + q * wide + near;
-        bool alike = q + kAttendQueries <= a.n;  // a query is given nothing of tokens that it does not see
-        for (int i = 1; alike && i < kAttendQueries; ++i) alike = a.seen[q + i] == a.seen[q];
-        if (alike) weigh<kAttendQueries>(read, p, wide, values, count, d, a.out + q * d);
-        else weigh<1>(read, p, wide, values, count, d, a.out + q * d);
-        q += alike ? kAttendQueries : 1;
-      }
+    const bool copies = a.type != Type::kFp32 && a.n > 2 * kTileQueries;  // converted once for all tiles of queries
+    for (int64_t s = 0; s < a.count; s += kNear) {
+      const int64_t count = a.count - s < kNear ? a.count - s : kNear;
+      Ahead ahead = ahead_of(a.values, s + kNear, kNear, a.likely_next, kTileKeys);
+      for (int64_t i = 0; copies && i < count * d; i += W) read.load(a.values + s * row, i).store(copied + i);
+      tile_queries(a.n, [&](auto tile, int64_t q) {
+        constexpr int Q = decltype(tile)::value;
+        if (copies) weigh_seen<Q>(ReadFp32(), a, q, wide, reinterpret_cast<const uint8_t*>(copied), s, count, ahead);
+        else weigh_seen<Q>(read, a, q, wide, a.values + s * row, s, count, ahead);
+      });
     }
   });
 }

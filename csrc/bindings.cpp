@@ -180,10 +180,11 @@ void make_attention(Attention* self, const Linear& q, const Linear& k, const Lin
 struct GivenStep {
   Step step;
   std::vector<Seen> seen;
-  explicit GivenStep(int64_t tokens) : step{tokens, nullptr, nullptr, nullptr, 0} {
-    require(tokens >= 1 && tokens <= kMostStepTokens, "not 1 to 64 tokens");
+  explicit GivenStep(int64_t tokens, int64_t most = kMostStepTokens) : step{tokens, nullptr, nullptr, nullptr, 0} {
+    if (tokens < 1 || tokens > most) throw std::invalid_argument("not 1 to " + std::to_string(most) + " tokens");
   }
-  GivenStep(const Attention& attention, int64_t tokens, nb::handle cosine_of, nb::handle sine_of) : GivenStep(tokens) {
+  GivenStep(const Attention& attention, int64_t tokens, nb::handle cosine_of, nb::handle sine_of, int64_t most = kMostStepTokens)
+      : GivenStep(tokens, most) {
     const Array from(cosine_of, "cosine");
     require(from.count() % tokens == 0, "cosine: not as many for each token");
     const int64_t turned = from.count() / tokens;
@@ -193,7 +194,8 @@ struct GivenStep {
   }
 
   // What each token sees of a cache: `given`, int64 [T, 2], or all up to itself, the step's own being the last there.
-  void see(const CachePlace& cache, nb::handle given) {
+  // least: how many it sees at least.
+  void see(const CachePlace& cache, nb::handle given, int64_t least = 1) {
     const int64_t T = step.tokens, B = cache.sequences, S = cache.length;
     require(T % B == 0, "x: not as many tokens of each of the cache's sequences");
     const int64_t own = T / B;
@@ -203,7 +205,7 @@ struct GivenStep {
     for (int64_t t = 0; t < T; ++t) {
       Seen one{t / own, 0, S - own + t % own + 1};
       if (ranges != nullptr) one.begin = ranges[2 * t], one.end = ranges[2 * t + 1];
-      require(0 <= one.begin && one.begin < one.end && one.end <= S, "seen: not a range of the cache");
+      require(0 <= one.begin && one.begin <= S && one.begin + least <= one.end && one.end <= S, "seen: not a range of the cache");
       seen.push_back(one);
     }
     step.seen = seen.data();
@@ -236,7 +238,7 @@ void project(const Attention& self, Runner& runner, const std::string& level_nam
   const Array given(x, "x");
   const int64_t T = given.rows_of(self.q.columns);
   const void* from = given.numbers(self.type, given.count());
-  const GivenStep of(self, T, cosine, sine);
+  const GivenStep of(self, T, cosine, sine, kMostPromptTokens);
   void* q_out = Array(q, "q").numbers(self.type, T * self.q.rows);
   void* k_out = Array(k, "k").numbers(self.type, T * self.k.rows);
   void* v_out = Array(v, "v").numbers(self.type, T * self.v.rows);
@@ -251,8 +253,8 @@ void attend(const Attention& self, Runner& runner, const std::string& level_name
   const int64_t T = given.rows_of(self.q.rows);
   const void* from = given.numbers(self.type, given.count());
   const CachePlace cache = place_of(self, keys, values);
-  GivenStep of(T);
-  of.see(cache, seen);
+  GivenStep of(T, kMostPromptTokens);
+  of.see(cache, seen, 0);
   void* to = Array(out, "out").numbers(self.type, T * self.q.rows);
   nb::gil_scoped_release release;
   self.attend(runner, level, from, cache, of.step, to);
@@ -392,10 +394,23 @@ std::vector<std::pair<std::string, bool>> levels() {
   return result;
 }
 
+// Runs what Python has to do for signals, on its main thread alone; whether one raised, as Ctrl-C does.
+bool python_says_stop() {
+  nb::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // pools live as long as the process
+  ask_whether_to_stop(python_says_stop);
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const Interrupted&) {  // Python's own exception is set already
+    }
+  });
   nb::enum_<Type>(m, "Type").value("fp32", Type::kFp32).value("fp16", Type::kFp16).value("bf16", Type::kBf16);
   nb::enum_<Code>(m, "Code")
       .value("FP32", Code::kFp32).value("FP16", Code::kFp16).value("BF16", Code::kBf16).value("S8", Code::kS8)

@@ -14,6 +14,7 @@ namespace moestro {
 constexpr int64_t kMostSize = int64_t{1} << 28;  // of a dimension, so that no product of two and a few bytes overflows
 constexpr int64_t kMostThreads = 1024;
 constexpr int64_t kMostStepTokens = 64;  // of what is computed by whole layers
+constexpr int64_t kMostPromptTokens = int64_t{1} << 20;  // of attention
 
 inline void require(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(what);

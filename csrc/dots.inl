@@ -6,16 +6,21 @@ struct ReadFp32 {
   static constexpr int kBytes = 4;
   static V load(const uint8_t* p, int64_t i) { return V::load(reinterpret_cast<const float*>(p) + i); }
   static float one(const uint8_t* p, int64_t i) { return reinterpret_cast<const float*>(p)[i]; }
+  static V first(I unit) { return float_of(unit); }  // the elements of 32 bits
 };
 struct ReadFp16 {
   static constexpr int kBytes = 2;
   static V load(const uint8_t* p, int64_t i) { return V::load_fp16(p + 2 * i); }
   static float one(const uint8_t* p, int64_t i) { return scalar_from_fp16(reinterpret_cast<const uint16_t*>(p)[i]); }
+  static V first(I unit) { return even_fp16(unit); }
+  static V second(I unit) { return odd_fp16(unit); }
 };
 struct ReadBf16 {
   static constexpr int kBytes = 2;
   static V load(const uint8_t* p, int64_t i) { return V::load_bf16(p + 2 * i); }
   static float one(const uint8_t* p, int64_t i) { return scalar_from_bf16(reinterpret_cast<const uint16_t*>(p)[i]); }
+  static V first(I unit) { return even_bf16(unit); }
+  static V second(I unit) { return odd_bf16(unit); }
 };
 
 // Calls do_with(reader) with the reader of that type.

@@ -153,6 +153,8 @@ inline int64_t segment_blocks(const Shape& shape, int64_t n) {
   return blocks < least ? least : blocks > most ? most : blocks;
 }
 
+constexpr int64_t kNearTokens = 64;  // whose keys, and then values, stay in a core's first caches while all queries take them
+
 // Some queries against keys and values that they share.
 struct Attend {
   const float* queries;          // [n, d]
@@ -162,7 +164,9 @@ struct Attend {
   int64_t count;
   const int64_t* seen;           // [n]: how many of the tokens, from the first on, a query sees
   float scaling;
-  float* scores;                 // [n, count rounded up to a panel], scratch
+  float* scores;                 // [n, count rounded up to kNearTokens], scratch
+  float* near;                   // [2, kNearTokens, d], scratch
+  const uint8_t* likely_next;    // keys that the thread will probably read next, or none
   float *out, *most, *total;     // [n, d]: sums of values times exp(score - most), and [n] each: most, and these weights' sum
 };
 

@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include <chrono>
-
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
@@ -36,6 +34,8 @@ void pin_to(int cpu) {
 }
 
 std::atomic<int> fork_count{0};
+std::atomic<bool (*)()> stop_asked{nullptr};
+constexpr std::chrono::milliseconds kAskEvery{50};
 
 #if !defined(_WIN32)
 [[maybe_unused]] const int counts_forks = pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); });
@@ -44,6 +44,7 @@ std::atomic<int> fork_count{0};
 }  // namespace
 
 int forks() { return fork_count.load(); }
+void ask_whether_to_stop(bool (*ask)()) { stop_asked.store(ask); }
 
 Pool::Pool(int threads, const std::vector<int>& cpus, int spin_us) : spin_us_(spin_us) {
   for (int i = 1; i < threads; ++i) {
@@ -75,13 +76,30 @@ void Pool::run(int count, const std::function<void(int, int)>& task) {
     call_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  take_items(0);
+  const bool stopped = take_items_until_told();
   // Every worker passes through each call, so no task outlives it. The last items are short: spin.
   for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
     if (spins < 20000) relax();
     else std::this_thread::yield();
   }
   task_ = nullptr;
+  if (stopped) throw Interrupted();
+}
+
+// The caller's own items; then true where it was told to stop, and no thread takes any more.
+bool Pool::take_items_until_told() {
+  bool (*const ask)() = stop_asked.load();
+  auto next_time = std::chrono::steady_clock::now() + kAskEvery;
+  for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+    (*task_)(i, 0);
+    if (ask == nullptr || std::chrono::steady_clock::now() < next_time) continue;
+    if (ask()) {
+      next_.store(count_, std::memory_order_relaxed);
+      return true;
+    }
+    next_time = std::chrono::steady_clock::now() + kAskEvery;
+  }
+  return false;
 }
 
 void Pool::take_items(int thread) {

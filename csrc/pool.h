@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -16,6 +17,12 @@ namespace moestro {
 
 // How many forks this process is away from the one that loaded these kernels. Of a pool, a child has no thread.
 int forks();
+
+// What a call throws that was told to stop; what it had begun is not done.
+struct Interrupted {};
+
+// Asks whether the calling thread is to stop, every 50 ms of a call and only from the thread that made it. Of the process.
+void ask_whether_to_stop(bool (*ask)());
 
 class Pool {
  public:
@@ -28,12 +35,13 @@ class Pool {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Runs task(i, thread) for each i in [0, count), each once, on any thread; returns when all are done.
-  // One call at a time: a second caller waits.
+  // One call at a time: a second caller waits. Throws Interrupted.
   void run(int count, const std::function<void(int, int)>& task);
 
  private:
   void work(int thread, int cpu);
   void take_items(int thread);
+  bool take_items_until_told();
 
   std::vector<std::thread> workers_;
   std::mutex one_call_, mutex_;

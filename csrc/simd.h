@@ -157,6 +157,25 @@ inline V even_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sl
 inline V odd_half(I a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(a.v, 16))}; }
 inline V even_bf16(I a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 inline V odd_bf16(I a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(-65536)))}; }
+inline V even_fp16(I a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
+inline V odd_fp16(I a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)))}; }
+inline V float_of(I a) { return {_mm512_castsi512_ps(a.v)}; }
+// Four columns of 32 bits from as many rows, so many bytes apart, as a vector has lanes. Rows are loaded where they end
+// up, four of them side by side, so that a column needs two shuffles and not four.
+inline void load_columns(const uint8_t* p, int64_t apart, I (&columns)[4]) {
+  const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * apart)); };
+  __m512i r[4];
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_castsi128_si512(row(j));
+    r[j] = _mm512_mask_broadcast_i32x4(r[j], 0x00F0, row(j + 4));
+    r[j] = _mm512_mask_broadcast_i32x4(r[j], 0x0F00, row(j + 8));
+    r[j] = _mm512_mask_broadcast_i32x4(r[j], 0xF000, row(j + 12));
+  }
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpacklo_epi32(r[2], r[3]);
+  const __m512i c = _mm512_unpackhi_epi32(r[0], r[1]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  columns[0] = {_mm512_unpacklo_epi64(a, b)}, columns[1] = {_mm512_unpackhi_epi64(a, b)};
+  columns[2] = {_mm512_unpacklo_epi64(c, d)}, columns[3] = {_mm512_unpackhi_epi64(c, d)};
+}
 inline V pow2i(V n) {  // 2^n for whole n
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
@@ -262,6 +281,21 @@ inline V even_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sl
 inline V odd_half(I a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(a.v, 16))}; }
 inline V even_bf16(I a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
 inline V odd_bf16(I a) { return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(-65536)))}; }
+inline V halves_of(__m256i a) {  // the low 16 bits of each lane
+  return {_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)))};
+}
+inline V even_fp16(I a) { return halves_of(_mm256_and_si256(a.v, _mm256_set1_epi32(0xFFFF))); }
+inline V odd_fp16(I a) { return halves_of(_mm256_srli_epi32(a.v, 16)); }
+inline V float_of(I a) { return {_mm256_castsi256_ps(a.v)}; }
+inline void load_columns(const uint8_t* p, int64_t apart, I (&columns)[4]) {
+  const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * apart)); };
+  __m256i r[4];
+  for (int j = 0; j < 4; ++j) r[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(j)), row(j + 4), 1);
+  const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpacklo_epi32(r[2], r[3]);
+  const __m256i c = _mm256_unpackhi_epi32(r[0], r[1]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+  columns[0] = {_mm256_unpacklo_epi64(a, b)}, columns[1] = {_mm256_unpackhi_epi64(a, b)};
+  columns[2] = {_mm256_unpacklo_epi64(c, d)}, columns[3] = {_mm256_unpackhi_epi64(c, d)};
+}
 inline V pow2i(V n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
 }
@@ -339,6 +373,18 @@ inline V even_half(I a) { return {vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(a.v, 16)
 inline V odd_half(I a) { return {vcvtq_f32_s32(vshrq_n_s32(a.v, 16))}; }
 inline V even_bf16(I a) { return {vreinterpretq_f32_s32(vshlq_n_s32(a.v, 16))}; }
 inline V odd_bf16(I a) { return {vreinterpretq_f32_s32(vandq_s32(a.v, vdupq_n_s32(-65536)))}; }
+inline V halves_of(uint32x4_t a) { return {vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a)))}; }  // low 16 bits of each lane
+inline V even_fp16(I a) { return halves_of(vreinterpretq_u32_s32(a.v)); }
+inline V odd_fp16(I a) { return halves_of(vshrq_n_u32(vreinterpretq_u32_s32(a.v), 16)); }
+inline V float_of(I a) { return {vreinterpretq_f32_s32(a.v)}; }
+inline void load_columns(const uint8_t* p, int64_t apart, I (&columns)[4]) {
+  const auto row = [&](int j) { return I::load(p + j * apart).v; };
+  const int32x4x2_t a = vtrnq_s32(row(0), row(1)), b = vtrnq_s32(row(2), row(3));
+  for (int i = 0; i < 2; ++i) {
+    columns[i] = {vcombine_s32(vget_low_s32(a.val[i]), vget_low_s32(b.val[i]))};
+    columns[i + 2] = {vcombine_s32(vget_high_s32(a.val[i]), vget_high_s32(b.val[i]))};
+  }
+}
 inline V pow2i(V n) {
   return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
 }
@@ -418,6 +464,12 @@ inline V even_half(I a) { return {static_cast<float>(a.even())}; }
 inline V odd_half(I a) { return {static_cast<float>(a.odd())}; }
 inline V even_bf16(I a) { return {float_of_bits(static_cast<uint32_t>(a.v) << 16)}; }
 inline V odd_bf16(I a) { return {float_of_bits(static_cast<uint32_t>(a.v) & 0xFFFF0000u)}; }
+inline V even_fp16(I a) { return {scalar_from_fp16(static_cast<uint16_t>(a.v))}; }
+inline V odd_fp16(I a) { return {scalar_from_fp16(static_cast<uint16_t>(static_cast<uint32_t>(a.v) >> 16))}; }
+inline V float_of(I a) { return {float_of_bits(static_cast<uint32_t>(a.v))}; }
+inline void load_columns(const uint8_t* p, int64_t, I (&columns)[4]) {
+  for (int j = 0; j < 4; ++j) columns[j] = I::load(p + 4 * j);
+}
 inline V pow2i(V n) { return {ldexpf(1.0f, static_cast<int>(n.v))}; }
 inline V store_int16(V a, int16_t* p) {
   *p = fabsf(a.v) < 32767.5f ? static_cast<int16_t>(nearbyintf(a.v)) : 0;  // NaN is no integer

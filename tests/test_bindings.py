@@ -283,11 +283,21 @@ def _rotary(m: Memory) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
     return {"cosine": numbers(m, STEP, HEAD), "sine": numbers(m, STEP, HEAD)}, {"cosine": wrong, "sine": wrong}
 
 
-def _seen(m: Memory) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
-    """What each token sees of the cache, and ranges that are none of it."""
-    good = torch.tensor([[0, LENGTH - 1], [0, LENGTH], [3, LENGTH - 1], [3, LENGTH]])
-    wrong = []
-    for bad in ([0, LENGTH + 1], [-1, 3], [3, 3], [4, 3], [0, 0], [0, 2**40], [-(2**62), 2], [0, -(2**63)]):
+def _seen(m: Memory, *, padded: bool = False) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    """What each token sees of the cache, and ranges that are none of it; padding may see nothing."""
+    good = torch.tensor([[0, 0] if padded else [0, LENGTH - 1], [0, LENGTH], [3, LENGTH - 1], [3, LENGTH]])
+    wrong, empty = [], [] if padded else [[3, 3], [0, 0]]
+    beside = (
+        [0, LENGTH + 1],
+        [LENGTH + 1, LENGTH + 1],
+        [-1, 3],
+        [-1, -1],
+        [4, 3],
+        [0, 2**40],
+        [-(2**62), 2],
+        [0, -(2**63)],
+    )
+    for bad in (*beside, *empty):
         changed = good.clone()
         changed[int(torch.randint(0, STEP, ()))] = torch.tensor(bad)
         wrong.append(m.hold(changed))
@@ -313,7 +323,7 @@ def _(m: Memory) -> Row:
 
 @row("Attention.attend")
 def _(m: Memory) -> Row:
-    seen, wrong = _seen(m)
+    seen, wrong = _seen(m, padded=True)
     query, out = numbers(m, STEP, HEADS * HEAD), numbers(m, STEP, HEADS * HEAD)
     values = {"runner": runner(), "level": "", "query": query, "keys": cache(m), "values": cache(m), **seen}
     wrong |= NO_RUNNER | {"keys": wrong_caches(m), "values": wrong_caches(m)}

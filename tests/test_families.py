@@ -30,10 +30,11 @@ from families import (
 )
 from moestro import MoestroConfig, load
 from moestro.compute.cpu import CpuExperts
+from moestro.engine import chunks
+from moestro.engine.chunks import REREAD, can_be_chunked
 from moestro.engine.families import expert_modules
 from moestro.loading.build import home
 from moestro.memory.formats import ExpertFormat, UnpackedExpert
-from moestro.text.chat import REREAD
 from moestro.text.tracing import listening
 
 DOC = Path(__file__).parents[1] / "docs" / "models.md"
@@ -126,6 +127,12 @@ def test_parity(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(model.generate(ids, **greedy), expected_tokens)
         assert conductor.counters.layer_steps == experts_calls(family, reference) * (1 + NEW_TOKENS)
         assert _appending_works(model, ids) or model.config.model_type in REREAD
+        before = conductor.counters.layer_steps
+        with monkeypatch.context() as patch:
+            patch.setattr(chunks, "ram_chunk", lambda *_: 3)
+            assert torch.equal(model.generate(ids, **greedy), expected_tokens)
+        prompts = -(-ids.shape[1] // 3) if can_be_chunked(model) else 1
+        assert conductor.counters.layer_steps - before == experts_calls(family, reference) * (prompts + NEW_TOKENS - 1)
 
     next(zeroing)
     broken = model(ids).logits

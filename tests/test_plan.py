@@ -24,6 +24,7 @@ from moestro.loading.random_model import shape_config
 from moestro.memory.formats import FORMATS
 from moestro.planning import text_shape as closed
 from moestro.planning.budget import Budget
+from moestro.planning.chunks import LEAST_CHUNK
 from moestro.planning.contract import LayerSpec, ModelSpec
 from moestro.planning.plan import Facts, Formats, Plan, make_plan
 from moestro.planning.policies import POLICIES
@@ -192,10 +193,13 @@ def test_it_is_said_where_measuring_changes_the_verdict(caplog: pytest.LogCaptur
     device = make_device("emulated", None)
     config = MoestroConfig(device="emulated", policy="lru", threads=1)
     tight = building.plan_for(_on_meta(), config, device).gpu
+    for _ in range(2):  # what is needed for whole prompts, then for the chunks that this leaves room for
+        assert tight is not None
+        named = {"gpu_memory": tight.needed_bytes, "context": tight.context}
+        config = MoestroConfig(device="emulated", policy="lru", threads=1, **named)
+        tight = building.plan_for(_on_meta(), config, device).gpu
     assert tight is not None
-    config = MoestroConfig(
-        device="emulated", policy="lru", threads=1, gpu_memory=tight.needed_bytes, context=tight.context
-    )
+    assert tight.chunk == LEAST_CHUNK
     with caplog.at_level(logging.INFO, "moestro"):
         building.plan_for(_on_meta(), config, device)
     fits = f"{tight.context} tokens fit"

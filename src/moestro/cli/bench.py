@@ -72,6 +72,40 @@ def bench_kernels(
         print(f"left out: {', '.join(map(str, left_out))} tokens; --full has them, and {FULL_ROUNDS} rounds")
 
 
+@bench.command("attention", epilog="Example: moestro bench attention --shape qwen3-30b-a3b --queries 512 --rounds 1")
+@takes_options(only=("shapes", "threads"))
+def bench_attention(
+    measured: ShapeOptions,
+    options: Options,
+    dtypes: Annotated[
+        list[str] | None,
+        unset("NAME", "Only caches of this dtype; may be given several times.", "bf16, fp32", "--kv-dtype"),
+    ] = None,
+    cached: Annotated[
+        list[int] | None,
+        unset("N", "Tokens in the cache; may be given several times.", "4096, 16384", min=1),
+    ] = None,
+    queries: Annotated[
+        list[int] | None,
+        unset("N", "New tokens of a step or of a chunk; may be given several times.", "1, 4, 16, 512", min=1),
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds to take medians of.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Time attention over long caches, beside this machine's read and FMA limits, and a prompt's beside torch's."""
+    from ..bench.attention import CACHED, DTYPES, QUERIES, SHAPES, measure_attention
+
+    report = measure_attention(
+        shapes=measured.shapes or SHAPES,
+        dtypes=dtypes or DTYPES,
+        cached=cached or CACHED,
+        queries=queries or QUERIES,
+        rounds=rounds,
+        threads=options.threads,
+    )
+    show(report, as_json)
+
+
 @bench.command("decode", epilog="Example: moestro bench decode --shape olmoe-1b-7b --bits 4")
 @takes_options(only=("shape", "bits", "threads"))
 def bench_decode(

@@ -21,6 +21,7 @@ from .cache import cache
 from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
 from .terminal import (
     AnswerPrinter,
+    ReadingBar,
     print_figures,
     print_piece,
     read_line,
@@ -82,7 +83,7 @@ def run(
 
     from ..loading.timing import process_s, timing
     from ..text.files import writable
-    from ..text.generation import encode, generate_text
+    from ..text.generation import check_context, encode, generate_text
     from .replay import timed, traced
 
     target = None if trace is None else writable(trace)
@@ -90,13 +91,29 @@ def run(
     text = read_prompt(prompt)
     with timing() as times:
         imports_s = process_s()
+<<<<<<< HEAD
         loaded, tokenizer, draft = _load(model, source, engine, text=options, quiet=as_json)
     encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
+=======
+        loaded, tokenizer = _load(model, source, engine, quiet=as_json)
+    ids = encode(tokenizer, text)  # before the text is printed, since it may be refused
+    check_context(loaded, len(ids), options.max_new_tokens, options.num_beams or 1)
+>>>>>>> long
     if not as_json:
         print(text, end="", flush=True)
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):
         on_text = None if as_json else print_piece
+<<<<<<< HEAD
         result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json, draft=draft)
+=======
+        with ReadingBar() as bar:
+            result = generate_text(
+                *(loaded, tokenizer, text, options),
+                on_text=on_text,
+                splits_channels=as_json,
+                on_progress=bar.on_progress,
+            )
+>>>>>>> long
     if as_json:
         print(json.dumps(result.to_json() | {"load": {"imports_s": imports_s} | times.to_json()}))
     else:
@@ -131,9 +148,13 @@ def chat(
         elif text.strip():
             try:
                 printer = AnswerPrinter()
-                with stop_on_interrupt() as stopped:
+                with ReadingBar() as bar, stop_on_interrupt(bar.is_reading) as stopped:
                     result = session.ask(
-                        text, on_text=printer.on_text, on_reasoning=printer.on_reasoning, should_stop=stopped.is_set
+                        text,
+                        on_text=printer.on_text,
+                        on_reasoning=printer.on_reasoning,
+                        should_stop=stopped.is_set,
+                        on_progress=bar.on_progress,
                     )
                 print()
                 print_figures(result)

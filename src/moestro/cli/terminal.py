@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from threading import Event
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
@@ -16,6 +17,9 @@ from ..planning.budget import format_bytes
 
 if TYPE_CHECKING:
     from ..text.generation import TextResult
+
+
+_SHOWN_AFTER_S = 1.0
 
 
 def use_any_bytes() -> None:
@@ -48,13 +52,64 @@ def read_line() -> str | None:
             return None
 
 
+class ReadingBar:
+    """Shows on standard error, where that is a terminal, how far a long prompt has been read.
+
+    It comes after a second, says how long it will take, and goes when the prompt has been read.
+    """
+
+    def __init__(self) -> None:
+        self._is_read = False
+        self._begin_s = monotonic()
+        self._bar: Any = None
+
+    def on_progress(self, share: float) -> None:
+        """So much of the prompt has been read, from 0 to 1."""
+        self._is_read = share >= 1
+        if self._is_read:
+            self.close()
+        elif self._bar is None and sys.stderr.isatty() and monotonic() - self._begin_s >= _SHOWN_AFTER_S:
+            self._bar = _bar()
+            self._task = self._bar.add_task("reading the prompt", total=1.0, completed=share)
+            self._bar.start()
+        elif self._bar is not None:
+            self._bar.update(self._task, completed=share)
+
+    def is_reading(self) -> bool:
+        """Whether there is more of the prompt to read."""
+        return not self._is_read
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> ReadingBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
 @contextmanager
-def stop_on_interrupt() -> Iterator[Event]:
-    """Inside the block, the first Ctrl-C sets an event; the second one raises, to leave a long prefill too."""
+def stop_on_interrupt(is_reading: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """Inside the block, the first Ctrl-C sets an event, by which an answer ends; the second one raises.
+
+    The first one raises too while the prompt is still read, since that has nothing to end with.
+    """
     stopped = Event()
 
     def interrupt(*_: object) -> None:
-        if stopped.is_set():
+        if stopped.is_set() or is_reading():
             raise KeyboardInterrupt
         stopped.set()
 

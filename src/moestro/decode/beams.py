@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..engine.chunks import chunk_for
 from .capture import StepCache
 from .cpu.cache import RoomLayer, is_held_alone, is_plain, version_of
 from .rows import Reordering, Shared, all_shared, carry_out
@@ -163,8 +164,11 @@ def read_once(model: Any, ids: Tensor, beams: int) -> DynamicCache | None:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not {type(layer) for layer in cache.layers} <= _REPEATABLE:
         return None
+    shared = ids[None, :-1]
+    chunk = chunk_for(model, shared, {"past_key_values": cache}) or shared.shape[1]
     with torch.no_grad():
-        model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for some in shared.split(chunk, dim=1):
+            model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(beams)
     for index, layer in enumerate(cache.layers):
         if is_plain(cache, index) and _has_rows(layer, beams) and layer.keys.device.type == "cpu":

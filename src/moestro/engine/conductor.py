@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -47,7 +47,8 @@ class Conductor:
 
     math: for each MoE layer, what its experts compute. gates: for each MoE layer, its router, where one was found.
     clock: the wall's unless given. gpu_plan: how the GPU's memory is shared out, where there is one. listener: hears
-    each layer step. timeline: of a run, see `note_on`.
+    each layer step. timeline: of a run, see `note_on`. ram_budget_bytes: that the user named; None for all that is
+    free. progress: called with a layer's number and its tokens before the layer, in steps that read a prompt.
     """
 
     spec: ModelSpec
@@ -63,6 +64,8 @@ class Conductor:
     listener: Listener | None = None
     gpu_plan: GpuPlan | None = None
     timeline: Timeline | None = None
+    ram_budget_bytes: int | None = None
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         self._step = StepOfThread()
@@ -115,6 +118,8 @@ class Conductor:
         elif self.copies.is_unsettled or self._failures != self.slots.failures:  # another thread's step failed
             self._prepare()
         self._step.layer = layer
+        if self.progress is not None and layer != BEFORE_LAYERS and self._step.phase is Phase.PREFILL:
+            self.progress(layer, tokens)
 
     def _begin(self) -> None:
         if self.listener is not None:

@@ -27,6 +27,7 @@ from ..decode.cpu import fuse
 from ..decode.dense import DenseFormats, StoredWeight, dense_bytes, dense_weights, pack_dense, packable
 from ..decode.hooks import Fused
 from ..devices import Device
+from ..engine.chunks import can_be_chunked
 from ..engine.conductor import Conductor
 from ..engine.families import (
     FamilyActivation,
@@ -111,7 +112,7 @@ def attach(model: Any, config: MoestroConfig, device: Device, stored: StoredForm
     Raises:
         What `plan_for` does.
     """
-    return build(plan_for(model, config, device, stored), model, device, config.threads)
+    return build(plan_for(model, config, device, stored), model, device, config.threads, config.budget.ram_bytes)
 
 
 def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFormats | None = None) -> Plan:
@@ -165,16 +166,19 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
         virtual=virtual,
     )
     need = Need(model, _math_of(model, layouts, experts), device.torch_device)
-    plan = decide(footprint=need.measured)
+    in_chunks = can_be_chunked(model)
+    plan = decide(footprint=need.measured, chunked=need.measured if in_chunks else None)
     if plan.gpu is not None:
-        need.say_if_changed(decide(footprint=need.estimated), plan)
+        need.say_if_changed(decide(footprint=need.estimated, chunked=need.estimated if in_chunks else None), plan)
     logger.debug("planned for %d tokens with policy %s: %s", plan.context, plan.policy, plan.in_words())
     if plan.check().machine is None and plan.placement.slots:
         plan = replace(plan, machine=this_machine(device, config.threads))
     return plan
 
 
-def build(plan: Plan, model: Any, device: Device, threads: int | None = None) -> Conductor:
+def build(
+    plan: Plan, model: Any, device: Device, threads: int | None = None, ram_budget_bytes: int | None = None
+) -> Conductor:
     """Carry out a plan for a model on the meta device: allocate the store and the slots, make `model.moestro`.
 
     Decides and measures nothing.
@@ -182,6 +186,7 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
     Args:
         plan: what to build; it fits.
         threads: of the CPU's kernels; None for one on each physical core.
+        ram_budget_bytes: that the user named, which prompts keep to as well.
     """
     layouts, spec, placement = _layouts_of(model), plan.spec, plan.placement
     modules = expert_modules(model)
@@ -201,6 +206,7 @@ def build(plan: Plan, model: Any, device: Device, threads: int | None = None) ->
         gates=[find_gate(model, name) for name in modules],
         clock=machine_clock(spec, placement, plan.machine) if plan.virtual and plan.machine is not None else None,
         gpu_plan=plan.gpu,
+        ram_budget_bytes=ram_budget_bytes,
     )
     for index, (name, module) in enumerate(modules.items()):
         module._moestro = ExpertLayer(index, layouts[name], conductor)

@@ -62,14 +62,14 @@ class Need:
     math: Sequence[ExpertMath]
     device: torch.device
 
-    def measured(self, context: int) -> Footprint:
-        """The measured need of so many tokens."""
-        return measure(self.model, self.math, context, self.device)
+    def measured(self, context: int, chunk: int | None = None) -> Footprint:
+        """The measured need of so many tokens, of which a prompt is read so many at a time; None for all."""
+        return measure(self.model, self.math, context, self.device, chunk)
 
-    def estimated(self, context: int) -> Footprint:
-        """The need of so many tokens by arithmetic on the config."""
+    def estimated(self, context: int, chunk: int | None = None) -> Footprint:
+        """The need of so many tokens by arithmetic on the config; chunk: as in `measured`."""
         with META:
-            return _estimate(self.model, self.math, context, self.device)
+            return _estimate(self.model, self.math, context, self.device, chunk)
 
     @staticmethod
     def say_if_changed(estimated: Plan, measured: Plan) -> None:
@@ -78,25 +78,28 @@ class Need:
             logger.info("by the config alone %s on the GPU; measured, %s", before, after)
 
 
-def measure(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
+def measure(
+    model: Any, math: Sequence[ExpertMath], context: int, device: torch.device, chunk: int | None = None
+) -> Footprint:
     """The memory that a generation of `context` tokens by a model on the meta device needs besides its weights.
 
     Args:
         math: what the experts of each MoE layer compute, in model order.
         context: tokens of the prompt and of the answer, in one sequence.
         device: where the model will run; its attention kernels decide which tensors are made.
+        chunk: how many tokens of the prompt are read at a time; None for all.
     """
     attention = _Attention(device)
     try:
         try:
-            return _measured(model, math, context, attention, MOST_CALLS)
+            return _measured(model, math, context, attention, MOST_CALLS, chunk)
         except TooLong:  # a layer reads the prompt token by token
             return _extrapolated([_measured(model, math, tokens, attention, None) for tokens in _SHORT], context)
     except Exception as error:  # of any kind, from a family's code that needs values
         line = next(iter(str(error).splitlines()), type(error).__name__)
         logger.info("GPU memory is estimated: the forward of %s needs values (%s)", model.config.model_type, line[:80])
     with META:
-        return _estimate(model, math, context, device)
+        return _estimate(model, math, context, device, chunk)
 
 
 def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
@@ -141,15 +144,22 @@ def cache_bytes(cache: Any) -> int:
 
 @torch.no_grad()
 def _measured(
-    model: Any, math: Sequence[ExpertMath], context: int, attention: _Attention, most_calls: int | None
+    model: Any,
+    math: Sequence[ExpertMath],
+    context: int,
+    attention: _Attention,
+    most_calls: int | None,
+    chunk: int | None = None,
 ) -> Footprint:
     takes = {"use_cache": True} | ({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})
     own_cache = not model._supports_default_dynamic_cache()  # as `generate` asks
     prompt = max(1, context - 1)
+    last = min(prompt, chunk or prompt)  # the chunk that sees most; how the others are cut makes no difference to it
+    before = [tokens for tokens in (min(last, prompt - last), prompt - 2 * last) if tokens > 0]
     with (
         _left_as_it_was(model),
         META,
-        _stood_in(model, math, (prompt, 1), attention.device),
+        _stood_in(model, math, (*before, last, 1), attention.device),
         attention,
         StorageFollower(most_calls) as follower,
     ):
@@ -163,9 +173,13 @@ def _measured(
             return out.past_key_values
 
         empty = None if own_cache else DynamicCache(config=model.config.get_text_config(decoder=True))
-        cache = step(prompt, empty)
+        cache, prefill_peak = empty, 0
         del empty
-        prefill_peak = follower.peak_bytes
+        for tokens in (*before, last):
+            follower.peak_bytes = follower.live_bytes
+            cache = step(tokens, cache)
+            if tokens <= last:
+                prefill_peak = max(prefill_peak, follower.peak_bytes)
         follower.peak_bytes = follower.live_bytes
         cache = step(1, cache)
         kv_bytes = cache_bytes(cache)
@@ -310,7 +324,9 @@ def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors_in(part, seen)
 
 
-def _estimate(model: Any, math: Sequence[ExpertMath], context: int, device: torch.device) -> Footprint:
+def _estimate(
+    model: Any, math: Sequence[ExpertMath], context: int, device: torch.device, chunk: int | None = None
+) -> Footprint:
     """The need by the closed form of `planning/text_shape.py`, with the experts' memory from `experts_need`."""
     shape = text_shape(model.config.to_dict(), model.dtype.itemsize)
 
@@ -318,7 +334,7 @@ def _estimate(model: Any, math: Sequence[ExpertMath], context: int, device: torc
         return max(experts_need(one, torch.empty(tokens, one.shape.hidden), device) for one in unlike)
 
     unlike = {(one.shape, one.format.name, one.post_norm is None): one for one in math}.values()  # layers are alike
-    return shape.footprint(context, experts_bytes, scores_of_two_widths=device.type == "cpu")
+    return shape.footprint(context, experts_bytes, scores_of_two_widths=device.type == "cpu", chunk=chunk)
 
 
 def refuse_on_gpu(device: Device, formats: Iterable[MatrixFormat]) -> None:

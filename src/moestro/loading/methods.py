@@ -7,6 +7,7 @@ without one.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..decode.dense import Packed, PackedEmbedding
+from ..engine.chunks import chunk_for
 from ..engine.families import expert_modules
 from ..errors import ModelError
 from ..planning.options import METHOD
@@ -229,6 +231,17 @@ class _Conducted(nn.Module):
         wanted = experts_implementation
         if any(name != METHOD for name in (wanted.values() if isinstance(wanted, dict) else (wanted,))):
             _refuse("set_experts_implementation", f"its experts' weights are packed for {METHOD!r} alone")
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Read a prompt in chunks that memory has room for, where the request says nothing of chunks."""
+        if generation_config.prefill_chunk_size is None:
+            chunk = chunk_for(self, input_ids, model_kwargs)
+            if chunk is not None:
+                generation_config = copy.copy(generation_config)
+                generation_config.prefill_chunk_size = chunk
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _packed(self) -> Iterator[list[Any]]:
         """The packed layers; those that share their bytes are in one list."""

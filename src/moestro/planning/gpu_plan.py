@@ -19,7 +19,8 @@ class GpuPlan:
     """How the GPU's budget is shared out: weights outside the experts, one sequence of `context` tokens, experts.
 
     kv_bytes: the full cache. activation_bytes: the most at once beside it. margin_bytes: kept back. experts,
-    expert_bytes: the slots. measured: False where cache and activations are estimated.
+    expert_bytes: the slots. measured: False where cache and activations are estimated. chunk: of how many tokens a
+    prompt is read at a time; None for all.
     """
 
     budget_bytes: int
@@ -31,6 +32,7 @@ class GpuPlan:
     experts: int = 0
     expert_bytes: int = 0
     measured: bool = True
+    chunk: int | None = None
 
     @property
     def needed_bytes(self) -> int:
@@ -65,10 +67,11 @@ class GpuPlan:
 
     def _needs(self) -> str:
         estimated = "" if self.measured else " (estimated)"
+        chunks = "" if self.chunk is None else f" for {self.chunk} at a time"
         margin = f", margin {format_bytes(self.margin_bytes)}" if self.margin_bytes else ""
         return (
             f"dense weights {format_bytes(self.dense_bytes)}, KV cache {format_bytes(self.kv_bytes)} for "
-            f"{self.context} tokens, activations {format_bytes(self.activation_bytes)}{estimated}{margin}"
+            f"{self.context} tokens, activations {format_bytes(self.activation_bytes)}{chunks}{estimated}{margin}"
         )
 
 

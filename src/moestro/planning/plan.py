@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from ..errors import BudgetError, RequestError
 from .budget import Budget, Margin, format_bytes, round_up
+from .chunks import GPU_SHARE, largest_chunk
 from .contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
 from .gpu_plan import GpuPlan, share_out
 from .machines import Machine
@@ -143,6 +144,7 @@ def make_plan(
     footprint: Callable[[int], Footprint],
     facts: Facts,
     *,
+    chunked: Callable[[int, int], Footprint] | None = None,
     formats: Formats,
     policy: str | Policy,
     budget: Budget = _NO_BUDGET,
@@ -158,6 +160,7 @@ def make_plan(
 
     Args:
         footprint: what so many tokens need beside weights.
+        chunked: the same where a prompt is read so many tokens at a time; None where it cannot be.
         context: tokens to plan for; None for the model's own, at most `DEFAULT_CONTEXT`, and fewer if only these fit.
         longest: the model's own context; None where it is not known.
         virtual: whether time is modelled, as that of `facts.machine`.
@@ -171,7 +174,7 @@ def make_plan(
         assert facts.machine is not None
         room_bytes = experts_room(spec, facts.machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
     elif facts.free_gpu_bytes is not None:
-        gpu, why_not = _gpu_plan(spec, footprint, facts, budget, tokens, context is not None)
+        gpu, why_not = _gpu_plan(spec, footprint, chunked, facts, budget, tokens, context is not None)
         tokens, room_bytes = gpu.context, max(0, gpu.left_bytes)
     elif budget.gpu_bytes is not None:
         raise RequestError("--gpu-memory was given, but there is no GPU here; leave it out or use --device emulated")
@@ -214,6 +217,7 @@ def make_plan(
 def _gpu_plan(
     spec: ModelSpec,
     footprint: Callable[[int], Footprint],
+    chunked: Callable[[int, int], Footprint] | None,
     facts: Facts,
     budget: Budget,
     context: int,
@@ -225,9 +229,19 @@ def _gpu_plan(
     margin_bytes = facts.margin.of(gpu_bytes)
 
     def plan_for(tokens: int) -> GpuPlan:
-        need = footprint(tokens)
+        found = {tokens: footprint(tokens)}
+
+        def fits(chunk: int) -> bool:
+            if chunk not in found:
+                assert chunked is not None
+                found[chunk] = chunked(tokens, chunk)
+            return found[chunk].activation_bytes <= gpu_bytes * GPU_SHARE
+
+        chunk = tokens if chunked is None else largest_chunk(tokens, fits)
+        fits(chunk)
+        need = found[chunk]
         sizes = (spec.dense_bytes, tokens, need.kv_bytes, need.activation_bytes, margin_bytes)
-        return GpuPlan(gpu_bytes, *sizes, measured=need.measured)
+        return GpuPlan(gpu_bytes, *sizes, measured=need.measured, chunk=None if chunk == tokens else chunk)
 
     if gpu_bytes > free_bytes:
         return plan_for(context), (

@@ -99,13 +99,19 @@ class TextShape:
         return sum(cache.n_bytes(context) for cache in self.caches)
 
     def footprint(
-        self, context: int, experts_bytes: Callable[[int], int], *, scores_of_two_widths: bool = False
+        self,
+        context: int,
+        experts_bytes: Callable[[int], int],
+        *,
+        scores_of_two_widths: bool = False,
+        chunk: int | None = None,
     ) -> Footprint:
         """An estimate for one sequence of so many tokens, high rather than low.
 
         Args:
             experts_bytes: bytes that the experts of one layer take while they compute so many tokens.
             scores_of_two_widths: whether the device has no fused attention for heads of two widths (PyTorch on a CPU).
+            chunk: of how many tokens the prompt is read at a time; None for all.
         """
         kv_bytes = self.kv_bytes(context)
         # A window's cache is cut to its size by the token after the prompt; until then it holds the whole prompt.
@@ -122,7 +128,12 @@ class TextShape:
             beside = tokens * (self.item_bytes * self.hidden * self.streams + 4 * self.linear)
             return beside + max(attention, experts) + _LOGIT_BYTES * self.vocabulary + uncut_bytes
 
-        return Footprint(context, kv_bytes, activation_bytes(context), activation_bytes(1), measured=False)
+        if chunk is None or chunk >= context:
+            prefill_bytes = activation_bytes(context)
+        else:  # a later chunk has a mask, of bools and of numbers, and a cache that is made longer
+            masks = chunk * context * (2 + self.item_bytes)
+            prefill_bytes = activation_bytes(chunk) + masks + longer_bytes
+        return Footprint(context, kv_bytes, prefill_bytes, activation_bytes(1), measured=False)
 
 
 def expert_workspace(spec: ModelSpec) -> Callable[[int], int]:

@@ -13,15 +13,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engine.chunks import REREAD
 from .answer import OnText
 from .choices import choose
 from .generation import TextResult, embedding_rows, encode, generate_text
 from .options import TextOptions
+from .reading import OnProgress
 from .templates import Message, answer_message, check_template, has_template, render
-
-# Families for which Transformers 5.23 itself gives wrong logits when several tokens are appended to a filled cache
-# (mistral_large4 from 20 tokens on). Their history is read again in each turn. The family tests try all families.
-REREAD = frozenset({"jamba", "mistral_large4", "unlimited_ocr"})
 
 
 class ChatSession:
@@ -60,6 +58,7 @@ class ChatSession:
         on_text: OnText | None = None,
         on_reasoning: OnText | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_progress: OnProgress | None = None,
     ) -> TextResult:
         """Answer one message. A turn that fails or is refused does not change the conversation.
 
@@ -67,6 +66,7 @@ class ChatSession:
             text: the message.
             on_text, on_reasoning: called with each new piece of the answer, and of what the model thinks aloud.
             should_stop: called after each step; True ends the answer there.
+            on_progress: as in `generate_text`.
 
         Raises:
             RequestError: the conversation no longer fits the model's context, or the chat template refuses the message.
@@ -82,6 +82,7 @@ class ChatSession:
             on_text=on_text,
             on_reasoning=on_reasoning,
             should_stop=should_stop,
+            on_progress=on_progress,
             cache=cache,
             draft=self._draft,
         )

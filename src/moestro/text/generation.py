@@ -29,6 +29,7 @@ from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, 
 from .channels import find_channels
 from .choices import choose
 from .options import TextOptions
+from .reading import OnProgress, Reading, watched
 from .settings import unusual_settings
 
 
@@ -91,6 +92,7 @@ def generate_text(
     on_reasoning: OnText | None = None,
     splits_channels: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    on_progress: OnProgress | None = None,
     cache: Any = None,
     draft: PreTrainedModel | None = None,
 ) -> TextResult:
@@ -105,6 +107,7 @@ def generate_text(
         on_reasoning: called with each new piece of what the model thinks aloud.
         splits_channels: tell reasoning and answer apart by the marks of the tokenizer's family; False: all is text.
         should_stop: called after each step; True ends the answer there.
+        on_progress: called with the share of the prompt that has been read, 1 when the first token is there.
         cache: a KV cache that holds the first tokens of the prompt.
         draft: the model that `options.draft` names, as `load_draft` loads it.
 
@@ -128,7 +131,12 @@ def generate_text(
     if choices.goes_back and reused_tokens:
         begin_behind(model, cache)
     conductor = model.moestro
-    clock = _StepClock(should_stop, conductor.time)
+    reads_once = choices.num_beams > 1 and choices.keeps_cache and cache is None
+    reading = None
+    if on_progress is not None:
+        to_read = (len(ids) - reused_tokens) * (1 if reads_once else choices.num_beams)
+        reading = Reading(to_read, len(conductor.spec.layers), on_progress)
+    clock = _StepClock(should_stop, conductor.time, reading)
     before, capture_before = replace(conductor.counters), figures_of(model)
     drafted = 0 if draft is None else forwards_of(draft)
     stream = AnswerStream(
@@ -140,8 +148,8 @@ def generate_text(
         channels=find_channels(tokenizer) if splits_channels else None,
     )
     start_s = conductor.time.now_s
-    with _seeded(options.seed), drafting(), _explained(model):
-        if choices.num_beams > 1 and choices.keeps_cache and cache is None:
+    with _seeded(options.seed), drafting(), _explained(model), watched(model, reading):
+        if reads_once:
             cache = read_once(model, ids.to(model.device), choices.num_beams)
         output = model.generate(
             ids[None].to(model.device),
@@ -343,10 +351,12 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     """Notes the time in seconds at which each step ended, and ends the answer when `should_stop` returns True."""
 
-    def __init__(self, should_stop: Callable[[], bool], clock: Clock) -> None:
+    def __init__(self, should_stop: Callable[[], bool], clock: Clock, reading: Reading | None) -> None:
         self.times_s: list[float] = []
-        self._should_stop, self._clock = should_stop, clock
+        self._should_stop, self._clock, self._reading = should_stop, clock, reading
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._reading is not None:
+            self._reading.done()
         self.times_s.append(self._clock.now_s)
         return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)

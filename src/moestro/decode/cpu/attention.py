@@ -1,9 +1,8 @@
-"""Attention of few tokens in two calls instead of some thirty operations: swapped in where it computes the same.
+"""Attention in two calls instead of some thirty operations: swapped in where it computes the same.
 
 Before the cache: the three projections in one go, norms and the rotary embedding. Behind it: the queries against
-all keys and values. The cache stays Transformers' own, and so does every step of more than some tokens, or with a mask
-that says more than where each sequence begins (masks.py). Which layers are plain enough is found by trying them on
-numbers.
+all keys and values, of a step or of a prompt. The cache stays Transformers' own, and so does all that has a mask which
+says more than where each sequence begins (masks.py). Which layers are plain enough is found by trying them on numbers.
 
 Legend: B sequences, N new tokens of each, T = B * N, D model width, H query heads, G key heads, d their width, S tokens
 in the cache.
@@ -29,6 +28,7 @@ from .norm import norm_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
+_PAST = 6  # tokens in the cache of a trial
 _ARGUMENTS = frozenset(("hidden_states", "position_embeddings", "attention_mask", "past_key_values"))
 _ANY = object()  # a tensor of positions, whatever they are
 # What decoders pass on to their attention layers besides, and these to functions that ignore it.
@@ -40,13 +40,13 @@ _PASSED_ON: Mapping[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
-_PAST = 6  # tokens in the cache of a trial
 _LARGEST_SCORE = 25.0  # of the second trial: far enough for a soft cap to show
+MOST_PROMPT_TOKENS = 2**20  # that the kernels take at once
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def fuse_attention(module: nn.Module, threads: int) -> bool:
-    """Give an attention layer a forward for few tokens, if it is one that we know; says whether it is."""
+    """Give an attention layer a forward of ours, if it is one that we know; says whether it is."""
     if not _looks_known(module):
         return False
     try:
@@ -60,14 +60,17 @@ def fuse_attention(module: nn.Module, threads: int) -> bool:
 
 
 class Trial(NamedTuple):
-    """So many new tokens of each of so many sequences, which a layer is tried with."""
+    """So many new tokens of each of so many sequences, which a layer is tried with, behind so many in the cache."""
 
     sequences: int
     new: int
     is_masked: bool = False
+    past: int = _PAST
 
 
 TRIALS = (Trial(2, 1), Trial(2, 1, is_masked=True), Trial(2, 3, is_masked=True))
+# A prompt, one that is padded, and a chunk of one.
+_PROMPTS = (Trial(2, 19, past=0), Trial(2, 17, is_masked=True, past=0), Trial(2, 17, is_masked=True))
 
 
 class FusedAttention(Fused):
@@ -84,6 +87,7 @@ class FusedAttention(Fused):
         self._function = ALL_ATTENTION_FUNCTIONS.get(self._implementation)
         self._tried: Mapping[str, Any] = {}  # what else it may be given, see `agrees`
         self.most_tokens = 1  # of a step
+        self.reads_prompts = False
         q, k, v = (getattr(module, name) for name in _PROJECTIONS[:3])
         self.dtype, self.head = module.o_proj.weight_dtype, module.head_dim
         self.width, self._scaling = q.in_features, module.scaling
@@ -103,38 +107,50 @@ class FusedAttention(Fused):
     @outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = kwargs.get("hidden_states")
-        if args or x is None or not self.fits(x, kwargs) or (seen := self.seen(x, kwargs)) is None:
+        if args or x is None or not self.fits(x, kwargs):
+            return self._original(*args, **kwargs)
+        if (seen := self.seen(x, kwargs, padded=self.reads_prompts)) is None:
             return self._original(*args, **kwargs)
         return self._run(x, kwargs["position_embeddings"], kwargs["past_key_values"], seen), None
 
     def fits(self, x: Tensor, given: Mapping[str, Any]) -> bool:
         """Whether the layer is what it was, has no hooks inside, and is given what it was tried with.
 
-        That are few tokens, a plain cache, and a mask that may be one that is known.
+        That are a plain cache, and a mask that may be one that is known.
         """
-        return self.takes(x, given) and not has_hooks(self.parts) and self.watch is not None and self.watch.holds()
+        if self.reads_prompts:
+            takes = self._takes(x, given, MOST_PROMPT_TOKENS, reads_prompt=True)
+        else:
+            takes = self.takes(x, given)
+        return takes and not has_hooks(self.parts) and self.watch is not None and self.watch.holds()
 
     def takes(self, x: Tensor, given: Mapping[str, Any]) -> bool:
-        """Whether the layer was tried with such arguments; of the mask, `seen` says."""
+        """Whether the layer was tried with such arguments, of few tokens; of the mask, `seen` says."""
+        return self._takes(x, given, self.most_tokens, reads_prompt=False)
+
+    def _takes(self, x: Tensor, given: Mapping[str, Any], most_tokens: int, *, reads_prompt: bool) -> bool:
+        cache = given.get("past_key_values")
+        if not is_plain(cache, self.layer):
+            return False
+        past = length_of(cache, self.layer) if reads_prompt else None
         return (
             x.dim() == 3
             and x.shape[2] == self.width
-            and 1 <= x.shape[0] * x.shape[1] <= self.most_tokens
+            and 1 <= x.shape[0] * x.shape[1] <= most_tokens
             and x.dtype == self.dtype
             and x.device.type == "cpu"
             and not x.requires_grad
-            and reads(given.get("attention_mask"), x.shape[0], x.shape[1])
+            and reads(given.get("attention_mask"), x.shape[0], x.shape[1], past)
             and self._turns(x, given.get("position_embeddings"))
             and ALL_ATTENTION_FUNCTIONS.get(self._implementation) is self._function
-            and is_plain(given.get("past_key_values"), self.layer)
             and all(name in _ARGUMENTS or self._was_tried(name, value) for name, value in given.items())
         )
 
-    def seen(self, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+    def seen(self, x: Tensor, given: Mapping[str, Any], *, padded: bool = False) -> Tensor | None:
         """What each token sees of the cache when the step's own are there, as `seen_in` has it; None if not known."""
         sequences, new = x.shape[:2]
         length = length_of(given["past_key_values"], self.layer) + new
-        return seen_in(given.get("attention_mask"), sequences, new, length)
+        return seen_in(given.get("attention_mask"), sequences, new, length, padded=padded)
 
     def _turns(self, x: Tensor, rotary: Any) -> bool:
         """Whether it is the cosine and the sine of each token's position, for whole heads."""
@@ -167,12 +183,14 @@ class FusedAttention(Fused):
         """Whether it computes what the layer did, tried with small and with large scores.
 
         Decoders pass on more than an attention layer reads. It is tried with all of that, then without. Where it agrees
-        for one token, it is tried with several of two sequences, too, of which one is padded on the left.
+        for one token, it is tried with several of two sequences, too, of which one is padded on the left, and then with
+        prompts.
         """
         for more in (_PASSED_ON, {}):
             self._tried = more
             if self._agrees(Trial(1, 1)):
                 self.most_tokens = MOST_TOKENS if all(self._agrees(trial) for trial in TRIALS) else 1
+                self.reads_prompts = self.most_tokens > 1 and all(self._agrees(trial) for trial in _PROMPTS)
                 return True
         return False
 
@@ -185,8 +203,9 @@ class FusedAttention(Fused):
             if mask is None and of.is_masked:
                 return False
             given = {"hidden_states": x, "position_embeddings": rotary, "attention_mask": mask} | self.more(turn)
-            seen = seen_in(mask, of.sequences, of.new, _PAST + of.new)
-            assert seen is not None
+            seen = seen_in(mask, of.sequences, of.new, of.past + of.new, padded=True)
+            if seen is None:  # padding that is weighed all the same
+                return True
             try:
                 wanted = self._original(**given, past_key_values=caches[0])
             except Exception:  # it wants other arguments
@@ -215,7 +234,8 @@ class FusedAttention(Fused):
         rotary = (angles.cos().to(self.dtype), angles.sin().to(self.dtype))
         past, caches = self.past(scale, random, of.sequences), [DynamicCache(), DynamicCache()]
         for cache in caches:
-            cache.update(*past, self.layer)
+            if of.past:
+                cache.update(*past, self.layer)
         return x, rotary, caches
 
     def trial_mask(self, of: Trial) -> Tensor | None:
@@ -223,7 +243,7 @@ class FusedAttention(Fused):
         if not of.is_masked:
             return None
         firsts = [sequence * 2 for sequence in range(of.sequences)]
-        return trial_mask(self._implementation, self.dtype, firsts, of.new, _PAST + of.new)
+        return trial_mask(self._implementation, self.dtype, firsts, of.new, of.past + of.new)
 
     def past(self, scale: float, random: torch.Generator, sequences: int = 1) -> list[Tensor]:
         """Random keys and values of some tokens, [B, G, S, d]."""
