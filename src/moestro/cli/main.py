@@ -91,29 +91,21 @@ def run(
     text = read_prompt(prompt)
     with timing() as times:
         imports_s = process_s()
-<<<<<<< HEAD
         loaded, tokenizer, draft = _load(model, source, engine, text=options, quiet=as_json)
-    encode(tokenizer, text)  # before the text is printed, since the tokenizer may refuse it
-=======
-        loaded, tokenizer = _load(model, source, engine, quiet=as_json)
     ids = encode(tokenizer, text)  # before the text is printed, since it may be refused
     check_context(loaded, len(ids), options.max_new_tokens, options.num_beams or 1)
->>>>>>> long
     if not as_json:
         print(text, end="", flush=True)
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):
         on_text = None if as_json else print_piece
-<<<<<<< HEAD
-        result = generate_text(loaded, tokenizer, text, options, on_text=on_text, splits_channels=as_json, draft=draft)
-=======
         with ReadingBar() as bar:
             result = generate_text(
                 *(loaded, tokenizer, text, options),
                 on_text=on_text,
                 splits_channels=as_json,
                 on_progress=bar.on_progress,
+                draft=draft,
             )
->>>>>>> long
     if as_json:
         print(json.dumps(result.to_json() | {"load": {"imports_s": imports_s} | times.to_json()}))
     else:

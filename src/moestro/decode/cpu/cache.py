@@ -36,13 +36,8 @@ class _Storage:
 
     __slots__ = ("_versions", "key_room", "shared", "value_room", "written")
 
-<<<<<<< HEAD
-    def __init__(self, keys: Tensor, values: Tensor, parents: Tensor | None = None) -> None:
-        self.key_room, self.value_room = _with_room(keys, parents), _with_room(values, parents)
-=======
-    def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
-        self.key_room, self.value_room = _with_room(keys, tokens), _with_room(values, tokens)
->>>>>>> long
+    def __init__(self, keys: Tensor, values: Tensor, tokens: int, parents: Tensor | None = None) -> None:
+        self.key_room, self.value_room = (_with_room(part, tokens, parents) for part in (keys, values))
         self.written = keys.shape[2]
         self.shared: Shared | None = None
         self.note()
@@ -175,14 +170,7 @@ def grow(cache: Any, index: int, tokens: int) -> tuple[Tensor, Tensor]:
     values were replaced or copied, new storage is made.
     """
     layer = cache.layers[index]
-<<<<<<< HEAD
     layer.keys, layer.values = _storage_for(layer, tokens).take(tokens)
-=======
-    storage: _Storage | None = getattr(layer, "_moestro_storage", None)
-    if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
-        storage = layer._moestro_storage = _Storage(layer.keys, layer.values, tokens)
-    layer.keys, layer.values = storage.take(tokens)
->>>>>>> long
     return layer.keys, layer.values
 
 
@@ -209,7 +197,7 @@ def _storage_for(layer: Any, tokens: int) -> _Storage:
     storage: _Storage | None = getattr(layer, "_moestro_storage", None)
     if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
         shared = storage.shared if storage is not None and storage.knows(layer) else None
-        storage = layer._moestro_storage = _Storage(layer.keys, layer.values)
+        storage = layer._moestro_storage = _Storage(layer.keys, layer.values, tokens)
         storage.shared = shared
     return storage
 
@@ -226,23 +214,15 @@ def _alike(part: Tensor, room: Tensor) -> bool:
     return part.shape[:2] == room.shape[:2] and part.shape[3] == room.shape[3] and part.stride() == room.stride()
 
 
-<<<<<<< HEAD
-def _with_room(part: Tensor, parents: Tensor | None = None) -> Tensor:
-    """A copy of keys or values with room behind them, its rows those of their parents, int64 [B]."""
+def _with_room(part: Tensor, tokens: int, parents: Tensor | None = None) -> Tensor:
+    """A copy of keys or values with room for so many more tokens at least, its rows those of their parents, int64 [B]."""
     length = part.shape[-2]
-    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2), part.shape[3]))
+    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2, tokens), part.shape[3]))
     if parents is None:
         storage[:, :, :length] = part
     else:
         for row, parent in enumerate(parents.tolist()):
             storage[row, :, :length] = part[parent]
-=======
-def _with_room(part: Tensor, tokens: int) -> Tensor:
-    """A larger tensor that begins with part's contents and has room for so many more tokens at least."""
-    length = part.shape[-2]
-    storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2, tokens), part.shape[3]))
-    storage[:, :, :length] = part
->>>>>>> long
     return storage
 
 
