@@ -142,7 +142,9 @@ def measure_attention(
 def _checked(case: Case) -> int:
     """The bytes of a case's cache."""
     if case.dtype not in FLOAT_FORMATS.values():
-        raise RequestError(f"--kv-dtype {case.dtype}: no cache is of that; there are: {', '.join(FLOAT_FORMATS.values())}")
+        raise RequestError(
+            f"--kv-dtype {case.dtype}: no cache is of that; there are: {', '.join(FLOAT_FORMATS.values())}"
+        )
     if case.queries > case.cached:
         raise RequestError(
             f"{case.queries} queries are more than the {case.cached} cached tokens, which include theirs"
