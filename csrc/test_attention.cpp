@@ -283,6 +283,9 @@ void check_attention(Machine& machine, Rng& rng) {
       if (length < 17) continue;
       check_attend(machine, type, {length, 16, 3, 1, 1, 7}, 1, false, rng);
       check_attend(machine, type, {length, 64, 8, 2, 3, 5}, 1, false, rng);
+      if (length < 129) continue;  // a prompt: whole tiles of queries, of a chunk and of all that is there
+      check_attend(machine, type, {length, 32, 6, 2, 2, 75}, 1, false, rng);
+      check_attend(machine, type, {length, 16, 3, 3, 1, length}, 1, false, rng);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""`moestro bench attention` at toy size: rows that can be true, JSON on the last line, and one line for bad requests."""
+"""`moestro bench attention` at toy size: rows that can be true, JSON, and one line for bad requests."""
 
 from __future__ import annotations
 

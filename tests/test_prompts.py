@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -153,3 +156,49 @@ def test_a_long_call_stops_at_once() -> None:
         kernel.attend(query, keys[0], keys[1])
     assert perf_counter() - start_s < 1
     assert torch.equal(kernel.attend(few, *keys[:, :, :, :100]), before)
+
+
+def longest_step(model: Any) -> list[int]:
+    """Grows by the tokens of each call of the first layer's experts."""
+    steps = list[int]()
+    model.moestro.progress = lambda layer, tokens: steps.append(tokens) if layer == 0 else None
+    return steps
+
+
+@torch.no_grad()
+def test_an_expert_crosses_the_link_once_a_chunk(tmp_path: Path) -> None:
+    """On a device with room for few of the experts, for prompts in chunks of several sizes."""
+    save_model("olmoe", tmp_path, HEADS | {"num_hidden_layers": 2})
+    model = load(str(tmp_path), device="emulated", policy="lru", gpu_memory="8MiB", threads=1, dtype="float32")
+    conductor, ids = model.moestro, torch.randint(3, 100, (1, 400))
+    greedy = {"max_new_tokens": 1, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(ids, **greedy)
+    for chunk in (100, 150, 370):
+        conductor.gpu_plan = replace(conductor.gpu_plan, chunk=chunk)
+        before, steps = conductor.counters.moved_bytes, longest_step(model)
+        assert torch.equal(model.generate(ids, **greedy), whole)
+        assert steps == [len(part) for part in ids[0].split(chunk)]
+        assert conductor.counters.moved_bytes - before <= conductor.spec.expert_bytes * len(steps)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="watches /proc")
+def test_the_memory_of_a_prompt_is_that_of_a_chunk(tmp_path: Path) -> None:
+    """A process's peak while prompts are read: little more for a longer one in chunks, a lot where it is read whole."""
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 640, "max_position_embeddings": 2**15}
+    save_model("mixtral", tmp_path, HEADS | sizes)
+    code = f"""
+import re, torch
+from moestro import load
+from moestro.engine import chunks
+model = load({str(tmp_path)!r}, device="cpu", threads=2, dtype="float32")
+in_chunks = chunks.ram_chunk
+for tokens, find in ((2100, in_chunks), (6000, in_chunks), (6000, lambda *_: 1 << 30)):
+    chunks.ram_chunk = find
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted anew
+    model.generate(torch.randint(3, 100, (1, tokens)), max_new_tokens=1, do_sample=False, eos_token_id=None)
+    print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    short, long, whole = map(int, done.stdout.split())
+    assert whole - long > 25e6
+    assert long - short < (whole - long) / 2.5
