@@ -108,7 +108,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
             written = sum(carry_out(part, copies, length) for part in (self.keys, self.values))
         else:
             parents = torch.tensor(reordering.parents)
-            storage = self._moestro_storage = _Storage(self.keys, self.values, parents)
+            storage = self._moestro_storage = _Storage(self.keys, self.values, 1, parents)
             self.keys, self.values = storage.all()
             written = sum(part.numel() * part.element_size() for part in (self.keys, self.values))
         storage.shared = reordering.shared_after(shared, length)
@@ -117,7 +117,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
 
     def share(self, shared: Shared) -> None:
         """Take it that rows have this alike, and make room for what follows."""
-        storage = self._moestro_storage = _Storage(self.keys, self.values)
+        storage = self._moestro_storage = _Storage(self.keys, self.values, 1)
         self.keys, self.values = storage.all()
         storage.shared = shared
 
@@ -215,7 +215,7 @@ def _alike(part: Tensor, room: Tensor) -> bool:
 
 
 def _with_room(part: Tensor, tokens: int, parents: Tensor | None = None) -> Tensor:
-    """A copy of keys or values with room for so many more tokens at least, its rows those of their parents, int64 [B]."""
+    """A copy of keys or values with room for so many more tokens, its rows those of their parents, int64 [B]."""
     length = part.shape[-2]
     storage = part.new_empty((*part.shape[:2], length + max(_ROOM, length // 2, tokens), part.shape[3]))
     if parents is None:
