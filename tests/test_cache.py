@@ -21,7 +21,7 @@ from moestro import MoestroError, load
 from moestro.cli.main import app
 from moestro.loading import cached
 from moestro.loading.packed import cache
-from moestro.loading.packed.manifest import MANIFEST
+from moestro.loading.packed.manifest import MANIFEST, VERSION
 
 RUNNER = CliRunner()
 EMULATED: dict[str, Any] = {"device": "emulated", "gpu_memory": "32MiB", "policy": "lru", "link": None}
@@ -125,8 +125,10 @@ def test_a_damaged_entry_is_made_again(
         if damage == "no manifest":
             (entry.folder / MANIFEST).unlink()
         elif damage == "another version":
-            text = (entry.folder / MANIFEST).read_bytes().replace(b'"version":1', b'"version":0')
-            (entry.folder / MANIFEST).write_bytes(text)
+            text = (entry.folder / MANIFEST).read_text()
+            other = text.replace(f'"version":{VERSION}', f'"version":{VERSION - 1}')
+            assert other != text
+            (entry.folder / MANIFEST).write_text(other)
         elif damage == "half-written":
             shutil.copytree(entry.folder, entry.folder.with_name(f".{entry.folder.name}.0123abcd.partial"))
             shutil.rmtree(entry.folder)

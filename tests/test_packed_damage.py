@@ -23,7 +23,7 @@ from moestro.cli.main import app
 from moestro.compute.checksum import crc32c
 from moestro.loading.pack import pack
 from moestro.loading.packed import atomic
-from moestro.loading.packed.manifest import MANIFEST
+from moestro.loading.packed.manifest import MANIFEST, VERSION
 from moestro.loading.packed.read import verify_packed
 from moestro.planning.options import ModelOptions, Options
 from toy_tokenizers import llama
@@ -137,8 +137,9 @@ def _run(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (_set(version=2), r"is a packed folder of format version 2, and this Moestro reads version 1"),
-        (_set(version="1"), r"of format version 1, and this"),
+        (_set(version=VERSION + 1), rf"is a packed folder of format version {VERSION + 1}, .* reads version {VERSION}"),
+        (_set(version=VERSION - 1), rf"is a packed folder of format version {VERSION - 1}, .* reads version {VERSION}"),
+        (_set(version=str(VERSION)), rf"of format version {VERSION}, and this"),
         (_set(later=1), "is not what moestro pack writes"),
         *(
             (_without(key), "is not what moestro pack writes")
@@ -170,7 +171,7 @@ def _run(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (_run(offset=0), "expert 2 of .* is not what was written there"),
         (_run(crc=0), "expert 2 of .* is not what was written there"),
     ],
-    ids=range(33),
+    ids=range(34),
 )
 def test_a_manifest_that_says_something_else(change: Callable[[Any], Any], line: str, folder: Path) -> None:
     rewrite(folder, change)

@@ -316,7 +316,7 @@ def fma_gflops(threads: int) -> float:
 
 
 def dot_gflops(threads: int) -> float:
-    """The same of codes with 16-bit integers, as the kernels multiply them, in vectors or in matrix tiles."""
+    """How fast codes are multiplied with 16-bit integers, in vectors or in matrix tiles, in 1e9 operations a second."""
     return runner(threads).dot_flops("", 20_000_000) / 1e9
 
 

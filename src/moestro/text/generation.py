@@ -27,7 +27,7 @@ from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
 from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, forwards_of, goes_on
 from .channels import find_channels
-from .choices import choose
+from .choices import Choices, choose
 from .options import TextOptions
 from .reading import OnProgress, Reading, watched
 from .settings import unusual_settings
@@ -123,19 +123,12 @@ def generate_text(
     if choices.goes_back:
         _check_guesses(model, options, draft)
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
-    tokens = len(ids) + max_new_tokens
-    cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
-    if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
-        cache = None  # our caches cannot take tokens back from a full window; Transformers' own can
+    cache = _cache_to_fill(model, cache, len(ids) + max_new_tokens, choices)
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
-    if choices.goes_back and reused_tokens:
-        begin_behind(model, cache)
     conductor = model.moestro
     reads_once = choices.num_beams > 1 and choices.keeps_cache and cache is None
-    reading = None
-    if on_progress is not None:
-        to_read = (len(ids) - reused_tokens) * (1 if reads_once else choices.num_beams)
-        reading = Reading(to_read, len(conductor.spec.layers), on_progress)
+    to_read = (len(ids) - reused_tokens) * (1 if reads_once else choices.num_beams)
+    reading = None if on_progress is None else Reading(to_read, len(conductor.spec.layers), on_progress)
     clock = _StepClock(should_stop, conductor.time, reading)
     before, capture_before = replace(conductor.counters), figures_of(model)
     drafted = 0 if draft is None else forwards_of(draft)
@@ -180,6 +173,16 @@ def generate_text(
         sequence=sequence,
         cache=_continued(output, len(sequence), choices.goes_back) if choices.can_continue else None,
     )
+
+
+def _cache_to_fill(model: PreTrainedModel, cache: Any, tokens: int, choices: Choices) -> Any:
+    """The cache of a generation of so many tokens in all; None for one that Transformers makes."""
+    cache = cache_for(model, cache, tokens, choices.num_beams) if choices.keeps_cache else None
+    if choices.goes_back and any(layer.is_sliding for layer in getattr(cache, "layers", ())):
+        return None  # our caches cannot take tokens back from a full window; Transformers' own can
+    if choices.goes_back and cache is not None and int(cache.get_seq_length()):
+        begin_behind(model, cache)
+    return cache
 
 
 def _check_guesses(model: PreTrainedModel, options: TextOptions, draft: PreTrainedModel | None) -> None:
