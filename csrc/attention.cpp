@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kPoolBytes = 1 << 17;      // of a cache that is worth waking other threads
 constexpr int64_t kPoolRotated = 1 << 15;    // numbers to rotate, likewise
 constexpr int64_t kPieceTokens = 512;        // of a cache, counted from the first that a token sees
-constexpr int64_t kTileQueries = 96;         // that go through a cache together, at least one token's
+constexpr int64_t kItemQueries = 96;         // that go through a cache together, at least one token's
 constexpr int64_t kMostPartials = 1 << 24;   // floats that pieces may leave until they are joined
 
 const uint8_t* bytes(const void* p) { return static_cast<const uint8_t*>(p); }
@@ -221,7 +221,7 @@ void Attention::attend(Runner& runner, const Level& level, const void* query, co
                        void* out) const {
   const Attending all{*this, level, bytes(query), cache, step, bytes(out)};
   const int64_t shared = all.shared, d = head;
-  const auto tiles = groups_of(step, std::max<int64_t>(1, kTileQueries / shared));
+  const auto tiles = groups_of(step, std::max<int64_t>(1, kItemQueries / shared));
   const auto groups = groups_of(step, step.tokens);
   int64_t seen = 0, partials = 0;
   for (const Group& group : groups) {

@@ -5,8 +5,6 @@
 // the same bits however many tokens are beside it. Few tokens meet codes in registers; many meet operands of whole numbers
 // that were made once for all of them. Codes of e4m3, which is no whole number, meet floats.
 
-
-
 namespace {
 
 // Operands are vectors of weights as dot products take them, of 16 rows each: [16][4] bytes, which meet the high and the
@@ -254,18 +252,11 @@ inline void multiply_few(C, const Coded& c, const Panels& to, const Tokens& x) {
   else multiply_codes<C, P, N>(c, to, x);
 }
 
-// All panels times few tokens. A quarter of the panels is read beside the next, since memory is read faster in several
-// streams than in one.
+// All panels times few tokens.
 template <class C>
 inline void direct_product(C code, const Coded& c, const Panels& all, int64_t panels, const Tokens& x) {
-  const auto part = [&](int64_t p, int64_t apart) {
-    return Panels{all.w + p * all.stride, all.stride * apart, all.out + p * all.apart, all.apart * apart, all.ld, all.add};
-  };
-  const int64_t apart = panels / kStreams;
   with_tokens<kDirectTokens>(x.count, [&](auto n) {
-    for (int64_t p = 0; p < apart; ++p) multiply_few<C, kStreams, n>(code, c, part(p, apart), x);
-    if constexpr (kStreams > 1)
-      for (int64_t p = apart * kStreams; p < panels; ++p) multiply_few<C, 1, n>(code, c, part(p, 1), x);
+    in_streams<kStreams>(all, panels, [&](auto p, const Panels& part) { multiply_few<C, p, n>(code, c, part, x); });
   });
 }
 

@@ -106,9 +106,13 @@ void add_rows(const MatrixFormat& f, int64_t D, float weight, const float* some,
   for (int64_t i = 0; i < count; ++i) out[own_row(f, D, begin + i)] += weight * some[i];
 }
 
-// What one token takes from one item: a partial row. The weight's place says of which work: its segments share it.
+// What one token takes from one item: a partial row, of which work and of which of its rows. Segments differ in nothing else.
 struct Part {
-  const float *partial, *weight;
+  const float* partial;
+  const Work* work;
+  int64_t row;
+
+  bool goes_on(const Part& o) const { return work == o.work && row == o.row; }
 };
 
 }  // namespace
@@ -224,7 +228,7 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
   std::vector<std::vector<Part>> parts(tokens);
   for (size_t i = 0; i < items.size(); ++i) {
     for (int64_t t = 0; t < items[i].tokens; ++t) {
-      parts[items[i].rows[t]].push_back({items[i].partial + t * wide, owner[i]->weights + first_row[i] + t});
+      parts[items[i].rows[t]].push_back({items[i].partial + t * wide, owner[i], first_row[i] + t});
     }
   }
   // Few tokens: cut D, so that all threads have something to add.
@@ -237,13 +241,14 @@ void Runner::run(const Level& level, const Shape& shape, const Input& x, int64_t
     for (size_t p = 0; p < own.size();) {
       const Part& first = own[p];
       const float* of_expert = first.partial + begin;
-      for (++p; p < own.size() && own[p].weight == first.weight; ++p) {  // the other segments
+      for (++p; p < own.size() && own[p].goes_on(first); ++p) {  // the other segments
         if (of_expert != sum) std::copy_n(of_expert, width, sum);
         level.axpy(1, own[p].partial + begin, sum, width);
         of_expert = sum;
       }
-      if (!is_strided(shape.down)) level.axpy(*first.weight, of_expert, out + t * D + begin, width);
-      else add_rows(shape.down, D, *first.weight, of_expert, begin, width, out + t * D);
+      const float weight = first.work->weights[first.row];
+      if (!is_strided(shape.down)) level.axpy(weight, of_expert, out + t * D + begin, width);
+      else add_rows(shape.down, D, weight, of_expert, begin, width, out + t * D);
     }
   });
 }

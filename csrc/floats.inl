@@ -51,22 +51,14 @@ constexpr int float_panels() {
   else return 4 * (N + F::kStep) * VP < V::kRegisters ? 4 : 2 * (N + F::kStep) * VP < V::kRegisters ? 2 : 1;
 }
 
-// All panels times some tokens, columns [begin, begin + count) of x; w points at column `begin`. A quarter of the panels
-// is read beside the next, since memory is read faster in several streams than in one.
+// All panels times some tokens, columns [begin, begin + count) of x; w points at column `begin`.
 template <class F>
 inline void multiply_tile(const Panels& to, int64_t panels, const Tokens& x, int64_t first, int64_t tokens, int64_t begin,
                           int64_t count) {
   with_tokens<V::kTokens>(tokens, [&](auto n) {
-    constexpr int N = n, P = float_panels<F, N>();
-    const int64_t apart = panels / P;
-    for (int64_t p = 0; p < apart; ++p) {
-      const Panels part{to.w + p * to.stride, to.stride * apart, to.out + p * to.apart, to.apart * apart, to.ld, to.add};
-      multiply_floats<F, P, N>(part, x, first, begin, count);
-    }
-    for (int64_t p = apart * P; p < panels; ++p) {
-      const Panels part{to.w + p * to.stride, to.stride, to.out + p * to.apart, to.apart, to.ld, to.add};
-      multiply_floats<F, 1, N>(part, x, first, begin, count);
-    }
+    in_streams<float_panels<F, n>()>(to, panels, [&](auto p, const Panels& part) {
+      multiply_floats<F, p, n>(part, x, first, begin, count);
+    });
   });
 }
 

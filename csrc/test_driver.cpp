@@ -154,8 +154,8 @@ bool has_own_bits(const Level& level, const MatrixFormat& format) {
   return strcmp(level.name, "amx") == 0 && format.code == Code::kBf16;
 }
 
-// A token's results have the bits that it has alone, whatever is computed beside it: through a matrix, and through an
-// expert beside one that more tokens go to.
+// A token's results have the bits that it has alone, whatever is computed beside it: through a matrix, through experts that
+// fewer tokens share, and beside so many experts that each is an item of its own.
 void check_alone(Machine& machine, const MatrixFormat& format, int64_t n, int64_t R, int64_t K, Rng& rng) {
   Shape s = shape_of(format, format, format);
   s.hidden = K, s.neurons = R, s.has_bias = n % 2;
@@ -170,23 +170,26 @@ void check_alone(Machine& machine, const MatrixFormat& format, int64_t n, int64_
   for (const Level* level : machine.levels) {
     if (has_own_bits(*level, format)) continue;
     Runner runner(2, {});
-    const auto run = [&](int64_t first, int64_t count, Numbers& linear, Numbers& out) {
+    const auto run = [&](int64_t first, int64_t count, int others, Numbers& linear, Numbers& out) {
       const Input some{x.bytes.data() + first * K * 4, Type::kFp32, K};
       const Linear matrix{packed.data(), R, K, format, nullptr, linear.bytes.data(), Type::kFp32};
       runner.run_linears(*level, some, count, &matrix, 1);
       std::fill(out.bytes.begin(), out.bytes.end(), 0);
-      const Work works[2] = {{experts[0].packed.data(), 0, R, rows.data(), weights.data() + first, count},
-                             {experts[1].packed.data(), 0, R, rows.data(), weights.data() + first, (count + 1) / 2}};
-      runner.run(*level, s, some, count, works, 2, out.floats());
+      std::vector<Work> works = {{experts[0].packed.data(), 0, R, rows.data(), weights.data() + first, count},
+                                 {experts[1].packed.data(), 0, R, rows.data(), weights.data() + first, (count + 1) / 2}};
+      for (int i = 0; i < others; ++i) works.push_back({experts[1].packed.data(), 0, R, &rows[n - 1], weights.data(), 1});
+      runner.run(*level, s, some, count, works.data(), static_cast<int>(works.size()), out.floats());
     };
-    Numbers all(Type::kFp32, n * R), sums(Type::kFp32, n * K);
-    run(0, n, all, sums);
     bool equal = true;
-    for (int64_t t = 0; t < (n + 1) / 2; t += 1 + n / 8) {
-      Numbers one(Type::kFp32, R), sum(Type::kFp32, K);
-      run(t, 1, one, sum);
-      equal = equal && memcmp(one.floats(), all.floats() + t * R, R * 4) == 0;
-      equal = equal && memcmp(sum.floats(), sums.floats() + t * K, K * 4) == 0;
+    for (int others : {0, 40}) {  // which are the last token's
+      Numbers all(Type::kFp32, n * R), sums(Type::kFp32, n * K);
+      run(0, n, others, all, sums);
+      for (int64_t t = 0; t < n / 2; t += 1 + n / 8) {
+        Numbers one(Type::kFp32, R), sum(Type::kFp32, K);
+        run(t, 1, 0, one, sum);
+        equal = equal && memcmp(one.floats(), all.floats() + t * R, R * 4) == 0;
+        equal = equal && memcmp(sum.floats(), sums.floats() + t * K, K * 4) == 0;
+      }
     }
     machine.note(text("alone %s R=%ld K=%ld n=%ld", name_of(format).c_str(), (long)R, (long)K, (long)n), *level, equal);
   }

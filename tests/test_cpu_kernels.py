@@ -141,6 +141,22 @@ def test_every_quantized_format_against_float64(level: str, fmt: MatrixFormat, t
     assert torch.equal(look_up(matrix, ids, torch.float32, threads=2, level=level), matrix.unpack(torch.float32)[ids])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", [*MATRIX_FORMATS.values(), *CODED], ids=lambda fmt: fmt.name)
+def test_a_row_is_the_same_alone_and_beside_others(level: str, fmt: MatrixFormat) -> None:
+    if level == "amx" and fmt.name == "bf16":
+        pytest.skip("from 9 tokens on its tiles meet two planes of bf16")
+    rows, columns = int(torch.randint(1, 150, ())), int(torch.randint(1, 600, ()))
+    if fmt.is_quantized:
+        matrix = Matrix(fmt.write(random_coded(fmt, rows, columns, finite=True)).flatten(), fmt, rows, columns)
+    else:
+        matrix = pack_matrix(fmt, torch.randn(rows, columns))
+    x = torch.randn(64, columns)
+    alone = run_linear(matrix, x[:1], threads=2, level=level)
+    for tokens in (2, 3, 4, 5, 9, 16, 17, int(torch.randint(18, 64, ())), 64):
+        assert torch.equal(run_linear(matrix, x[:tokens], threads=2, level=level)[:1], alone), tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("level", [*LEVELS, "torch"])
 def test_linear_reads_and_writes_the_dtype_of_its_input(dtype: torch.dtype, level: str) -> None:

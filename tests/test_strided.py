@@ -175,6 +175,29 @@ def test_experts_at_each_level(level: str, kind: Kind, tokens: int) -> None:
     assert _error(out, wanted) <= 5e-6
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", [Kind(2, 16, 128), Kind(4, 64, 64), Kind(3, 32, 64)], ids=str)
+def test_a_token_is_the_same_alone_and_beside_others(level: str, kind: Kind) -> None:
+    """In an expert that others share, and beside so many experts that the kernels cut none of them."""
+    math = ExpertMath(SHAPE, ExpertFormat(strided_format(*kind)), lambda gate, up: silu(gate) * up)
+    experts = CpuExperts(1, level)
+    experts.kernel(math)
+    parts, fmt, _ = expert(SHAPE, kind)
+    packed, x = packed_expert(parts, fmt, SHAPE), torch.randn(64, SHAPE.hidden)
+
+    def first(tokens: int, others: int) -> Tensor:
+        work = [ExpertWork(packed, range(SHAPE.neurons), torch.arange(tokens), torch.full((tokens,), 0.3))]
+        work += [ExpertWork(packed, range(SHAPE.neurons), torch.tensor([63]), torch.ones(1))] * others
+        out = torch.zeros(64, SHAPE.hidden)
+        experts.run(math, x, work, out)
+        return out[0]
+
+    alone = first(1, 0)
+    for tokens in (2, 3, 5, 16, 17, 63):
+        for others in (0, 20):
+            assert torch.equal(first(tokens, others), alone), (tokens, others)
+
+
 def test_packed_is_as_large_as_the_file() -> None:
     """The experts and attention of Mixtral, as published: 28,672 pairs of numbers for 3,670,016 scales a matrix."""
     fmt = expert_format_named("hqq2r16s128")

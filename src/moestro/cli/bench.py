@@ -55,7 +55,7 @@ def bench_kernels(
     full: Annotated[bool, typer.Option("--full", help="All numbers of tokens, more rounds.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Time the CPU kernels at three models' shapes, beside this machine's read and FMA limits.
+    """Time the CPU kernels at three models' shapes, beside this machine's limits of reading and of computing.
 
     By default a selection that takes under two minutes; the report names what was left out.
     """

@@ -166,9 +166,10 @@ def read_once(model: Any, ids: Tensor, beams: int) -> DynamicCache | None:
         return None
     shared = ids[None, :-1]
     chunk = chunk_for(model, shared, {"past_key_values": cache}) or shared.shape[1]
+    takes = {"use_cache": True} | ({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})
     with torch.no_grad():
         for some in shared.split(chunk, dim=1):
-            model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=some, past_key_values=cache, **takes)
     cache.batch_repeat_interleave(beams)
     for index, layer in enumerate(cache.layers):
         if is_plain(cache, index) and _has_rows(layer, beams) and layer.keys.device.type == "cpu":

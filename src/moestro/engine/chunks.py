@@ -21,7 +21,7 @@ from ..planning.text_shape import text_shape
 REREAD = frozenset({"jamba", "mistral_large4", "unlimited_ocr"})
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "experts_per_token")
-_PARTS = 4  # into which the CPU's kernels cut an expert's neurons, each with a float32 result of its own
+_PARTS = 16  # at most, into which the CPU's kernels cut an expert's neurons, each with a float32 result of its own
 # What may be beside the token ids: a call with anything else, images for instance, is not cut.
 _PLAIN = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
