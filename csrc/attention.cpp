@@ -106,7 +106,7 @@ struct Attending {
     for (int64_t j = 0; j < n; ++j) seen[j] = std::max<int64_t>(0, std::min(step.seen[group.first + j / shared].end, end) - begin);
     const int64_t at = place(group, g, begin);
     level.attend({queries, n, d, bytes(cache.keys) + at, bytes(cache.values) + at, attention.type, end - begin, seen,
-                  attention.scaling, scores, near, next, part.out, part.most, part.total});
+                  attention.scaling, scores, near, next, step.tokens <= kAloneTokens ? shared : 0, part.out, part.most, part.total});
   }
 
   // The result of token t's head h; zeros where it saw nothing.

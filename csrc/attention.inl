@@ -93,17 +93,17 @@ inline float soften(float* scores, int64_t count, float scaling, float* total) {
 }
 
 // Calls do_one(Q, q) for tiles of n queries from q on, nearly equal ones.
-template <int Q = kTileQueries, class Do>
+template <int Q, class Do>
 inline void with_count(int64_t count, int64_t q, Do do_one) {
   if (count == Q) return do_one(std::integral_constant<int, Q>(), q);
   if constexpr (Q > 1) with_count<Q - 1>(count, q, do_one);
 }
-template <class Do>
+template <int Most, class Do>
 inline void tile_queries(int64_t n, Do do_one) {
-  int64_t left = (n + kTileQueries - 1) / kTileQueries;
+  int64_t left = (n + Most - 1) / Most;
   for (int64_t q = 0; q < n; --left) {
     const int64_t count = (n - q + left - 1) / left;
-    with_count(count, q, do_one);
+    with_count<Most>(count, q, do_one);
     q += count;
   }
 }
@@ -155,12 +155,37 @@ inline void score_tile(const float* queries, const float* keys, int64_t d, float
     for (int v = 0; v < kTileVectors; ++v) acc[q][v].store(scores + q * apart + v * W);
 }
 
+// Query heads of a key head up to which scores are computed as below, where turning keys costs more than it saves.
+constexpr int64_t kRowHeads = V::kRegisters >= 32 ? 4 : 1;
+
+// The same for keys [count, d] as they lie: each in sums of every 16th element, added in the end. `room` is for four keys.
+template <class Reader>
+inline void score_rows(Reader read, const moestro::Attend& a, const uint8_t* keys, int64_t count, float* room, float* scores,
+                       int64_t apart, Ahead& ahead) {
+  constexpr int Most = V::kRegisters >= 32 ? 4 : 2;
+  const int64_t row = a.d * read.kBytes;
+  for (int64_t s = 0; s < count; s += 4) {
+    for (int64_t i = 0; i < 4 * row; i += moestro::kLineBytes) ahead.ask<1>();
+    const uint8_t* rows = keys + s * row;
+    if (count - s < 4) {
+      uint8_t* whole = reinterpret_cast<uint8_t*>(room);
+      memcpy(whole, rows, (count - s) * row);
+      memset(whole + (count - s) * row, 0, (4 - count + s) * row);
+      rows = whole;
+    }
+    tile_queries<Most>(a.n, [&](auto tile, int64_t q) {
+      dot_tile<decltype(tile)::value, 4>(read, a.queries + q * a.d, a.d, rows, a.d, scores + q * apart + s, apart);
+    });
+  }
+}
+
 // out += p values for Q queries, p [Q, p_apart], values [count, d]; each in the order of the values.
 template <int Q, class Reader>
 inline void weigh(Reader read, const float* p, int64_t p_apart, const uint8_t* values, int64_t count, int64_t d, float* out, Ahead& ahead) {
+  constexpr int N = Q <= 2 ? 2 * kTileVectors : kTileVectors;  // as many sums as hide the latency of each
   int64_t i = 0;
-  for (; i + kTileVectors * W <= d; i += kTileVectors * W)
-    weigh_tile<Q, kTileVectors>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
+  for (; i + N * W <= d; i += N * W)
+    weigh_tile<Q, N>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
   for (; i < d; i += W) weigh_tile<Q, 1>(read, p, p_apart, values + i * read.kBytes, count, d, out + i, ahead);
 }
 
@@ -186,6 +211,7 @@ static_assert(kNear % kTileKeys == 0, "a tile of keys is part of what is near");
 void attend(const moestro::Attend& a) {
   const int64_t wide = moestro::round_up(a.count, kNear), d = a.d;
   float *turned = a.near, *copied = turned + kNear * d;
+  const bool by_rows = 0 < a.shared && a.shared <= kRowHeads;  // by the model alone: a query's result is the same beside others
   with_reader(a.type, [&](auto read) {
     const int64_t row = d * read.kBytes;
     // Those rows of keys or values from s on, or what comes behind the last.
@@ -196,8 +222,12 @@ void attend(const moestro::Attend& a) {
     };
     for (int64_t s = 0; s < a.count; s += kTileKeys) {
       Ahead ahead = ahead_of(a.keys, s + kTileKeys, kTileKeys, a.values, a.count < kNear ? a.count : kNear);
+      if (by_rows) {
+        score_rows(read, a, a.keys + s * row, a.count - s < kTileKeys ? a.count - s : kTileKeys, copied, a.scores + s, wide, ahead);
+        continue;
+      }
       turn_keys(read, a.keys + s * row, a.count - s, d, copied, turned);
-      tile_queries(a.n, [&](auto tile, int64_t q) {
+      tile_queries<kTileQueries>(a.n, [&](auto tile, int64_t q) {
         constexpr int Q = decltype(tile)::value;
         bool sees = false;
         for (int i = 0; i < Q; ++i) sees |= a.seen[q + i] > s;
@@ -214,7 +244,7 @@ void attend(const moestro::Attend& a) {
       const int64_t count = a.count - s < kNear ? a.count - s : kNear;
       Ahead ahead = ahead_of(a.values, s + kNear, kNear, a.likely_next, kTileKeys);
       for (int64_t i = 0; copies && i < count * d; i += W) read.load(a.values + s * row, i).store(copied + i);
-      tile_queries(a.n, [&](auto tile, int64_t q) {
+      tile_queries<kTileQueries>(a.n, [&](auto tile, int64_t q) {
         constexpr int Q = decltype(tile)::value;
         if (copies) weigh_seen<Q>(ReadFp32(), a, q, wide, reinterpret_cast<const uint8_t*>(copied), s, count, ahead);
         else weigh_seen<Q>(read, a, q, wide, a.values + s * row, s, count, ahead);

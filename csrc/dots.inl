@@ -51,12 +51,16 @@ inline void dot_tile(Reader read, const float* x, int64_t x_apart, const uint8_t
     }
   }
   for (int q = 0; q < Q; ++q) {
+    float* totals = out + q * out_apart;
+    V sums[R];
     for (int r = 0; r < R; ++r) {
-      for (int v = 1; v < VP; ++v) acc[q][r][0] = acc[q][r][0] + acc[q][r][v];
-      float total = sum(acc[q][r][0]);
-      for (int64_t i = k; i < K; ++i) total += x[q * x_apart + i] * read.one(rows + r * K * read.kBytes, i);
-      out[q * out_apart + r] = total;
+      sums[r] = acc[q][r][0];
+      for (int v = 1; v < VP; ++v) sums[r] = sums[r] + acc[q][r][v];
     }
+    if constexpr (R == 4) store_sums(sums, totals);
+    else for (int r = 0; r < R; ++r) totals[r] = sum(sums[r]);
+    for (int64_t i = k; i < K; ++i)
+      for (int r = 0; r < R; ++r) totals[r] += x[q * x_apart + i] * read.one(rows + r * K * read.kBytes, i);
   }
 }
 

@@ -167,6 +167,7 @@ struct Attend {
   float* scores;                 // [n, count rounded up to kNearTokens], scratch
   float* near;                   // [2, kNearTokens, d], scratch
   const uint8_t* likely_next;    // keys that the thread will probably read next, or none
+  int64_t shared;                // query heads of a key head; 0 for more tokens than results must be the same bits for
   float *out, *most, *total;     // [n, d]: sums of values times exp(score - most), and [n] each: most, and these weights' sum
 };
 

@@ -88,6 +88,14 @@ inline V vmax(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V vround(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
+// Sums of the lanes of each of four vectors.
+inline void store_sums(const V (&a)[4], float* to) {
+  const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  const __m512 low = _mm512_shuffle_ps(x, y, 0x44), high = _mm512_shuffle_ps(x, y, 0xEE), all = _mm512_add_ps(low, high);
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 struct I {
   __m512i v;
@@ -216,6 +224,12 @@ inline float sum(V a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline void store_sums(const V (&a)[4], float* to) {
+  const __m256 x = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
+  const __m256 y = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xEE));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 inline float largest(V a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -330,6 +344,9 @@ inline V vmax(V a, V b) { return {vmaxq_f32(a.v, b.v)}; }
 inline V vround(V a) { return {vrndnq_f32(a.v)}; }
 inline float sum(V a) { return vaddvq_f32(a.v); }
 inline float largest(V a) { return vmaxvq_f32(a.v); }
+inline void store_sums(const V (&a)[4], float* to) {
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v)));
+}
 
 struct I {
   int32x4_t v;
@@ -418,6 +435,9 @@ inline V vmax(V a, V b) { return {a.v > b.v ? a.v : b.v}; }
 inline V vround(V a) { return {nearbyintf(a.v)}; }
 inline float sum(V a) { return a.v; }
 inline float largest(V a) { return a.v; }
+inline void store_sums(const V (&a)[4], float* to) {
+  for (int i = 0; i < 4; ++i) to[i] = a[i].v;
+}
 
 struct I {
   int32_t v;

@@ -158,19 +158,23 @@ inline void multiply_class(const Coded& c, const Panels& all, int64_t panel, con
   store_sums(to, out);
 }
 
-// All panels times all tokens, up to four of a class at a time, and a block of columns after another.
+// Calls do_one(n, first) for tiles of n tokens, each a power of two: the fewer there are, the sooner this is compiled.
+template <int N = kScaledTokens, class Do>
+inline void scaled_tiles(int64_t tokens, int64_t first, Do do_one) {
+  for (; first + N <= tokens; first += N) do_one(std::integral_constant<int, N>(), first);
+  if constexpr (N > 1) scaled_tiles<N / 2>(tokens, first, do_one);
+}
+
+// All panels times all tokens, four of a class at a time or one, and a block of columns after another.
 template <class C>
 inline void strided_product(C, const Coded& c, const Panels& all, int64_t panels, const Tokens& x, int64_t begin, int64_t end) {
   const int64_t of_class = c.group / kPanel;
   for (int64_t p = 0; p < panels;) {
     const int64_t of_this = of_class - (all.place.panel + p) % of_class, rest = panels - p < of_this ? panels - p : of_this;
-    const int64_t height = rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-    for_tiles(x.count, kScaledTokens, [&](int64_t first, int64_t tokens) {
-      with_tokens<kScaledTokens>(tokens, [&](auto n) {
-        if (height == 4) multiply_class<C, 4, n>(c, all, p, x, first, begin, end);
-        else if (height == 2) multiply_class<C, 2, n>(c, all, p, x, first, begin, end);
-        else multiply_class<C, 1, n>(c, all, p, x, first, begin, end);
-      });
+    const int64_t height = rest >= 4 ? 4 : 1;
+    scaled_tiles(x.count, 0, [&](auto n, int64_t first) {
+      if (height == 4) multiply_class<C, 4, n>(c, all, p, x, first, begin, end);
+      else multiply_class<C, 1, n>(c, all, p, x, first, begin, end);
     });
     p += height;
   }

@@ -244,6 +244,33 @@ void check_attend(Machine& machine, Type type, const Attending& z, double size, 
                 [&](const Level&) { return kRoom + 2e-7 * largest; });
 }
 
+// A token's result has the bits that it has alone, whatever else is in its step.
+void check_attend_alone(Machine& machine, Type type, const Attending& z, Rng& rng) {
+  const int64_t d = z.head, apart = z.length * d, between = z.key_heads * apart, T = z.sequences * z.own, row = z.heads * d;
+  Numbers q(type, T * row, rng), keys(type, z.sequences * between, rng), values(type, z.sequences * between, rng);
+  std::vector<Seen> seen;
+  for (int64_t t = 0; t < T; ++t) seen.push_back({t / z.own, t / z.own % 3, z.length - z.own + t % z.own + 1});
+  Attention attention;
+  attention.head = d, attention.type = type, attention.scaling = 0.3f;
+  attention.q.rows = row, attention.k.rows = z.key_heads * d;
+  const int64_t size = type == Type::kFp32 ? 4 : 2;
+  for (const Level* level : machine.levels) {
+    Runner runner(2, {});
+    const CachePlace cache{keys.bytes.data(), values.bytes.data(), z.sequences, z.length, apart, between};
+    Numbers all(type, T * row);
+    attention.attend(runner, *level, q.bytes.data(), cache, {T, seen.data(), nullptr, nullptr, 0}, all.bytes.data());
+    bool equal = true;
+    for (int64_t t = 0; t < T; ++t) {
+      Numbers one(type, row);
+      attention.attend(runner, *level, q.bytes.data() + t * row * size, cache, {1, &seen[t], nullptr, nullptr, 0}, one.bytes.data());
+      equal = equal && memcmp(one.bytes.data(), all.bytes.data() + t * row * size, row * size) == 0;
+    }
+    machine.note(text("attend alone type=%d length=%ld head=%ld heads=%ld/%ld tokens=%ldx%ld", static_cast<int>(type), (long)z.length,
+                      (long)d, (long)z.heads, (long)z.key_heads, (long)z.sequences, (long)z.own),
+                 *level, equal);
+  }
+}
+
 constexpr Type kTypes[] = {Type::kFp32, Type::kFp16, Type::kBf16};
 
 }  // namespace
@@ -284,6 +311,11 @@ void check_attention(Machine& machine, Rng& rng) {
       check_attend(machine, type, {length, 16, 3, 1, 1, 7}, 1, false, rng);
       check_attend(machine, type, {length, 64, 8, 2, 3, 5}, 1, false, rng);
       if (length < 129) continue;  // a prompt: whole tiles of queries, of a chunk and of all that is there
+      for (int64_t shared : {1, 2, 3, 4, 5, 8}) {
+        check_attend_alone(machine, type, {length, 64, 2 * shared, 2, 1, 64}, rng);
+        check_attend_alone(machine, type, {length, 48, shared, 1, 7, 3}, rng);
+        check_attend_alone(machine, type, {length - 1, 16, shared, 1, 33, 1}, rng);
+      }
       check_attend(machine, type, {length, 32, 6, 2, 2, 75}, 1, false, rng);
       check_attend(machine, type, {length, 16, 3, 3, 1, length}, 1, false, rng);
     }

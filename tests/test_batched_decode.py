@@ -101,6 +101,34 @@ def eager(path: Path) -> Any:
 
 
 @needs_kernels
+@pytest.mark.parametrize("family", STRETCHES)
+@torch.no_grad()
+def test_a_row_has_the_bits_that_it_has_alone(family: str, tmp_path: Path) -> None:
+    """Whatever is in the step beside it: random companions, up to as many tokens as a step has."""
+    save_model(family, tmp_path, HEADS | {"num_hidden_layers": 3})
+    model = load(str(tmp_path), **ON_CPU | {"bits": 4})
+    tokens, past = calls_of(model), torch.randint(3, 100, (1, 70))
+
+    def logits_of(ids: Tensor, sequences: int) -> Tensor:
+        """Of new tokens [1 or B, N] behind the same ones."""
+        cache = DynamicCache()
+        model(past, past_key_values=cache)
+        cache.batch_repeat_interleave(sequences)
+        found: Tensor = model(ids, past_key_values=cache).logits
+        return found
+
+    row = torch.randint(3, 100, (1, 1))
+    wanted = logits_of(row, 1)[0]
+    tokens.clear()
+    for others in (1, 4, 15, 16, 31, MOST_TOKENS - 1):
+        batch = torch.cat((row, torch.randint(3, 100, (others, 1))))
+        assert torch.equal(logits_of(batch, others + 1)[0], wanted), others
+        several = torch.cat((row, torch.randint(3, 100, (1, others))), 1)
+        assert torch.equal(logits_of(several, 1)[0, :1], wanted), others
+    assert [count for count in tokens if count != 70] == [n for others in (1, 4, 15, 16, 31, MOST_TOKENS - 1) for n in [others + 1] * 2]
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @torch.no_grad()
 def test_a_step_of_sequences_in_16_bits(dtype: str, tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_guesses_from_the_prompt() -> None:
     assert choose(TextOptions(), settings_of(), 4096).arguments["prompt_lookup_num_tokens"] is None
     with pytest.raises(RequestError, match="guesses for one text, not for 3 beams; leave one out"):
         choose(TextOptions(prompt_lookup=2, num_beams=3), settings_of(), 4096)
-    assert MOST_GUESSES + 1 == PREFILL_TOKENS == MOST_TOKENS
+    assert MOST_GUESSES + 1 == PREFILL_TOKENS <= MOST_TOKENS
 
 
 CHATS: list[dict[str, Any]] = [

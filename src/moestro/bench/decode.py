@@ -23,7 +23,7 @@ from ..machine.probe import available_ram_bytes, cpu_model
 from ..memory.formats import format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
-from .batches import BatchFigures, BatchTurns, print_batches
+from .batches import CACHED, BatchFigures, BatchTurns, print_batches
 from .beams import BeamFigures, BeamTurns, print_beams
 from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .models import ALONE, OURS, ModelWorker
@@ -95,6 +95,7 @@ def measure_decode(
     alone: bool = True,
     others: Mapping[str, StartEngine] = MappingProxyType({}),
     batches: Sequence[int] = (),
+    cached: Sequence[int] = (CACHED,),
     beams: Sequence[int] = (),
 ) -> DecodeReport:
     """Measure a shape at so many bits.
@@ -106,7 +107,7 @@ def measure_decode(
         threads: of each engine; None for one on each physical core.
         alone: also measure Transformers alone, in bfloat16.
         others: by their names, functions that start other engines at the same bits.
-        batches: also measure steps of so many sequences each. beams: also beam searches with so many beams each.
+        batches: also measure steps of so many sequences each. cached: tokens in the cache of each of them. beams: also beam searches with so many beams each.
 
     Raises:
         RequestError: no kernels, or no such shape or form. BudgetError: too little RAM.
@@ -129,7 +130,7 @@ def measure_decode(
             add(name, bits, start(shape, bits, depth, count))
         if alone:
             add(ALONE, 16, ModelWorker(ALONE, shape, bits=16, layers=depth, threads=count))
-        more = BatchTurns(batches, count), BeamTurns(beams)
+        more = BatchTurns(batches, count, cached=cached), BeamTurns(beams)
         return _take_turns(shape, depth, count, ours, engines, rounds, *more)
 
 

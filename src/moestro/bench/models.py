@@ -15,6 +15,7 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
+from ..errors import RequestError
 from .worker import EngineWorker, Handlers, serve
 
 OURS, ALONE = "moestro", "transformers"
@@ -95,20 +96,20 @@ class Engine:
         self.decode_s(16, 2)
 
     def card(self) -> dict[str, Any]:
-        """Bytes of weights that a decoded token reads; 0 where the engine is not ours."""
+        """Bytes of weights that a decoded token reads, 0 where the engine is not ours, and of a token in a cache."""
+        kept = [getattr(layer, name, None) for layer in self._cache.layers for name in ("keys", "values")]
+        cached = sum(part.nbytes for part in kept if part is not None) / self._cache.get_seq_length()
         conductor = getattr(self._model, "moestro", None)
         if conductor is None:
-            return {"token_bytes": 0}
+            return {"token_bytes": 0, "cached_token_bytes": cached}
         top_k = self._model.config.num_experts_per_tok
         experts = sum(layer.expert_bytes * top_k for layer in conductor.spec.layers)
-        return {"token_bytes": experts + self._dense_bytes()}
+        return {"token_bytes": experts + self._dense_bytes(), "cached_token_bytes": cached}
 
     def batch(self, sequences: int, context: int, steps: int) -> tuple[float, list[tuple[float, float]]]:
         """As `ModelWorker.batch`."""
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._model.config)
-        self._forward(context, sequences)
+        self._fill_cache(sequences, context - 1)
+        self._forward(1, sequences)  # where the cache's memory grows
         conductor, before = self._model.moestro, replace(self._model.moestro.counters)
         step_s = sum(self._forward(1, sequences) for _ in range(steps)) / steps
         after = conductor.counters
@@ -122,6 +123,23 @@ class Engine:
             (self._dense_bytes(), 2 * sequences * self._dense_weights()),
             self._attention_of(sequences, context + steps / 2),
         ]
+
+    def _fill_cache(self, sequences: int, tokens: int) -> None:
+        """A new cache with so many tokens of each sequence, whose keys and values are random instead of computed."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        torch = self._torch
+        self._cache = DynamicCache(config=self._model.config)
+        if tokens < 1:
+            return
+        self._forward(1, sequences)
+        for place, layer in enumerate(self._cache.layers):
+            if type(layer) is not DynamicLayer:
+                kind = type(layer).__name__
+                raise RequestError(f"--batch: layer {place} of this shape keeps a {kind}, which cannot be filled; choose another --shape")
+            parts = (layer.keys, layer.values)
+            more = [torch.randn(1, p.shape[1], tokens - 1, p.shape[3]).to(p.dtype).expand(sequences, -1, -1, -1) for p in parts]
+            self._cache.update(*more, place)
 
     def beams(self, beams: int, context: int, steps: int) -> tuple[float, float, float]:
         """As `ModelWorker.beams`. The first two steps, of the prompt and of rows that are still alike, do not count."""

@@ -126,16 +126,22 @@ def bench_decode(
     batch: Annotated[
         str | None, unset("N,N,...", "Also steps of so many sequences each, beside the limit, like 1,2,4,8,16.", "none")
     ] = None,
+    cached: Annotated[
+        str | None, unset("N,N,...", "Tokens in the cache of each sequence of --batch, like 64,4096.", "64")
+    ] = None,
     beams: Annotated[
         str | None, unset("N,N,...", "Also beam searches, beside batches and one sequence, like 4,8,16.", "none")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a whole random-weight model beside Transformers alone."""
+    from ..bench.batches import CACHED
     from ..bench.decode import measure_decode
 
     if form is not None and options.bits is not None:
         raise RequestError("--format says all about the weights; leave --bits out")
+    if cached is not None and batch is None:
+        raise RequestError("--cached is about the steps of --batch; give that too, like --batch 1,4")
     report = measure_decode(
         measured.shape,
         form or options.bits or 4,
@@ -144,6 +150,7 @@ def bench_decode(
         threads=options.threads,
         alone=alone,
         batches=_numbers("--batch", batch, 1),
+        cached=_numbers("--cached", cached, 1) or (CACHED,),
         beams=_numbers("--beams", beams, 2),
     )
     show(report, as_json)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 16  # T of a step that is fused; a step with more is a prompt
+MOST_TOKENS = 64  # T of a step that is fused and whose rows do not depend on each other; a step with more is a prompt
 _AT_ONCE = 2**24  # numbers of a mask that are read at once, since a prompt's may be large
 _KEPT = "_moestro_seen"  # on a mask, which all layers of a step share
 
