@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .batches import CONTEXT, STEPS
+from .batches import CACHED, STEPS
 from .models import ModelWorker
 from .report import print_table
 
@@ -46,9 +46,9 @@ class BeamTurns:
     def take(self, engine: ModelWorker) -> None:
         """One turn."""
         for beams, found in self._found.items():
-            alone_s = engine.decode_s(CONTEXT, STEPS)
-            batch_s, _ = engine.batch(beams, CONTEXT, STEPS)
-            step_s, moved, whole = engine.beams(beams, CONTEXT, STEPS)
+            alone_s = engine.decode_s(CACHED, STEPS)
+            batch_s, _ = engine.batch(beams, CACHED, STEPS)
+            step_s, moved, whole = engine.beams(beams, CACHED, STEPS)
             found.append(BeamFigures(beams, beams / step_s, beams / batch_s, 1 / alone_s, moved, whole))
 
     def figures(self) -> tuple[BeamFigures, ...]:
