@@ -1,7 +1,7 @@
 """The table of docs/performance.md: decode on the CPU by shape, bits, tokens in the cache and sequences a step.
 
-    python -m benchmarks.performance --threads 2             measures all of it, by `moestro bench decode`, and writes the table
-    python -m benchmarks.performance --table                 writes the table anew from the results that are kept
+    python -m benchmarks.performance --threads 2    measures it by `moestro bench decode`, and writes the table
+    python -m benchmarks.performance --table        writes the table anew from the results that are kept
 
 Each shape is cut to a depth at which it fits, which changes the share of the head in a token and nothing else. Every
 row is kept, those included where the caches do not fit. Results lie in benchmarks/results with machine and commit.
@@ -66,7 +66,9 @@ def measure(model: Model, bits: int, threads: int, rounds: int) -> None:
     report.print()
     machine = slug(machine_card()["cpu"])
     target = RESULTS / f"performance-{model.shape}-{bits}bit-{best_level()}-{machine}.json"
-    target.write_text(json.dumps(report.to_json() | {"bits": bits, "machine": machine_card(), "commit": git_commit()}) + "\n")
+    target.write_text(
+        json.dumps(report.to_json() | {"bits": bits, "machine": machine_card(), "commit": git_commit()}) + "\n"
+    )
 
 
 def write_table() -> None:

@@ -125,7 +125,9 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, tmp_path: Path) -> No
         assert torch.equal(logits_of(batch, others + 1)[0], wanted), others
         several = torch.cat((row, torch.randint(3, 100, (1, others))), 1)
         assert torch.equal(logits_of(several, 1)[0, :1], wanted), others
-    assert [count for count in tokens if count != 70] == [n for others in (1, 4, 15, 16, 31, MOST_TOKENS - 1) for n in [others + 1] * 2]
+    assert [count for count in tokens if count != 70] == [
+        n for others in (1, 4, 15, 16, 31, MOST_TOKENS - 1) for n in [others + 1] * 2
+    ]
 
 
 @needs_kernels

@@ -24,6 +24,7 @@ def device_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
+@pytest.mark.long
 def test_a_toy_report_has_card_table_and_json(tmp_path: Path) -> None:
     done = device_sh("--toy", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

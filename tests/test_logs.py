@@ -24,7 +24,7 @@ def _moestro(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     ("verbose", "level"),
     [
         (["-vv"], ""),
-        ([], ""),
+        pytest.param([], "", marks=pytest.mark.long),
         pytest.param(["-v"], "error", marks=pytest.mark.long),
         pytest.param([], "debug", marks=pytest.mark.long),
     ],

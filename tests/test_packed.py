@@ -84,7 +84,7 @@ def test_checksums_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         {"bits": 16},
         {"bits": 8},
         pytest.param({"bits": 4}, marks=pytest.mark.long),
-        {"bits": 2},
+        pytest.param({"bits": 2}, marks=pytest.mark.long),
         {"expert_bits": 4, "dense_bits": 8, "head_bits": 16},
         pytest.param({"expert_bits": 3, "head_bits": 4}, marks=pytest.mark.long),
     ],
@@ -108,7 +108,7 @@ def test_the_demo_is_packed_exactly(options: dict[str, Any], tmp_path: Path) -> 
     same(load(str(folder), threads=2, **options), expected, ids)  # options that say the same
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "float16"])
 def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     folder = packed("demo", tmp_path / "demo", {"dtype": dtype})
     found = load(str(folder), threads=2)
@@ -116,7 +116,7 @@ def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     same(found, load("demo", dtype=dtype, threads=2), torch.arange(3, 40)[None])
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.long), 4])
 def test_on_a_device(bits: int | None, tmp_path: Path) -> None:
     """There floats are unpacked and quantized dense layers keep their form; the experts are the same bytes."""
     folder = packed("demo", tmp_path / "demo", {"dtype": "float32"}, expert_bits=bits)

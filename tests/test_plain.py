@@ -312,6 +312,7 @@ def maps(path: Path) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="watches /proc")
+@pytest.mark.long
 def test_a_model_that_is_gone_leaves_neither_memory_nor_threads(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 128}
     save_model("mixtral", tmp_path, sizes)

@@ -208,14 +208,14 @@ def test_formats_take_the_kernels_solver(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.allclose(by_kernels, by_twin, atol=1e-4)
 
 
-def test_loading_a_model_takes_the_kernels_solver() -> None:
+@pytest.mark.parametrize("first", [pytest.param("", marks=pytest.mark.long), "import moestro.memory.formats;"])
+def test_loading_a_model_takes_the_kernels_solver(first: str) -> None:
     code = (
         "import sys, moestro.loading.load, moestro.memory.formats.hqq_solver as solver;"
         "print(solver._solver is sys.modules['moestro.compute.cpu'].solve_hqq)"
     )
-    for first in ("", "import moestro.memory.formats;"):
-        done = subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "True"
+    done = subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 @pytest.mark.parametrize("fit", [True, False])

@@ -34,7 +34,11 @@ from test_stored import DEVICES, _same
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
 @pytest.mark.parametrize(
     ("experts", "attention"),
-    [(EXPERTS, ATTENTION), (Kind(4, 64, 64), Kind(2, 16, 64)), (Kind(3, 32, 128), Kind(8, 128, 32))],
+    [
+        (EXPERTS, ATTENTION),
+        pytest.param(Kind(4, 64, 64), Kind(2, 16, 64), marks=pytest.mark.long),
+        (Kind(3, 32, 128), Kind(8, 128, 32)),
+    ],
     ids=["as published", "4 bits", "3 bits"],
 )
 def test_whole_models(experts: Kind, attention: Kind, options: dict[str, Any], tmp_path: Path) -> None:
@@ -58,6 +62,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module
     return folder, write_checkpoint(folder)
 
 
+@pytest.mark.long
 def test_names_may_be_whole_too(published: tuple[Path, nn.Module], tmp_path: Path) -> None:
     """In files that an index joins, and in a single one; all are recognized without a word in config.json."""
     ids = random_ids()
@@ -181,7 +186,7 @@ def _files(base: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_damage_is_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Or a model whose every weight is from the file."""

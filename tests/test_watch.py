@@ -29,6 +29,13 @@ TORCH_KEEPS = frozenset(vars(nn.Module()))
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 # Without norms on queries, with them over all heads, over each head; with biases and shared experts; with multipliers.
 FAMILIES = ["mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "granitemoe", "gpt_oss"]
+_IN_MINUTES = {"olmoe", "qwen3_moe", "granitemoe"}  # what they share with others is tried there
+
+
+def of_families(*more: tuple[str, torch.dtype]) -> list[Any]:
+    """The families, and some of them in other dtypes too; `make test-long` has all."""
+    every = [*((family, torch.float32) for family in FAMILIES), *more]
+    return [pytest.param(*one, marks=pytest.mark.long if one[0] in _IN_MINUTES else ()) for one in every]
 
 
 def _changed(value: Any) -> Any:
@@ -87,9 +94,9 @@ def _models(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> tu
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_attribute_that_is_changed(family: str, tmp_path: Path) -> None:
-    reference, model = _models(family, tmp_path)
+@pytest.mark.parametrize(("family", "dtype"), of_families())
+def test_every_attribute_that_is_changed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reference, model = _models(family, tmp_path, dtype)
     wrong = [_compare(_outcome(model), _outcome(reference), "nothing")]
     for name, attribute in list(_attributes(reference)):
         both = [_owner(m, name) for m in (reference, model)]
@@ -131,10 +138,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, str]]:
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [*((family, torch.float32) for family in FAMILIES), ("qwen3_moe", torch.bfloat16), ("mixtral", torch.float16)],
-)
+@pytest.mark.parametrize(("family", "dtype"), of_families(("qwen3_moe", torch.bfloat16), ("mixtral", torch.float16)))
 @torch.no_grad()
 def test_every_tensor_that_is_changed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     reference, model = _models(family, tmp_path, dtype)
@@ -236,7 +240,7 @@ def _pre_hook(parent: Any, leaf: str) -> Callable[[], None]:
 
 @needs_kernels
 @pytest.mark.parametrize("way", [_wrap_forward, _replace, _hook, _pre_hook])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.long), "qwen2_moe"])
 @torch.no_grad()
 def test_every_module_that_is_wrapped(family: str, way: Callable[..., Any], tmp_path: Path) -> None:
     """Adapters, hooks and patches that come after loading, before a step and between two, and go again."""
@@ -415,7 +419,15 @@ def _replayed(model: Any) -> Tensor | Exception:
     return torch.cat([part[:, -1:] for part in parts], 1).float()
 
 
-@pytest.mark.parametrize("way", ["attributes", "tensors", _wrap_forward, _hook])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("attributes", marks=pytest.mark.long),
+        "tensors",
+        _wrap_forward,
+        pytest.param(_hook, marks=pytest.mark.long),
+    ],
+)
 @torch.no_grad()
 def test_captured_steps_follow_what_is_changed(way: Any, tmp_path: Path) -> None:
     reference = save_model("qwen3_moe", tmp_path, HEADS).requires_grad_(False)

@@ -1,7 +1,7 @@
 """Steps of several sequences beside what the machine could do: for `moestro bench decode --batch`.
 
 The limit of a step is the sum over the experts that it really used, the dense layers and attention of what takes longer
-there: reading their bytes, or the operations. A figure is the median of the turns. What does not fit in RAM keeps its row.
+there: reading their bytes, or the operations. A figure is the median of the turns. What does not fit keeps its row.
 """
 
 from __future__ import annotations

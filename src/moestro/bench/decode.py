@@ -107,7 +107,8 @@ def measure_decode(
         threads: of each engine; None for one on each physical core.
         alone: also measure Transformers alone, in bfloat16.
         others: by their names, functions that start other engines at the same bits.
-        batches: also measure steps of so many sequences each. cached: tokens in the cache of each of them. beams: also beam searches with so many beams each.
+        batches: also measure steps of so many sequences each. cached: tokens in the cache of each of them.
+        beams: also beam searches with so many beams each.
 
     Raises:
         RequestError: no kernels, or no such shape or form. BudgetError: too little RAM.

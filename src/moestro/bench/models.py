@@ -136,9 +136,12 @@ class Engine:
         for place, layer in enumerate(self._cache.layers):
             if type(layer) is not DynamicLayer:
                 kind = type(layer).__name__
-                raise RequestError(f"--batch: layer {place} of this shape keeps a {kind}, which cannot be filled; choose another --shape")
+                raise RequestError(f"--batch: layer {place} keeps a {kind}, which cannot be filled; choose another shape")
             parts = (layer.keys, layer.values)
-            more = [torch.randn(1, p.shape[1], tokens - 1, p.shape[3]).to(p.dtype).expand(sequences, -1, -1, -1) for p in parts]
+            more = [
+                torch.randn(1, p.shape[1], tokens - 1, p.shape[3]).to(p.dtype).expand(sequences, -1, -1, -1)
+                for p in parts
+            ]
             self._cache.update(*more, place)
 
     def beams(self, beams: int, context: int, steps: int) -> tuple[float, float, float]:
