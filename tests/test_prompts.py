@@ -22,6 +22,7 @@ from moestro import load
 from moestro.compute.cpu import levels
 from moestro.compute.few_tokens import StepAttention
 from moestro.decode.cpu.attention import FusedAttention
+from moestro.decode.cpu.masks import MOST_TOKENS
 from moestro.memory.formats import MATRIX_FORMATS
 from packing import pack_matrix
 
@@ -49,7 +50,7 @@ def attend(kernel: StepAttention, query: Tensor, keys: Tensor, values: Tensor, s
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    ("heads", "groups", "head", "new", "past"), [(6, 2, 32, 150, 437), (3, 3, 48, 97, 0), (8, 1, 16, 70, 600)]
+    ("heads", "groups", "head", "new", "past"), [(6, 2, 32, 150, 437), (3, 3, 48, 97, 0), (8, 1, 16, 70, 600), (4, 2, 32, 32, 530)]
 )
 def test_a_prompt_against_torch(
     level: str, dtype: torch.dtype, heads: int, groups: int, head: int, new: int, past: int
@@ -79,10 +80,11 @@ def test_a_prompt_against_torch(
         ours = got.view(2, new, heads, head)[b, real:].transpose(0, 1).double()
         assert (ours - wanted[0]).norm() <= TOLERANCES[dtype] * wanted.norm()
     assert not got[(seen == 0).all(1)].any()
-    for t in (new - 1, 2 * new - 1, int(torch.randint(new, 2 * new, ()))):  # the same bits as in a step of its own
+    for t in (new - 1, 2 * new - 1, int(torch.randint(new, 2 * new, ()))):  # as in a step of its own
         b = t // new
         alone = attend(kernel, query[t : t + 1], keys[b : b + 1], values[b : b + 1], seen[t : t + 1])
-        assert torch.equal(alone[0], got[t])
+        assert (alone[0] - got[t]).norm() <= TOLERANCES[dtype] * got[t].norm()
+        assert torch.equal(alone[0], got[t]) or 2 * new > MOST_TOKENS
     assert torch.equal(
         attend(attention_of(heads, groups, head, dtype, level, threads=3), query, keys, values, seen), got
     )
