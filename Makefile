@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-long test-versions install sanitize sanitize-python clean
+.PHONY: help demo test test-long test-amx test-versions install sanitize sanitize-python clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/*)
 sanitize: sanitize-thread sanitize-address,undefined  ## build the C++ test driver with sanitizers and run it (-j2: both at once)
 
 sanitize-%:
-	cmake -S csrc -B build/$* -DMOESTRO_DRIVER=ON -DMOESTRO_SANITIZE=$*
+	cmake -S csrc -B build/$* -DMOESTRO_DRIVER=ON -DMOESTRO_SANITIZE=$* -DMOESTRO_EMULATE_AMX=ON
 	cmake --build build/$* -j$$(getconf _NPROCESSORS_ONLN)
 	build/$*/driver $(SEED)
 
@@ -49,6 +49,15 @@ sanitize-python: install  ## build the extension with ASan and UBSan and run the
 	grep -q __asan_init $(SANITIZED)/moestro/compute/_kernels*.so
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 --dist worksteal -o timeout=900 --kernels $(SANITIZED)/moestro/compute/_kernels*.so $(REACH_KERNELS)
+
+EMULATED := build/emulated-amx
+# Products of many tokens, and what reaches them from whole models.
+REACH_TILES := $(patsubst %,tests/test_%.py,cpu_kernels few_tokens bindings bench_kernels act_order prompts fuse)
+
+test-amx: install  ## build the extension with AMX's tiles in plain C++ and run the kernels' tests at that level (needs AVX-512 VNNI)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(EMULATED) --upgrade \
+		-C build-dir=build/emulated-amx-objects -C cmake.define.MOESTRO_EMULATE_AMX=ON .
+	$(BIN)/pytest -n 2 --dist worksteal -o timeout=900 --kernels $(EMULATED)/moestro/compute/_kernels*.so -k amx $(REACH_TILES)
 
 clean:  ## remove .venv and what builds and tests leave
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -39,7 +39,7 @@ struct Decoded;
 
 // How many tokens go to matrix tiles, of weights in a float format and in codes: fewer are faster without.
 template <class F> constexpr int64_t tiles_from() { return INT64_MAX; }
-#if defined(__AMX_TILE__)
+#if defined(MOESTRO_TILES)
 template <> constexpr int64_t tiles_from<Bf16>() { return 9; }
 constexpr int64_t kCodeTilesFrom = 12;
 template <class F> void tile_product(const Panels&, int64_t panels, int64_t K, const Tokens&, float* scratch);
@@ -56,7 +56,7 @@ inline void tiles_times(const Coded&, const Decoded&, int, const Panels&, const 
 #include "codes.inl"
 #include "strided.inl"
 #include "coded.inl"
-#if defined(__AMX_TILE__)
+#if defined(MOESTRO_TILES)
 #include "amx.inl"
 #endif
 #include "formats.inl"

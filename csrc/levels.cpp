@@ -6,7 +6,7 @@
 #if defined(_MSC_VER) && defined(MOESTRO_X86)
 #include <intrin.h>
 #endif
-#if defined(MOESTRO_AMX)
+#if defined(MOESTRO_AMX) && !defined(MOESTRO_EMULATE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,7 +53,9 @@ bool has_avx512_vnni() {
 }
 #endif
 
-#if defined(MOESTRO_AMX)
+#if defined(MOESTRO_EMULATE_AMX)
+bool has_amx() { return has_avx512_vnni(); }
+#elif defined(MOESTRO_AMX)
 bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;

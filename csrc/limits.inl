@@ -45,9 +45,10 @@ double fma_of(int64_t rounds) {
 
 // The same with what codes meet, an activation's planes being one operand: by matrix tiles where there are some.
 double dots_of(int64_t rounds) {
-#if defined(__AMX_TILE__)
+#if defined(MOESTRO_TILES)
   const TileRows configured(16, 64);
   alignas(64) uint8_t tile[1024] = {1};
+  before_tile_loads();
   _tile_loadd(4, tile, 64);
   _tile_loadd(6, tile, 64);
   for (int64_t i = 0; i < rounds; ++i) {

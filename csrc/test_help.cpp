@@ -324,13 +324,18 @@ std::string text(const char* format, ...) {
   return line;
 }
 
-Machine::Machine() : used_(new Runner(3, {})) {
+Machine::Machine(const char* only) : used_(new Runner(3, {})) {
   const char* names[8];
   bool usable[8];
   const int count = compiled_levels(names, usable, 8);
   for (int i = 0; i < count; ++i) {
+    if (only != nullptr && strcmp(only, names[i]) != 0) continue;
     if (usable[i]) levels.push_back(find_level(names[i]));
     else printf("%s: not on this CPU\n", names[i]);
+  }
+  if (only != nullptr && levels.empty()) {
+    printf("no level %s runs here\n", only);
+    std::exit(2);
   }
 }
 

@@ -68,10 +68,10 @@ double tolerance(const moestro::Level& level, const moestro::MatrixFormat& forma
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// The levels of this CPU, and pools of different sizes, whose results must be equal.
+// The levels of this CPU, or one of them, and pools of different sizes, whose results must be equal.
 class Machine {
  public:
-  Machine();
+  explicit Machine(const char* only = nullptr);
 
   // Calls run(runner, level, out) at every level with every pool, each time with out as `start` is. The error must
   // be within bound(level), and all pools' results equal, bit for bit.
@@ -111,3 +111,4 @@ class Machine {
 void check_norms(Machine& machine, Rng& rng);
 void check_attention(Machine& machine, Rng& rng);
 void check_layers(Machine& machine, Rng& rng);
+void check_emulated_amx(Machine& machine);  // test_amx.cpp

@@ -83,7 +83,7 @@ inline float whole_of(const float* x, int16_t* whole, int32_t (&sixteens)[kSixte
 }
 
 // What the level has of matrix tiles.
-#if defined(__AMX_TILE__)
+#if defined(MOESTRO_TILES)
 void pack_bf16_planes(const float* x, int planes, uint8_t* to);
 #else
 inline void pack_bf16_planes(const float*, int, uint8_t*) {}
