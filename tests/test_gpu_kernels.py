@@ -317,22 +317,27 @@ def test_small_tiles_of_gpus_without_tensor_cores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "most", "rows", "without"),
+    ("pairs", "most", "rows", "half", "without"),
     [
-        (8, 1, (16,), (4,)),
-        (40, 16, (16,), (4, 16)),
-        (40, 17, (16, 32), (4, 16, 32)),
-        (80, 64, (16, 32, 64), (4, 16, 32)),
-        (1000, 900, (16, 32, 64), (4, 16, 32)),
-        (9000, 2000, (128,), (4, 16, 32)),
+        (8, 1, (16,), (16,), (4,)),
+        (40, 16, (16,), (16,), (4, 16)),
+        (40, 17, (16, 32), (16, 32), (4, 16, 32)),
+        (80, 64, (16, 32, 64), (16, 32), (4, 16, 32)),
+        (1000, 900, (16, 32, 64), (16, 32), (4, 16, 32)),
+        (9000, 2000, (128,), (16, 32), (4, 16, 32)),
     ],
 )
-def test_tiles_grow_with_the_tokens_of_an_expert(
-    pairs: int, most: int, rows: tuple[int, ...], without: tuple[int, ...]
-) -> None:
+def test_tiles_grow_with_the_tokens_of_an_expert(pairs: int, most: int, **sizes: tuple[int, ...]) -> None:
     kernel = _layer("int4", "bf16").kernel
-    assert plans.tile_sizes(kernel, pairs, 8, most) == rows
-    assert plans.tile_sizes(replace(kernel, has_tensor_cores=False), pairs, 8, most) == without
+    for changes, wanted in (
+        ({}, sizes["rows"]),
+        ({"down_is_fp32": True}, sizes["half"]),
+        ({"dtype": "fp32"}, sizes["half"]),
+        ({"dtype": "fp32", "down_is_fp32": True}, sizes["without"]),
+        ({"has_tensor_cores": False}, sizes["without"]),
+    ):
+        of = replace(kernel, **changes).on_tensor_cores
+        assert plans.tile_sizes(of, pairs, 8, most) == wanted
 
 
 @pytest.mark.parametrize("sizes", [(32,), (64,), (128,), (16, 32), (16, 32, 64)])
@@ -363,7 +368,7 @@ def test_a_plan_on_the_device_waits_for_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [2, 200])
+@pytest.mark.parametrize("tokens", [2, 16, 60, 200])
 def test_a_graph_is_replayed_with_other_routing(tokens: int) -> None:
     layer = _layer("int4", "fp16")
     index, weights = (part.to(DEVICE) for part in choice(tokens))

@@ -65,6 +65,11 @@ class GpuKernel:
         return 1 if self.gate_matrix.order == self.up_matrix.order else 2
 
     @property
+    def on_tensor_cores(self) -> tuple[bool, bool]:
+        """Whether gate and up, and down, are multiplied there."""
+        return self.has_tensor_cores and self.dtype != "fp32", self.has_tensor_cores and not self.down_is_fp32
+
+    @property
     def segments(self) -> int:
         """Into how many shares of its blocks an expert's sum over neurons is cut, by its shape alone.
 

@@ -19,7 +19,7 @@ from .plan import Plan, PlanPart
 _ALIGN_BYTES = 256
 _COMBINED = 512  # columns of one program
 _MANY_LOADS = 4
-_LARGE = 32
+_LARGE = 16
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -42,10 +42,10 @@ TILINGS = {
 }
 
 
-def warps_of(rows: int, tiling: Tiling, *, has_tensor_cores: bool, dtype: str) -> int:
+def warps_of(rows: int, on_tensor_cores: bool) -> int:
     """A tiling's; without tensor cores sums of large tiles need the registers of more."""
-    is_slow = not has_tensor_cores or dtype == "fp32"
-    return max(tiling.warps, 8) if is_slow and rows >= _LARGE else tiling.warps
+    warps = TILINGS[rows].warps
+    return warps if on_tensor_cores or rows < _LARGE else max(warps, 8)
 
 
 def pipeline_stages(tiling: Tiling, *matrices: PanelSpec) -> int:
@@ -187,15 +187,15 @@ def _gate_up_options(kernel: GpuKernel, rows: int) -> dict[str, int]:
     """What `gate_up` is compiled for, for tiles of so many rows."""
     tiling = TILINGS[rows]
     stages = 2 if kernel.dtype == "fp32" else pipeline_stages(tiling, kernel.gate_matrix, kernel.up_matrix)
-    warps = warps_of(rows, tiling, has_tensor_cores=kernel.has_tensor_cores, dtype=kernel.dtype)
+    warps = warps_of(rows, kernel.on_tensor_cores[0])
     return {"M": rows, "N": tiling.gate_up, "num_warps": warps, "num_stages": stages}
 
 
 def _down_options(kernel: GpuKernel, rows: int) -> dict[str, int]:
     """As `_gate_up_options`."""
-    tiling, dtype = TILINGS[rows], "fp32" if kernel.down_is_fp32 else ""
+    tiling = TILINGS[rows]
     stages = 2 if kernel.down_is_fp32 else pipeline_stages(tiling, kernel.down_matrix)
-    warps = warps_of(rows, tiling, has_tensor_cores=kernel.has_tensor_cores, dtype=dtype)
+    warps = warps_of(rows, kernel.on_tensor_cores[1])
     return {"M": rows, "N": tiling.down, "num_warps": warps, "num_stages": stages}
 
 

@@ -52,6 +52,11 @@ class LinearSpec:
         return -(-self.columns // CHUNK)
 
     @property
+    def on_tensor_cores(self) -> bool:
+        """Whether it is multiplied there."""
+        return self.has_tensor_cores and self.dtype != "fp32"
+
+    @property
     def segments(self) -> int:
         """Into how many shares of its columns a result's sum is cut, by the shape alone."""
         programs = -(-self.rows // _ROWS)
@@ -95,7 +100,7 @@ def run_linear(matrix: Matrix, x: Tensor) -> Tensor:
         M=tile_tokens,
         N=tiling.down,
         SPLITS=splits,
-        num_warps=warps_of(tile_tokens, tiling, has_tensor_cores=spec.has_tensor_cores, dtype=spec.dtype),
+        num_warps=warps_of(tile_tokens, spec.on_tensor_cores),
         num_stages=2 if spec.dtype == "fp32" else pipeline_stages(tiling, spec.matrix),
     )
     if splits > 1:
@@ -179,7 +184,7 @@ def _spec(
 
 def _tiles(spec: LinearSpec, tokens: int) -> tuple[int, Tiling, int]:
     """Tokens of a tile, how it is cut, and how many programs share its columns."""
-    rows = tile_sizes(spec, tokens, 1, tokens)[-1]
+    rows = tile_sizes([spec.on_tensor_cores], tokens, 1, tokens)[-1]
     tiling = TILINGS[rows]
     programs = -(-tokens // rows) * -(-spec.rows // tiling.down)
     return rows, tiling, spec.segments if programs < ENOUGH_PROGRAMS else 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,30 +70,19 @@ class Plan:
     limit_bytes: int = WORKSPACE_BYTES
 
 
-class Multiplies(Protocol):
-    """What the size of tiles depends on."""
-
-    @property
-    def dtype(self) -> str:
-        """In which is multiplied: fp16, bf16 or fp32."""
-
-    @property
-    def has_tensor_cores(self) -> bool:
-        """Whether Triton multiplies with these."""
-
-
-def tile_sizes(kernel: Multiplies, pairs: int, experts: int, most: int) -> tuple[int, ...]:
+def tile_sizes(on_tensor_cores: Sequence[bool], pairs: int, experts: int, most: int) -> tuple[int, ...]:
     """Rows of the groups that a step needs, smallest first; an expert's pairs are cut into tiles of the largest.
 
     16 is the least that tensor cores multiply. Without them each row costs its share, so it may be 4, and of more than
-    32 the compiler spills registers.
+    32 the compiler finds no registers: 64 take 3 to 9 KB of stack.
 
     Args:
+        on_tensor_cores: of each product that takes these tiles.
         most: pairs of the expert that has most of them, or as many as that may be.
     """
-    if kernel.has_tensor_cores and kernel.dtype != "fp32" and pairs > 128 * experts:
+    if all(on_tensor_cores) and pairs > 128 * experts:
         return (128,)
-    sizes = (16, 32, 64) if kernel.has_tensor_cores else (4, 16, 32)
+    sizes = (16, 32, 64) if all(on_tensor_cores) else (16, 32) if any(on_tensor_cores) else (4, 16, 32)
     return sizes[: 1 + sum(size < most for size in sizes[:-1])]
 
 
@@ -185,7 +174,7 @@ def _by_one_program(
 ) -> PlanPart:
     """For a decode step, where a dozen operations of torch would take longer than the experts."""
     pairs, experts, device = index.numel(), table.shape[0], index.device
-    sizes = tile_sizes(kernel, pairs, min(pairs, experts), len(tokens))
+    sizes = tile_sizes(kernel.on_tensor_cores, pairs, min(pairs, experts), len(tokens))
     places = [_places(pairs, least) for least in (0, *sizes[:-1])]
     starts = [0, *accumulate(-(-count // _ALIGN) * _ALIGN for count in places)]
     make = torch.empty if len(sizes) == 1 else torch.zeros  # of the first group all are written
@@ -222,7 +211,7 @@ def _by_one_program(
 def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor) -> PlanPart:
     """Make the plan by torch's operations, all of fixed shape."""
     pairs, experts, k, device = index.numel(), table.shape[0], index.shape[1], index.device
-    sizes = tile_sizes(kernel, pairs, min(pairs, experts), len(tokens))
+    sizes = tile_sizes(kernel.on_tensor_cores, pairs, min(pairs, experts), len(tokens))
     rows = sizes[-1]
     expert, order = torch.sort(_ours(index, weights, table).flatten(), stable=True)  # [P]
     numbers = torch.arange(max(experts + 1, most_tiles(pairs, experts, rows), pairs), device=device)
@@ -255,7 +244,9 @@ def _grouped(tiles: Tensor, sizes: Sequence[int], pairs: int) -> tuple[TileGroup
     groups = [TileGroup(sizes[0], tiles.where((count <= sizes[0])[:, None], 0))]
     for least, rows in pairwise(sizes):
         n_tiles = _places(pairs, least)
-        place = torch.where((count > least) & (count <= rows), first // (least + 1), n_tiles).long()  # the last: of none
+        place = torch.where(
+            (count > least) & (count <= rows), first // (least + 1), n_tiles
+        ).long()  # the last: of none
         into = tiles.new_zeros(n_tiles + 1, _TILE_INTS).index_copy_(0, place, tiles)
         groups.append(TileGroup(rows, into[:n_tiles]))
     return tuple(groups)
@@ -328,7 +319,7 @@ def _draft(
 ) -> _Draft:
     """item, token, weight: [P], sorted by item."""
     counts = np.bincount(item, minlength=len(items.slot))
-    sizes = tile_sizes(kernel, len(item), int((counts > 0).sum()), int(counts.max(initial=0)))
+    sizes = tile_sizes(kernel.on_tensor_cores, len(item), int((counts > 0).sum()), int(counts.max(initial=0)))
     rows = sizes[-1]
     tile_counts = -(-counts // rows)
     owner = np.repeat(np.arange(len(counts)), tile_counts)
