@@ -157,8 +157,9 @@ def down(
 ):
     """Rows of a tile's pairs, some columns of them: float32 [splits, pairs, D], set by the first run, then added to.
 
-    Program (tile, columns, split); a split takes one of the expert's segments, or all. Each segment is summed from zero,
-    and segments are added in order, here or by `combine`: so the result has the same bits whatever the number of splits.
+    Program (tile, columns, split); a split takes one of the expert's segments, or all. Each segment is summed from
+    zero, and segments are added in order, here or by `combine`: so the result has the same bits whatever the number of
+    splits.
     """
     tile = tiles + tl.program_id(0) * TILE_INTS
     column = tl.program_id(1) * N + tl.arange(0, N)

@@ -255,7 +255,8 @@ def _grouped(tiles: Tensor, sizes: Sequence[int], pairs: int) -> tuple[TileGroup
 def _places(pairs: int, least: int) -> int:
     """How many places a group has for tiles of more than `least` pairs.
 
-    A tile whose first pair is p has the place p // (least + 1), which no other has: the next one begins behind its pairs.
+    A tile whose first pair is p has the place p // (least + 1), which no other has: the next one begins behind its
+    pairs.
     """
     return pairs // (least + 1)
 
