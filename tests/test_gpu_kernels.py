@@ -327,14 +327,16 @@ def test_small_tiles_of_gpus_without_tensor_cores() -> None:
         (9000, 2000, (128,), (16, 32), (4, 16, 32)),
     ],
 )
-def test_tiles_grow_with_the_tokens_of_an_expert(pairs: int, most: int, **sizes: tuple[int, ...]) -> None:
+def test_tiles_grow_with_the_tokens_of_an_expert(
+    pairs: int, most: int, rows: tuple[int, ...], half: tuple[int, ...], without: tuple[int, ...]
+) -> None:
     kernel = _layer("int4", "bf16").kernel
     for changes, wanted in (
-        ({}, sizes["rows"]),
-        ({"down_is_fp32": True}, sizes["half"]),
-        ({"dtype": "fp32"}, sizes["half"]),
-        ({"dtype": "fp32", "down_is_fp32": True}, sizes["without"]),
-        ({"has_tensor_cores": False}, sizes["without"]),
+        ({}, rows),
+        ({"down_is_fp32": True}, half),
+        ({"dtype": "fp32"}, half),
+        ({"dtype": "fp32", "down_is_fp32": True}, without),
+        ({"has_tensor_cores": False}, without),
     ):
         of = replace(kernel, **changes).on_tensor_cores
         assert plans.tile_sizes(of, pairs, 8, most) == wanted

@@ -118,8 +118,7 @@ def test_a_row_is_the_same_alone_and_beside(name: str, monkeypatch: pytest.Monke
     splits = set()
 
     def run(rows: Tensor) -> Tensor:
-        given = index[rows].to(DEVICE), weights[rows].to(DEVICE)
-        plan = plan_on_device(layer.kernel, *given, layer.table)
+        plan = plan_of(layer.kernel, layer.pool, layer.work(index[rows], weights[rows]), len(rows))
         splits.add(launch._workspace(layer.kernel, plan.parts[0], plan.limit_bytes).splits)
         return layer.run(plan, x[rows.to(DEVICE)])
 
