@@ -4,14 +4,18 @@
 
 compiles for compute capability 8.6, int4 weights, float16 hidden states and 1 token of an expert, and so on; and
 for down's weights ("q4_k+q4_k+q6_k": gate, up, down) a linear layer and an embedding. Prints a line of JSON a kernel:
-how it multiplies ("wgmma", "mma" or, without tensor cores, "fma") and its shared memory.
+how it multiplies ("wgmma", "mma" or, without tensor cores, "fma"), its shared memory, registers and stack.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
@@ -44,6 +48,21 @@ class _Driver:
         return 0
 
 
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack, where the compiler puts what finds no register."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        told = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    registers, stack_bytes = map(int, re.search(r"REG:(\d+) STACK:(\d+)", told).groups())
+    return {"registers": registers, "stack_bytes": stack_bytes}
+
+
 def compile_instead(compiled: list[dict[str, object]]) -> None:
     """From now on kernels are compiled and listed, and not launched."""
     run = JITFunction.run
@@ -52,7 +71,7 @@ def compile_instead(compiled: list[dict[str, object]]) -> None:
         found = run(self, *args, grid=grid, warmup=True, **kwargs)
         product = next((name for name in ("wgmma", "mma") if f"{name}." in found.asm["ptx"]), "fma")
         line = {"kernel": self.fn.__name__, "shared_bytes": found.metadata.shared, "product": product}
-        compiled.append(line | {"rows": kwargs.get("M")})
+        compiled.append(line | {"rows": kwargs.get("M")} | resources(found.asm["cubin"]))
         return found
 
     JITFunction.run = compile_only

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.compute.experts import ExpertMath
-from moestro.compute.gpu import launch, plan_on_device
+from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
+from moestro.compute.gpu import launch, plan_of, plan_on_device
 from moestro.devices.emulated import EmulatedDevice
 from moestro.devices.work import StepSum
 from moestro.memory.formats import (
@@ -82,6 +82,19 @@ def stored_layer(
     return StoredLayer(ExpertMath(ExpertShape(hidden, neurons, **shape), fmt, GATES[gate]), DTYPES[x], experts=2)
 
 
+def check_pairs(layer: StoredLayer, pairs: int) -> None:
+    """One expert with so many of a few more tokens, against float64 and the twin."""
+    tokens = pairs + 3
+    rows = torch.randperm(tokens)[:pairs].sort().values
+    x, neurons = layer.x(tokens), range(layer.math.shape.neurons)
+    work = [ExpertWork(layer.pool[layer.slots[0]], neurons, rows, torch.rand(pairs) + 0.1)]
+    out = layer.run(plan_of(layer.kernel, layer.pool, work, tokens), x)
+    assert (error := layer.error(out, layer.expected(x, work))) <= tolerance(layer.kernel), f"{pairs}: {error:.1e}"
+    twin = torch.zeros(x.shape, device=DEVICE)
+    run_experts(layer.math, x, [w._replace(rows=w.rows.to(DEVICE), weights=w.weights.to(DEVICE)) for w in work], twin)
+    assert layer.error(out, twin.cpu()) <= tolerance(layer.kernel) + 2e-6
+
+
 def check(layer: StoredLayer, tokens: int) -> None:
     """A random choice of experts, against float64."""
     index, weights = choice(tokens, experts=2, k=1)
@@ -108,14 +121,16 @@ def odd_shape(fmt: MatrixFormat) -> tuple[int, int]:
 def test_every_format_against_float64(fmt: MatrixFormat) -> None:
     x = list(DTYPES)[int(torch.randint(3, ()))]
     hidden, neurons = odd_shape(fmt)
-    check(stored_layer((fmt.name,) * 3, None, x, hidden, neurons, has_bias=True), tokens=1)
+    pairs = int(torch.randint(1, 65, ()))  # one tile, of 16 to 64 rows, which is rarely full
+    check_pairs(stored_layer((fmt.name,) * 3, None, x, hidden, neurons, has_bias=True), pairs)
 
 
 @pytest.mark.parametrize("case", MIXED, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.usefixtures("wide_tiles")
 def test_a_format_for_each_matrix(case: tuple[str, str, str, int | None]) -> None:
     *formats, block = case
-    check(stored_layer(tuple(formats), block, "fp16", 300, (block or 256) + 30, has_bias=True), tokens=1)
+    layer = stored_layer(tuple(formats), block, "fp16", 300, (block or 256) + 30, has_bias=True)
+    check_pairs(layer, int(torch.randint(1, 65, ())))
 
 
 @pytest.mark.long

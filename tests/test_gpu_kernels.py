@@ -26,6 +26,7 @@ from moestro.compute.gpu import (
     workspace_bytes,
 )
 from moestro.compute.gpu import plan as plans
+from moestro.compute.gpu.plan import PlanPart
 from moestro.memory.formats import FORMATS, ExpertShape
 from test_cpu_kernels import GATES
 
@@ -154,6 +155,14 @@ def test_numbers_of_tokens(name: str, tokens: int) -> None:
     assert layer.error(out, layer.expected(x, work)) <= tolerance(layer.kernel)
 
 
+def tiles_of(part: PlanPart) -> dict[int, list[list[int]]]:
+    """Those with pairs, by the rows of their group; each has pairs for which no smaller group has room."""
+    found = {rows: [tile for tile in tiles.tolist() if tile[3] < tile[4]] for rows, tiles in part.groups}
+    for least, (rows, tiles) in zip((0, *found), found.items(), strict=False):
+        assert all(least < tile[4] - tile[3] <= rows for tile in tiles)
+    return {rows: tiles for rows, tiles in found.items() if tiles}
+
+
 @pytest.mark.parametrize("partly", [False, True], ids=["all", "an expert is missing and one is there in part"])
 @pytest.mark.parametrize("pairs_at_once", [0, 256])
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (3, 2), (17, 3), (50, 3)])
@@ -177,9 +186,7 @@ def test_both_builders_plan_the_same(
     pairs = len(ours.pair_token)
     assert torch.equal(theirs.pair_token[:pairs], ours.pair_token)
     assert torch.equal(theirs.pair_weight[:pairs], ours.pair_weight)
-    tiles = [tile for tile in theirs.tiles.tolist() if tile[3] < tile[4]]
-    same_rows = ours.rows == theirs.rows
-    assert not same_rows or tiles == ours.tiles.tolist()
+    assert tiles_of(theirs) == tiles_of(ours)
     starts, entries = theirs.token_start.tolist(), theirs.token_pairs.tolist()
     of_tokens = [[p for p in entries[a:b] if p < tokens * k] for a, b in itertools.pairwise(starts)]
     starts, entries = ours.token_start.tolist(), ours.token_pairs.tolist()
@@ -305,27 +312,45 @@ def test_small_tiles_of_gpus_without_tensor_cores() -> None:
     index, weights = choice(2)
     x, work = layer.x(2), layer.work(index, weights)
     plan = plan_on_device(kernel, index.to(DEVICE), weights.to(DEVICE), layer.table)
-    assert {part.rows for part in plan.parts} == {4}
+    assert [list(tiles_of(part)) for part in plan.parts] == [[4]]
     assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= tolerance(kernel)
 
 
-@pytest.mark.parametrize(("pairs", "rows", "without"), [(8, 16, 4), (80, 16, 16), (300, 64, 32), (9000, 128, 32)])
-def test_tiles_grow_with_the_tokens_of_an_expert(pairs: int, rows: int, without: int) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "most", "rows", "half", "without"),
+    [
+        (8, 1, (16,), (16,), (4,)),
+        (40, 16, (16,), (16,), (4, 16)),
+        (40, 17, (16, 32), (16, 32), (4, 16, 32)),
+        (80, 64, (16, 32, 64), (16, 32), (4, 16, 32)),
+        (1000, 900, (16, 32, 64), (16, 32), (4, 16, 32)),
+        (9000, 2000, (128,), (16, 32), (4, 16, 32)),
+    ],
+)
+def test_tiles_grow_with_the_tokens_of_an_expert(
+    pairs: int, most: int, rows: tuple[int, ...], half: tuple[int, ...], without: tuple[int, ...]
+) -> None:
     kernel = _layer("int4", "bf16").kernel
-    assert plans.tile_rows(kernel, pairs, 8) == rows
-    assert plans.tile_rows(replace(kernel, has_tensor_cores=False), pairs, 8) == without
+    for changes, wanted in (
+        ({}, rows),
+        ({"down_is_fp32": True}, half),
+        ({"dtype": "fp32"}, half),
+        ({"dtype": "fp32", "down_is_fp32": True}, without),
+        ({"has_tensor_cores": False}, without),
+    ):
+        of = replace(kernel, **changes).on_tensor_cores
+        assert plans.tile_sizes(of, pairs, 8, most) == wanted
 
 
-def test_larger_tiles_give_the_same() -> None:
+@pytest.mark.parametrize("sizes", [(32,), (64,), (128,), (16, 32), (16, 32, 64)])
+def test_larger_tiles_give_the_same(sizes: tuple[int, ...]) -> None:
     layer = _layer("int4", "bf16")
     index, weights = choice(20)
     x, work = layer.x(20), layer.work(index, weights)
-    expected = layer.expected(x, work)
-    for rows in (32, 64, 128):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plans, "tile_rows", lambda *_, rows=rows: rows)
-            plan = plan_of(layer.kernel, layer.pool, work, 20)
-        assert layer.error(layer.run(plan, x), expected) <= tolerance(layer.kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "tile_sizes", lambda *_: sizes)
+        plan = plan_of(layer.kernel, layer.pool, work, 20)
+    assert layer.error(layer.run(plan, x), layer.expected(x, work)) <= tolerance(layer.kernel)
 
 
 def test_a_plan_on_the_device_waits_for_nothing() -> None:
@@ -337,11 +362,15 @@ def test_a_plan_on_the_device_waits_for_nothing() -> None:
         index, weights = torch.zeros(300, 2, dtype=torch.int64), torch.zeros(300, 2)
         plan = plan_on_device(kernel, index, weights, torch.ones(8, 3, dtype=torch.int32))
     (part,) = plan.parts
-    assert part.tiles.shape == (plans.most_tiles(600, 8, part.rows), 5)
+    assert {rows: tiles.shape for rows, tiles in part.groups} == {
+        16: (plans.most_tiles(600, 8, 64), 5),
+        32: (600 // 17, 5),
+        64: (600 // 33, 5),
+    }
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [2, 200])
+@pytest.mark.parametrize("tokens", [2, 16, 60, 200])
 def test_a_graph_is_replayed_with_other_routing(tokens: int) -> None:
     layer = _layer("int4", "fp16")
     index, weights = (part.to(DEVICE) for part in choice(tokens))

@@ -34,6 +34,7 @@ class DeviceMemory(Protocol):
     margin: Margin  # what a budget leaves unused, for what torch and its libraries take
     dense_on_gpu: bool  # dense weights take the GPU's memory, not RAM
     dense_is_packable: bool  # dense layers there run by the CPU's kernels, which read packed weights
+    graphs_have_memory: bool  # what captured graphs make is theirs for good, beside all else
     dense_keeps_form: bool  # quantized dense layers of a checkpoint are computed there as they are stored
 
     def memory_bytes(self) -> int:

@@ -110,7 +110,7 @@ class CudaDevice:
     name = "cuda"
     # Fragments between torch's blocks, and the workspace that cuBLAS keeps (8 MiB, 32 MiB on Hopper).
     margin = Margin(0.02, 64 * 2**20)
-    dense_on_gpu = True
+    dense_on_gpu = graphs_have_memory = True
     dense_is_packable = is_pretended = False
 
     def __init__(self, link_gbps: float | None = None) -> None:

@@ -16,7 +16,7 @@ class InRam:
 
     torch_device = torch.device("cpu")
     margin = Margin(0, 0)
-    dense_on_gpu = False
+    dense_on_gpu = graphs_have_memory = False  # what pretended graphs hold is no GPU's
     waited_s = 0.0
 
     def stream_id(self) -> int:

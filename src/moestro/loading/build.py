@@ -22,7 +22,7 @@ from torch import Tensor
 from ..compute.cpu import CpuExperts, first_touch
 from ..compute.experts import ExpertMath
 from ..decode.beams import ReorderCache
-from ..decode.capture import capture_steps, forget_steps
+from ..decode.capture import can_capture, capture_steps, forget_steps
 from ..decode.cpu import fuse
 from ..decode.dense import DenseFormats, StoredWeight, dense_bytes, dense_weights, pack_dense, packable
 from ..decode.hooks import Fused
@@ -165,7 +165,8 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
         heat=None if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec),
         virtual=virtual,
     )
-    need = Need(model, _math_of(model, layouts, experts), device.torch_device)
+    captures = config.fuse and device.graphs_have_memory and can_capture(model)
+    need = Need(model, _math_of(model, layouts, experts), device.torch_device, captures)
     in_chunks = can_be_chunked(model)
     plan = decide(footprint=need.measured, chunked=need.measured if in_chunks else None)
     if plan.gpu is not None:

@@ -46,7 +46,7 @@ from ..errors import ModelError
 from ..memory.allocations import META, StorageFollower, TooLong
 from ..memory.formats import MatrixFormat
 from ..planning.plan import Plan
-from ..planning.text_shape import Footprint, text_shape
+from ..planning.text_shape import MOST_CAPTURED, Footprint, kept_by_captures, text_shape
 
 logger = logging.getLogger("moestro")
 
@@ -56,20 +56,24 @@ _SHORT = (64, 128)  # lengths of those two contexts: one and two chunks of a rec
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What contexts of a model on the meta device need: estimated by the closed form of its config, or measured."""
+    """What contexts of a model on the meta device need: estimated by the closed form of its config, or measured.
+
+    captures: whether its decode steps are captured, in memory that nothing else gets.
+    """
 
     model: Any
     math: Sequence[ExpertMath]
     device: torch.device
+    captures: bool = False
 
     def measured(self, context: int, chunk: int | None = None) -> Footprint:
         """The measured need of so many tokens, of which a prompt is read so many at a time; None for all."""
-        return measure(self.model, self.math, context, self.device, chunk)
+        return measure(self.model, self.math, context, self.device, chunk, captures=self.captures)
 
     def estimated(self, context: int, chunk: int | None = None) -> Footprint:
         """The need of so many tokens by arithmetic on the config; chunk: as in `measured`."""
         with META:
-            return _estimate(self.model, self.math, context, self.device, chunk)
+            return _estimate(self.model, self.math, context, self.device, chunk, captures=self.captures)
 
     @staticmethod
     def say_if_changed(estimated: Plan, measured: Plan) -> None:
@@ -79,7 +83,13 @@ class Need:
 
 
 def measure(
-    model: Any, math: Sequence[ExpertMath], context: int, device: torch.device, chunk: int | None = None
+    model: Any,
+    math: Sequence[ExpertMath],
+    context: int,
+    device: torch.device,
+    chunk: int | None = None,
+    *,
+    captures: bool = False,
 ) -> Footprint:
     """The memory that a generation of `context` tokens by a model on the meta device needs besides its weights.
 
@@ -88,18 +98,20 @@ def measure(
         context: tokens of the prompt and of the answer, in one sequence.
         device: where the model will run; its attention kernels decide which tensors are made.
         chunk: how many tokens of the prompt are read at a time; None for all.
+        captures: whether decode steps are captured, in memory that nothing else gets.
     """
     attention = _Attention(device)
     try:
         try:
-            return _measured(model, math, context, attention, MOST_CALLS, chunk)
+            return _measured(model, math, context, attention, MOST_CALLS, chunk, captures=captures)
         except TooLong:  # a layer reads the prompt token by token
-            return _extrapolated([_measured(model, math, tokens, attention, None) for tokens in _SHORT], context)
+            two = [_measured(model, math, tokens, attention, None, captures=captures) for tokens in _SHORT]
+            return _extrapolated(two, context)
     except Exception as error:  # of any kind, from a family's code that needs values
         line = next(iter(str(error).splitlines()), type(error).__name__)
         logger.info("GPU memory is estimated: the forward of %s needs values (%s)", model.config.model_type, line[:80])
     with META:
-        return _estimate(model, math, context, device, chunk)
+        return _estimate(model, math, context, device, chunk, captures=captures)
 
 
 def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
@@ -110,7 +122,7 @@ def _extrapolated(two: Sequence[Footprint], context: int) -> Footprint:
         low, high = getattr(a, name), getattr(b, name)
         return int(high + (high - low) / (b.context - a.context) * (context - b.context))
 
-    return Footprint(context, at("kv_bytes"), at("prefill_bytes"), at("decode_bytes"))
+    return Footprint(context, at("kv_bytes"), at("prefill_bytes"), at("decode_bytes"), at("captured_bytes"))
 
 
 def experts_need(math: ExpertMath, x: Tensor, device: torch.device) -> int:
@@ -150,16 +162,19 @@ def _measured(
     attention: _Attention,
     most_calls: int | None,
     chunk: int | None = None,
+    *,
+    captures: bool = False,
 ) -> Footprint:
     takes = {"use_cache": True} | ({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})
     own_cache = not model._supports_default_dynamic_cache()  # as `generate` asks
     prompt = max(1, context - 1)
     last = min(prompt, chunk or prompt)  # the chunk that sees most; how the others are cut makes no difference to it
+    captured = (MOST_CAPTURED,) if captures else ()
     before = [tokens for tokens in (min(last, prompt - last), prompt - 2 * last) if tokens > 0]
     with (
         _left_as_it_was(model),
         META,
-        _stood_in(model, math, (*before, last, 1), attention.device),
+        _stood_in(model, math, (*before, last, 1, *captured), attention.device),
         attention,
         StorageFollower(most_calls) as follower,
     ):
@@ -182,8 +197,16 @@ def _measured(
                 prefill_peak = max(prefill_peak, follower.peak_bytes)
         follower.peak_bytes = follower.live_bytes
         cache = step(1, cache)
-        kv_bytes = cache_bytes(cache)
-    return Footprint(context, kv_bytes, max(0, prefill_peak - kv_bytes), max(0, follower.peak_bytes - kv_bytes))
+        kv_bytes, decode_peak, captured_bytes = cache_bytes(cache), follower.peak_bytes, 0
+        if captures:  # the most of those steps, whose memory graphs keep; experts in slots are graphs of their own
+            follower.peak_bytes = before_bytes = follower.live_bytes
+            ids = torch.empty(1, MOST_CAPTURED, dtype=torch.long)
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            kept = kept_by_captures(math[0].shape.hidden, logits.shape[-1], logits.itemsize)
+            captured_bytes = follower.peak_bytes - before_bytes + kept
+    with META:
+        captured_bytes += max((max(_needs_of(model, math, tokens, attention.device)) for tokens in captured), default=0)
+    return Footprint(context, kv_bytes, max(0, prefill_peak - kv_bytes), max(0, decode_peak - kv_bytes), captured_bytes)
 
 
 @contextmanager
@@ -222,21 +245,27 @@ def _stood_in(model: Any, math: Sequence[ExpertMath], lengths: Sequence[int], de
     """
     modules = list(expert_modules(model).values())
     was_training = model.training
-    known: dict[Any, int] = {}  # by what distinguishes layers, since most are alike
     model.eval()
     try:
-        for module, of in zip(modules, math, strict=True):
-            key = of.shape, of.format.name, of.post_norm is None
-            for tokens in lengths:
-                if (*key, tokens) not in known:
-                    x = torch.empty(tokens, of.shape.hidden, dtype=model.dtype)
-                    known[*key, tokens] = experts_need(of, x, device)
-            module.forward = _allocating({tokens: known[*key, tokens] for tokens in lengths})
+        needs = [_needs_of(model, math, tokens, device) for tokens in lengths]
+        for module, *of_layer in zip(modules, *needs, strict=True):
+            module.forward = _allocating(dict(zip(lengths, of_layer, strict=True)))
         yield
     finally:
         for module in modules:
             vars(module).pop("forward", None)
         model.train(was_training)
+
+
+def _needs_of(model: Any, math: Sequence[ExpertMath], tokens: int, device: torch.device) -> list[int]:
+    """What each layer's experts need for so many tokens, by `experts_need`."""
+    known: dict[Any, int] = {}  # by what distinguishes layers, since most are alike
+    keys = [(of.shape, of.format.name, of.post_norm is None) for of in math]
+    for key, of in zip(keys, math, strict=True):
+        if key not in known:
+            x = torch.empty(tokens, of.shape.hidden, dtype=model.dtype, device=META)
+            known[key] = experts_need(of, x, device)
+    return [known[key] for key in keys]
 
 
 def _allocating(needs: Mapping[int, int]) -> Callable[..., Tensor]:
@@ -325,7 +354,13 @@ def _tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _estimate(
-    model: Any, math: Sequence[ExpertMath], context: int, device: torch.device, chunk: int | None = None
+    model: Any,
+    math: Sequence[ExpertMath],
+    context: int,
+    device: torch.device,
+    chunk: int | None = None,
+    *,
+    captures: bool = False,
 ) -> Footprint:
     """The need by the closed form of `planning/text_shape.py`, with the experts' memory from `experts_need`."""
     shape = text_shape(model.config.to_dict(), model.dtype.itemsize)
@@ -334,7 +369,9 @@ def _estimate(
         return max(experts_need(one, torch.empty(tokens, one.shape.hidden), device) for one in unlike)
 
     unlike = {(one.shape, one.format.name, one.post_norm is None): one for one in math}.values()  # layers are alike
-    return shape.footprint(context, experts_bytes, scores_of_two_widths=device.type == "cpu", chunk=chunk)
+    return shape.footprint(
+        context, experts_bytes, scores_of_two_widths=device.type == "cpu", chunk=chunk, captures=captures
+    )
 
 
 def refuse_on_gpu(device: Device, formats: Iterable[MatrixFormat]) -> None:

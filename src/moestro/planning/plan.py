@@ -235,7 +235,7 @@ def _gpu_plan(
             if chunk not in found:
                 assert chunked is not None
                 found[chunk] = chunked(tokens, chunk)
-            return found[chunk].activation_bytes <= gpu_bytes * GPU_SHARE
+            return found[chunk].step_bytes <= gpu_bytes * GPU_SHARE
 
         chunk = tokens if chunked is None else largest_chunk(tokens, fits)
         fits(chunk)

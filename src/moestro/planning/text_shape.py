@@ -19,6 +19,9 @@ from typing import Any
 from .contract import ModelSpec
 from .costs import LayerSpec
 
+MOST_CAPTURED = 16  # tokens of a step, over its sequences, that a device captures
+# Tokens whose logits captured steps keep: those of 1 to 16 tokens, which guesses ask for in turns.
+KEPT_TOKENS = MOST_CAPTURED * (MOST_CAPTURED + 1) // 2
 TOKENS_AT_ONCE = 1024  # of one expert that go through its FFN at once: bounds the intermediate [n, F] in memory
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,19 +39,26 @@ class Footprint:
     """Bytes that one sequence of `context` tokens needs besides weights.
 
     kv_bytes: the cache when it is full. prefill_bytes, decode_bytes: the most at once beside that, while a prompt of
-    the whole context is read and while one token is added to a full cache. measured: False of an estimate.
+    the whole context is read and while one token is added to a full cache. captured_bytes: what captured steps have to
+    themselves, whatever else runs. measured: False of an estimate.
     """
 
     context: int
     kv_bytes: int
     prefill_bytes: int
     decode_bytes: int
+    captured_bytes: int = 0
     measured: bool = True
+
+    @property
+    def step_bytes(self) -> int:
+        """The most that a step which is not captured takes beside the cache."""
+        return max(self.prefill_bytes, self.decode_bytes)
 
     @property
     def activation_bytes(self) -> int:
         """The most at once beside the cache."""
-        return max(self.prefill_bytes, self.decode_bytes)
+        return self.step_bytes + self.captured_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,7 @@ class TextShape:
         *,
         scores_of_two_widths: bool = False,
         chunk: int | None = None,
+        captures: bool = False,
     ) -> Footprint:
         """An estimate for one sequence of so many tokens, high rather than low.
 
@@ -112,6 +123,7 @@ class TextShape:
             experts_bytes: bytes that the experts of one layer take while they compute so many tokens.
             scores_of_two_widths: whether the device has no fused attention for heads of two widths (PyTorch on a CPU).
             chunk: of how many tokens the prompt is read at a time; None for all.
+            captures: whether decode steps are captured, in memory that nothing else gets.
         """
         kv_bytes = self.kv_bytes(context)
         # A window's cache is cut to its size by the token after the prompt; until then it holds the whole prompt.
@@ -133,7 +145,16 @@ class TextShape:
         else:  # a later chunk has a mask, of bools and of numbers, and a cache that is made longer
             masks = chunk * context * (2 + self.item_bytes)
             prefill_bytes = activation_bytes(chunk) + masks + longer_bytes
-        return Footprint(context, kv_bytes, prefill_bytes, activation_bytes(1), measured=False)
+        captured_bytes = 0
+        if captures:
+            kept = kept_by_captures(self.hidden, self.vocabulary, self.item_bytes)
+            captured_bytes = activation_bytes(MOST_CAPTURED) + experts_bytes(MOST_CAPTURED) + kept
+        return Footprint(context, kv_bytes, prefill_bytes, activation_bytes(1), captured_bytes, measured=False)
+
+
+def kept_by_captures(hidden: int, vocabulary: int, item_bytes: int) -> int:
+    """Bytes that captured steps keep between replays: their logits, and two ports with hidden states and a sum."""
+    return KEPT_TOKENS * (vocabulary * item_bytes + 2 * hidden * (item_bytes + 4))
 
 
 def expert_workspace(spec: ModelSpec) -> Callable[[int], int]:

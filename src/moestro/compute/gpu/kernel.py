@@ -18,6 +18,10 @@ from .panels import CHUNK, PanelSpec, panel_spec
 
 WORKSPACE_BYTES = 256 * 2**20  # for what stands between the kernels; a step that needs more goes in parts
 SUM_BYTES = 16  # of a chunk of activations: float32, one for each of up to four pieces
+ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, several share a result's columns
+MOST_SPLITS = 8
+_LEAST_BLOCKS = 4  # of a segment
+_COLUMNS = 32  # of a program that has few pairs
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -59,6 +63,25 @@ class GpuKernel:
     def orders(self) -> int:
         """In how many orders hidden states are written down: gate and up may want two."""
         return 1 if self.gate_matrix.order == self.up_matrix.order else 2
+
+    @property
+    def on_tensor_cores(self) -> tuple[bool, bool]:
+        """Whether gate and up, and down, are multiplied there."""
+        return self.has_tensor_cores and self.dtype != "fp32", self.has_tensor_cores and not self.down_is_fp32
+
+    @property
+    def segments(self) -> int:
+        """Into how many shares of its blocks an expert's sum over neurons is cut, by its shape alone.
+
+        As many programs as are needed for the two experts of a token of Mixtral.
+        """
+        programs = 2 * -(-self.hidden // _COLUMNS)
+        return max(1, min(ENOUGH_PROGRAMS // programs, self.blocks // _LEAST_BLOCKS, MOST_SPLITS))
+
+    @property
+    def segment_blocks(self) -> int:
+        """Blocks of a segment; the last one may have fewer."""
+        return -(-self.blocks // self.segments)
 
     @property
     def either_has_addend(self) -> bool:

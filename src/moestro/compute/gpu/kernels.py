@@ -157,7 +157,9 @@ def down(
 ):
     """Rows of a tile's pairs, some columns of them: float32 [splits, pairs, D], set by the first run, then added to.
 
-    Program (tile, columns, split); a split takes its share of the run's blocks.
+    Program (tile, columns, split); a split takes one of the expert's segments, or all. Each segment is summed from
+    zero, and segments are added in order, here or by `combine`: so the result has the same bits whatever the number of
+    splits.
     """
     tile = tiles + tl.program_id(0) * TILE_INTS
     column = tl.program_id(1) * N + tl.arange(0, N)
@@ -179,20 +181,25 @@ def down(
         has_last = (first_block + count == spec.blocks) & (tl.program_id(2) == 0)
         bias = tl.load(words + slot + spec.down_bias_at + column, mask=is_column & has_last, other=0)
         total += bias.to(tl.float32, bitcast=True)[None, :]
-    here = tl.minimum(count - run_first, run_blocks)
-    share = tl.cdiv(here, tl.num_programs(2))
     joined += pair.to(tl.int64) * (run_blocks * spec.block)
-    first_local, last_local = tl.program_id(2) * share, tl.minimum(tl.program_id(2) * share + share, here)
+    begin, end = first_block + run_first, first_block + tl.minimum(count, run_first + run_blocks)
     side: tl.constexpr = spec.block // 64  # chunks of a block
     pieces: tl.constexpr = spec.down_matrix.pieces
-    for i in range(first_local * side, last_local * side):
-        base = slot + (first_block + run_first + i // side).to(tl.int64) * spec.block_words + spec.down_at
-        pointers = words + base, halves + 2 * base, octets + 4 * base
-        for piece in tl.static_range(pieces):
-            planes = load_planes(joined + i * 64, fits, piece, spec.down_matrix)
-            total = add_joined(
-                total, planes, pointers, column, is_column, i % side, piece, spec.down_matrix, spec.down_is_fp32
-            )
+    blocks: tl.constexpr = spec.segment_blocks
+    segments = tl.cdiv(spec.segments, tl.num_programs(2))
+    for segment in range(tl.program_id(2) * segments, tl.program_id(2) * segments + segments):
+        first_local = tl.maximum(begin, segment * blocks) - begin
+        last_local = tl.minimum(end, (segment + 1) * blocks) - begin
+        part = tl.zeros((M, N), tl.float32)
+        for i in range(first_local * side, last_local * side):
+            base = slot + (begin + i // side).to(tl.int64) * spec.block_words + spec.down_at
+            pointers = words + base, halves + 2 * base, octets + 4 * base
+            for piece in tl.static_range(pieces):
+                planes = load_planes(joined + i * 64, fits, piece, spec.down_matrix)
+                part = add_joined(
+                    part, planes, pointers, column, is_column, i % side, piece, spec.down_matrix, spec.down_is_fp32
+                )
+        total += part
     tl.store(at, total, mask=mask)
 
 
@@ -242,7 +249,17 @@ def _choice(index, weights, table, i, pairs, experts):
     return tl.where(is_ours, expert, experts), weight
 
 
-@triton.jit(do_not_specialize=["experts", "pairs"])
+@triton.jit
+def _put_tile(tiles, place, entries, first, stop, mask):
+    """One tile each, where the mask is."""
+    tile = tiles + place * TILE_INTS
+    for i in tl.static_range(ENTRY_INTS):
+        tl.store(tile + i, entries[i], mask=mask)
+    tl.store(tile + 3, first, mask=mask)
+    tl.store(tile + 4, stop, mask=mask)
+
+
+@triton.jit(do_not_specialize=["experts", "pairs", "middle_at", "large_at"])
 def choose(
     index,
     weights,
@@ -254,15 +271,21 @@ def choose(
     counts,
     experts,
     pairs,
+    middle_at,
+    large_at,
     K: tl.constexpr,
-    M: tl.constexpr,
+    SMALL: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    LARGE: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     """The plan for index [T, K] and weights float32 [T, K] in one program, which compares each pair with each.
 
-    table: [E, 3], see ENTRY_INTS; an expert of no blocks is skipped. A tile stands where its first pair does, so there
-    are as many as pairs, most of them empty. counts: None, or int64 [2], to which are added the pairs that are not
-    skipped and their experts. PAIRS: a power of two, no fewer than `pairs`.
+    table: [E, 3], see ENTRY_INTS; an expert of no blocks is skipped. tiles: of up to three groups; a tile of the first
+    stands where its first pair does, so there are as many as pairs, most of them empty, and in the others by
+    `plan._places`. SMALL, MIDDLE, LARGE: rows of the groups, equal ones where there are fewer. middle_at, large_at:
+    where the others begin, zeros before. counts: None, or int64 [2], to which are added the pairs that are not skipped
+    and their experts. PAIRS: a power of two, no fewer than `pairs`.
     """
     i = tl.arange(0, PAIRS)
     expert, weight = _choice(index, weights, table, i, pairs, experts)
@@ -290,10 +313,17 @@ def choose(
     tl.store(pair_token + rank, i // K, mask=is_pair)
     tl.store(pair_weight + rank, weight, mask=is_pair)
     tl.store(token_pairs + i // K * K + place, tl.where(is_ours, rank, pairs), mask=is_pair)
-    is_tile = is_ours & (within % M == 0)
-    tile = tiles + rank * TILE_INTS
-    for place in tl.static_range(ENTRY_INTS):
-        entry = tl.load(table + expert * ENTRY_INTS + place, mask=is_ours, other=0)
-        tl.store(tile + place, entry.to(tl.int32), mask=is_pair)
-    tl.store(tile + 3, rank, mask=is_pair)
-    tl.store(tile + 4, tl.where(is_tile, tl.minimum(rank + M, first + count), rank), mask=is_pair)
+    is_tile = is_ours & (within % LARGE == 0)
+    stop = tl.minimum(rank + LARGE, first + count)
+    entry = table + expert * ENTRY_INTS
+    slot = tl.load(entry, mask=is_ours, other=0)
+    first_block, blocks = tl.load(entry + 1, mask=is_ours, other=0), tl.load(entry + 2, mask=is_ours, other=0)
+    entries = slot, first_block, blocks
+    size = stop - rank
+    _put_tile(tiles, rank, entries, rank, tl.where(is_tile & (size <= SMALL), stop, rank), is_pair)
+    if MIDDLE > SMALL:
+        place = middle_at + rank // (SMALL + 1)
+        _put_tile(tiles, place, entries, rank, stop, is_tile & (size > SMALL) & (size <= MIDDLE))
+    if LARGE > MIDDLE:
+        place = large_at + rank // (MIDDLE + 1)
+        _put_tile(tiles, place, entries, rank, stop, is_tile & (size > MIDDLE))

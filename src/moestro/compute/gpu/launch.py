@@ -12,16 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernel import SUM_BYTES, WORKSPACE_BYTES, GpuKernel, triton_kernels
+from .kernel import ENOUGH_PROGRAMS, SUM_BYTES, WORKSPACE_BYTES, GpuKernel, triton_kernels
 from .panels import CHUNK, PanelSpec
 from .plan import Plan, PlanPart
 
-_ENOUGH_PROGRAMS = 512  # keep a large GPU's memory busy; with fewer, `down` splits its neurons
-_MOST_SPLITS = 8
-_LEAST_BLOCKS = 4  # of a split
 _ALIGN_BYTES = 256
 _COMBINED = 512  # columns of one program
 _MANY_LOADS = 4
+_LARGE = 16
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,10 +36,16 @@ class Tiling(NamedTuple):
 TILINGS = {
     4: Tiling(32, 32, 4, 2),
     16: Tiling(32, 32, 4, 4),
-    32: Tiling(32, 32, 8, 2),
+    32: Tiling(32, 32, 4, 3),
     64: Tiling(64, 64, 4, 3),
     128: Tiling(64, 64, 8, 3),
 }
+
+
+def warps_of(rows: int, on_tensor_cores: bool) -> int:
+    """A tiling's; without tensor cores sums of large tiles need the registers of more."""
+    warps = TILINGS[rows].warps
+    return warps if on_tensor_cores or rows < _LARGE else max(warps, 8)
 
 
 def pipeline_stages(tiling: Tiling, *matrices: PanelSpec) -> int:
@@ -73,7 +77,7 @@ def workspace_at_most(kernel: GpuKernel, tokens: int) -> int:
     """Bytes that no plan for so many tokens exceeds, each of up to 16 experts."""
     pairs = 16 * tokens
     all_at_once = tokens * kernel.bytes_of_token + pairs * (
-        _MOST_SPLITS * kernel.bytes_of_row + kernel.blocks * kernel.block * 4
+        kernel.segments * kernel.bytes_of_row + kernel.blocks * kernel.block * 4
     )
     return min(WORKSPACE_BYTES, all_at_once + 8 * _ALIGN_BYTES)
 
@@ -120,10 +124,9 @@ def _workspace(kernel: GpuKernel, part: PlanPart, limit_bytes: int) -> _Workspac
     run_blocks = max(1, min(part.blocks, room // block_bytes))
     splits = 1
     if run_blocks >= part.blocks:
-        programs = part.tiles.shape[0] * -(-kernel.hidden // TILINGS[part.rows].down)
-        room -= part.blocks * block_bytes
-        splits = min(_ENOUGH_PROGRAMS // max(1, programs), part.blocks // _LEAST_BLOCKS, _MOST_SPLITS)
-        splits = max(1, min(splits, 1 + room // max(1, rows_bytes)))
+        programs = sum(len(tiles) * -(-kernel.hidden // TILINGS[rows].down) for rows, tiles in part.groups)
+        room -= part.blocks * block_bytes + (kernel.segments - 1) * rows_bytes
+        splits = kernel.segments if programs < ENOUGH_PROGRAMS and room >= 0 else 1
     rows_at = joined_at + _aligned(run_blocks * block_bytes)
     return _Workspace(run_blocks, splits, sums_at, joined_at, rows_at, rows_at + splits * rows_bytes)
 
@@ -144,28 +147,28 @@ def _run_part(
 ) -> None:
     kernels = triton_kernels()
     assert kernels is not None
-    pairs, tokens, tiling = part.pair_token.shape[0], len(part.tokens), TILINGS[part.rows]
+    pairs, tokens = part.pair_token.shape[0], len(part.tokens)
     space = _workspace(kernel, part, limit_bytes)
     ordered = workspace[: space.sums_at].view(TORCH_DTYPES[kernel.dtype])
     sums = workspace[space.sums_at : space.joined_at].view(torch.float32)
     joined = workspace[space.joined_at : space.rows_at].view(torch.float32)
     rows = workspace[space.rows_at : space.size_bytes].view(torch.float32)
-    slots = (*(pool.view(dtype) for dtype in (torch.int32, torch.int16, torch.uint8)), part.tiles)
-    slot_words = pool.stride(0) // 4
-    if part.tiles.shape[0]:
+    slots = tuple(pool.view(dtype) for dtype in (torch.int32, torch.int16, torch.uint8))
+    groups = [group for group in part.groups if len(group.tiles)]
+    if groups:
         _order(kernel, x, ordered, sums)
-    first_half = 2 if kernel.dtype == "fp32" else pipeline_stages(tiling, kernel.gate_matrix, kernel.up_matrix)
-    second_half = 2 if kernel.down_is_fp32 else pipeline_stages(tiling, kernel.down_matrix)
-    options = {"M": part.rows, "num_warps": tiling.warps}
-    count, neurons, columns = part.tiles.shape[0], kernel.block // tiling.gate_up, -(-kernel.hidden // tiling.down)
     for first in range(0, part.blocks, space.run_blocks):
-        run = (slot_words, first, space.run_blocks, kernel)
-        kernels.gate_up[count, space.run_blocks * neurons](
-            ordered, sums, *slots, part.pair_token, joined, *run, N=tiling.gate_up, num_stages=first_half, **options
-        )
-        kernels.down[count, columns, space.splits](
-            joined, *slots, rows, pairs, *run, N=tiling.down, num_stages=second_half, **options
-        )
+        run = (pool.stride(0) // 4, first, space.run_blocks, kernel)
+        for group, tiles in groups:
+            neurons = kernel.block // TILINGS[group].gate_up
+            kernels.gate_up[len(tiles), space.run_blocks * neurons](
+                ordered, sums, *slots, tiles, part.pair_token, joined, *run, **_gate_up_options(kernel, group)
+            )
+        for group, tiles in groups:
+            columns = -(-kernel.hidden // TILINGS[group].down)
+            kernels.down[len(tiles), columns, space.splits](
+                joined, *slots, tiles, rows, pairs, *run, **_down_options(kernel, group)
+            )
     kernels.combine[(tokens, -(-kernel.hidden // _COMBINED))](
         rows,
         part.pair_weight,
@@ -178,6 +181,22 @@ def _run_part(
         ADD=add,
         N=_COMBINED,
     )
+
+
+def _gate_up_options(kernel: GpuKernel, rows: int) -> dict[str, int]:
+    """What `gate_up` is compiled for, for tiles of so many rows."""
+    tiling = TILINGS[rows]
+    stages = 2 if kernel.dtype == "fp32" else pipeline_stages(tiling, kernel.gate_matrix, kernel.up_matrix)
+    warps = warps_of(rows, kernel.on_tensor_cores[0])
+    return {"M": rows, "N": tiling.gate_up, "num_warps": warps, "num_stages": stages}
+
+
+def _down_options(kernel: GpuKernel, rows: int) -> dict[str, int]:
+    """As `_gate_up_options`."""
+    tiling = TILINGS[rows]
+    stages = 2 if kernel.down_is_fp32 else pipeline_stages(tiling, kernel.down_matrix)
+    warps = warps_of(rows, kernel.on_tensor_cores[1])
+    return {"M": rows, "N": tiling.down, "num_warps": warps, "num_stages": stages}
 
 
 def _order(kernel: GpuKernel, x: Tensor, ordered: Tensor, sums: Tensor) -> None:

@@ -22,14 +22,13 @@ from torch import Tensor
 from ...errors import RequestError
 from ...memory.formats import MatrixFormat
 from ..cpu import Matrix
-from .kernel import SUM_BYTES, has_tensor_cores, product_dtype, triton_kernels
-from .launch import TILINGS, TORCH_DTYPES, Tiling, pipeline_stages
+from .kernel import ENOUGH_PROGRAMS, MOST_SPLITS, SUM_BYTES, has_tensor_cores, product_dtype, triton_kernels
+from .launch import TILINGS, TORCH_DTYPES, Tiling, pipeline_stages, warps_of
 from .panels import CHUNK, PanelSpec, panel_spec
-from .plan import tile_rows
+from .plan import tile_sizes
 
-_ENOUGH_PROGRAMS = 512  # as for experts: with fewer, several share a result's columns
-_MOST_SPLITS = 8
-_LEAST_CHUNKS = 4  # of a split
+_LEAST_CHUNKS = 4  # of a segment
+_ROWS = 32  # of a program that has few tokens
 _ADDED = 512  # rows of one program that adds splits
 _TAKEN = 32  # rows of a table that one program unpacks
 _INT32_BYTES = 2**31
@@ -51,6 +50,17 @@ class LinearSpec:
     def chunks(self) -> int:
         """Of 64 columns."""
         return -(-self.columns // CHUNK)
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether it is multiplied there."""
+        return self.has_tensor_cores and self.dtype != "fp32"
+
+    @property
+    def segments(self) -> int:
+        """Into how many shares of its columns a result's sum is cut, by the shape alone."""
+        programs = -(-self.rows // _ROWS)
+        return max(1, min(ENOUGH_PROGRAMS // programs, self.chunks // _LEAST_CHUNKS, MOST_SPLITS))
 
 
 def run_linear(matrix: Matrix, x: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def run_linear(matrix: Matrix, x: Tensor) -> Tensor:
         M=tile_tokens,
         N=tiling.down,
         SPLITS=splits,
-        num_warps=tiling.warps,
+        num_warps=warps_of(tile_tokens, spec.on_tensor_cores),
         num_stages=2 if spec.dtype == "fp32" else pipeline_stages(tiling, spec.matrix),
     )
     if splits > 1:
@@ -174,10 +184,10 @@ def _spec(
 
 def _tiles(spec: LinearSpec, tokens: int) -> tuple[int, Tiling, int]:
     """Tokens of a tile, how it is cut, and how many programs share its columns."""
-    rows = tile_rows(spec, tokens, 1)
+    rows = tile_sizes([spec.on_tensor_cores], tokens, 1, tokens)[-1]
     tiling = TILINGS[rows]
     programs = -(-tokens // rows) * -(-spec.rows // tiling.down)
-    return rows, tiling, max(1, min(_ENOUGH_PROGRAMS // programs, spec.chunks // _LEAST_CHUNKS, _MOST_SPLITS))
+    return rows, tiling, spec.segments if programs < ENOUGH_PROGRAMS else 1
 
 
 def _views(matrix: Matrix) -> tuple[Tensor, ...]:

@@ -32,22 +32,26 @@ def multiply(
 ):
     """x [T, C * 64] -> out [T, R] with the bias, or float32 [SPLITS, T, R] without it.
 
-    Program (tokens, rows, split); a split takes its share of the chunks.
+    Program (tokens, rows, split); a split takes one segment of the chunks, or all. As in `kernels.down`, the result has
+    the same bits either way.
     """
     token = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     row = tl.program_id(1) * N + tl.arange(0, N)
     if spec.is_wide:
         row = row.to(tl.int64)
     fits, is_row = token < tokens, row < spec.rows
-    share: tl.constexpr = (spec.chunks + SPLITS - 1) // SPLITS
-    first = tl.program_id(2) * share
+    share: tl.constexpr = (spec.chunks + spec.segments - 1) // spec.segments
+    segments: tl.constexpr = spec.segments // SPLITS
     pieces: tl.constexpr = spec.matrix.pieces
     total = tl.zeros((M, N), tl.float32)
-    for chunk in range(first, tl.minimum(first + share, spec.chunks)):
-        for piece in tl.static_range(pieces):
-            planes = load_planes(x + (token * spec.chunks + chunk) * 64, fits, piece, spec.matrix)
-            sums = load_sums(x_sums + (token * spec.chunks + chunk) * SUMS, fits, piece, spec.matrix.has_addend)
-            total = add_piece(total, planes, sums, (words, halves, octets), row, is_row, chunk, piece, spec.matrix)
+    for segment in range(tl.program_id(2) * segments, tl.program_id(2) * segments + segments):
+        part = tl.zeros((M, N), tl.float32)
+        for chunk in range(segment * share, tl.minimum(segment * share + share, spec.chunks)):
+            for piece in tl.static_range(pieces):
+                planes = load_planes(x + (token * spec.chunks + chunk) * 64, fits, piece, spec.matrix)
+                sums = load_sums(x_sums + (token * spec.chunks + chunk) * SUMS, fits, piece, spec.matrix.has_addend)
+                part = add_piece(part, planes, sums, (words, halves, octets), row, is_row, chunk, piece, spec.matrix)
+        total += part
     if SPLITS == 1 and spec.has_bias:
         total += tl.load(bias + row, mask=is_row, other=0)[None, :]
     at = out + (tl.program_id(2).to(tl.int64) * tokens + token)[:, None] * spec.rows + row[None, :]

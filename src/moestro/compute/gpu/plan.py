@@ -1,8 +1,12 @@
 """Which tokens meet which expert in a slot, as the kernels read it: made on the host, or on the device.
 
-Both give the same results: pairs of a token and an expert, sorted by expert, in tiles of up to `rows` pairs, and each
-token's pairs in ascending order, in which they are added. A weight of exactly 0 and an index that is no expert's,
-whatever its weight, are skipped, as in the conductor's `group_by_expert`.
+Both give the same results: pairs of a token and an expert, sorted by expert, in tiles, and each token's pairs in
+ascending order, in which they are added. A weight of exactly 0 and an index that is no expert's, whatever its weight,
+are skipped, as in the conductor's `group_by_expert`.
+
+A tile reads the weights of its expert once, so up to 64 pairs of an expert are one tile (32 without tensor cores). What
+a tile has room for is what it is compiled for and costs, so tiles of a few pairs and of many go by different launches:
+a *group* has the tiles of up to `rows` pairs that no smaller group has room for.
 
 Legend: T tokens, K top-k, E experts, P pairs, N blocks of neurons.
 """
@@ -11,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,24 +32,33 @@ _TILE_INTS = 5
 _ALIGN = 4  # numbers; kernels are compiled for addresses of 16 bytes
 
 
+class TileGroup(NamedTuple):
+    """Tiles of up to `rows` pairs.
+
+    tiles: int32 [tiles, 5]: slot, first block of neurons, number of blocks, first pair, one past the last pair. One
+    without pairs is skipped.
+    """
+
+    rows: int
+    tiles: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class PlanPart:
     """The plan for some of the tokens; all tensors are on the device.
 
     tokens: which ones; the numbers below count from the first of them.
-    tiles: int32 [tiles, 5]: slot, first block of neurons, number of blocks, first pair, one past the last pair.
     pair_token: int32 [P]. pair_weight: float32 [P].
     token_start: int32 [T + 1], where a token's entries begin in token_pairs, int32: a pair each, P for a skipped one.
-    rows: pairs of a full tile. blocks: the most of any tile.
+    blocks: the most of any tile.
     """
 
     tokens: range
-    tiles: Tensor
+    groups: tuple[TileGroup, ...]
     pair_token: Tensor
     pair_weight: Tensor
     token_start: Tensor
     token_pairs: Tensor
-    rows: int
     blocks: int
 
 
@@ -56,28 +70,20 @@ class Plan:
     limit_bytes: int = WORKSPACE_BYTES
 
 
-class Multiplies(Protocol):
-    """What the size of tiles depends on."""
-
-    @property
-    def dtype(self) -> str:
-        """In which is multiplied: fp16, bf16 or fp32."""
-
-    @property
-    def has_tensor_cores(self) -> bool:
-        """Whether Triton multiplies with these."""
-
-
-def tile_rows(kernel: Multiplies, pairs: int, experts: int) -> int:
-    """Pairs of a tile, about as many as an expert has on average.
+def tile_sizes(on_tensor_cores: Sequence[bool], pairs: int, experts: int, most: int) -> tuple[int, ...]:
+    """Rows of the groups that a step needs, smallest first; an expert's pairs are cut into tiles of the largest.
 
     16 is the least that tensor cores multiply. Without them each row costs its share, so it may be 4, and of more than
-    32 the compiler spills registers.
+    32 the compiler finds no registers: 64 take 3 to 9 KB of stack.
+
+    Args:
+        on_tensor_cores: of each product that takes these tiles.
+        most: pairs of the expert that has most of them, or as many as that may be.
     """
-    each = pairs / max(1, experts)
-    if not kernel.has_tensor_cores:
-        return 4 if each <= 4 else 16 if each <= 16 else 32
-    return 16 if each <= 16 else 64 if each <= 128 or kernel.dtype == "fp32" else 128
+    if all(on_tensor_cores) and pairs > 128 * experts:
+        return (128,)
+    sizes = (16, 32, 64) if all(on_tensor_cores) else (16, 32) if any(on_tensor_cores) else (4, 16, 32)
+    return sizes[: 1 + sum(size < most for size in sizes[:-1])]
 
 
 def plan_of(
@@ -168,8 +174,11 @@ def _by_one_program(
 ) -> PlanPart:
     """For a decode step, where a dozen operations of torch would take longer than the experts."""
     pairs, experts, device = index.numel(), table.shape[0], index.device
-    rows = tile_rows(kernel, pairs, min(pairs, experts))
-    tiles = torch.empty(pairs, _TILE_INTS, dtype=torch.int32, device=device)
+    sizes = tile_sizes(kernel.on_tensor_cores, pairs, min(pairs, experts), len(tokens))
+    places = [_places(pairs, least) for least in (0, *sizes[:-1])]
+    starts = [0, *accumulate(-(-count // _ALIGN) * _ALIGN for count in places)]
+    make = torch.empty if len(sizes) == 1 else torch.zeros  # of the first group all are written
+    tiles = make(starts[-1], _TILE_INTS, dtype=torch.int32, device=device)
     pair_token, token_pairs = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
     pair_weight = torch.empty(pairs, dtype=torch.float32, device=device)
     kernels = triton_kernels()
@@ -185,18 +194,25 @@ def _by_one_program(
         counts,
         experts,
         pairs,
+        starts[1],
+        starts[-2],
         K=index.shape[1],
-        M=rows,
+        SMALL=sizes[0],
+        MIDDLE=sizes[len(sizes) // 2],
+        LARGE=sizes[-1],
         PAIRS=max(kernels.COMPARED.value, 1 << (pairs - 1).bit_length()),
     )
-    start = _starts(tokens, index)
-    return PlanPart(tokens, tiles, pair_token, pair_weight, start, token_pairs, rows, kernel.blocks)
+    groups = tuple(
+        TileGroup(rows, tiles[at : at + count]) for rows, at, count in zip(sizes, starts, places, strict=False)
+    )
+    return PlanPart(tokens, groups, pair_token, pair_weight, _starts(tokens, index), token_pairs, kernel.blocks)
 
 
 def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, table: Tensor) -> PlanPart:
     """Make the plan by torch's operations, all of fixed shape."""
     pairs, experts, k, device = index.numel(), table.shape[0], index.shape[1], index.device
-    rows = tile_rows(kernel, pairs, min(pairs, experts))
+    sizes = tile_sizes(kernel.on_tensor_cores, pairs, min(pairs, experts), len(tokens))
+    rows = sizes[-1]
     expert, order = torch.sort(_ours(index, weights, table).flatten(), stable=True)  # [P]
     numbers = torch.arange(max(experts + 1, most_tiles(pairs, experts, rows), pairs), device=device)
     start = torch.searchsorted(expert, numbers[: experts + 1].to(expert.dtype))  # [E + 1]
@@ -208,19 +224,41 @@ def _by_torch(kernel: GpuKernel, tokens: range, index: Tensor, weights: Tensor, 
     count = (stop - start[owner] + rows - 1) // rows
     first = start[owner] + (tile - ends[owner] + count) * rows
     columns = (*table[owner].unbind(1), first, torch.minimum(first + rows, stop))
-    tiles = torch.stack([torch.where(is_tile, column, 0) for column in columns], 1)
+    tiles = torch.stack([torch.where(is_tile, column, 0) for column in columns], 1).int()
     place = torch.empty_like(order).scatter_(0, order, numbers[:pairs])  # of each choice among the pairs
     place = place.where(place < start[experts], pairs).view(-1, k).sort(1).values
     return PlanPart(
         tokens,
-        tiles.int(),
+        _grouped(tiles, sizes, pairs),
         (order // k).int(),
         weights.flatten()[order],
         _starts(tokens, index),
         place.flatten().int(),
-        rows,
         kernel.blocks,
     )
+
+
+def _grouped(tiles: Tensor, sizes: Sequence[int], pairs: int) -> tuple[TileGroup, ...]:
+    """Groups of fixed sizes out of int32 [tiles, 5]."""
+    first, count = tiles[:, 3], tiles[:, 4] - tiles[:, 3]
+    groups = [TileGroup(sizes[0], tiles.where((count <= sizes[0])[:, None], 0))]
+    for least, rows in pairwise(sizes):
+        n_tiles = _places(pairs, least)
+        place = torch.where(
+            (count > least) & (count <= rows), first // (least + 1), n_tiles
+        ).long()  # the last: of none
+        into = tiles.new_zeros(n_tiles + 1, _TILE_INTS).index_copy_(0, place, tiles)
+        groups.append(TileGroup(rows, into[:n_tiles]))
+    return tuple(groups)
+
+
+def _places(pairs: int, least: int) -> int:
+    """How many places a group has for tiles of more than `least` pairs.
+
+    A tile whose first pair is p has the place p // (least + 1), which no other has: the next one begins behind its
+    pairs.
+    """
+    return pairs // (least + 1)
 
 
 def _ours(index: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -255,11 +293,11 @@ class _Items:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A part on the host; its arrays in the order of the part's tensors."""
+    """A part on the host; its arrays in the order of the part's tensors, first the tiles of each of these groups."""
 
     tokens: range
+    rows: tuple[int, ...]
     arrays: tuple[NDArray[np.int32] | NDArray[np.float32], ...]
-    rows: int
     blocks: int
 
 
@@ -282,7 +320,8 @@ def _draft(
 ) -> _Draft:
     """item, token, weight: [P], sorted by item."""
     counts = np.bincount(item, minlength=len(items.slot))
-    rows = tile_rows(kernel, len(item), int((counts > 0).sum()))
+    sizes = tile_sizes(kernel.on_tensor_cores, len(item), int((counts > 0).sum()), int(counts.max(initial=0)))
+    rows = sizes[-1]
     tile_counts = -(-counts // rows)
     owner = np.repeat(np.arange(len(counts)), tile_counts)
     number = np.arange(len(owner)) - (tile_counts.cumsum() - tile_counts)[owner]
@@ -294,8 +333,11 @@ def _draft(
     token_start = np.zeros(len(tokens) + 1, np.int32)
     np.cumsum(np.bincount(token, minlength=len(tokens)), out=token_start[1:])
     by_token = np.argsort(token, kind="stable").astype(np.int32)
-    arrays = (tiles, token.astype(np.int32), weight.astype(np.float32), token_start, by_token)
-    return _Draft(tokens, arrays, rows, int(blocks[owner].max(initial=0)))
+    number = np.searchsorted(sizes, stop - first)  # of each tile's group
+    groups = [tiles[number == i] for i in range(len(sizes)) if i in number]
+    found = tuple(size for i, size in enumerate(sizes) if i in number)
+    arrays = (*groups, token.astype(np.int32), weight.astype(np.float32), token_start, by_token)
+    return _Draft(tokens, found, arrays, int(blocks[owner].max(initial=0)))
 
 
 def _send(drafts: Sequence[_Draft], device: torch.device) -> tuple[PlanPart, ...]:
@@ -304,20 +346,11 @@ def _send(drafts: Sequence[_Draft], device: torch.device) -> tuple[PlanPart, ...
     padded = [np.pad(array, (0, -len(array) % _ALIGN)) for array in flat]
     host = torch.from_numpy(np.concatenate(padded)) if padded else torch.empty(0, dtype=torch.int32)
     there = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    views = [view[: len(array)] for view, array in zip(there.split([len(p) for p in padded]), flat, strict=True)]
+    split = there.split([len(p) for p in padded])
+    views = iter([view[: len(array)] for view, array in zip(split, flat, strict=True)])
     parts = []
-    for i, draft in enumerate(drafts):
-        tiles, token, weight, start, pairs = views[i * len(draft.arrays) : (i + 1) * len(draft.arrays)]
-        parts.append(
-            PlanPart(
-                draft.tokens,
-                tiles.view(-1, _TILE_INTS),
-                token,
-                weight.view(torch.float32),
-                start,
-                pairs,
-                draft.rows,
-                draft.blocks,
-            )
-        )
+    for draft in drafts:
+        groups = tuple(TileGroup(rows, next(views).view(-1, _TILE_INTS)) for rows in draft.rows)
+        token, weight, start, pairs = (next(views) for _ in range(4))
+        parts.append(PlanPart(draft.tokens, groups, token, weight.view(torch.float32), start, pairs, draft.blocks))
     return tuple(parts)

@@ -5,7 +5,7 @@ capture. Where it calls our experts function the graph ends, since what happens 
 the next one begins when that returns. A replay copies the step's inputs into the captured ones and gives
 back copies of the captured outputs.
 
-Decides which steps are captured: 1 to 8 tokens over all sequences, with a static cache, the second time that such a
+Decides which steps are captured: 1 to 16 tokens over all sequences, with a static cache, the second time that such a
 step comes. All else runs as before, and what turns out not to be capturable does so after one line of the log. Does not
 know how a device captures; `devices/graphs.py` does.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from ...devices.graphs import Graphs
 from .cache import StepCache
 from .capture import Capture, CaptureFigures, current_capture
-from .step import CapturedSteps
+from .step import CapturedSteps, can_capture
 
 
 def capture_steps(model: Any, graphs: Graphs) -> None:
@@ -62,6 +62,7 @@ __all__ = [
     "CapturedSteps",
     "StepCache",
     "cache_for",
+    "can_capture",
     "capture_steps",
     "current_capture",
     "figures_of",

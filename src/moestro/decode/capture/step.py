@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...devices.graphs import CannotCaptureError, Graphs
 from ...engine.conductor import Conductor
 from ...engine.watch import Watch
+from ...planning.text_shape import MOST_CAPTURED
 from ..hooks import HookWatch, forward_of
 from .arguments import Put, collect, copied
 from .cache import CacheTensors, Kept, StepCache, advance, stage, why_not
@@ -25,8 +26,7 @@ from .capture import Capture, CapturedStep, CaptureFigures, resume
 
 logger = logging.getLogger("moestro")
 
-MAX_TOKENS = 8  # of a step, over its sequences
-_STEPS = 8  # of one cache: assisted decoding asks for steps of 2 to 8 tokens in turns
+_STEPS = 16  # of one cache: assisted decoding asks for steps of 1 to 16 tokens in turns
 _CACHES = 4  # with captured steps
 _SEEN = 64  # kinds of steps that are remembered
 _CHANGES = 8  # of a model, one after another without a replay, after which nothing is captured any more
@@ -43,6 +43,15 @@ class _StepsOfCache:
         """Of each layer, how many holders of its tensors the steps are."""
         layers = self.bound.holders()
         return [sum(step.references[i] for step in self.steps.values()) for i in range(len(layers))]
+
+
+def _has_static_cache(model: Any) -> bool:
+    return bool(getattr(model, "_can_compile_fullgraph", False) and model._supports_default_dynamic_cache())
+
+
+def can_capture(model: Any) -> bool:
+    """Whether there is a cache for the model with which its steps can be captured, as far as can be seen untried."""
+    return _has_static_cache(model) and why_not(StepCache(model.config, 1)) is None
 
 
 class CapturedSteps:
@@ -91,7 +100,7 @@ class CapturedSteps:
     def new_cache(self, tokens: int, most: int | None) -> StepCache | None:
         """A cache for so many tokens with which steps can be captured; None where the model has none."""
         model: Any = self._model()
-        if not (getattr(model, "_can_compile_fullgraph", False) and model._supports_default_dynamic_cache()):
+        if not _has_static_cache(model):
             self._say(CannotCaptureError("Transformers has no static cache for it"))
             return None
         cache = StepCache(model.config, tokens, most)
@@ -117,7 +126,7 @@ class CapturedSteps:
         if why_not(cache) is None and not all(layer.is_initialized for layer in cache.layers):
             self._prepare(cache, rows)
             return None
-        if rows * tokens > MAX_TOKENS:
+        if rows * tokens > MOST_CAPTURED:
             return None
         given: list[Tensor] = []
         try:
