@@ -20,7 +20,8 @@ from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, StaticLa
 
 from ..decode.cpu.cache import RoomLayer
 from ..errors import RequestError
-from ..loading.load import config_and_class, load, load_tokenizer
+from ..loading.load import load, load_tokenizer
+from ..loading.model import config_and_class
 from ..planning.budget import LEAST_PLAIN_BYTES, parse_bytes
 from ..planning.options import ModelOptions, Options
 from .options import TextOptions

@@ -1,0 +1,44 @@
+"""What is refused before torch is imported, which takes seconds: no model, one that is nowhere, unreadable files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import RequestError
+from ..planning.options import ModelOptions
+
+
+def check_model(model: str | None, source: ModelOptions, *, draft: str | None = None) -> None:
+    """Refuse a request that names no model, two, or one that is neither here nor on the hub.
+
+    Args:
+        draft: another model that is loaded.
+
+    Raises:
+        RequestError: no model or two of them. MoestroError: no such model; one line.
+    """
+    if not model and source.shape is None:
+        raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
+    if model and source.shape is not None:
+        raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
+    from ..loading.hub import find_files, local_path
+
+    for name in filter(None, (model, source.config, source.tokenizer, draft)):
+        revision = source.revision if name == model else None
+        if not local_path(name).is_dir():  # a folder is checked by the reader of its kind
+            find_files(name, revision, weights=False)
+
+
+def check_readable(path: str | None, what: str) -> None:
+    """Refuse a file that cannot be read.
+
+    Raises:
+        RequestError: a line that names it.
+    """
+    if path is None:
+        return
+    try:
+        with Path(path).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise RequestError(f"the {what} {path} cannot be read: {error.strerror}") from None
