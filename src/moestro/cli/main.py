@@ -205,9 +205,13 @@ def replay_command(
 ) -> None:
     """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
     from ..text.files import writable
+
+    check_readable(trace, "trace")
+    check_readable(options.profile, "trace")
+    spans = None if timeline is None else writable(timeline)
     from .replay import print_replay, run_replay
 
-    found = run_replay(trace, options, None if timeline is None else writable(timeline))
+    found = run_replay(trace, options, spans)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -227,10 +231,12 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Say what a model is, here or on the hub, without loading or fetching its weights."""
-    from ..loading.contents import inspect_model
-    from .inspect import print_contents
+    with remembering():
+        check_model(checkpoint, source)
+        from ..loading.contents import inspect_model
+        from .inspect import print_contents
 
-    contents = inspect_model(checkpoint, source.revision)
+        contents = inspect_model(checkpoint, source.revision)
     if as_json:
         print(json.dumps(contents.to_json()))
     else:
@@ -261,12 +267,14 @@ def pack(
     """Write a model as a packed folder: quantized once, it is a MODEL that loads without quantizing."""
     from pathlib import Path
 
-    from ..loading.pack import pack as pack_model
-    from .inspect import print_packed
+    with remembering():
+        check_model(model, source)
+        from ..loading.pack import pack as pack_model
+        from .inspect import print_packed
 
-    if as_json:
-        _hide_progress()
-    made = pack_model(model, Path(output).expanduser(), source, engine)
+        if as_json:
+            _hide_progress()
+        made = pack_model(model, Path(output).expanduser(), source, engine)
     if as_json:
         print(json.dumps({"folder": output, "n_bytes": made.n_bytes, "n_files": len(made.files) + 1}))
     else:
@@ -310,6 +318,7 @@ def _load(
         from ..compute.cpu import core_cpus
         from ..loading.load import load, load_tokenizer
         from ..text.assisted import check_guesses, draft_bytes, load_draft
+        from .notes import say_kernels, say_without_effect
 
         if options.threads is None:
             options = replace(options, threads=len(core_cpus()))
@@ -324,9 +333,13 @@ def _load(
             if text.draft is not None:  # first, so that what is left of the RAM is the model's
                 draft, options = load_draft(text.draft, source, options)
                 say(f"draft   {text.draft}: {format_bytes(draft_bytes(draft))} of RAM")
-        loaded = load(model, **source.to_dict(), **options.to_dict())
+        drawn = {} if text is None or source.shape is not None else {"seed": 0}  # then it is the text's alone
+        loaded = load(model, **source.to_dict() | drawn, **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
+    if text is not None:
+        say_without_effect(text, loaded)
+    say_kernels()
     return loaded, tokenizer, draft, checked
 
 

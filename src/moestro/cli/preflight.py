@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import RequestError
 from ..planning.options import ModelOptions
+from ..text.files import writable
 
 
 def check_model(model: str | None, source: ModelOptions, *, draft: str | None = None) -> None:
@@ -18,7 +20,7 @@ def check_model(model: str | None, source: ModelOptions, *, draft: str | None = 
         RequestError: no model or two of them. MoestroError: no such model; one line.
     """
     if not model and source.shape is None:
-        raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
+        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights (--shape NAME)")
     if model and source.shape is not None:
         raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
     from ..loading.hub import find_files, local_path
@@ -42,3 +44,16 @@ def check_readable(path: str | None, what: str) -> None:
             file.read(1)
     except OSError as error:
         raise RequestError(f"the {what} {path} cannot be read: {error.strerror}") from None
+
+
+def check_plot(path: str | None) -> None:
+    """Refuse a picture that cannot be drawn or written.
+
+    Raises:
+        RequestError: there is no matplotlib, or the file cannot be written.
+    """
+    if path is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib; install it with: pip install 'moestro[plots]'")
+    writable(path)

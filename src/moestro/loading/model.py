@@ -25,14 +25,17 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from ..devices import has_slots
 from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
+from ..planning.effects import Kind, Setting, without_effect
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options
 from .cached import load_cached
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .download import resolve
-from .once import remembering
+from .hub import local_path
+from .once import once, remembering
 from .packed.kept_layers import KeptLayers
 from .packed.manifest import is_packed
 from .packed.read import PackedFolder
@@ -59,6 +62,7 @@ def load_model(model: str | None, source: ModelOptions, options: Options) -> Pre
         if config.threads is not None:
             set_torch_threads(config.threads)
         _refuse_transcode(config, source.shape)
+        _say_without_effect(config, source, "shape")
         return build_random_model(source.shape, config, dtype=_dtype_of(source), seed=source.seed)
     assert model is not None
     return load_checkpoint(model, config, source)
@@ -143,10 +147,12 @@ def _load_checkpoint(
     if is_packed(Path(source)):
         if options.config is not None:
             raise RequestError(f"{model} is a packed folder, which has a config of its own; leave --config out")
+        _say_without_effect(quantization_config, options, "packed", model)
         folder = PackedFolder(model, Path(resolve(model, options.revision)))
         config = read_config(model, source, trust_remote_code)
         return load_packed(folder, config, _auto_class(config), quantization_config, dtype, trust_remote_code)
     if is_stored(source):
+        _say_without_effect(quantization_config, options, "stored", model)
         source = resolve(model, options.revision)
         stored = open_source(
             source, config=other, trust_remote_code=trust_remote_code, transcode=quantization_config.transcode
@@ -154,6 +160,7 @@ def _load_checkpoint(
         auto = _auto_class(stored.config())
         return load_stored(source, stored, auto, quantization_config, dtype, trust_remote_code)
     _refuse_transcode(quantization_config, model)
+    _say_without_effect(quantization_config, options, "plain", model)
     config = read_config(options.config or model, other or source, trust_remote_code)
     auto = _auto_class(config)
     source = resolve(model, options.revision)
@@ -208,6 +215,13 @@ def _load_plain(
         raise CheckpointError(f"{model} has no {missing[0]}{more}; it is incomplete: download it again")
     _warn_of_unused(model, sorted(info["unexpected_keys"]))
     return loaded
+
+
+def _say_without_effect(config: MoestroConfig, source: ModelOptions, kind: Kind, model: str = "") -> None:
+    """Warn of options that change nothing here, once while a model and its draft are loaded."""
+    setting = Setting(kind, has_slots(config.device), local_path(model).exists())
+    for line in without_effect(config, source, setting):
+        once(("said", line), partial(logger.warning, "%s", line))
 
 
 def _warn_of_unused(model: str, names: list[str]) -> None:
