@@ -15,7 +15,7 @@ from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
-from .preflight import check_model, check_plot, check_readable
+from .preflight import check_model, check_named, check_plot, check_readable
 from .terminal import show
 
 TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
@@ -204,12 +204,14 @@ def bench_policies(
     if live and (trace is not None or options.as_shape is not None or plot is not None):
         raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
     if trace is None:
-        check_model(model, source)
+        check_named(model, source)
     elif model is not None or source.shape is not None or text is not None:
         raise RequestError("--trace has its own model and text; leave MODEL, --shape and --text out")
     check_readable(trace, "trace")
     check_readable(text, "text")
     check_plot(plot)
+    if trace is None:
+        check_model(model, source)
     from ..bench.policies import Reading, compare_by_replay, compare_live
 
     reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
@@ -303,9 +305,10 @@ def bench_recall(
     as_json: Json = False,
 ) -> None:
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
-    check_model(model, source)
+    check_named(model, source)
     check_readable(text, "text")
     check_plot(plot)
+    check_model(model, source)
     from ..bench.policies import Reading
     from ..bench.recall import FARTHEST, measure_recall
 
@@ -339,9 +342,10 @@ def bench_quantization(
 
     Each cell loads the model anew and reads the text. The paper's own sizes for Mixtral-8x7B stand below.
     """
-    check_model(model, table.source)
+    check_named(model, table.source)
     check_readable(text, "text")
     check_plot(plot)
+    check_model(model, table.source)
     from ..bench.quantization import Reading, SpeedRequest, measure_quantization
 
     report = measure_quantization(

@@ -31,7 +31,7 @@ from .options import (
     takes_options,
     unset,
 )
-from .preflight import check_model, check_readable
+from .preflight import check_model, check_named, check_readable
 from .terminal import AnswerPrinter, ReadingBar, print_figures, print_piece, read_prompt, say, use_any_bytes
 
 app = typer.Typer(
@@ -91,11 +91,12 @@ def run(
     from ..text.files import writable
 
     with remembering():
-        check_model(model, source, draft=options.draft)
+        check_named(model, source)
         target = None if trace is None else writable(trace)
         spans = None if timeline is None else writable(timeline)
         check_readable(engine.profile, "trace")
         text = read_prompt(prompt)
+        check_model(model, source, draft=options.draft)
 
         import moestro.loading.model  # noqa: F401  # here, so that its imports are not counted as reading
 
@@ -312,8 +313,9 @@ def _load(
     """
     trusted = source.trust_remote_code
     with remembering():
-        check_model(model, source, draft=None if text is None else text.draft)
+        check_named(model, source)
         check_readable(options.profile, "trace")
+        check_model(model, source, draft=None if text is None else text.draft)
 
         from ..compute.cpu import core_cpus
         from ..loading.load import load, load_tokenizer

@@ -10,8 +10,20 @@ from ..planning.options import ModelOptions
 from ..text.files import writable
 
 
+def check_named(model: str | None, source: ModelOptions) -> None:
+    """Refuse a request that names no model, or two.
+
+    Raises:
+        RequestError: a line that says which.
+    """
+    if not model and source.shape is None:
+        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights (--shape NAME)")
+    if model and source.shape is not None:
+        raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
+
+
 def check_model(model: str | None, source: ModelOptions, *, draft: str | None = None) -> None:
-    """Refuse a request that names no model, two, or one that is neither here nor on the hub.
+    """Refuse a request that names no model, two, or one that is neither here nor on the hub, which is asked.
 
     Args:
         draft: another model that is loaded.
@@ -19,10 +31,7 @@ def check_model(model: str | None, source: ModelOptions, *, draft: str | None = 
     Raises:
         RequestError: no model or two of them. MoestroError: no such model; one line.
     """
-    if not model and source.shape is None:
-        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights (--shape NAME)")
-    if model and source.shape is not None:
-        raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
+    check_named(model, source)
     from ..loading.hub import find_files, local_path
 
     for name in filter(None, (model, source.config, source.tokenizer, draft)):
