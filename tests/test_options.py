@@ -310,7 +310,9 @@ def _wrong_ways() -> Iterator[tuple[list[str], str]]:
             option = next((each for each in parameter.opts if each.startswith("--")), None)
             if option is None or parameter.type.name == "boolean" or option in TAKES_ANY:
                 continue
-            value, says = (WRONG_OF_COMMANDS if option in WRONG_OF_COMMANDS else of_fields)[option]
+            value, says = (of_fields | WRONG_OF_COMMANDS)[option]
+            if names[-1] == "decode" and option == "--cached":
+                says = "--cached is about the steps of --batch; give that too"
             if getattr(parameter.type, "min", None) == 0:
                 value, says = "-1", "-1 is not in the range"
             if "32" in (parameter.help or ""):
