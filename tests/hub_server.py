@@ -43,7 +43,10 @@ class Repo:
     @property
     def commit(self) -> str:
         """A hash of all contents."""
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        of_all = hashlib.sha1()
+        for path, data in sorted(self.files.items()):
+            of_all.update(f"{path} {len(data)} ".encode() + data)
+        return of_all.hexdigest()
 
     def info(self, name: str) -> str:
         """What the hub's listing says."""

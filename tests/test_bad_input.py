@@ -210,7 +210,8 @@ def test_experts_that_do_not_pass_through_the_interface(
         (["run", "./nowhere", "x"], "no folder ./nowhere; name a checkpoint's folder, a hub id like org/name, or demo"),
         (["run", "a/b/c", "x"], "no folder a/b/c"),
         (["run", "no such model!", "x"], "no folder no such model!"),
-        (["run"], "no prompt"),
+        (["run"], "name one model: a folder, a hub id, demo, or a shape"),
+        (["run", "demo"], "no prompt"),
         (["run", "", "--shape", "tiny"], "the prompt is empty, and this model's tokenizer has no token to begin"),
         (
             ["run", "demo", "x", "--ram", "20MiB"],

@@ -103,6 +103,23 @@ def test_a_full_context_is_refused_and_the_conversation_stays(model: Any, tokeni
     assert chat.messages == []
 
 
+def test_what_the_model_is_told_first_can_be_changed(model: Any, tokenizer: Any) -> None:
+    chat = ChatSession(model, tokenizer, OPTIONS, system="You tell fairy tales.")
+    chat.ask("Who was the king?")
+    chat.tell_first("Be brief.")
+    assert [m["content"] for m in chat.messages][:2] == ["Be brief.", "Who was the king?"]
+    second = chat.ask("And the queen?")
+    alone = ChatSession(model, tokenizer, OPTIONS)
+    alone.messages = chat.messages[:-2]
+    assert alone.ask("And the queen?").text == second.text
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": chat.system}] == [{"role": "system", "content": "Be brief."}]
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestError, match="leaves out the system prompt"):
+        chat.tell_first("Be long.")
+    assert chat.system == "Be brief."
+
+
 def test_recurrent_models_read_the_history_again() -> None:
     """A recurrent state cannot go back, so the cache is made anew where the history changed."""
     from families import FAMILIES, build_model

@@ -157,10 +157,21 @@ def test_no_such_policy() -> None:
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
-    [("12GiB", 12 * 2**30), ("500MB", 500_000_000), ("0.5 gib", 2**29), ("17", 17), (17, 17), ("1k" + "b", 1000)],
+    [
+        *(("12GiB", 12 * 2**30), ("500MB", 500_000_000), ("0.5 gib", 2**29), ("17 B", 17), ("1kb", 1000)),
+        *(("0", 0), (0, 0), ("1048576", 2**20), (2**20, 2**20), (f"{2**60 + 1}", 2**60 + 1)),
+    ],
 )
 def test_amounts_of_memory(text: str | int, n_bytes: int) -> None:
     assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("amount", ["5", " 5 ", "0.5", "32", "1048575", 5, 32])
+def test_a_forgotten_unit_is_asked_for(amount: str | int) -> None:
+    plain = str(amount).strip()
+    for named in ("gpu_memory", "ram"):
+        with pytest.raises(RequestError, match=f"--{named.replace('_', '-')} .* has no unit.*did you mean {plain}GiB"):
+            Budget.parse(**{named: amount})
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "12 GiG", "-3GiB", "1e9", "twelve"])

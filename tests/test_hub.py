@@ -6,11 +6,13 @@ A server on this machine plays the hub; huggingface_hub is the real one, in a pr
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -246,6 +248,54 @@ def test_the_cache_serves_without_a_connection(hub: Hub, tmp_path: Path) -> None
         assert "there are Q4_K_M" in fails(fetch(hub, tmp_path, "org/gguf:Q8_0", **environment))
         line = fails(fetch(hub, tmp_path / "empty", "org/gguf:Q4_K_M", **environment))
         assert line.startswith("error: no model org/gguf: no folder of that name here")
+
+
+MISTYPED = """
+import contextlib, io, json, sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] not in ("torch", "transformers", "numpy"), name
+sys.meta_path.insert(0, Refused())
+from moestro.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, errors = ["moestro", *arguments], io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as end:
+            print(json.dumps([end.code, errors.getvalue()]))
+"""
+
+
+def test_a_mistyped_name_is_asked_for_once_and_answered_before_torch(hub: Hub, tmp_path: Path) -> None:
+    """Whether the hub answers, or each connection ends as it begins."""
+    name = "org/mistyped"
+    ways = [["run", name, "x"], ["chat", name], ["trace", name, "--text", __file__], ["inspect", name]]
+    ways += [["run", "demo", "x", option, name] for option in ("--config", "--tokenizer", "--draft")]
+    ways += [["pack", name, "-o", str(tmp_path / "out")], ["bench", "recall", name], ["bench", "quantization", name]]
+    ended: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def end_connections() -> None:
+            with suppress(OSError):
+                while True:
+                    with server.accept()[0] as connection:
+                        ended.append(connection.recv(1000))
+
+        Thread(target=end_connections, daemon=True).start()
+        nowhere = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for endpoint, says in ((hub.url, "check the name, or set HF_TOKEN"), (nowhere, "there is no connection to")):
+            done = run_python(hub, tmp_path, "-c", MISTYPED, json.dumps(ways), HF_ENDPOINT=endpoint)
+            found = [json.loads(line) for line in done.stdout.splitlines()]
+            assert len(found) == len(ways), done.stderr
+            for way, (code, line) in zip(ways, found, strict=True):
+                assert code == 2, (way, line)
+                assert line.startswith(f"error: no model {name}: no folder of that name here")
+                assert says in line
+                assert line.count("\n") == 1
+    of_model = f"/api/models/{name}/"  # beside it huggingface_hub asks for something of its own
+    assert len([path for _, path, _ in hub.requests if of_model in path]) == len(ways)
+    assert len([asked for asked in ended if of_model.encode() in asked]) == len(ways)
 
 
 # --- one line where it fails

@@ -24,7 +24,7 @@ from families import FAMILIES, Family, build_config, random_ids, save_model
 from moestro import MoestroError, load, load_tokenizer
 from moestro.cli import main as cli
 from moestro.loading.checkpoint import wrong_prefix
-from moestro.loading.load import _auto_class
+from moestro.loading.model import _auto_class
 
 DEMO = Path(moestro.__file__).parent / "demo"
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "dtype": "float32"}

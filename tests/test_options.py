@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any, get_origin, get_type_hints
 
@@ -40,9 +41,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "head_bits": (5, "--head-bits 5: there are 16, 8, 4, 3, 2"),
     "fit": ("gptq", "no fit 'gptq'; there are: hqq, none"),
     "transcode": (4, "--transcode 4: there are 8"),
+    "profile": (" ", "--profile ' ': needs a file"),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {
     "shape": ("huge", "no shape 'huge'; there are: mixtral-8x7b"),
+    "revision": ("", "--revision '': needs a branch, tag or commit"),
+    "config": (" ", "--config ' ': needs a model's name"),
+    "tokenizer": ("", "--tokenizer '': needs a model's name"),
     "dtype": ("int3", "no dtype 'int3'; there are: auto, float32"),
     "seed": (-1, "--seed -1: needs 0 or more, below 2**63"),
 }
@@ -53,6 +58,7 @@ WRONG_TEXT: dict[str, tuple[Any, str]] = {
     "top_k": (-1, "--top-k -1: needs 0 (off) or more"),
     "min_p": (1.5, "--min-p 1.5: needs between 0 and 1"),
     "repetition_penalty": (0.0, "--repetition-penalty 0.0: needs above 0"),
+    "stop": ("", "--stop '': the text would end before it begins"),
     "num_beams": (0, "--num-beams 0: needs at least 1"),
     "prompt_lookup": (16, "--prompt-lookup 16: needs 0 to 15"),
     "draft": (" ", "--draft ' ': needs a model's name"),
@@ -257,7 +263,7 @@ _WITHOUT_TORCH = """
 import contextlib, io, json, sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        assert name.split(".")[0] not in ("torch", "transformers", "numpy"), name
+        assert name.split(".")[0] not in ("torch", "transformers", "numpy", "huggingface_hub"), name
 sys.meta_path.insert(0, Refused())
 from moestro.cli.main import main
 found = []
@@ -273,17 +279,59 @@ print(json.dumps(found))
 """
 
 
-def test_a_wrong_option_answers_without_torch() -> None:
-    ways = [
-        (["run", "demo", "x", flag(name), str(value)], says)
-        for name, (value, says) in (WRONG | WRONG_SOURCE | WRONG_TEXT).items()
-    ]
+NOWHERE = ("/nowhere/file.svg", "/nowhere/file.svg cannot be ")
+AT_LEAST = ("0", "0 is not in the range")
+WRONG_OF_COMMANDS: dict[str, tuple[str, str]] = {  # options that are a command's own
+    **dict.fromkeys(("--trace", "--timeline", "--text", "--output"), NOWHERE),
+    "--plot": NOWHERE if find_spec("matplotlib") else (NOWHERE[0], "--plot needs matplotlib"),
+    **dict.fromkeys(("--tokens", "--prompt-tokens", "--decode-tokens", "--rounds", "--layers"), AT_LEAST),
+    **dict.fromkeys(("--cached", "--queries", "--window", "--prompt"), AT_LEAST),
+    "--size": ("5", "--size 5 has no unit, and would be 5 bytes; did you mean 5GiB?"),
+    "--format": ("wishful", "no format 'wishful'; they are named like"),
+    "--kv-dtype": ("int3", "no dtype 'int3'; there are: bf16, fp32, fp16"),
+    "--batch": ("1,x", "--batch 1,x: 'x' is no number from 1 on"),
+    "--beams": ("1", "--beams 1: '1' is no number from 2 on"),
+    "--seconds": ("-1", "--seconds -1.0: needs above 0"),
+    "--limit-s": ("0", "--limit-s 0.0: needs above 0"),
+    "--slots": ("1.5", "--slots 1.5: a share of the experts is wanted"),
+}
+TAKES_ANY = {"--system"}
+
+
+def _wrong_ways() -> Iterator[tuple[list[str], str]]:
+    """Each option of each command that has a wrong value, given so, and what is said of it."""
+    of_fields = {flag(name): (str(value), says) for name, (value, says) in (WRONG | WRONG_SOURCE | WRONG_TEXT).items()}
+    of_fields["--as-shape"] = of_fields["--shape"]
+    for names, command in (one for one in COMMANDS if one[0][0] in ("run", "chat", "trace", "replay", "bench")):
+        text = ["--text", __file__] if any(one.required and "--text" in one.opts for one in command.params) else []
+        arguments = [one.name for one in command.params if one.param_type_name == "argument"]
+        given = [{"model": "demo", "prompt": "x", "trace": __file__}[name] for name in arguments]
+        for parameter in command.params:
+            option = next((each for each in parameter.opts if each.startswith("--")), None)
+            if option is None or parameter.type.name == "boolean" or option in TAKES_ANY:
+                continue
+            value, says = (of_fields | WRONG_OF_COMMANDS)[option]
+            if names[-1] == "decode" and option == "--cached":
+                says = "--cached is about the steps of --batch; give that too"
+            if getattr(parameter.type, "min", None) == 0:
+                value, says = "-1", "-1 is not in the range"
+            if "32" in (parameter.help or ""):
+                says = says.replace("there are 16", "there are 32, 16")
+            model = [] if option == "--trace" and names[0] == "bench" else given  # which would come in its place
+            yield [*names, *model, *([] if option == "--text" else text), option, value], says
+
+
+def test_every_option_with_a_wrong_value_answers_without_torch() -> None:
+    ways = list(_wrong_ways())
+    assert len(ways) > 150
     ways += [
-        (["chat", "demo", "--bits", "5"], "--bits 5: there are 16, 8, 4"),
-        (["trace", "demo", "--text", "x", "--bits", "5"], "--bits 5: there are 16, 8, 4"),
-        (["replay", "x.trace", "--bits", "5"], "--bits 5: there are 32, 16, 8, 4"),
-        (["bench", "kernels", "--threads", "0"], "--threads 0: needs 1 to "),
-        (["bench", "policies", "--machine", "abacus"], "no machine 'abacus'"),
+        (["run"], "name one model"),
+        (["chat"], "name one model"),
+        (["bench", "recall"], "name one model"),
+        (["bench", "policies"], "name one model"),
+        (["run", "demo", "x", "--bits", "five"], "Invalid value for '--bits': 'five' is not a valid int"),
+        (["run", "demo", "x", "--wishful"], "No such option: --wishful"),
+        (["wishful"], "No such command 'wishful'"),
         (["run", "demo", "x", "--clock", "virtual"], "--clock virtual needs --device emulated"),
         (["run", "demo", "x", "--no-pack-dense", "--dense-bits", "8"], "are for packed layers"),
     ]
@@ -294,5 +342,5 @@ def test_a_wrong_option_answers_without_torch() -> None:
     for (arguments, says), (code, printed) in zip(ways, json.loads(done.stdout), strict=True):
         assert code == 2, (arguments, printed)
         assert printed.startswith("error: ")
-        assert says in printed
+        assert says in printed, (arguments, printed)
         assert printed.count("\n") == 1

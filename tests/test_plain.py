@@ -24,7 +24,7 @@ from moestro import MoestroError, load
 from moestro.bench.loading import anonymous_bytes
 from moestro.cli import main as cli
 from moestro.decode.dense import Packed
-from moestro.loading import load as loading
+from moestro.loading import model as loading
 from moestro.loading.build import home
 from moestro.loading.sources import names
 from moestro.loading.sources.plain import Unproven

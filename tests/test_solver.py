@@ -211,7 +211,7 @@ def test_formats_take_the_kernels_solver(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("first", [pytest.param("", marks=pytest.mark.long), "import moestro.memory.formats;"])
 def test_loading_a_model_takes_the_kernels_solver(first: str) -> None:
     code = (
-        "import sys, moestro.loading.load, moestro.memory.formats.hqq_solver as solver;"
+        "import sys, moestro.loading.model, moestro.memory.formats.hqq_solver as solver;"
         "print(solver._solver is sys.modules['moestro.compute.cpu'].solve_hqq)"
     )
     done = subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, check=True)

@@ -180,6 +180,17 @@ def test_bits_cannot_be_asked_for(tmp_path: Path) -> None:
         load(str(tmp_path), bits=4)
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_bits_of_dense_weights_that_are_quantized_are_said_to_change_nothing(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_gguf(tmp_path / "m.gguf", _build("mixtral"), "llama", kind, TYPES[kind](kind))
+    load(str(tmp_path / "m.gguf"), device="cpu", threads=1, dense_bits=8, head_bits=8)
+    said = [line.split(":")[0] for line in caplog.messages if "keep their own bits" in line]
+    expected = [f"--{name}-bits 8 changes nothing here" for name in ("dense", "head")]
+    assert said == (expected if kind == "Q8_0" else [])
+
+
 def test_config_and_tokenizer_of_another_model(tmp_path: Path) -> None:
     """A GGUF whose tokenizer cannot be made from the file says what to name, and runs with it."""
     model = _build("mixtral", vocab_size=4096)

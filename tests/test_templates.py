@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
 import shutil
@@ -158,15 +159,7 @@ def copy_with(tmp_path: Path) -> Any:
 
 
 def run_chat(monkeypatch: pytest.MonkeyPatch, folder: str, *options: str, said: Sequence[str] = ("Hello",)) -> int:
-    lines = iter(said)
-
-    def answer(prompt: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in said)))
     arguments = ["moestro", "chat", folder, "-n", "3", "--device", "cpu", "--threads", "1", *options]
     monkeypatch.setattr("sys.argv", arguments)
     try:

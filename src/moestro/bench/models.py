@@ -136,9 +136,7 @@ class Engine:
         for place, layer in enumerate(self._cache.layers):
             if type(layer) is not DynamicLayer:
                 kind = type(layer).__name__
-                raise RequestError(
-                    f"--batch: layer {place} keeps a {kind}, which cannot be filled; take another"
-                )
+                raise RequestError(f"--batch: layer {place} keeps a {kind}, which cannot be filled; take another")
             parts = (layer.keys, layer.values)
             more = [
                 torch.randn(1, p.shape[1], tokens - 1, p.shape[3]).to(p.dtype).expand(sequences, -1, -1, -1)

@@ -5,16 +5,32 @@ Names, checks and, where it fits, help come from `planning/options.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..errors import RequestError
 from ..planning.option import Checked, about, bits_in, option_like
 from ..planning.options import BITS, ModelOptions, Options
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES, SHAPES
 
 TABLE_BITS = (16, 4, 3, 2)  # of Eliseev and Mazur's Table 1 (arXiv 2312.17238)
+
+
+CACHE_DTYPES = ("bf16", "fp32", "fp16")
+_LIKE_A_FORMAT = re.compile(r"(fp|bf|int|hqq|q|iq|tq|mxfp|nvfp)\d\w*")  # each part of its name
+
+
+def check_form(name: str) -> None:
+    """Refuse what is named like no number format, before torch is imported, which knows which there are.
+
+    Raises:
+        RequestError: a line with what formats are named like.
+    """
+    if not all(_LIKE_A_FORMAT.fullmatch(part) for part in name.partition("@")[0].split("+")):
+        raise RequestError(f"no format {name!r}; they are named like bf16, int4, hqq4, q4_k, mxfp4 or int4g128")
 
 
 def option_list(kind: type[Checked], name: str, help: str, unset: str) -> Any:

@@ -177,7 +177,8 @@ class Reading:
 
     def load(self, **options: Any) -> Any:
         """Load the model with options of `moestro.load`."""
-        return load(self.model, **self.source.to_dict(), **options)
+        drawn = {} if self.source.shape is not None else {"seed": 0}  # then only tokens are drawn
+        return load(self.model, **self.source.to_dict() | drawn, **options)
 
     def ids(self, loaded: Any) -> tuple[torch.Tensor, str | None]:
         """The tokens to read, int64 [tokens], and their text where there is one."""

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from ..bench.options import TABLE_BITS, ComparedOptions, ShapeOptions, TableOptions
+from ..bench.options import CACHE_DTYPES, TABLE_BITS, ComparedOptions, ShapeOptions, TableOptions, check_form
 from ..errors import RequestError
+from ..planning.budget import parse_bytes
+from ..planning.option import needs, one_of
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
+from .preflight import check_model, check_named, check_plot, check_readable
 from .terminal import show
 
 TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
@@ -27,10 +30,10 @@ def bench_load(
     as_json: Json = False,
 ) -> None:
     """Load a checkpoint that is made on the spot and watch the process's memory every 10 ms."""
+    n_bytes = parse_bytes(size, "--size")
     from ..bench.loading import measure_load
-    from ..planning.budget import parse_bytes
 
-    report = measure_load(parse_bytes(size, "--size"))
+    report = measure_load(n_bytes)
     show(report, as_json)
     if not report.within_limit:
         raise typer.Exit(1)
@@ -59,6 +62,8 @@ def bench_kernels(
 
     By default a selection that takes under two minutes; the report names what was left out.
     """
+    for name in formats or ():
+        check_form(name)
     from ..bench.kernels import FULL_ROUNDS, FULL_TOKENS, MEASURED, ROUNDS, TOKENS, measure_kernels
 
     counts = tokens or (FULL_TOKENS if full else TOKENS)
@@ -93,6 +98,8 @@ def bench_attention(
     as_json: Json = False,
 ) -> None:
     """Time attention over long caches, beside this machine's read and FMA limits, and a prompt's beside torch's."""
+    for name in dtypes or ():
+        one_of("dtype", CACHE_DTYPES)(name, "--kv-dtype")
     from ..bench.attention import CACHED, DTYPES, QUERIES, SHAPES, measure_attention
 
     report = measure_attention(
@@ -135,13 +142,17 @@ def bench_decode(
     as_json: Json = False,
 ) -> None:
     """Time a whole random-weight model beside Transformers alone."""
-    from ..bench.batches import CACHED
-    from ..bench.decode import measure_decode
-
     if form is not None and options.bits is not None:
         raise RequestError("--format says all about the weights; leave --bits out")
     if cached is not None and batch is None:
         raise RequestError("--cached is about the steps of --batch; give that too, like --batch 1,4")
+    if form is not None:
+        check_form(form)
+    sequences, tokens = _numbers("--batch", batch, 1), _numbers("--cached", cached, 1)
+    searches = _numbers("--beams", beams, 2)
+    from ..bench.batches import CACHED
+    from ..bench.decode import measure_decode
+
     report = measure_decode(
         measured.shape,
         form or options.bits or 4,
@@ -149,9 +160,9 @@ def bench_decode(
         rounds=rounds,
         threads=options.threads,
         alone=alone,
-        batches=_numbers("--batch", batch, 1),
-        cached=_numbers("--cached", cached, 1) or (CACHED,),
-        beams=_numbers("--beams", beams, 2),
+        batches=sequences,
+        cached=tokens or (CACHED,),
+        beams=searches,
     )
     show(report, as_json)
 
@@ -190,14 +201,23 @@ def bench_policies(
     as_json: Json = False,
 ) -> None:
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
+    if live and (trace is not None or options.as_shape is not None or plot is not None):
+        raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
+    if trace is None:
+        check_named(model, source)
+    elif model is not None or source.shape is not None or text is not None:
+        raise RequestError("--trace has its own model and text; leave MODEL, --shape and --text out")
+    check_readable(trace, "trace")
+    check_readable(text, "text")
+    check_plot(plot)
+    if trace is None:
+        check_model(model, source)
     from ..bench.policies import Reading, compare_by_replay, compare_live
 
     reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
     names = tuple(compared.policies or POLICIES)
     if not live:
         found = compare_by_replay(reading, trace, options, names, None if plot is None else Path(plot))
-    elif trace is not None or options.as_shape is not None or plot is not None:
-        raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
     else:
         found = compare_live(reading, options, names)
     show(found, as_json)
@@ -226,6 +246,8 @@ def bench_hybrid(
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
+    needs(lambda s: s > 0, "above 0")(seconds, "--seconds")
+    needs(lambda s: s is None or s > 0, "above 0")(limit_s, "--limit-s")
     from ..bench.hybrid import POLICIES as COMPARED
     from ..bench.hybrid import PROMPTS, measure_hybrid
 
@@ -259,6 +281,8 @@ def bench_host(
     as_json: Json = False,
 ) -> None:
     """Time what the host itself takes of a layer of a decode step, on a device that does nothing."""
+    if not 0 <= slots < 1:
+        raise RequestError(f"--slots {slots:g}: a share of the experts is wanted, from 0 to below 1")
     from ..bench.host import measure_host
 
     names = compared.policies or tuple(POLICIES)
@@ -281,14 +305,13 @@ def bench_recall(
     as_json: Json = False,
 ) -> None:
     """LRU hits against slots, and recall of the next gates' guesses against their number."""
-    from ..bench.plots import plotting
+    check_named(model, source)
+    check_readable(text, "text")
+    check_plot(plot)
+    check_model(model, source)
     from ..bench.policies import Reading
     from ..bench.recall import FARTHEST, measure_recall
-    from ..text.files import writable
 
-    if plot is not None:  # refused before the work
-        plotting()
-        writable(plot)
     reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
@@ -319,13 +342,12 @@ def bench_quantization(
 
     Each cell loads the model anew and reads the text. The paper's own sizes for Mixtral-8x7B stand below.
     """
-    from ..bench.plots import plotting
+    check_named(model, table.source)
+    check_readable(text, "text")
+    check_plot(plot)
+    check_model(model, table.source)
     from ..bench.quantization import Reading, SpeedRequest, measure_quantization
-    from ..text.files import writable
 
-    if plot is not None:  # refused before the work
-        plotting()
-        writable(plot)
     report = measure_quantization(
         Reading(model, table.source, text, tokens, window),
         dense_bits=[*map(int, table.dense_bits or TABLE_BITS)],

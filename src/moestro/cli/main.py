@@ -6,33 +6,37 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import MoestroError, RequestError, is_fault
+from ..errors import MoestroError, is_fault
+from ..loading.once import remembering
 from ..logs import keep_traceback, set_up_logging
 from ..planning.budget import format_bytes
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
 from .cache import cache
-from .options import DecodeTokens, Json, Model, PromptTokens, TextFile, TimelineFile, TraceTokens, takes_options, unset
-from .terminal import (
-    AnswerPrinter,
-    ReadingBar,
-    print_figures,
-    print_piece,
-    read_line,
-    read_prompt,
-    say,
-    stop_on_interrupt,
-    use_any_bytes,
+from .options import (
+    DecodeTokens,
+    Json,
+    Model,
+    OneLineErrors,
+    PromptTokens,
+    TextFile,
+    TimelineFile,
+    TraceTokens,
+    takes_options,
+    unset,
 )
+from .preflight import check_model, check_named, check_readable
+from .terminal import AnswerPrinter, ReadingBar, print_figures, print_piece, read_prompt, say, use_any_bytes
 
 app = typer.Typer(
     name="moestro",
+    cls=OneLineErrors,
     help="Run Mixture-of-Experts models larger than the GPU's memory, conducted expert by expert.",
     epilog='Example: moestro run demo "Once upon a time"',
     no_args_is_help=True,
@@ -56,6 +60,8 @@ def _root(
 ) -> None:
     set_up_logging(verbose)
     if version:
+        from importlib import metadata
+
         print(f"moestro {metadata.version('moestro')}")
         raise typer.Exit
 
@@ -70,44 +76,54 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)
     ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     trace: Annotated[str | None, unset("FILE", "Record what the routers choose.", "no")] = None,
     timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
-    """Continue one prompt, streaming, and print how fast it went."""
-    if source.shape is not None:  # then there is no MODEL, and what stands in its place is the prompt
-        if prompt is not None:
-            raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
-        model, prompt = None, model
-    import moestro.loading.load  # noqa: F401  # here, so that its imports are not counted as reading
+    """Answer or continue one prompt, streaming, and print how fast it went.
 
+    Where the model has a chat template, the prompt is a message in it, and the answer is printed alone.
+    """
+    if source.shape is not None and prompt is None:  # then what stands in MODEL's place is the prompt
+        model, prompt = None, model
     from ..loading.timing import process_s, timing
     from ..text.files import writable
-    from ..text.generation import check_context, encode, generate_text
-    from .replay import timed, traced
 
-    target = None if trace is None else writable(trace)
-    spans = None if timeline is None else writable(timeline)
-    text = read_prompt(prompt)
-    with timing() as times:
-        imports_s = process_s()
-        loaded, tokenizer, draft = _load(model, source, engine, text=options, quiet=as_json)
-    ids = encode(tokenizer, text)  # before the text is printed, since it may be refused
-    check_context(loaded, len(ids), options.max_new_tokens, options.num_beams or 1)
-    if not as_json:
-        print(text, end="", flush=True)
-    with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans):
-        on_text = None if as_json else print_piece
-        with ReadingBar() as bar:
-            result = generate_text(
-                *(loaded, tokenizer, text, options),
-                on_text=on_text,
-                splits_channels=as_json,
-                on_progress=bar.on_progress,
-                draft=draft,
-            )
+    with remembering():
+        check_named(model, source)
+        target = None if trace is None else writable(trace)
+        spans = None if timeline is None else writable(timeline)
+        check_readable(engine.profile, "trace")
+        text = read_prompt(prompt)
+        check_model(model, source, draft=options.draft)
+
+        import moestro.loading.model  # noqa: F401  # here, so that its imports are not counted as reading
+
+        from ..text.generation import generate_text
+        from ..text.prompt import prompt_for
+        from .replay import timed, traced
+
+        with timing() as times:
+            imports_s = process_s()
+            written = partial(prompt_for, text=text, raw=raw)
+            loaded, tokenizer, draft, given = _load(model, source, engine, written, text=options, quiet=as_json)
+    if given.in_template:
+        say("chat    the prompt is a message in the model's chat template; --raw continues it as it is")
+    printer, streams = AnswerPrinter(), not as_json
+    with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans), ReadingBar() as bar:
+        result = generate_text(
+            *(loaded, tokenizer, given.ids, options),
+            on_text=(printer.on_text if given.in_template else print_piece) if streams else None,
+            on_reasoning=printer.on_reasoning if streams else None,
+            splits_channels=as_json or given.in_template,
+            on_checked=partial(print_piece, text) if streams and not given.in_template else lambda: None,
+            on_progress=bar.on_progress,
+            draft=draft,
+        )
     if as_json:
-        print(json.dumps(result.to_json() | {"load": {"imports_s": imports_s} | times.to_json()}))
+        more = {"chat_template": given.in_template, "load": {"imports_s": imports_s} | times.to_json()}
+        print(json.dumps(result.to_json() | more))
     else:
         print()
         print_figures(result)
@@ -122,40 +138,25 @@ def chat(
     engine: Options,
     model: Model = None,
     system: Annotated[str | None, unset(None, "What the model is told first.", "nothing")] = None,
+    figures: Annotated[bool, typer.Option("--figures", help="Print how fast each answer went.")] = False,
 ) -> None:
-    """Talk with a model. Ctrl-C stops an answer, /new starts over, Ctrl-D leaves."""
-    from ..text.chat import ChatSession
-    from ..text.templates import check_template
+    """Talk with a model. Ctrl-C stops an answer, /help lists commands, Ctrl-D leaves."""
+    from .chat import Conversation, Editor, read_piped
 
-    loaded, tokenizer, draft = _load(
-        model, source, engine, lambda tokenizer: check_template(tokenizer, system), text=options
-    )
+    def checked(tokenizer: Any) -> None:
+        from ..text.templates import check_template
+
+        check_template(tokenizer, system)
+
+    loaded, tokenizer, draft, _ = _load(model, source, engine, checked, text=options)
+    from ..text.chat import ChatSession
+
     session = ChatSession(loaded, tokenizer, options, system, draft)
     if not session.has_template:
         say("this tokenizer has no chat template: the conversation is one text that the model continues")
-    say("Ctrl-C stops an answer, /new starts over, Ctrl-D leaves")
-    while (text := read_line()) is not None:
-        if text.strip() == "/new":
-            session.reset()
-        elif text.strip():
-            try:
-                printer = AnswerPrinter()
-                with ReadingBar() as bar, stop_on_interrupt(bar.is_reading) as stopped:
-                    result = session.ask(
-                        text,
-                        on_text=printer.on_text,
-                        on_reasoning=printer.on_reasoning,
-                        should_stop=stopped.is_set,
-                        on_progress=bar.on_progress,
-                    )
-                print()
-                print_figures(result)
-            except RequestError as error:
-                if not sys.stdin.isatty():
-                    raise
-                say(f"{error}; /new starts over")
-            except KeyboardInterrupt:
-                say("\nstopped; that message is forgotten")
+    if is_typed := sys.stdin.isatty():
+        say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    Conversation(session, Editor() if is_typed else read_piped, is_typed=is_typed, figures=figures).go_on()
 
 
 @app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
@@ -172,13 +173,14 @@ def trace_command(
     as_json: Json = False,
 ) -> None:
     """Record what a model's routers choose for a text, and what the next gates guess; print a summary."""
-    from ..simulate.trace_summary import summarize
     from ..text.files import read_text, writable
+
+    words, target = read_text(text), None if output is None else writable(output)
+    loaded, tokenizer, *_ = _load(model, source, engine, quiet=as_json)
+    from ..simulate.trace_summary import summarize
     from ..text.tracing import trace_text
     from .replay import print_summary
 
-    words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer, _ = _load(model, source, engine, quiet=as_json)
     name = model or source.shape or ""
     found = trace_text(
         loaded, tokenizer, name, words, tokens=tokens, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens
@@ -204,9 +206,13 @@ def replay_command(
 ) -> None:
     """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
     from ..text.files import writable
+
+    check_readable(trace, "trace")
+    check_readable(options.profile, "trace")
+    spans = None if timeline is None else writable(timeline)
     from .replay import print_replay, run_replay
 
-    found = run_replay(trace, options, None if timeline is None else writable(timeline))
+    found = run_replay(trace, options, spans)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -226,10 +232,12 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Say what a model is, here or on the hub, without loading or fetching its weights."""
-    from ..loading.contents import inspect_model
-    from .inspect import print_contents
+    with remembering():
+        check_model(checkpoint, source)
+        from ..loading.contents import inspect_model
+        from .inspect import print_contents
 
-    contents = inspect_model(checkpoint, source.revision)
+        contents = inspect_model(checkpoint, source.revision)
     if as_json:
         print(json.dumps(contents.to_json()))
     else:
@@ -260,12 +268,14 @@ def pack(
     """Write a model as a packed folder: quantized once, it is a MODEL that loads without quantizing."""
     from pathlib import Path
 
-    from ..loading.pack import pack as pack_model
-    from .inspect import print_packed
+    with remembering():
+        check_model(model, source)
+        from ..loading.pack import pack as pack_model
+        from .inspect import print_packed
 
-    if as_json:
-        _hide_progress()
-    made = pack_model(model, Path(output).expanduser(), source, engine)
+        if as_json:
+            _hide_progress()
+        made = pack_model(model, Path(output).expanduser(), source, engine)
     if as_json:
         print(json.dumps({"folder": output, "n_bytes": made.n_bytes, "n_files": len(made.files) + 1}))
     else:
@@ -292,42 +302,47 @@ def _load(
     model: str | None,
     source: ModelOptions,
     options: Options,
-    check: Callable[[Any], None] = lambda tokenizer: None,
+    check: Callable[[Any], Any] = lambda tokenizer: None,
     *,
     text: TextOptions | None = None,
     quiet: bool = False,
-) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer, and the draft that `text` names, or None.
+) -> tuple[Any, Any, Any, Any]:
+    """The model, its tokenizer, the draft that `text` names, or None, and what `check` returns.
 
     check: called with the tokenizer before the model loads. quiet: show nothing of a download.
     """
-    from ..compute.cpu import core_cpus
-    from ..loading.load import load, load_tokenizer
-    from ..loading.once import remembering
-    from ..text.assisted import check_guesses, draft_bytes, load_draft
-
-    if options.threads is None:
-        options = replace(options, threads=len(core_cpus()))
-    if not model and source.shape is None:
-        raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
-    if quiet:
-        _hide_progress()
     trusted = source.trust_remote_code
     with remembering():
+        check_named(model, source)
+        check_readable(options.profile, "trace")
+        check_model(model, source, draft=None if text is None else text.draft)
+
+        from ..compute.cpu import core_cpus
+        from ..loading.load import load, load_tokenizer
+        from ..text.assisted import check_guesses, draft_bytes, load_draft
+        from .notes import say_kernels, say_without_effect
+
+        if options.threads is None:
+            options = replace(options, threads=len(core_cpus()))
+        if quiet:
+            _hide_progress()
         tokenizer = load_tokenizer(
             model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
         )
-        check(tokenizer)
-        draft = None
+        checked, draft = check(tokenizer), None
         if text is not None:
             check_guesses(text, model, source, tokenizer)
             if text.draft is not None:  # first, so that what is left of the RAM is the model's
                 draft, options = load_draft(text.draft, source, options)
                 say(f"draft   {text.draft}: {format_bytes(draft_bytes(draft))} of RAM")
-        loaded = load(model, **source.to_dict(), **options.to_dict())
+        drawn = {} if text is None or source.shape is not None else {"seed": 0}  # then it is the text's alone
+        loaded = load(model, **source.to_dict() | drawn, **options.to_dict())
     if (plan := loaded.moestro.gpu_plan) is not None:
         say(plan.in_words())
-    return loaded, tokenizer, draft
+    if text is not None:
+        say_without_effect(text, loaded)
+    say_kernels()
+    return loaded, tokenizer, draft, checked
 
 
 def _hide_progress() -> None:

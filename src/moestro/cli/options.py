@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from inspect import Parameter, signature
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
+from ..errors import RequestError
 from ..planning.option import Checked, about, flag, name_of
 
 Command = Callable[..., None]
+_UsageError: Any = typer.BadParameter.__bases__[0]  # which typer does not show under a name
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands in which a wrong way to call one is a RequestError, as everything that is refused."""
+
+    def make_context(self, *given: Any, **extra: Any) -> Any:
+        """As the group that it is."""
+        with _in_one_line():
+            return super().make_context(*given, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the group that it is."""
+        with _in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # whose message is the whole help
+            raise
+        said = " ".join(error.format_message().split()).rstrip(".")
+        where = "moestro" if error.ctx is None else error.ctx.command_path
+        raise RequestError(f"{said}; {where} --help lists what there is") from None
 
 
 def takes_options(

@@ -40,18 +40,6 @@ def read_prompt(prompt: str | None) -> str:
     return sys.stdin.read() if prompt in (None, "-") else str(prompt)
 
 
-def read_line() -> str | None:
-    """One message from the user; None at the end of input. Ctrl-C clears the line."""
-    while True:
-        try:
-            return input("> ")
-        except KeyboardInterrupt:
-            say("\nCtrl-D leaves")
-        except EOFError:
-            print()
-            return None
-
-
 class ReadingBar:
     """Shows on standard error, where that is a terminal, how far a long prompt has been read.
 
@@ -155,13 +143,21 @@ def print_figures(result: TextResult) -> None:
         experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
     capture = "" if result.capture is None else f"capture {result.capture.describe()}\n"
     assisted = "" if result.assisted is None else f"guesses {result.assisted.describe()}\n"
+    faults = f"faults  {result.faults.describe()}\n" if result.faults.prefill or result.faults.decode else ""
     memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
     say(
         f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
         f"first token after {result.ttft_s:.3f} s\n"
         f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{capture}{assisted}peak memory   {memory}"
+        f"{experts}{capture}{assisted}{faults}peak memory   {memory}"
     )
+    print_warnings(result)
+
+
+def print_warnings(result: TextResult) -> None:
+    """Print on standard error what slowed an answer down and can be helped."""
+    if (warning := result.faults.warning()) is not None:
+        say(f"warning: {warning}")
 
 
 def show(report: Any, as_json: bool) -> None:

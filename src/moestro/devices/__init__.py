@@ -31,6 +31,15 @@ def device_class(name: str) -> type[HostDevice | CudaDevice | EmulatedDevice]:
     return EmulatedDevice if name == "emulated" else HostDevice
 
 
+def has_slots(name: str) -> bool:
+    """Whether the device of that name, as in `device_class`, is a GPU or pretends to be one.
+
+    Raises:
+        RequestError: as `device_class`.
+    """
+    return not issubclass(device_class(name), HostDevice)
+
+
 def make_device(name: str, link_gbps: float | None = None) -> Device:
     """The device of that name, as in `device_class`.
 
@@ -57,5 +66,6 @@ __all__ = [
     "Queued",
     "StepSum",
     "device_class",
+    "has_slots",
     "make_device",
 ]

@@ -14,7 +14,8 @@ from ..planning.options import ModelOptions, Options
 from .config import MoestroConfig
 from .download import resolve
 from .hub import find_files
-from .load import load_checkpoint, load_tokenizer
+from .load import load_tokenizer
+from .model import load_checkpoint
 from .once import remembering
 from .packed.beside import write_beside
 from .packed.fingerprint import fingerprint, name_of

@@ -75,7 +75,9 @@ def load_stored(
         )
     stored = StoredFormats(experts, _kept_formats(model, dense, config))
     conductor = attach(model, config, device, stored)
-    kept = _kept_weights(model, dense, stored, dense_formats(model, config, device, stored), conductor.cpu.threads)
+    formats = dense_formats(model, config, device, stored)
+    _say_what_keeps_its_bits(name, model, stored, formats, config)
+    kept = _kept_weights(model, dense, stored, formats, conductor.cpu.threads)
     _fill_dense(model, dense, device.torch_device)
     with spent("packing"):
         _fill_experts(model, conductor, weights)
@@ -87,6 +89,17 @@ def load_stored(
     pack_rest(model, config, device, stored=stored, weights=kept)
     take_generation_config(model, Path(name))
     return model.requires_grad_(False).eval()
+
+
+def _say_what_keeps_its_bits(
+    name: str, model: Any, stored: StoredFormats, formats: DenseFormats | None, config: MoestroConfig
+) -> None:
+    """Warn of bits that were asked for where all weights of the kind are quantized already."""
+    others = () if formats is None else packable(model, formats)
+    has_others = {layer.is_head for layer in others if layer.name not in stored.dense}
+    for option, bits, of_head in (("--dense-bits", config.dense_bits, False), ("--head-bits", config.head_bits, True)):
+        if bits is not None and of_head not in has_others:
+            logger.warning("%s %d changes nothing here: these weights of %s keep their own bits", option, bits, name)
 
 
 def _is_quantized(value: Tensor | Part) -> bool:

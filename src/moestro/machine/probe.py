@@ -29,6 +29,15 @@ def peak_ram_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def major_faults() -> int:
+    """Pages that this process had to wait for so far, from swap or from a file; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def last_level_cache_bytes() -> int:
     """All caches of the CPU's last level together, as the kernel reports them; 64 MiB where it reports none."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}

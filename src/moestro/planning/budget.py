@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..errors import BudgetError, RequestError
 
+LEAST_PLAIN_BYTES = 1 << 20  # a smaller number without a unit is one whose unit was forgotten
 LEAST_CONTEXT = 2  # a token of a prompt and one of an answer
 
 _UNITS = {"": 1, "B": 1} | {
@@ -25,18 +26,19 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_bytes(text: str | int, option: str = "size") -> int:
-    """Bytes of "12GiB", "500MB", "0.5 GiB" or a plain number of bytes.
+    """Bytes of "12GiB", "500MB", "0.5 GiB" or a plain number of bytes, which is at least `LEAST_PLAIN_BYTES` or 0.
 
     Raises:
-        RequestError: when the text is no amount of memory.
+        RequestError: when the text is no amount of memory, or a number that lacks its unit.
     """
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", "" if isinstance(text, bool) else str(text))
     units = {name.lower(): factor for name, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise RequestError(f"{option} {text!r} is no amount of memory; write it like 12GiB, 500MB or 1073741824")
-    return int(float(match[1]) * units[match[2].lower()])
+    n_bytes = int(match[1]) if match[1].isdecimal() else float(match[1])
+    if not match[2] and 0 < n_bytes < LEAST_PLAIN_BYTES:
+        raise RequestError(f"{option} {text} has no unit, and would be {text} bytes; did you mean {match[1]}GiB?")
+    return int(n_bytes * units[match[2].lower()])
 
 
 def parse_gbps(text: str | float, option: str = "rate") -> float:

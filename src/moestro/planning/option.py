@@ -102,6 +102,11 @@ def needs(holds: Callable[[Any], bool], needed: str) -> Check:
     return check
 
 
+def named(what: str) -> Check:
+    """A check that a name is not empty."""
+    return needs(lambda name: bool(name.strip()), what)
+
+
 def bits_in(choices: tuple[int, ...]) -> Check:
     """A check of a number of bits."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..errors import RequestError
 from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
 from .machines import machine_names
-from .option import Checked, bits_in, needs, one_of, option, option_like
+from .option import Checked, bits_in, named, needs, one_of, option, option_like
 from .policies import DEFAULT_POLICY, POLICIES
 from .shapes import SHAPES
 
@@ -89,7 +89,11 @@ class Options(Checked):
         check=one_of("clock", ("wall", "virtual")),
     )
     profile: str | None = option(
-        None, "A trace (moestro trace) by which popular experts are placed.", metavar="FILE", unset="none"
+        None,
+        "A trace (moestro trace) by which popular experts are placed.",
+        metavar="FILE",
+        unset="none",
+        check=named("a file"),
     )
     threads: int | None = option(
         None,
@@ -181,12 +185,26 @@ class ModelOptions(Checked):
         unset="none",
         check=one_of("shape", SHAPES),
     )
-    revision: str | None = option(None, "Of a hub id: the branch, tag or commit.", metavar="NAME", unset="main")
+    revision: str | None = option(
+        None,
+        "Of a hub id: the branch, tag or commit.",
+        metavar="NAME",
+        unset="main",
+        check=named("a branch, tag or commit"),
+    )
     config: str | None = option(
-        None, "Another model whose config to take.", metavar="MODEL", unset="the checkpoint's own"
+        None,
+        "Another model whose config to take.",
+        metavar="MODEL",
+        unset="the checkpoint's own",
+        check=named("a model's name"),
     )
     tokenizer: str | None = option(
-        None, "Another model whose tokenizer to take.", metavar="MODEL", unset="the checkpoint's own"
+        None,
+        "Another model whose tokenizer to take.",
+        metavar="MODEL",
+        unset="the checkpoint's own",
+        check=named("a model's name"),
     )
     trust_remote_code: bool = option(False, "Run code that the checkpoint brings; without it, none is run.")
     dtype: str = option(

@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, StaticLa
 
 from ..decode.cpu.cache import RoomLayer
 from ..errors import RequestError
-from ..loading.load import config_and_class, load, load_tokenizer
-from ..planning.budget import parse_bytes
+from ..loading.load import load, load_tokenizer
+from ..loading.model import config_and_class
+from ..planning.budget import LEAST_PLAIN_BYTES, parse_bytes
 from ..planning.options import ModelOptions, Options
 from .options import TextOptions
 
@@ -143,7 +144,7 @@ def load_draft(draft: str, source: ModelOptions, options: Options) -> tuple[PreT
     if options.ram is None:
         return loaded, options
     left = parse_bytes(options.ram, "--ram") - draft_bytes(loaded)
-    if left <= 0:
+    if left < LEAST_PLAIN_BYTES:
         raise RequestError(f"--draft {draft} alone fills --ram {options.ram}; give more, or leave the draft out")
     return loaded, replace(options, ram=left)
 

@@ -41,13 +41,30 @@ class ChatSession:
         self._draft = draft
         self._model, self._tokenizer, self._options, self._system = model, tokenizer, options, system
         self.has_template = has_template(tokenizer)
+        self.messages: list[Message] = []
         check_template(tokenizer, system)
         choose(options, model.generation_config, embedding_rows(model))
         self.reset()
 
+    @property
+    def system(self) -> str | None:
+        """What the model is told first."""
+        return self._system
+
+    def tell_first(self, text: str) -> None:
+        """Tell the model something else first, from the next answer on; what was said stays.
+
+        Raises:
+            RequestError: the chat template cannot write it.
+        """
+        check_template(self._tokenizer, text)
+        self._system = text
+        talk = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}, *talk]
+
     def reset(self) -> None:
         """Forget the conversation; the system prompt stays."""
-        self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
         self._cache: Any = None
         self._cached_ids: Tensor | None = None  # the tokens that the cache has read
 

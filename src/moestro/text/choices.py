@@ -84,6 +84,19 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
     )
 
 
+def without_effect(options: TextOptions, own: GenerationConfig) -> list[str]:
+    """A line for each option of a request that changes nothing, since nothing is drawn."""
+    if _sampling(options, own, options.num_beams or own.num_beams or 1)["do_sample"]:
+        return []
+    given = {name: getattr(options, name) for name in ("top_p", "top_k", "min_p")} | {"seed": options.seed or None}
+    return [
+        f"--{name.replace('_', '-')} {value} changes nothing here: the likeliest text is always taken; give "
+        "--temperature, above 0"
+        for name, value in given.items()
+        if value is not None
+    ]
+
+
 def _check_draft(draft: str, own: GenerationConfig, num_beams: int, keeps_cache: bool) -> None:
     """Refuse a draft beside settings of the checkpoint with which Transformers cannot follow it.
 

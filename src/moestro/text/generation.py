@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from ..decode.capture import CaptureFigures, cache_for, figures_of
 from ..engine.counters import Counters
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
 from ..loading.context import model_context
-from ..machine.probe import peak_ram_bytes
+from ..machine.probe import major_faults, peak_ram_bytes
 from ..planning.clock import Clock
 from .answer import AnswerStream, OnText, StopText
 from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, forwards_of, goes_on
 from .channels import find_channels
 from .choices import Choices, choose
+from .faults import PageFaults
 from .options import TextOptions
 from .reading import OnProgress, Reading, watched
 from .settings import unusual_settings
@@ -42,8 +44,8 @@ class TextResult:
     prefill_tok_s. decode_tok_s: None when only one token was made. context_full: it ended because the model's context
     did. peak_bytes: tier -> the most memory used at once. hit_rate: of decode; None where no expert can be on a GPU.
     bytes_moved: of experts, over the link. capture: what captured steps cost and save; None where none can be.
-    assisted: what guessed tokens brought; None where none were guessed. Times are the conductor's clock's, which may
-    be a virtual one.
+    assisted: what guessed tokens brought; None where none were guessed. faults: major page faults. Times are the
+    conductor's clock's, which may be a virtual one; the time of page faults is real.
     """
 
     text: str
@@ -60,6 +62,7 @@ class TextResult:
     bytes_moved: int
     capture: CaptureFigures | None
     assisted: AssistedFigures | None
+    faults: PageFaults
     sequence: Tensor = field(repr=False)  # int64 [prompt + new], on the host
     cache: Any = field(repr=False, default=None)  # only one that a later generation may go on with
 
@@ -79,7 +82,8 @@ class TextResult:
         )
         capture = None if self.capture is None else self.capture.to_json()
         assisted = None if self.assisted is None else self.assisted.to_json()
-        return {name: getattr(self, name) for name in names} | {"capture": capture, "assisted": assisted}
+        more = {"capture": capture, "assisted": assisted, "major_page_faults": self.faults.to_json()}
+        return {name: getattr(self, name) for name in names} | more
 
 
 def generate_text(
@@ -92,6 +96,7 @@ def generate_text(
     on_reasoning: OnText | None = None,
     splits_channels: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    on_checked: Callable[[], None] = lambda: None,
     on_progress: OnProgress | None = None,
     cache: Any = None,
     draft: PreTrainedModel | None = None,
@@ -107,6 +112,7 @@ def generate_text(
         on_reasoning: called with each new piece of what the model thinks aloud.
         splits_channels: tell reasoning and answer apart by the marks of the tokenizer's family; False: all is text.
         should_stop: called after each step; True ends the answer there.
+        on_checked: called once, when nothing of the request can be refused any more.
         on_progress: called with the share of the prompt that has been read, 1 when the first token is there.
         cache: a KV cache that holds the first tokens of the prompt.
         draft: the model that `options.draft` names, as `load_draft` loads it.
@@ -124,6 +130,7 @@ def generate_text(
         _check_guesses(model, options, draft)
     max_new_tokens = check_context(model, len(ids), options.max_new_tokens, choices.num_beams)
     cache = _cache_to_fill(model, cache, len(ids) + max_new_tokens, choices)
+    on_checked()
     reused_tokens = 0 if cache is None else int(cache.get_seq_length())
     conductor = model.moestro
     reads_once = choices.num_beams > 1 and choices.keeps_cache and cache is None
@@ -170,6 +177,7 @@ def generate_text(
         context_full=new_tokens == max_new_tokens < options.max_new_tokens,
         **_costs(model, before, capture_before),
         assisted=assisted if choices.goes_back else None,
+        faults=clock.faults(),
         sequence=sequence,
         cache=_continued(output, len(sequence), choices.goes_back) if choices.can_continue else None,
     )
@@ -357,9 +365,18 @@ class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers is not
     def __init__(self, should_stop: Callable[[], bool], clock: Clock, reading: Reading | None) -> None:
         self.times_s: list[float] = []
         self._should_stop, self._clock, self._reading = should_stop, clock, reading
+        self._faults = [major_faults()]  # before, and at the end of each step
+        self._real_s: list[float] = []
+
+    def faults(self) -> PageFaults:
+        """The major page faults until now."""
+        before, first, last = self._faults[0], self._faults[1], self._faults[-1]
+        return PageFaults(first - before, last - first, len(self.times_s), self._real_s[-1] - self._real_s[0])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self._reading is not None:
             self._reading.done()
         self.times_s.append(self._clock.now_s)
+        self._faults.append(major_faults())
+        self._real_s.append(perf_counter())
         return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)

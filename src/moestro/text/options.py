@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import RequestError
-from ..planning.option import Checked, needs, option, option_like
+from ..planning.option import Checked, named, needs, option, option_like
 from ..planning.options import ModelOptions
 
 MOST_GUESSES = 15  # with one more token a step is still one of decode (engine/steps.py)
+
+
+def _no_empty_stop(texts: Sequence[str], flag: str) -> Sequence[str]:
+    if "" in texts:
+        raise RequestError(f"{flag} '': the text would end before it begins; name a text to end at, or leave it out")
+    return texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,12 @@ class TextOptions(Checked):
         check=needs(lambda p: p > 0, "above 0"),
     )
     seed: int = option_like(ModelOptions, "seed")
-    stop: Sequence[str] = option((), "End at this text; may be given several times.", unset="the checkpoint's, or none")
+    stop: Sequence[str] = option(
+        (),
+        "End at this text; may be given several times.",
+        unset="the checkpoint's, or none",
+        check=_no_empty_stop,
+    )
     num_beams: int | None = option(
         None,
         "Beams of a beam search; the text then comes at the end.",
@@ -75,7 +86,7 @@ class TextOptions(Checked):
         "step, and the text stays the same.",
         metavar="MODEL",
         unset="none",
-        check=needs(lambda name: bool(name.strip()), "a model's name"),
+        check=named("a model's name"),
     )
 
     def __post_init__(self) -> None:

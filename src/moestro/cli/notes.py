@@ -1,0 +1,26 @@
+"""What a user should know of a loaded model before it answers, in a line each on standard error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..compute.cpu import levels
+from ..text.choices import without_effect
+from ..text.options import TextOptions
+from .terminal import say
+
+
+def say_without_effect(text: TextOptions, model: Any) -> None:
+    """Warn of options of a request for text that change nothing with this model."""
+    for line in without_effect(text, model.generation_config):
+        say(f"warning: {line}")
+
+
+def say_kernels() -> None:
+    """Warn where the CPU's kernels are missing, and say how to get them."""
+    if not levels():
+        say(
+            "warning: this Moestro was installed without its CPU kernels, and plain torch is several times slower; "
+            "install a C++ compiler (g++ or clang), then Moestro again, with pip's --force-reinstall --no-cache-dir "
+            "--no-deps"
+        )

@@ -1,0 +1,68 @@
+"""What is refused before torch is imported, which takes seconds: no model, one that is nowhere, unreadable files."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import RequestError
+from ..planning.options import ModelOptions
+from ..text.files import writable
+
+
+def check_named(model: str | None, source: ModelOptions) -> None:
+    """Refuse a request that names no model, or two.
+
+    Raises:
+        RequestError: a line that says which.
+    """
+    if not model and source.shape is None:
+        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights (--shape NAME)")
+    if model and source.shape is not None:
+        raise RequestError(f"both MODEL ({model}) and --shape ({source.shape}); name one of them")
+
+
+def check_model(model: str | None, source: ModelOptions, *, draft: str | None = None) -> None:
+    """Refuse a request that names no model, two, or one that is neither here nor on the hub, which is asked.
+
+    Args:
+        draft: another model that is loaded.
+
+    Raises:
+        RequestError: no model or two of them. MoestroError: no such model; one line.
+    """
+    check_named(model, source)
+    from ..loading.hub import find_files, local_path
+
+    for name in filter(None, (model, source.config, source.tokenizer, draft)):
+        revision = source.revision if name == model else None
+        if not local_path(name).is_dir():  # a folder is checked by the reader of its kind
+            find_files(name, revision, weights=False)
+
+
+def check_readable(path: str | None, what: str) -> None:
+    """Refuse a file that cannot be read.
+
+    Raises:
+        RequestError: a line that names it.
+    """
+    if path is None:
+        return
+    try:
+        with Path(path).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise RequestError(f"the {what} {path} cannot be read: {error.strerror}") from None
+
+
+def check_plot(path: str | None) -> None:
+    """Refuse a picture that cannot be drawn or written.
+
+    Raises:
+        RequestError: there is no matplotlib, or the file cannot be written.
+    """
+    if path is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib; install it with: pip install 'moestro[plots]'")
+    writable(path)
