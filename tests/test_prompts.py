@@ -50,7 +50,8 @@ def attend(kernel: StepAttention, query: Tensor, keys: Tensor, values: Tensor, s
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    ("heads", "groups", "head", "new", "past"), [(6, 2, 32, 150, 437), (3, 3, 48, 97, 0), (8, 1, 16, 70, 600), (4, 2, 32, 32, 530)]
+    ("heads", "groups", "head", "new", "past"),
+    [(6, 2, 32, 150, 437), (3, 3, 48, 97, 0), (8, 1, 16, 70, 600), (4, 2, 32, 32, 530)],
 )
 def test_a_prompt_against_torch(
     level: str, dtype: torch.dtype, heads: int, groups: int, head: int, new: int, past: int
