@@ -134,7 +134,7 @@ def bench_decode(
         str | None, unset("N,N,...", "Also steps of so many sequences each, beside the limit, like 1,2,4,8,16.", "none")
     ] = None,
     cached: Annotated[
-        str | None, unset("N,N,...", "Tokens in the cache of each sequence of --batch, like 64,4096.", "64")
+        str | None, unset("N,N,...", "Tokens in the cache of each sequence of a batch, like 64,4096.", "64")
     ] = None,
     beams: Annotated[
         str | None, unset("N,N,...", "Also beam searches, beside batches and one sequence, like 4,8,16.", "none")
