@@ -21,8 +21,8 @@ from moestro.compute.cpu import CpuExperts, levels
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
 from moestro.compute.repack import pack_stored
 from moestro.devices.emulated import EmulatedDevice
+from moestro.loading.quantization import Quantization
 from moestro.loading.sources.layouts import Matrix, read_matrix
-from moestro.loading.sources.quantization import Quantization
 from moestro.memory.formats import ExpertFormat, ExpertShape, expert_format_named
 from moestro.planning.contract import LayerSpec
 from test_sources_safetensors import FAMILY, gptq, write_checkpoint

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import ModelError
-from ...planning.options import METHOD
+from ..errors import ModelError
+from ..planning.options import METHOD
 
 _INSTEAD = "use the model's unquantized checkpoint with --bits 8, 4, 3 or 2, or one in FP8, MXFP4, AWQ, GPTQ or GGUF"
 _READ = ("fp8", "mxfp8", "mxfp4", "compressed-tensors", "awq", "gptq", "modelopt", "modelopt_fp4", "nvfp4")
