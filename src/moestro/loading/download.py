@@ -81,6 +81,15 @@ def fetch(wanted: Wanted) -> Path:
     return wanted.path(snapshot)
 
 
+def lacking_bytes(wanted: Wanted) -> int:
+    """How much of a model's files of weights is not on this machine yet."""
+    if wanted.root is not None:
+        return 0
+    snapshot = wanted.cache / "snapshots" / wanted.commit
+    lacking = [name for name in wanted.weights if not (snapshot / name).exists()]
+    return sum(wanted.sizes[name] - _here_bytes(wanted, name) for name in lacking)
+
+
 def _here_bytes(wanted: Wanted, name: str) -> int:
     """How much of a file came before, in another revision or in a run that ended early."""
     blob = _blob(wanted, name)

@@ -61,7 +61,15 @@ class Quantization:
                 del part.quantization_config
         if found is None:
             return cls()
-        own = dict(found) if isinstance(found, Mapping) else found.to_dict()
+        return cls.stated(model, dict(found) if isinstance(found, Mapping) else found.to_dict())
+
+    @classmethod
+    def stated(cls, model: str, own: Mapping[str, Any]) -> Quantization:
+        """From what a config.json says of it.
+
+        Raises:
+            ModelError: Moestro does not read weights of that method.
+        """
         method = str(getattr(own.get("quant_method"), "value", own.get("quant_method") or "")).lower()
         if method == METHOD:  # how a model of ours was run; its weights are as they always were
             return cls()
