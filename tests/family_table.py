@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from functools import cache
 from typing import Any
 
@@ -124,10 +125,11 @@ def _of_model(family: Family) -> dict[str, Any]:
     with torch.device("meta"):
         model = getattr(transformers, family.auto).from_config(config, dtype=torch.float32)
     found: dict[str, Any] = {}
-    unused = sorted({*(model._keys_to_ignore_on_load_unexpected or ())})
+    patterns = sorted({*(model._keys_to_ignore_on_load_unexpected or ())})
+    unused = [one for one in patterns if not any(re.search(one, name) for name in model.state_dict())]
     if unused:
         found["unused"] = unused
-    if config.tie_word_embeddings and not model.all_tied_weights_keys:
+    if getattr(config, "tie_word_embeddings", False) and not model.all_tied_weights_keys:
         found["never_ties"] = True
     if type(model.get_input_embeddings()) is not nn.Embedding:
         found["embedding_in_torch"] = True

@@ -124,8 +124,8 @@ def _format(model: str, tensor: TensorHeader, transcode: bool) -> str:
         if transcode:
             return "int8"
         raise ModelError(
-            f"{model}: {tensor.name} is of type {tensor.dtype}, which is not kept; --transcode 8 rounds such weights to "
-            f"8 bits ({format_bytes(math.prod(tensor.shape) * 1.03)} of it)"
+            f"{model}: {tensor.name} is of type {tensor.dtype}, which is not kept; --transcode 8 rounds such weights "
+            f"to 8 bits ({format_bytes(math.prod(tensor.shape) * 1.03)} of it)"
         )
     try:
         return descriptor_named(tensor.dtype.lower()).name

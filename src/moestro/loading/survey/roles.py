@@ -67,12 +67,12 @@ def sort_out(
     experts: dict[str, dict[str, list[Matrix]]] = {}
     dense: list[Matrix] = []
     for one in matrices:
-        full = f"{one.name}.{one.ending}"
-        if _PREDICTS_MORE.search(full) or any(pattern.search(full) for pattern in unused):
+        full, layer = f"{one.name}.{one.ending}", _LAYER.search(one.name)
+        beyond = bool(layer and depth and int(layer[1]) >= depth and not _TOWER.search(one.name))
+        if beyond or _PREDICTS_MORE.search(full):  # layers that predict several tokens at once
             continue
-        layer = _LAYER.search(one.name)
-        if layer and depth and int(layer[1]) >= depth and not _TOWER.search(one.name):
-            continue  # layers that predict several tokens at once
+        if not layer and any(pattern.search(full) for pattern in unused):
+            continue
         place = None if _NOT_ROUTED.search(one.name) else _place(one)
         if place is None:
             dense.append(one)
@@ -135,7 +135,9 @@ def _stacked(model: str, module: str, parts: Sequence[Matrix]) -> ExpertLayer:
     _, a, b = down.shape
     rows, columns = first[0].shape[1:]
     hidden, neurons = (a, b) if columns == a and rows in (b, 2 * b) else (b, a)
-    has_gate = len(first) == 2 or (max(rows, columns) // neurons * neurons != neurons and 2 * neurons in (rows, columns))
+    has_gate = len(first) == 2 or (
+        max(rows, columns) // neurons * neurons != neurons and 2 * neurons in (rows, columns)
+    )
     has_bias = any(one.name.endswith("bias") or one.ending == "bias" for one in parts)
     formats = [one.format for one in (first[0], first[-1], down)]
     post_norm = any("norm" in one.name for one in parts)

@@ -15,10 +15,9 @@ from ...planning.model_config import completed, families, text_of
 from ...planning.options import DTYPES, ModelOptions
 from ...planning.shapes import shape_named, spec_of_shape
 from ..contents import indexed_names, read_config_json
-from ..download import lacking_bytes
 from ..gguf_values import architecture_of, values_of
 from ..headers import TensorHeader, prefix_of, read_header
-from ..hub import Wanted, find_files
+from ..hub import Wanted, find_files, lacking_bytes
 from ..packed.manifest import MANIFEST, REST_FILE, parse_manifest
 from ..quantization import Quantization
 from .found import DenseWeight, ExpertLayer, Survey
