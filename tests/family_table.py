@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from functools import cache
 from typing import Any
@@ -98,6 +99,36 @@ def _cycle(kinds: list[str]) -> dict[str, Any] | None:
     return None
 
 
+def _derived(kind: type[PreTrainedConfig], names: frozenset[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What the class works out from nothing that a config says: the same for other sizes."""
+    made = kind()
+    sizes = {
+        name: value * 2
+        for name, value in (("num_hidden_layers", 6), ("hidden_size", getattr(made, "hidden_size", 0)))
+        if name in inspect.signature(kind.__init__).parameters and value
+    }
+    try:
+        one, other = made.to_dict(), kind(**sizes).to_dict()
+    except Exception:  # a family may refuse other sizes
+        return {}
+    taken = {
+        *kind.attribute_map,
+        "model_type",
+        "layer_types",
+        "layers_block_type",
+        "mlp_layer_types",
+        "per_layer_config",
+    }
+    return {
+        name: one[name]
+        for name in sorted(names - taken - defaults.keys())
+        if one.get(name) is not None
+        and one[name] == other.get(name)
+        and (_is_plain(one[name]) or name == "compress_rates")
+        and name not in ("num_key_value_heads", "head_dim", "quantization_config")
+    }
+
+
 def _entry(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     names = wanted_names()
     parameters = inspect.signature(kind.__init__).parameters
@@ -106,7 +137,7 @@ def _entry(kind: type[PreTrainedConfig]) -> dict[str, Any]:
         for name, one in sorted(parameters.items())
         if name in names - {"model_type", *kind.attribute_map} and _is_plain(one.default)
     }
-    entry: dict[str, Any] = {"defaults": defaults}
+    entry: dict[str, Any] = {"defaults": defaults | _derived(kind, names, defaults)}
     renamed = dict(sorted(kind.attribute_map.items()))
     if renamed:
         entry["names"] = renamed
@@ -119,27 +150,29 @@ def _entry(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     return entry
 
 
-def _of_model(family: Family) -> dict[str, Any]:
+def of_model(name: str, model: Any) -> dict[str, Any]:
     """What only a model shows: names of its files' tensors that it has no place for, its embedding, its cache."""
-    config = build_config(family)
-    with torch.device("meta"):
-        model = getattr(transformers, family.auto).from_config(config, dtype=torch.float32)
     found: dict[str, Any] = {}
     patterns = sorted({*(model._keys_to_ignore_on_load_unexpected or ())})
-    unused = [one for one in patterns if not any(re.search(one, name) for name in model.state_dict())]
+    unused = [one for one in patterns if not any(re.search(one, key) for key in model.state_dict())]
     if unused:
         found["unused"] = unused
-    if getattr(config, "tie_word_embeddings", False) and not model.all_tied_weights_keys:
+    if getattr(model.config, "tie_word_embeddings", False) and not model.all_tied_weights_keys:
         found["never_ties"] = True
     if type(model.get_input_embeddings()) is not nn.Embedding:
         found["embedding_in_torch"] = True
-    if family.name in REREAD or not model._supports_default_dynamic_cache():
+    if name in REREAD or not model._supports_default_dynamic_cache():
         found["reads_whole"] = True
     return found
 
 
-def make_table() -> dict[str, dict[str, Any]]:
-    """The whole table."""
+def _on_meta(family: Family) -> Any:
+    with torch.device("meta"):
+        return getattr(transformers, family.auto).from_config(build_config(family), dtype=torch.float32)
+
+
+def config_table() -> dict[str, dict[str, Any]]:
+    """What the classes of configs show."""
     table: dict[str, dict[str, Any]] = {}
 
     def add(kind: type[PreTrainedConfig]) -> None:
@@ -151,6 +184,21 @@ def make_table() -> dict[str, dict[str, Any]]:
 
     for family in FAMILIES:
         add(CONFIG_MAPPING[family.model_type or family.name])
+    return table
+
+
+OF_MODELS = ("unused", "never_ties", "embedding_in_torch", "reads_whole")
+
+
+def make_table() -> dict[str, dict[str, Any]]:
+    """The whole table."""
+    table = config_table()
     for family in FAMILIES:
-        table[family.model_type or family.name] |= _of_model(family)
+        table[family.model_type or family.name] |= of_model(family.name, _on_meta(family))
     return {name: table[name] for name in sorted(table)}
+
+
+def as_text(table: dict[str, dict[str, Any]]) -> str:
+    """As the file is written: a family a line."""
+    lines = (f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in table.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..loading.outlook import Choice, Outlook, command_of
-from ..loading.reasons import machine_in_words, reasons
+from ..loading.reasons import machine_in_words, reasons, round_to
 from ..planning.budget import format_bytes
 
 _SCHEMA = 1  # raised when a field changes its meaning or goes
@@ -78,20 +78,21 @@ def print_outlook(found: Outlook) -> None:
     sizes = (("GPU", asked.gpu_bytes), ("RAM", asked.ram_bytes), ("disk", asked.disk_bytes))
     say(f"bytes    {', '.join(f'{tier} {format_bytes(size)}' for tier, size in sizes)}; {where}")
     say(
-        f"parts    experts {format_bytes(asked.plan.spec.expert_bytes)}, dense {format_bytes(asked.dense_bytes)}, KV cache "
-        f"{format_bytes(asked.kv_bytes)} for {asked.plan.context} tokens, activations "
+        f"parts    experts {format_bytes(asked.plan.spec.expert_bytes)}, dense {format_bytes(asked.dense_bytes)}, "
+        f"KV cache {format_bytes(asked.kv_bytes)} for {asked.plan.context} tokens, activations "
         f"{format_bytes(asked.activation_bytes)} (estimated)"
     )
     if found.survey.fetched_bytes:
         say(f"fetch    {format_bytes(found.survey.fetched_bytes)} are not on this machine yet")
     if best.fits:
-        say(f"run      {command_of(found.survey, found.source, best.options)}")
+        what = "run      " if asked.fits else "fits     "
+        say(f"{what}{command_of(found.survey, found.source, best.options)}")
     else:
         say("run      nothing fits here: a smaller model, more RAM, or a checkpoint of fewer bits would")
     console.print(_table(found))
     for gain in found.gains[:_GAINS]:
         ratio = gain.decode_tok_s / gain.before_tok_s
-        say(f"helps    {gain.change}: {gain.decode_tok_s:.3g} tok/s ({ratio:.1f} x)")
+        say(f"helps    {gain.change}: {round_to(gain.decode_tok_s)} tok/s ({ratio:.1f} x)")
 
 
 def _speeds(one: Choice) -> str:

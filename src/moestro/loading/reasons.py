@@ -22,6 +22,11 @@ def machine_in_words(place: Place) -> str:
     return f"{place.machine.text} ({', '.join(rates)}, {kind}); {free}"
 
 
+def round_to(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def reasons(found: Outlook) -> list[str]:
     """The plan in sentences, one decision each, in the order in which they follow from one another."""
     one = found.choice
@@ -33,9 +38,8 @@ def reasons(found: Outlook) -> list[str]:
     said.append(_of_verdict(one))
     if found.gains:
         gain = found.gains[0]
-        said.append(
-            f"What would help most is {gain.change}: {gain.decode_tok_s:.3g} instead of {gain.before_tok_s:.3g} tok/s."
-        )
+        now, then = round_to(gain.before_tok_s), round_to(gain.decode_tok_s)
+        said.append(f"What would help most is {gain.change}: {then} instead of {now} tok/s.")
     return said
 
 
@@ -51,8 +55,8 @@ def _of_form(found: Outlook, one: Choice) -> str:
     kept = "kept as the files have them" if found.survey.stored else "as --bits asks, or as the checkpoint has them"
     dense = formats.dense or found.survey.dtype
     return (
-        f"Experts are in {', '.join(dict.fromkeys(formats.experts))} ({kept}) and take {format_bytes(spec.expert_bytes)}; "
-        f"all else is in {dense}, its head in {formats.head or found.survey.dtype}, and takes "
+        f"Experts are in {', '.join(dict.fromkeys(formats.experts))} ({kept}) and take "
+        f"{format_bytes(spec.expert_bytes)}; all else is in {dense}, its head in {formats.head or found.survey.dtype}, and takes "
         f"{format_bytes(spec.dense_bytes)}."
     )
 
@@ -65,8 +69,8 @@ def _of_gpu(one: Choice) -> list[str]:
     chunk = "" if gpu.chunk is None else f", read {gpu.chunk} tokens of a prompt at a time"
     return [
         f"Of {format_bytes(gpu.budget_bytes)} of GPU memory, {format_bytes(gpu.dense_bytes)} go to the dense part, "
-        f"{format_bytes(gpu.kv_bytes)} to the KV cache of {gpu.context} tokens, {format_bytes(gpu.activation_bytes)} to "
-        f"activations{chunk} (estimated), and {format_bytes(gpu.margin_bytes)} are kept back.",
+        f"{format_bytes(gpu.kv_bytes)} to the KV cache of {gpu.context} tokens, {format_bytes(gpu.activation_bytes)} "
+        f"to activations{chunk} (estimated), and {format_bytes(gpu.margin_bytes)} are kept back.",
         f"The rest holds {one.plan.slots} of {total} experts at once.",
     ]
 
@@ -79,9 +83,11 @@ def _of_ram(one: Choice) -> str:
 
 
 def _of_policy(one: Choice) -> str:
+    if not one.plan.slots:
+        return f"No expert is on a GPU, so the CPU computes all of them, whatever --policy {one.plan.policy} would do."
     module = sys.modules[type(one.plan.decider).__module__]
     line = (inspect.getdoc(module) or "").split("\n")[0].rstrip(".")
-    return f"The policy is {one.plan.policy}: {line}."
+    return f"The policy is {line}."
 
 
 def _of_speed(found: Outlook, one: Choice) -> list[str]:
@@ -93,8 +99,8 @@ def _of_speed(found: Outlook, one: Choice) -> list[str]:
     rate = f", which the RAM alone gives at {costs.cpu_gbps:.0f} GB/s" if costs.cpu_gbps and not one.plan.slots else ""
     decode, prefill = speeds.decode.rounded(), speeds.prefill.rounded()
     return [
-        f"A decoded token reads {format_bytes(speeds.token_bytes)} of weights and cache{rate}{hits}. Most of its time is "
-        f"that of {speeds.bound_by}: {decode[0]:g} to {decode[1]:g} tok/s.",
+        f"A decoded token reads {format_bytes(speeds.token_bytes)} of weights and cache{rate}{hits}. Most of its time "
+        f"is that of {speeds.bound_by}: {decode[0]:g} to {decode[1]:g} tok/s.",
         f"A prompt of 512 tokens is read at {prefill[0]:g} to {prefill[1]:g} tok/s.",
     ]
 
