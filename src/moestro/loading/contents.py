@@ -20,7 +20,7 @@ from .headers import TensorHeader, prefix_of, read_header
 from .hub import Wanted, find_files
 from .packed.manifest import MANIFEST, REST_FILE, parse_manifest
 
-_AT_ONCE = 8  # headers
+_AT_ONCE = 16  # headers
 _INDEX = "model.safetensors.index.json"
 _PARTS = (  # the first that a tensor's name fits
     ("shared experts", r"shared_?expert|shared_mlp|share_expert|_shexp"),

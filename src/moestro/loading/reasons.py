@@ -56,8 +56,8 @@ def _of_form(found: Outlook, one: Choice) -> str:
     dense = formats.dense or found.survey.dtype
     return (
         f"Experts are in {', '.join(dict.fromkeys(formats.experts))} ({kept}) and take "
-        f"{format_bytes(spec.expert_bytes)}; all else is in {dense}, its head in {formats.head or found.survey.dtype}, and takes "
-        f"{format_bytes(spec.dense_bytes)}."
+        f"{format_bytes(spec.expert_bytes)}; all else is in {dense}, its head in "
+        f"{formats.head or found.survey.dtype}, and takes {format_bytes(spec.dense_bytes)}."
     )
 
 

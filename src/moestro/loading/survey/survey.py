@@ -25,7 +25,7 @@ from .gguf import GgufHeaders, Shaped, sort_out_gguf
 from .roles import Matrix, sort_out
 from .stored import matrices_of
 
-_AT_ONCE = 8  # headers
+_AT_ONCE = 16  # headers
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as files name them: as torch does
 _INDEX = "model.safetensors.index.json"
 
