@@ -19,10 +19,12 @@ class GgufLike(Protocol):
     """A file's metadata, and its tensors by name, each with a shape; small ones also with their numbers, `data`."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of the model, by keys."""
 
     @property
-    def tensors(self) -> Mapping[str, Any]: ...
+    def tensors(self) -> Mapping[str, Any]:
+        """Its tensors by name."""
 
 
 class _Keys:

@@ -1,6 +1,6 @@
 """What a model would need and how fast it would be, before a weight is read: `moestro plan`. Imports no torch.
 
-    outlook("mistralai/Mixtral-8x7B-v0.1", ModelOptions(), Options(bits=4, gpu_memory="12GiB"), place_named("rtx4090"))
+outlook("org/name", ModelOptions(), Options(bits=4, machine="rtx4090")).choice.verdict    # "FAST"
 
 The plan is the one that `loading/build.py` carries out, made from the same sizes by the same function; what is measured
 there on a model without weights is estimated here.

@@ -89,7 +89,7 @@ def assumed_machine(
     gpu: str | None = None,
     gpu_bytes: int = 0,
 ) -> Machine:
-    """A machine whose rates nobody measured, by the class of its CPU and the name of its GPU.
+    """A machine whose rates were not measured: by the class of its CPU and the name of its GPU.
 
     Args:
         cpu, features: its CPU's own name and instruction sets. cores: physical ones.

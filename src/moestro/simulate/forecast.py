@@ -23,7 +23,7 @@ WIDE, NARROW = (
     0.15,
 )  # of the middle, either way: with rates that are assumed or of a data sheet, and measured ones
 _LAYER_S = 200e-6  # of a decoded token outside the kernels, on a CPU
-_GPU_LAYER_S = 60e-6  # the same where captured graphs are replayed: launches and one wait, assumed
+_GPU_LAYER_S = 60e-6  # of one whose captured graphs are replayed: launches and one wait, assumed
 _COMPUTE_SHARE = 0.8  # of the FMA rate that products of many tokens reach
 # Share of the read limit at one token, by bits of a weight (scales included): measured, AVX-512 VNNI and AMX.
 _SHARES = ((16.0, 0.92), (8.5, 0.85), (6.6, 0.81), (4.5, 0.76), (0.0, 0.70))
