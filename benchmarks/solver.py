@@ -23,10 +23,10 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from moestro.compute.cpu import best_level, fma_gflops, solve_hqq
-from moestro.loading.build import QUANTIZED
 from moestro.memory.formats import MATRIX_FORMATS
 from moestro.memory.formats.hqq_solver import solve_in_torch
 from moestro.memory.formats.quantize import write_int8_in_torch
+from moestro.planning.formats import QUANTIZED
 
 CASES = ((4, 64), (3, 64), (2, 16))  # bits, and columns of a group
 

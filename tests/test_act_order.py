@@ -21,10 +21,11 @@ from moestro.compute.cpu import CpuExperts, levels
 from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
 from moestro.compute.repack import pack_stored
 from moestro.devices.emulated import EmulatedDevice
+from moestro.loading.quantization import Quantization
 from moestro.loading.sources.layouts import Matrix, read_matrix
-from moestro.loading.sources.quantization import Quantization
 from moestro.memory.formats import ExpertFormat, ExpertShape, expert_format_named
 from moestro.planning.contract import LayerSpec
+from survey_checks import same_bytes
 from test_sources_safetensors import FAMILY, gptq, write_checkpoint
 from test_stored import DEVICES, _same
 
@@ -182,6 +183,7 @@ def test_whole_models(family: str, v2: bool, sym: bool, kind: str, options: dict
     stored = {False: "gptq-act-order", True: "gptq-asymmetric-v2"}[v2]
     expected = write_checkpoint(tmp_path, FAMILY[family], stored, writer_of)
     model = load(str(tmp_path), dtype="float32", threads=2, **options)
+    same_bytes(tmp_path, model, **options)
     for math in model.moestro.math:
         assert math.format.orders == (1 if kind == "gate and up share" else 2)
     _same(model, expected)

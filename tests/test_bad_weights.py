@@ -16,11 +16,11 @@ from families import save_model
 from moestro import load
 from moestro.compute import cpu
 from moestro.errors import CheckpointError
-from moestro.loading.build import QUANTIZED
 from moestro.loading.sources import gguf_types
 from moestro.loading.sources.gguf_file import GgufTensor
 from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertShape, MatrixFormat, quantize
 from moestro.memory.formats.matrix import uniform
+from moestro.planning.formats import QUANTIZED
 from test_plain import load_by_transformers, load_mapped
 
 # Mixtral's published name, what a line calls it as it is read from the mapped files, and by Transformers' loader.

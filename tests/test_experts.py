@@ -16,8 +16,8 @@ from moestro.compute.experts import ExpertMath, ExpertWork, run_experts
 from moestro.compute.gpu import kernel_of
 from moestro.memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat, ExpertShape, MatrixFormat
 from moestro.memory.formats.codes import values
-from moestro.memory.formats.descriptor import Scale
 from moestro.memory.formats.quantize import quantize_hqq
+from moestro.planning.descriptor import Scale
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = [

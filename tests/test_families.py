@@ -28,6 +28,7 @@ from families import (
     random_ids,
     reference_logits,
 )
+from family_table import of_model
 from moestro import MoestroConfig, load
 from moestro.compute.cpu import CpuExperts
 from moestro.engine import chunks
@@ -35,7 +36,9 @@ from moestro.engine.chunks import REREAD, can_be_chunked
 from moestro.engine.families import expert_modules
 from moestro.loading.build import home
 from moestro.memory.formats import ExpertFormat, UnpackedExpert
+from moestro.planning.model_config import families
 from moestro.text.tracing import listening
+from survey_checks import same_bytes
 
 DOC = Path(__file__).parents[1] / "docs" / "models.md"
 FORMS = "<!-- forms: written by tests/test_families_stored.py -->\n"
@@ -116,6 +119,9 @@ def test_parity(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     model = _load(family, tmp_path)
     conductor = model.moestro
+    if generates:
+        same_bytes(tmp_path, model)
+        assert of_model(family.name, reference).items() <= families()[reference.config.model_type].items()
     assert not [n for n, _ in model.named_parameters() if re.search(r"\bexperts\.(gate_up|up|down)_proj", n)]
     assert not any(p.device.type == "meta" for p in model.parameters())
     zeroing = _zero_a_used_expert(model)

@@ -20,6 +20,7 @@ from moestro.compute.cpu import levels
 from moestro.decode.dense import Packed
 from moestro.engine.families import expert_modules
 from moestro.engine.gates import find_router
+from survey_checks import same_bytes
 from test_families import DOC, FORMS, needs_its_own_version
 from test_sources_gguf import KNOWN, TYPES
 from test_sources_safetensors import CASES, KINDS
@@ -100,6 +101,7 @@ def test_each_family_in_fp8(family: Family, tmp_path: Path) -> None:
     """Logits are Transformers' with the dequantized weights; experts and linear layers are kept in FP8."""
     expected = _in_fp8(tmp_path, family)
     found: Any = load(str(tmp_path), dtype="float32", device="cpu", threads=1)
+    same_bytes(tmp_path, found)
     ids = random_ids()
     wanted = expected(ids).logits.float()
     assert float((found(ids).logits.float() - wanted).abs().max()) <= 1e-3 * float(wanted.abs().max())

@@ -14,11 +14,11 @@ from moestro import MoestroError, load
 from moestro.decode.dense import Packed
 from moestro.errors import RequestError
 from moestro.loading import cached
-from moestro.loading.build import QUANTIZED
 from moestro.loading.pack import pack
 from moestro.loading.packed import cache
 from moestro.loading.packed.read import read_manifest
 from moestro.memory.formats import MATRIX_FORMATS
+from moestro.planning.formats import QUANTIZED
 from moestro.planning.options import ModelOptions, Options
 from test_plain import assert_same, bits, load_by_transformers, load_mapped, tensors_of
 

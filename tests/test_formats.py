@@ -15,8 +15,8 @@ from moestro.compute.cpu import kernel_format, levels
 from moestro.errors import CheckpointError
 from moestro.memory.formats import Coded, ExpertFormat, ExpertShape, MatrixFormat, format_named, format_names, uniform
 from moestro.memory.formats.codes import values
-from moestro.memory.formats.descriptor import ROW, Code, Scale, Zero
 from moestro.memory.formats.quantize import quantize_hqq
+from moestro.planning.descriptor import ROW, Code, Scale, Zero
 from panel_writer import BITS, PanelWriter
 
 UNIFORM = [

@@ -29,7 +29,7 @@ import sys
 import moestro.loading.download as download
 from moestro.errors import MoestroError
 from moestro.loading.hub import find_files
-download._WAIT_S, download._SMALL_BYTES = 0.01, 0
+download._WAIT_S, download.SMALL_BYTES = 0.01, 0
 try:
     print(download.fetch(find_files(sys.argv[1], *sys.argv[2:])))
 except MoestroError as error:

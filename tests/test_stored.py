@@ -23,6 +23,7 @@ from moestro.loading.stored import _format_of
 from moestro.memory.formats import Coded, ExpertFormat, ExpertShape, expert_format_named, format_named
 from moestro.memory.formats.raw import GGUF_BLOCKS, RawMatrix
 from raw_reader import read_raw
+from survey_checks import same_bytes
 from test_sources_gguf import KNOWN, TYPES, _build, write_gguf
 from test_sources_safetensors import CASES, FAMILY, write_checkpoint
 
@@ -102,6 +103,7 @@ def test_quantized_safetensors(family: str, kind: str, options: dict[str, Any], 
     model = load(str(tmp_path), dtype="float32", threads=2, **options)
     assert all(fmt.is_quantized for math in model.moestro.math for fmt in math.format.matrices.values())
     _dense_kept(model, expected, tmp_path)
+    same_bytes(tmp_path, model, **options)
     _same(model, expected)
 
 
@@ -122,6 +124,7 @@ def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     _kept(found, {{"F16": "fp16"}.get(kind, kind.lower())})
     expected = _as_stored(path, model)
     _dense_kept(found, expected, path)
+    same_bytes(path, found)
     _same(found, expected)
 
 

@@ -22,9 +22,9 @@ from moestro.errors import CheckpointError, ModelError
 from moestro.loading.gpu_need import refuse_on_gpu
 from moestro.loading.sources.hqq import read_hqq
 from moestro.memory.formats import ExpertFormat, ExpertShape, Strided, expert_format_named, format_named, strided_format
-from moestro.memory.formats.descriptor import Code, Descriptor, Scale, Zero
 from moestro.memory.formats.raw import RawMatrix
 from moestro.memory.formats.strided import class_order
+from moestro.planning.descriptor import Code, Descriptor, Scale, Zero
 from test_bindings import POISON, Memory
 
 LEVELS = [name for name, usable in levels().items() if usable]

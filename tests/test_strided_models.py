@@ -26,6 +26,7 @@ from moestro.loading.contents import inspect_model
 from moestro.loading.headers import prefix_of
 from moestro.loading.pack import pack
 from moestro.planning.options import ModelOptions, Options
+from survey_checks import same_bytes
 from test_mutated_checkpoints import CHANGES, change_config, files_load_or_say_why
 from test_packed import same
 from test_stored import DEVICES, _same
@@ -45,6 +46,7 @@ def test_whole_models(experts: Kind, attention: Kind, options: dict[str, Any], t
     """Prompts of 37 tokens and tokens one by one; experts whole in slots and on the CPU."""
     expected = write_checkpoint(tmp_path, experts=experts, attention=attention)
     model = load(str(tmp_path), dtype="float32", threads=2, **options)
+    same_bytes(tmp_path, model, **options)
     assert {math.format.name for math in model.moestro.math} == {"hqq{}r{}s{}".format(*experts)}
     if experts == EXPERTS:  # the table of gate and up repeats after several classes of rows
         assert model.moestro.math[0].format.matrices["up"].table_rows(model.config.intermediate_size) == 3

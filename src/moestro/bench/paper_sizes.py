@@ -21,8 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..loading.build import QUANTIZED
 from ..memory.formats import ExpertShape, expert_format_named, format_named
+from ..planning.formats import QUANTIZED
 from ..planning.shapes import shape_named
 from .options import TABLE_BITS
 

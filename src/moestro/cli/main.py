@@ -79,6 +79,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     trace: Annotated[str | None, unset("FILE", "Record what the routers choose.", "no")] = None,
     timeline: TimelineFile = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say the plan first, as numbered reasons.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer or continue one prompt, streaming, and print how fast it went.
@@ -97,6 +98,11 @@ def run(
         check_readable(engine.profile, "trace")
         text = read_prompt(prompt)
         check_model(model, source, draft=options.draft)
+        if explain:
+            from ..loading.outlook import outlook
+            from .plan import print_reasons
+
+            print_reasons(outlook(model, source, engine), say)
 
         import moestro.loading.model  # noqa: F401  # here, so that its imports are not counted as reading
 
@@ -217,6 +223,25 @@ def replay_command(
         print(json.dumps(found.to_json()))
     else:
         print_replay(found)
+
+
+@app.command("plan", epilog="Example: moestro plan mistralai/Mixtral-8x7B-v0.1 --gpu-memory 12GiB --bits 4")
+@takes_options(
+    only=(
+        *("shape", "revision", "config", "dtype", "gpu_memory", "ram", "context", "policy", "device", "machine"),
+        *("threads", "bits", "expert_bits", "dense_bits", "head_bits", "transcode", "cache", "pack_dense"),
+    )
+)
+def plan_command(source: ModelOptions, engine: Options, model: Model = None, as_json: Json = False) -> None:
+    """Say whether a model fits and how fast it would be, before any of its weights is downloaded."""
+    from ..loading.outlook import outlook
+    from .plan import print_outlook, to_json
+
+    found = outlook(model, source, engine)
+    if as_json:
+        print(json.dumps(to_json(found)))
+    else:
+        print_outlook(found)
 
 
 @app.command("inspect", epilog="Example: moestro inspect demo")

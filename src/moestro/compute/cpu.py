@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat, hqq_solver, quantize
-from ..memory.formats.descriptor import Descriptor
+from ..planning.descriptor import Descriptor
 from .activations import Kernel, recognize
 from .eager import outside_of_graphs
 from .experts import ExpertMath, ExpertWork, run_experts

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat, format_named
-from ..memory.formats.descriptor import Scale
 from ..memory.formats.raw import RawMatrix, flip, read_raw, read_strided, sides, strided_table
 from ..memory.formats.strided import class_order, write_matrix, write_table
+from ..planning.descriptor import Scale
 from .cpu import _kernels, kernel_format, runner
 
 Stored: TypeAlias = "_kernels.Stored"

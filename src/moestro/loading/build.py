@@ -43,10 +43,11 @@ from ..engine.watch import Watch
 from ..errors import ModelError, RequestError
 from ..machine.measure import this_machine
 from ..machine.probe import available_ram_bytes
-from ..memory.formats import FLOAT_FORMATS, FORMATS, MATRIX_FORMATS, ExpertFormat, MatrixFormat, expert_format_named
+from ..memory.formats import FORMATS, MATRIX_FORMATS, ExpertFormat, MatrixFormat, expert_format_named
 from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
+from ..planning.formats import format_of_bits, head_bits
 from ..planning.machines import THIS, machine_named
 from ..planning.plan import Facts, Formats, Plan, make_plan, planned_context
 from ..simulate.trace import Trace
@@ -56,8 +57,6 @@ from .context import model_context
 from .gpu_need import Need, refuse_on_gpu
 from .methods import give_methods
 from .timing import spent
-
-QUANTIZED = {8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}  # by bits
 
 logger = logging.getLogger("moestro")
 
@@ -324,7 +323,7 @@ def dense_formats(
     dtype = model.config.dtype
     return DenseFormats(
         other=MATRIX_FORMATS[_format_name(config.dense_bits or config.bits, dtype)],
-        head=MATRIX_FORMATS[_format_name(head_bits(config), dtype)],
+        head=MATRIX_FORMATS[_format_name(head_bits_of(config), dtype)],
         stored={} if stored is None else stored.dense,
     )
 
@@ -382,18 +381,11 @@ def _spec_of(model: Any, layouts: Mapping[str, FamilyLayout], formats: Sequence[
     )
 
 
-def head_bits(config: MoestroConfig) -> int | None:
-    """Bits of head and embedding: with --bits 3 or 2 alone 16, since these would cost more quality than they save."""
-    return config.head_bits or (16 if config.bits in (3, 2) else config.bits)
+def head_bits_of(config: MoestroConfig) -> int | None:
+    """Bits of head and embedding, as the options have them."""
+    return head_bits(config.bits, config.head_bits)
 
 
 def _format_name(bits: int | None, dtype: torch.dtype | None) -> str:
     """The format for so many bits of a model of this dtype."""
-    dtype = dtype or torch.get_default_dtype()
-    if dtype not in FLOAT_FORMATS:
-        raise RequestError(f"weights cannot be stored as {dtype}; use float32, float16 or bfloat16")
-    if bits is None:
-        return FLOAT_FORMATS[dtype]
-    if bits < 16:
-        return QUANTIZED[bits]
-    return "fp16" if dtype == torch.float16 else "bf16"
+    return format_of_bits(bits, str(dtype or torch.get_default_dtype()).removeprefix("torch."))

@@ -20,7 +20,7 @@ from .headers import TensorHeader, prefix_of, read_header
 from .hub import Wanted, find_files
 from .packed.manifest import MANIFEST, REST_FILE, parse_manifest
 
-_AT_ONCE = 8  # headers
+_AT_ONCE = 16  # headers
 _INDEX = "model.safetensors.index.json"
 _PARTS = (  # the first that a tensor's name fits
     ("shared experts", r"shared_?expert|shared_mlp|share_expert|_shexp"),
@@ -95,14 +95,14 @@ def inspect_model(model: str, revision: str | None = None) -> Contents:
         headers = list(pool.map(lambda name: read_header(wanted, name), wanted.weights))
     if wanted.is_gguf:
         return _gguf(wanted, headers[0].metadata, [tensor for header in headers for tensor in header.tensors])
-    indexed, tensors = _indexed(wanted), list[TensorHeader]()
+    indexed, tensors = indexed_names(wanted), list[TensorHeader]()
     for name, header in zip(wanted.weights, headers, strict=True):
         before = prefix_of([tensor.name for tensor in header.tensors], indexed.get(name, ()))
         tensors += [replace(tensor, name=f"{before}{tensor.name}") for tensor in header.tensors]
     return _safetensors(wanted, tensors)
 
 
-def _indexed(wanted: Wanted) -> dict[str, list[str]]:
+def indexed_names(wanted: Wanted) -> dict[str, list[str]]:
     """The names that the index of several files has for each, from which they were chosen; none without one."""
     files: dict[str, list[str]] = {}
     if len(wanted.weights) > 1 and _INDEX in wanted.sizes:
@@ -161,8 +161,8 @@ def _packed(wanted: Wanted) -> Contents:
     return _by_config(wanted, _by_part(found))
 
 
-def _config(wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A folder's config.json, and what it says of the text model.
+def read_config_json(wanted: Wanted) -> dict[str, Any]:
+    """A folder's config.json.
 
     Raises:
         CheckpointError: there is none that can be read.
@@ -170,9 +170,14 @@ def _config(wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
     if "config.json" not in wanted.sizes:
         raise CheckpointError(f"{wanted.model} has no config.json; name the folder of a Hugging Face checkpoint")
     try:
-        config = dict(json.loads(wanted.read("config.json")))
+        return dict(json.loads(wanted.read("config.json")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{wanted.model}: its config.json cannot be read ({first_line(error)})") from error
+
+
+def _config(wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A folder's config.json, and what it says of the text model."""
+    config = read_config_json(wanted)
     text = config.get("text_config")
     return config, {**config, **text} if isinstance(text, dict) else config
 

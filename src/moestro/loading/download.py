@@ -22,12 +22,12 @@ from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, buil
 
 from ..errors import CheckpointError, MoestroError, RequestError, first_line
 from ..planning.budget import format_bytes
-from .hub import Wanted, explain, find_files, is_cut, local_path
+from .hub import Wanted, blob_path, explain, find_files, here_bytes, is_cut, local_path, part_path
 
 _AT_ONCE = 4  # files
 _TRIES = 5  # without a byte that is new
 _WAIT_S = 0.5  # before the second try; twice as long before each further one
-_SMALL_BYTES = 16 << 20  # less is fetched without a word
+SMALL_BYTES = 16 << 20  # less is fetched without a word
 
 Advance = Callable[[int], None]  # bytes that came, or, negative, that are asked for again
 
@@ -68,7 +68,7 @@ def fetch(wanted: Wanted) -> Path:
         try:
             (wanted.cache / "blobs").mkdir(parents=True, exist_ok=True)
             by_blob = {wanted.blobs[name]: name for name in lacking}  # two files may have the same contents
-            left = {name: wanted.sizes[name] - _here_bytes(wanted, name) for name in by_blob.values()}
+            left = {name: wanted.sizes[name] - here_bytes(wanted, name) for name in by_blob.values()}
             _check_disk(wanted, sum(left.values()))
             _fetch_all(wanted, left, lacking)
             ref = wanted.cache / "refs" / wanted.revision
@@ -79,21 +79,6 @@ def fetch(wanted: Wanted) -> Path:
         except Exception as error:  # of a disk or a connection
             raise _explain(error, wanted) from error
     return wanted.path(snapshot)
-
-
-def _here_bytes(wanted: Wanted, name: str) -> int:
-    """How much of a file came before, in another revision or in a run that ended early."""
-    blob = _blob(wanted, name)
-    here = blob if blob.exists() else _part(blob)
-    return min(here.stat().st_size, wanted.sizes[name]) if here.exists() else 0
-
-
-def _blob(wanted: Wanted, name: str) -> Path:
-    return wanted.cache / "blobs" / wanted.blobs[name]
-
-
-def _part(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.part")
 
 
 def _check_disk(wanted: Wanted, n_bytes: int) -> None:
@@ -107,7 +92,7 @@ def _check_disk(wanted: Wanted, n_bytes: int) -> None:
             f"{wanted.model} does not fit on the disk of {wanted.cache.parent}: {sizes}; free "
             f"{format_bytes(n_bytes - free)} more, or set HF_HOME to a folder on another disk"
         )
-    if n_bytes >= _SMALL_BYTES and not are_progress_bars_disabled():
+    if n_bytes >= SMALL_BYTES and not are_progress_bars_disabled():
         print(f"{wanted.model}: {sizes}", file=sys.stderr, flush=True)
 
 
@@ -118,7 +103,7 @@ def _fetch_all(wanted: Wanted, left: dict[str, int], names: list[str]) -> None:
 
     console = Console(stderr=True)
     total, stop = sum(left.values()), Event()
-    hidden = total < _SMALL_BYTES or are_progress_bars_disabled() or not console.is_terminal
+    hidden = total < SMALL_BYTES or are_progress_bars_disabled() or not console.is_terminal
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console, disable=hidden, transient=True) as progress,
@@ -139,10 +124,10 @@ def _fetch_all(wanted: Wanted, left: dict[str, int], names: list[str]) -> None:
 
 def _fetch_file(wanted: Wanted, name: str, advance: Advance, stop: Event) -> None:
     """Fetch the rest of one file's contents into the cache."""
-    blob = _blob(wanted, name)
+    blob = blob_path(wanted, name)
     if blob.exists():
         return
-    part = _part(blob)
+    part = part_path(blob)
     try:
         with WeakFileLock(f"{part}.lock", timeout=0.1):
             with part.open("ab") as file:

@@ -15,7 +15,8 @@ from ..errors import CheckpointError
 from .gguf_header import NeedMore, parse_gguf
 from .hub import Wanted
 
-_FIRST_BYTES = 1 << 18
+_FIRST_BYTES = 1 << 18  # of a GGUF file, which says nowhere how long its header is
+_LENGTH_BYTES = 8  # of a safetensors file, which begins with that: no byte of a weight is asked for
 _MOST_BYTES = 1 << 28  # of a header; the largest vocabularies take some 2**24
 
 
@@ -44,17 +45,18 @@ def read_header(wanted: Wanted, name: str) -> Header:
         CheckpointError: it is none, or the file is cut short. MoestroError: it cannot be read. One line.
     """
     data, size = b"", wanted.sizes[name]
-    need = _FIRST_BYTES
+    is_gguf = name.lower().endswith(".gguf")
+    need = _FIRST_BYTES if is_gguf else _LENGTH_BYTES
     while True:
         data += wanted.read(name, len(data), need)
         try:
-            if name.lower().endswith(".gguf"):
+            if is_gguf:
                 return _gguf(f"{wanted.model}: {name}", data, size)
             return _parse_safetensors(data, size)
         except NeedMore as short:
             if len(data) >= size or need >= _MOST_BYTES:
                 raise CheckpointError(f"{wanted.model}: {name} is damaged or cut short ({size} bytes)") from short
-            need = min(max(short.need, 4 * need), _MOST_BYTES)
+            need = min(max(short.need, 4 * need) if is_gguf else short.need, _MOST_BYTES)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{wanted.model}: {name} has no header that can be read ({error})") from error
 

@@ -1,6 +1,7 @@
 """What a model's name stands for, and which files it needs: a folder, a GGUF file, or a repository on the hub.
 
-Knows names, sizes and the hub's answers, not what is in the files. Imports no torch.
+Knows names, sizes and the hub's answers, not what is in the files. Imports no torch, and huggingface_hub, which takes a
+while, only where the hub is asked.
 """
 
 from __future__ import annotations
@@ -10,18 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from ..errors import CheckpointError, ModelError, MoestroError, first_line
 from .choose import beside_weights, choose_gguf, choose_packed, choose_safetensors, gguf_parts
@@ -127,8 +116,44 @@ def local_path(model: str) -> Path:
     return Path(str(files("moestro") / "demo") if model == DEMO else model).expanduser()
 
 
+def lacking_bytes(wanted: Wanted) -> int:
+    """How much of a model's files of weights is not on this machine yet."""
+    if wanted.root is not None:
+        return 0
+    snapshot = wanted.cache / "snapshots" / wanted.commit
+    lacking = [name for name in wanted.weights if not (snapshot / name).exists()]
+    return sum(wanted.sizes[name] - here_bytes(wanted, name) for name in lacking)
+
+
+def here_bytes(wanted: Wanted, name: str) -> int:
+    """How much of a file came before, in another revision or in a run that ended early."""
+    blob = blob_path(wanted, name)
+    here = blob if blob.exists() else part_path(blob)
+    return min(here.stat().st_size, wanted.sizes[name]) if here.exists() else 0
+
+
+def blob_path(wanted: Wanted, name: str) -> Path:
+    """Where the cache has the contents of a file."""
+    return wanted.cache / "blobs" / wanted.blobs[name]
+
+
+def part_path(blob: Path) -> Path:
+    """Where what came of contents so far is."""
+    return blob.with_name(f"{blob.name}.part")
+
+
 def explain(error: Exception, repo: str, revision: str = "main") -> MoestroError:
     """One line on why the hub, the connection or the cache did not give what was asked for."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, OfflineModeIsEnabled):
         return ModelError(
@@ -165,6 +190,8 @@ def explain(error: Exception, repo: str, revision: str = "main") -> MoestroError
 
 def is_cut(error: Exception) -> bool:
     """Whether a connection was not made, was cut, or was silent too long; later it may hold."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     return not isinstance(error, HfHubHTTPError) and type(error).__module__.startswith("http")
 
 
@@ -209,11 +236,17 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _cache(repo: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _listing(repo: str, revision: str) -> Wanted:
     """All files of a repository; without a connection, those in the cache."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         blobs = {one.rfilename: str(one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or ()}
@@ -233,6 +266,9 @@ def _listing(repo: str, revision: str) -> Wanted:
 
 def _read_remote(wanted: Wanted, name: str, start: int, stop: int) -> bytes:
     """The bytes [start, stop) of a file on the hub, by one ranged request, made again where it is cut."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
     url = hf_hub_url(wanted.repo, name, revision=wanted.commit)
     for _ in range(3):
         parts = bytearray()

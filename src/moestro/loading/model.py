@@ -34,6 +34,7 @@ from .cached import load_cached
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .download import resolve
+from .first_check import check_before_fetch
 from .hub import local_path
 from .once import once, remembering
 from .packed.kept_layers import KeptLayers
@@ -144,6 +145,7 @@ def _load_checkpoint(
     trust_remote_code = options.trust_remote_code
     source = resolve(model, options.revision, weights=False)
     other = None if options.config is None else resolve(options.config, weights=False)
+    check_before_fetch(model, options, quantization_config)
     if is_packed(Path(source)):
         if options.config is not None:
             raise RequestError(f"{model} is a packed folder, which has a config of its own; leave --config out")

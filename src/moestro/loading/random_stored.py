@@ -29,8 +29,8 @@ from ..memory.formats import (
     format_asked_for,
     format_named,
 )
-from ..memory.formats.descriptor import ROW, SUPER, Code, Scale, Zero
 from ..memory.formats.strided import write_matrix
+from ..planning.descriptor import ROW, SUPER, Code, Scale, Zero
 from .build import StoredFormats
 
 # What llama.cpp's quantizer writes under these names, and FP8 as DeepSeek and Qwen publish it.

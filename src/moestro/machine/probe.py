@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +52,28 @@ def last_level_cache_bytes() -> int:
             continue
     last = max((level for level, _ in found), default=0)
     return sum(size for (level, _), size in found.items() if level == last) or 64 * 2**20
+
+
+def physical_cores() -> int:
+    """Cores, not counting those that share one."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def nvidia_gpu() -> tuple[str, int, int] | None:
+    """The first NVIDIA GPU: its name, its memory and how much of it is free, in bytes; None where there is none.
+
+    By the driver's own tool, since torch takes seconds to import.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout.splitlines()
+        name, total_mib, free_mib = (part.strip() for part in lines[0].rsplit(",", 2))
+        return name, int(total_mib) * 2**20, int(free_mib) * 2**20
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 def cpu_model() -> str:

@@ -10,6 +10,7 @@ what the RAM gives beyond that: both read the same memory, and the link keeps it
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,56 @@ def costs_of(
     """Rates with what the CPU reads beside a busy link, if that was not measured."""
     beside = cpu_beside_link_gbps or max(cpu_gbps - (link_gbps or 0.0), _LEAST_BESIDE * cpu_gbps)
     return Costs(cpu_gbps, link_gbps, gpu_gbps, beside, cpu_gflops, gpu_gflops, disk_gbps)
+
+
+def assumed_machine(
+    cpu: str,
+    cores: int,
+    features: Collection[str],
+    ram_bytes: int,
+    gpu: str | None = None,
+    gpu_bytes: int = 0,
+) -> Machine:
+    """A machine whose rates were not measured: by the class of its CPU and the name of its GPU.
+
+    Args:
+        cpu, features: its CPU's own name and instruction sets. cores: physical ones.
+        gpu, gpu_bytes: its GPU's name, if it has one, and memory.
+    """
+    is_server = any(name in cpu for name in ("Xeon", "EPYC", "Graviton", "Neoverse", "Ampere"))
+    kind = "server" if is_server else "Apple" if cpu.startswith("Apple") else "desktop or laptop"
+    core_gbps, most_gbps = _CLASSES[kind]
+    wide = any(name.startswith("avx512") for name in features)
+    rates: dict[str, float] = {
+        "cpu_gbps": min(cores * core_gbps, most_gbps),
+        "cpu_gflops": cores * (_WIDE_GFLOPS if wide else _GFLOPS),
+        "disk_gbps": _DISK_GBPS,
+    }
+    what = f"{cpu}, {cores} cores, rates of its class ({kind})"
+    if gpu is not None:
+        rates |= _gpu_rates(gpu)
+        what += f"; {gpu}, rates by its name"
+    return Machine(THIS, what, gpu_bytes, ram_bytes, costs_of(**rates))
+
+
+# GB/s that a core reads and that a machine reads at most, by class: two cores of a server read 20 to 26 (docs/log.md);
+# a desktop has two channels of DDR4 or DDR5, of which three quarters are reached. Assumptions.
+_CLASSES = {"server": (11.0, 160.0), "desktop or laptop": (14.0, 50.0), "Apple": (20.0, 90.0)}
+_WIDE_GFLOPS, _GFLOPS = 110.0, 60.0  # float32, of a core with AVX-512 and of another
+_DISK_GBPS = 2.0
+_ANY_GPU = {"gpu_gbps": 300.0, "gpu_gflops": 15e3, "link_gbps": 12.0}  # where the table has no card of that name
+
+
+def _gpu_rates(name: str) -> dict[str, float]:
+    """Of the first machine in the table whose card that is."""
+    words = name.replace("NVIDIA", "").replace("GeForce", "").split()
+    for one in _profiles()[1]:
+        title = str(_profiles()[1][one]["gpu"])
+        if words and f" {' '.join(words[:2])} " in f" {title} ".replace("GeForce ", ""):
+            costs = machine_named(one).costs
+            found = {"gpu_gbps": costs.gpu_gbps, "gpu_gflops": costs.gpu_gflops, "link_gbps": costs.link_gbps}
+            return {key: value for key, value in found.items() if value}
+    return dict(_ANY_GPU)
 
 
 @cache

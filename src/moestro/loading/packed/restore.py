@@ -23,7 +23,7 @@ from ...errors import CheckpointError
 from ...memory.formats import ExpertFormat, expert_format_named, format_named
 from ...memory.store import on_host
 from ...planning.options import METHOD
-from ..build import StoredFormats, attach, dense_formats, head_bits, home, pack_rest
+from ..build import StoredFormats, attach, dense_formats, head_bits_of, home, pack_rest
 from ..config import MoestroConfig
 from ..stored import empty_model, take_generation_config
 from .manifest import AGAIN, Asked, Dense
@@ -38,7 +38,7 @@ def asked_bits(config: MoestroConfig) -> Asked:
     expert = config.expert_bits or config.bits
     if not (device_class(config.device).dense_is_packable and config.pack_dense):
         return Asked(expert, transcode=config.transcode, fit=config.fit)
-    return Asked(expert, config.dense_bits or config.bits, head_bits(config), config.transcode, config.fit)
+    return Asked(expert, config.dense_bits or config.bits, head_bits_of(config), config.transcode, config.fit)
 
 
 def load_packed(

@@ -29,11 +29,12 @@ from ...memory.formats.raw import RawMatrix
 from ...planning.budget import format_bytes
 from ..checkpoint import read_config
 from ..gguf_header import TRANSCODED
+from ..gguf_values import architecture_of
+from ..quantization import Quantization
 from .base import ExpertWeights, Part, row_index, tokenizer_from
-from .gguf_config import architecture_of, config_of, tokenizer_of
+from .gguf_config import config_of, tokenizer_of
 from .gguf_file import GgufFile, gguf_package, read_gguf, split_files
 from .gguf_types import floats_of, int8_bytes, stored_matrix
-from .quantization import Quantization
 
 logger = logging.getLogger("moestro")
 _PERMUTED = ("llama", "granitemoe")  # architectures whose converter permutes q and k

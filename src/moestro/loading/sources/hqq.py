@@ -10,7 +10,6 @@ Legend: R rows, K columns, g rows of a group, C = R / g classes, S super-groups.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import ceil
 
@@ -28,23 +27,16 @@ _NEEDED = (
     "meta.zero_q",
     *(f"meta.meta_{of}.{one}" for of in ("scale", "zero") for one in ("scale", "zero")),
 )
-_NAME = re.compile(r"(.+)\.(W_q|meta\.(?:scale_q|zero_q|scale|zero|meta_(?:scale|zero)\.(?:scale|zero)))")
 _GROUPS = (16, 32, 64, 128, 256)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _AGAIN = "it is incomplete or damaged: download it again"
-
-
-def split_hqq(name: str) -> tuple[str, str] | None:
-    """A tensor's name as the matrix that it belongs to, and which of its tensors it is; None for other names."""
-    found = _NAME.fullmatch(name)
-    return None if found is None else (found[1], found[2])
 
 
 def read_hqq(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> RawMatrix:
     """One matrix of a checkpoint, without a copy of its codes.
 
     Args:
-        name: for errors. tensors: by their endings (`split_hqq`). shape: R and K that the model needs.
+        name: for errors. tensors: by their endings (`tensor_names.split_hqq`). shape: R and K that the model needs.
 
     Raises:
         ModelError: scales or zeros are not quantized, or zeros in several super-groups.

@@ -20,33 +20,16 @@ from torch import Tensor
 from ...errors import CheckpointError, ModelError, first_line
 from ...memory.formats import MatrixFormat, format_named, uniform
 from ...memory.formats.raw import RawMatrix
-from .hqq import read_hqq, split_hqq
-from .quantization import Quantization
+from ..quantization import Quantization
+from ..tensor_names import WEIGHTS as WEIGHTS  # which others have from this file
+from ..tensor_names import split_name as split_name
+from .hqq import read_hqq
 
 Tensors = Mapping[str, Tensor]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _E4M3, _E8M0, _BYTES = torch.float8_e4m3fn, torch.float8_e8m0fnu, (torch.uint8, torch.int8)
 _SCALE_KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _POWERS = (torch.uint8, _E8M0)  # dtypes that a scale of powers of two is stored in
-
-# Endings of a matrix's tensors: those that hold its weights, those beside them, and those that nothing here needs.
-WEIGHTS = ("weight", "weight_packed", "blocks", "packed", "qweight", "W_q")
-_BESIDE = (
-    *("weight_scale_inv", "weight_scale_2", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape"),
-    *("weight_g_idx", "scale_inv", "scale", "qscale_weight", "scales", "global_scale", "scale_2", "qzeros", "g_idx"),
-)
-_UNUSED = ("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale", "weight_zp", "perm")
-_ENDINGS = tuple(sorted((*WEIGHTS, *_BESIDE, *_UNUSED), key=len, reverse=True))
-_FOREIGN = {  # endings of methods that are refused, where the config does not name them
-    "quant_map": "bitsandbytes",
-    "absmax": "bitsandbytes",
-    "SCB": "bitsandbytes",
-    "codebooks": "AQLM",
-    "centroids": "VPTQ",
-    "Qidxs": "QuIP#",
-    "trellis": "EXL3",
-    "q_weight": "EXL2",
-}
 
 
 class Matrix(NamedTuple):
@@ -58,26 +41,6 @@ class Matrix(NamedTuple):
 
     raw: RawMatrix | Tensor
     columns: Tensor | None = None
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A tensor's name as the matrix that it may belong to, and which of its tensors it is ("weight" by default).
-
-    Raises:
-        ModelError: it belongs to a method that is refused.
-    """
-    if (of_hqq := split_hqq(name)) is not None:
-        return of_hqq
-    last = name.rpartition(".")[2]
-    if last in _FOREIGN:
-        raise ModelError(f"{name} is of {_FOREIGN[last]}, which Moestro does not read; use another checkpoint")
-    for ending in _ENDINGS:
-        if last == ending:
-            return name[: -len(ending) - 1], ending
-    for ending in _ENDINGS:  # of stacked experts: gate_up_proj_blocks, w13_weight_scale
-        if last.endswith((f"proj_{ending}", f"_weight_{ending}")):
-            return name[: -len(ending) - 1], ending
-    return name, "weight"
 
 
 def read_matrix(name: str, tensors: Tensors, shape: tuple[int, int], quantization: Quantization) -> Matrix:

@@ -21,11 +21,11 @@ from ...engine.families import FamilyLayout, expert_modules
 from ...errors import CheckpointError, ModelError, first_line
 from ..checkpoint import names_of_files, read_config, weight_files
 from ..headers import prefix_of
+from ..quantization import Quantization
 from .base import ExpertWeights, Part, floats_of, ordered, row_index, tokenizer_from
 from .hqq import by_class
 from .layouts import WEIGHTS, Matrix, read_matrix, split_name
 from .names import Piece, Renamer, find_experts
-from .quantization import Quantization
 
 logger = logging.getLogger("moestro")
 

@@ -12,10 +12,12 @@ import functools
 import torch
 
 from ...errors import RequestError
+from ...planning.descriptor import PANEL
+from ...planning.expert_sizes import ORDERS, ExpertShape, names_of_parts
+from ...planning.formats import format_names
 from .codes import IQ4NL, Coded
-from .descriptor import PANEL
-from .experts import ORDERS, ExpertFormat, ExpertShape, UnpackedExpert
-from .matrix import MatrixFormat, format_named, format_names, strided_format, uniform
+from .experts import ExpertFormat, UnpackedExpert
+from .matrix import MatrixFormat, format_named, strided_format, uniform
 from .strided import Strided
 
 MATRIX_FORMATS: dict[str, MatrixFormat] = {
@@ -32,15 +34,11 @@ def expert_format_named(name: str) -> ExpertFormat:
     Raises:
         KeyError: there is none.
     """
-    matrices, at, order = name.partition("@")
-    gate, up, down = (matrices.split("+") * 3)[:3]
-    if gate == up == down and gate in FORMATS and not at:
+    gate, up, down, orders = names_of_parts(name)
+    if gate == up == down and gate in FORMATS and not orders:
         return FORMATS[gate]
-    if gate == up == down and gate != matrices:
-        return expert_format_named(f"{gate}{at}{order}")
-    if at + order not in ORDERS:
-        raise KeyError(name)
-    orders = ORDERS.index(at + order)
+    if gate == up == down and name != f"{gate}{ORDERS[orders]}":
+        return expert_format_named(f"{gate}{ORDERS[orders]}")
     try:
         return ExpertFormat(format_named(down), gate=format_named(gate), up=format_named(up), orders=orders)
     except ValueError as error:  # parts that do not go together

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import CheckpointError
-from .descriptor import CHUNK, PANEL, ROW, SUPER, Code, Descriptor, Scale, Zero
+from ...planning.descriptor import CHUNK, PANEL, ROW, SUPER, Code, Descriptor, Scale, Zero
 
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -17,8 +17,7 @@ range of blocks begins with all that stands before the first, whichever blocks t
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,37 +25,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import CheckpointError
+from ...planning.descriptor import PANEL
+from ...planning.expert_sizes import BIAS_BYTES, ORDER_BYTES, ExpertShape, ExpertSizes, aligned
 from .codes import Coded
-from .descriptor import PANEL
 from .hqq_solver import check_finite
 from .matrix import MatrixFormat
 from .strided import Strided, in_own_order, read_panels, read_table, values, write_panels, write_table
-
-ALIGN_BYTES = 64  # an expert starts on a cache line
-_BIAS_BYTES = 4  # float32, so that no dtype of bias loses a bit
-_ORDER_BYTES = 4  # int32
-ORDERS = ("", "@order", "@orders")  # what a format's name ends in, by how many orders of columns its experts have
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertShape:
-    """The shape that all experts of a layer share."""
-
-    hidden: int  # D
-    neurons: int  # F
-    has_gate: bool = True
-    has_bias: bool = False
-
-    @property
-    def parts(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each tensor of one expert, as `pack` takes them."""
-        d, f = self.hidden, self.neurons
-        parts: dict[str, tuple[int, ...]] = {"up": (f, d), "down": (d, f)}
-        if self.has_gate:
-            parts["gate"] = (f, d)
-        if self.has_bias:
-            parts |= {"up_bias": (f,), "down_bias": (d,)} | ({"gate_bias": (f,)} if self.has_gate else {})
-        return parts
 
 
 @dataclass(slots=True)
@@ -73,75 +47,8 @@ class UnpackedExpert:
     up_order: Tensor | None = None  # int32 [D], for up's columns; gate's own tensor where they share an order
 
 
-class ExpertFormat:
-    """Experts in blocks of neurons.
-
-    Args:
-        matrix: the format of all matrices, but for those that `gate` and `up` name: files mix formats.
-        block: neurons of a block, B; an expert can be divided between blocks. None for the least that `down` needs.
-        orders: of columns: 0, 1 that gate and up share, or 2, gate's and up's.
-
-    Raises:
-        ValueError: some matrices have scales of columns (`is_strided`) and others not, or their neurons are in other
-            orders.
-    """
-
-    def __init__(
-        self,
-        matrix: MatrixFormat,
-        block: int | None = None,
-        *,
-        gate: MatrixFormat | None = None,
-        up: MatrixFormat | None = None,
-        orders: int = 0,
-    ) -> None:
-        self.matrices = {"gate": gate or matrix, "up": up or gate or matrix, "down": matrix}
-        self.is_strided = self.matrices["gate"].is_strided
-        self.block = block or max(matrix.block, self.matrices["gate"].block if self.is_strided else 0)
-        names = [fmt.name for fmt in self.matrices.values()]
-        self.orders = orders
-        joined = names[0] if len({*names}) == 1 else "+".join(names)
-        self.name = f"{joined}{ORDERS[orders]}"  # as `expert_format_named` takes it
-        kinds = {fmt.is_strided for fmt in self.matrices.values()}
-        groups = {self.matrices[part].group for part in ("gate", "up")}
-        if len(kinds) > 1 or (self.is_strided and (orders or len(groups) > 1 or self.block % min(groups))):
-            raise ValueError(f"{self.name} has neurons in several orders")
-
-    def divides(self, shape: ExpertShape) -> bool:
-        """Whether experts of that shape can be in this format: classes of rows are whole, and without biases."""
-        whole = self.matrices["up"].divides(shape.neurons) and self.matrices["down"].divides(shape.hidden)
-        return whole and not (self.is_strided and shape.has_bias)
-
-    def blocks(self, shape: ExpertShape) -> int:
-        """N, the last one possibly padded."""
-        return -(-shape.neurons // self.block)
-
-    def expert_bytes(self, shape: ExpertShape) -> int:
-        """Bytes of one packed expert."""
-        blocks = self.blocks(shape) * self.block_bytes(shape)
-        return _aligned(self.head_bytes(shape) + blocks + (shape.hidden * _BIAS_BYTES if shape.has_bias else 0))
-
-    def head_bytes(self, shape: ExpertShape) -> int:
-        """Bytes before the first block: the orders of columns and the tables of `is_strided`."""
-        orders = self.orders * _aligned(shape.hidden * _ORDER_BYTES)
-        return max((table.stop for _, table in self.tables(shape)), default=orders)
-
-    def tables(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
-        """Name -> where the table of each matrix is within an expert, in bytes; none of formats that have none."""
-        sizes = dict.fromkeys(("gate", "up") if shape.has_gate else ("up",), (shape.neurons, shape.hidden))
-        sizes["down"] = (shape.hidden, self.blocks(shape) * self.block)
-        start = 0
-        for name, size in sizes.items() if self.is_strided else ():
-            stop = start + self.matrices[name].table_bytes(*size)
-            yield name, range(start, stop)
-            start = stop
-
-    def byte_range(self, shape: ExpertShape, neurons: range) -> range:
-        """The run of bytes that holds `neurons` (from a multiple of `block` to another, or to F), with the head."""
-        block_bytes, head = self.block_bytes(shape), self.head_bytes(shape)
-        last = neurons.stop >= shape.neurons
-        stop = self.expert_bytes(shape) if last else head + neurons.stop // self.block * block_bytes
-        return range(0 if head else neurons.start // self.block * block_bytes, stop)
+class ExpertFormat(ExpertSizes[MatrixFormat]):
+    """Experts in blocks of neurons: sizes, and what writes and reads them."""
 
     def pack(self, packed: Tensor, shape: ExpertShape, parts: Mapping[str, Tensor], *, fast: bool = False) -> None:
         """Write some or all parts of an expert into its bytes.
@@ -234,7 +141,7 @@ class ExpertFormat:
         columns = torch.arange(shape.hidden)
         if len(orders) != self.orders or not all(torch.equal(order.long().sort().values, columns) for order in orders):
             raise ValueError(f"expected {self.orders} orders of {shape.hidden} columns, each a permutation of them")
-        size = _aligned(shape.hidden * _ORDER_BYTES)
+        size = aligned(shape.hidden * ORDER_BYTES)
         for number, order in enumerate(orders):
             head = packed[number * size : (number + 1) * size].view(torch.int32)
             head[: shape.hidden] = order
@@ -265,8 +172,8 @@ class ExpertFormat:
         if shape.has_bias and neurons.stop == shape.neurons:
             found["down_bias"] = self._down_bias(packed, shape).to(dtype)
         if self.orders:
-            size = _aligned(shape.hidden * _ORDER_BYTES)
-            heads = [packed[i * size :][: shape.hidden * _ORDER_BYTES].view(torch.int32) for i in range(self.orders)]
+            size = aligned(shape.hidden * ORDER_BYTES)
+            heads = [packed[i * size :][: shape.hidden * ORDER_BYTES].view(torch.int32) for i in range(self.orders)]
             found |= {"gate_order": heads[0], "up_order": heads[-1]}
         return UnpackedExpert(**found)
 
@@ -289,23 +196,6 @@ class ExpertFormat:
         of_scales = of_scales[..., : shape.hidden].roll(-(neurons.start // fmt.group), 0)
         return values(fmt, Strided(*parts, of_scales, of_zeros), dtype)[: len(neurons)]
 
-    def places(self, shape: ExpertShape) -> Iterator[tuple[str, range]]:
-        """Name -> where each part is within a block, in bytes, in this order."""
-        parts = ("gate", "up") if shape.has_gate else ("up",)
-        sizes = {part: self.matrices[part].panels_bytes(self.block, shape.hidden) for part in parts}
-        sizes["down"] = self.matrices["down"].panels_bytes(shape.hidden, self.block)
-        if shape.has_bias:
-            sizes |= dict.fromkeys((["gate_bias"] if shape.has_gate else []) + ["up_bias"], self.block * _BIAS_BYTES)
-        start = 0
-        for name, size in sizes.items():
-            yield name, range(start, start + size)
-            start += size
-
-    @functools.cache  # noqa: B019  # formats live as long as the process
-    def block_bytes(self, shape: ExpertShape) -> int:
-        """Bytes of a block."""
-        return max(place.stop for _, place in self.places(shape))
-
     def _blocks(self, packed: Tensor, shape: ExpertShape) -> Tensor:
         """uint8 [N, block_bytes], a view."""
         count, size = self.blocks(shape), self.block_bytes(shape)
@@ -313,11 +203,7 @@ class ExpertFormat:
 
     def _down_bias(self, packed: Tensor, shape: ExpertShape) -> Tensor:
         start = self.head_bytes(shape) + self.blocks(shape) * self.block_bytes(shape)
-        return packed[start : start + shape.hidden * _BIAS_BYTES].view(torch.float32)
-
-
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+        return packed[start : start + shape.hidden * BIAS_BYTES].view(torch.float32)
 
 
 def _padded(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:

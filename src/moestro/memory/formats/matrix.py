@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import functools
-import re
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+from ...planning.descriptor import PANEL, Descriptor, Scale
+from ...planning.formats import descriptor_named, uniform_name
 from .codes import Coded, pack_codes, pack_floats, read_codes, unpack
-from .descriptor import PANEL, ROW, Code, Descriptor, Scale, Zero
 from .quantize import pack_hqq, pack_int8, quantize_int4
 from .strided import unpack_strided
 
@@ -96,39 +97,6 @@ class MatrixFormat(Descriptor):
         return read_codes(self, panels, columns)
 
 
-_NAMED = {
-    fmt.name: fmt
-    for fmt in (
-        MatrixFormat("fp32", Code.FP32),
-        MatrixFormat("fp16", Code.FP16),
-        MatrixFormat("bf16", Code.BF16),
-        MatrixFormat("int8", Code.S8, 64, Scale.FP16),
-        MatrixFormat("int4", Code.U4, 64, Scale.FP16, Zero.FP16),
-        MatrixFormat("hqq4", Code.U4, 64, Scale.SHIFTED, Zero.FIXED),
-        MatrixFormat("hqq3", Code.U3, 64, Scale.SHIFTED, Zero.FIXED),
-        MatrixFormat("hqq2", Code.U2, 16, Scale.SHIFTED, Zero.FIXED),
-        MatrixFormat("mxfp4", Code.E2M1, 32, Scale.E8M0),
-        MatrixFormat("nvfp4", Code.E2M1, 16, Scale.E4M3),
-        MatrixFormat("fp8", Code.E4M3, 128, Scale.BLOCK),
-        MatrixFormat("fp8row", Code.E4M3, ROW, Scale.FP32),
-        MatrixFormat("mxfp8", Code.E4M3, 32, Scale.E8M0),
-        MatrixFormat("q8_0", Code.S8, 32, Scale.FP16),
-        MatrixFormat("q4_0", Code.U4, 32, Scale.FP16, Zero.CONSTANT, 8),
-        MatrixFormat("q4_1", Code.U4, 32, Scale.FP16, Zero.ADD),
-        MatrixFormat("q5_0", Code.U5, 32, Scale.FP16, Zero.CONSTANT, 16),
-        MatrixFormat("q5_1", Code.U5, 32, Scale.FP16, Zero.ADD),
-        MatrixFormat("q2_k", Code.U2, 16, Scale.K2, Zero.MIN),
-        MatrixFormat("q3_k", Code.U3, 16, Scale.K3, Zero.CONSTANT, 4),
-        MatrixFormat("q4_k", Code.U4, 32, Scale.K4, Zero.MIN),
-        MatrixFormat("q5_k", Code.U5, 32, Scale.K4, Zero.MIN),
-        MatrixFormat("q6_k", Code.U6, 16, Scale.K6, Zero.CONSTANT, 32),
-        MatrixFormat("iq4_nl", Code.IQ4NL, 32, Scale.FP16),
-        MatrixFormat("iq4_xs", Code.IQ4NL, 32, Scale.IQ4XS),
-    )
-}
-_SCALES = {"fp16": Scale.FP16, "bf16": Scale.BF16, "fp32": Scale.FP32}
-
-
 def uniform(bits: int, group: int, scale: str = "fp16", zeros: bool = False) -> MatrixFormat:
     """Whole numbers with a scale for each group, as AWQ, GPTQ and compressed-tensors have them.
 
@@ -139,19 +107,7 @@ def uniform(bits: int, group: int, scale: str = "fp16", zeros: bool = False) -> 
     Returns:
         One object for equal arguments, named like `int4g128`, `int4g32bf16z` or `int8row`.
     """
-    return _uniform(bits, group, scale, zeros)
-
-
-@functools.cache
-def _uniform(bits: int, group: int, scale: str, zeros: bool) -> MatrixFormat:
-    name = f"int{bits}{f'g{group}' if group else 'row'}{'' if scale == 'fp16' else scale}{'z' if zeros else ''}"
-    if bits == 8 and not zeros:
-        return MatrixFormat(name, Code.S8, group, _SCALES[scale])
-    zero, constant = (Zero.INT, 0) if zeros else (Zero.CONSTANT, 2 ** (bits - 1))
-    return MatrixFormat(name, Code[f"U{bits}"], group, _SCALES[scale], zero, constant)
-
-
-_STRIDED = re.compile(r"hqq([234568])r(16|32|64|128|256)s([1-9][0-9]{0,8})")
+    return format_named(uniform_name(bits, group, scale, zeros))
 
 
 def strided_format(bits: int, group: int, super_group: int) -> MatrixFormat:
@@ -164,35 +120,15 @@ def strided_format(bits: int, group: int, super_group: int) -> MatrixFormat:
     Returns:
         One object for equal arguments, named like `hqq2r16s128`.
     """
-    return _strided(bits, group, super_group)
-
-
-@functools.cache
-def _strided(bits: int, group: int, super_group: int) -> MatrixFormat:
-    name, code = f"hqq{bits}r{group}s{super_group}", Code[f"U{bits}"]
-    return MatrixFormat(name, code, group, Scale.COLUMN, Zero.COLUMN, super_group=super_group)
+    return format_named(f"hqq{bits}r{group}s{super_group}")
 
 
 @functools.cache
 def format_named(name: str) -> MatrixFormat:
-    """The format of that name.
+    """The format of that name, one object for each.
 
     Raises:
         KeyError: there is none.
     """
-    if name in _NAMED:
-        return _NAMED[name]
-    if (parts := _STRIDED.fullmatch(name)) is not None:
-        return strided_format(*(int(part) for part in parts.groups()))
-    for bits in (2, 3, 4, 5, 6, 8):
-        for group in (16, 32, 64, 128, ROW):
-            for scale in _SCALES:
-                for zeros in (False, True):
-                    if (fmt := uniform(bits, group, scale, zeros)).name == name:
-                        return fmt
-    raise KeyError(name)
-
-
-def format_names() -> tuple[str, ...]:
-    """Names of the formats that are no `uniform` or `strided_format` ones."""
-    return tuple(_NAMED)
+    found = descriptor_named(name)
+    return MatrixFormat(**{one.name: getattr(found, one.name) for one in fields(found)})

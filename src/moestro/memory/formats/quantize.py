@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import CheckpointError
+from ...planning.descriptor import Descriptor
 from .codes import Coded, pack_codes
-from .descriptor import Descriptor
 from .hqq_solver import Fitted, check_finite, solve_hqq
 
 _MOST_BYTE = 255

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...planning.descriptor import SUPER, Code, Scale, Zero
 from .codes import Coded
-from .descriptor import SUPER, Code, Scale, Zero
 from .matrix import MatrixFormat
 from .strided import Strided, class_order
 

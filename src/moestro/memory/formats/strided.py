@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...planning.descriptor import CHUNK, PANEL, Descriptor
 from .codes import read_code_bytes, write_codes
-from .descriptor import CHUNK, PANEL, Descriptor
 
 _TABLE_AT = 64  # bytes: before it stand the scale and the zero of zeros, float32
 

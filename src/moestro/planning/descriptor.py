@@ -4,8 +4,8 @@
     4.5
 
 Everything that depends on a format follows from its descriptor: the bytes of a panel (docs/formats.md), the torch
-twin (`codes.py`), and the C++ and Triton kernels. A weight is scale * (code - zero), or scale * code + zero where the
-zero is additive.
+twin (`memory/formats/codes.py`), and the C++ and Triton kernels. A weight is scale * (code - zero), or
+scale * code + zero where the zero is additive.
 
 Legend: R rows, K columns. A chunk is 64 columns, a unit the chunks whose scales lie together: 1, 2, 4 or all of a row.
 """
@@ -47,7 +47,7 @@ class Scale(Enum):
     # Small whole numbers, times an fp16 of each super-group: llama.cpp's Q4_K and Q5_K, Q2_K, Q6_K, Q3_K and IQ4_XS.
     K4, K2, K6, K3, IQ4XS = 7, 8, 9, 10, 11
     SHIFTED = 12  # a byte, times 2 ** (byte - 127) of each row
-    COLUMN = 13  # (byte - fp16) * fp16, of a class of rows and a column (strided.py)
+    COLUMN = 13  # (byte - fp16) * fp16, of a class of rows and a column (memory/formats/strided.py)
 
 
 class Zero(Enum):
@@ -146,7 +146,7 @@ class Descriptor:
 
     @property
     def is_strided(self) -> bool:
-        """Whether a group is some rows of one column, far apart, which packing makes neighbours (strided.py)."""
+        """Whether a group is some rows of one column, far apart, which packing makes neighbours."""
         return self.scale is Scale.COLUMN
 
     @property

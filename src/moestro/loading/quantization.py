@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import ModelError
-from ...planning.options import METHOD
+from ..errors import ModelError
+from ..planning.options import METHOD
 
 _INSTEAD = "use the model's unquantized checkpoint with --bits 8, 4, 3 or 2, or one in FP8, MXFP4, AWQ, GPTQ or GGUF"
 _READ = ("fp8", "mxfp8", "mxfp4", "compressed-tensors", "awq", "gptq", "modelopt", "modelopt_fp4", "nvfp4")
@@ -61,7 +61,15 @@ class Quantization:
                 del part.quantization_config
         if found is None:
             return cls()
-        own = dict(found) if isinstance(found, Mapping) else found.to_dict()
+        return cls.stated(model, dict(found) if isinstance(found, Mapping) else found.to_dict())
+
+    @classmethod
+    def stated(cls, model: str, own: Mapping[str, Any]) -> Quantization:
+        """From what a config.json says of it.
+
+        Raises:
+            ModelError: Moestro does not read weights of that method.
+        """
         method = str(getattr(own.get("quant_method"), "value", own.get("quant_method") or "")).lower()
         if method == METHOD:  # how a model of ours was run; its weights are as they always were
             return cls()
