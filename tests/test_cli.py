@@ -208,7 +208,7 @@ def test_help_has_an_example_and_a_default_for_each_flag(run, command: list[str]
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_is_quick(arguments: list[str]) -> None:
-    """At most three times what the command line's own libraries take: in CPU seconds, of which the least of five counts."""
+    """At most three times its libraries' start, in CPU seconds, of which the least of five counts."""
 
     def least_s(*line: str) -> float:
         found = []
