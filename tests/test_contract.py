@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection
 
 import pytest
 
 from moestro.errors import BudgetError, ContractError, RequestError
-from moestro.planning.budget import Budget, format_bytes, parse_bytes
+from moestro.planning.budget import Budget, exact_bytes, format_bytes, parse_bytes
 from moestro.planning.check import check
 from moestro.planning.contract import (
     GPU0,
@@ -164,6 +165,15 @@ def test_no_such_policy() -> None:
 )
 def test_amounts_of_memory(text: str | int, n_bytes: int) -> None:
     assert parse_bytes(text) == n_bytes
+
+
+def test_sizes_that_were_parsed_are_parsed_again() -> None:
+    """A config hands on what its options found; a plan prints what an option takes."""
+    for n_bytes in (0, 1 << 10, 560 << 10, 1 << 20, 48 << 30, *(random.randrange(1 << 20, 1 << 45) for _ in range(50))):
+        assert parse_bytes(n_bytes) == n_bytes
+        assert n_bytes < 1 << 20 or parse_bytes(exact_bytes(n_bytes)) == n_bytes
+    assert parse_bytes(parse_bytes("560KiB")) == 560 << 10
+    assert exact_bytes(48 << 30) == "48GiB"
 
 
 @pytest.mark.parametrize("amount", ["5", " 5 ", "0.5", "32", "1048575", 5, 32])

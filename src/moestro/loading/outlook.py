@@ -8,6 +8,7 @@ there on a model without weights is estimated here.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..errors import BudgetError, ModelError, RequestError
 from ..machine import probe
-from ..planning.budget import Margin
+from ..planning.budget import Margin, exact_bytes
 from ..planning.machines import THIS, Machine, assumed_machine, machine_named
 from ..planning.model_config import families
 from ..planning.options import BITS, ModelOptions, Options
@@ -297,5 +298,8 @@ def command_of(found: Survey, source: ModelOptions, options: Options) -> str:
             if one.name in ("shape", "machine") or value == one.default:
                 continue
             flag = f"--{one.name.replace('_', '-')}"
-            words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
-    return " ".join([*words, '"Once upon a time"'])
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, exact_bytes(value) if one.name in ("gpu_memory", "ram") else str(value)]
+    return f'{shlex.join(words)} "Once upon a time"'

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from ..errors import BudgetError, RequestError
 
-LEAST_PLAIN_BYTES = 1 << 20  # a smaller number without a unit is one whose unit was forgotten
+LEAST_PLAIN_BYTES = 1 << 20  # a smaller number without a unit, as text, is one whose unit was forgotten
+_LEAST_INT = 1 << 10  # an int may be bytes that were parsed already
 LEAST_CONTEXT = 2  # a token of a prompt and one of an answer
 
 _UNITS = {"": 1, "B": 1} | {
@@ -26,7 +27,9 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_bytes(text: str | int, option: str = "size") -> int:
-    """Bytes of "12GiB", "500MB", "0.5 GiB" or a plain number of bytes, which is at least `LEAST_PLAIN_BYTES` or 0.
+    """Bytes of "12GiB", "500MB", "0.5 GiB" or a plain number of bytes.
+
+    A plain number is 0, or at least `LEAST_PLAIN_BYTES` as text and 1024 as an int.
 
     Raises:
         RequestError: when the text is no amount of memory, or a number that lacks its unit.
@@ -36,7 +39,8 @@ def parse_bytes(text: str | int, option: str = "size") -> int:
     if match is None or match[2].lower() not in units:
         raise RequestError(f"{option} {text!r} is no amount of memory; write it like 12GiB, 500MB or 1073741824")
     n_bytes = int(match[1]) if match[1].isdecimal() else float(match[1])
-    if not match[2] and 0 < n_bytes < LEAST_PLAIN_BYTES:
+    least = LEAST_PLAIN_BYTES if isinstance(text, str) else _LEAST_INT
+    if not match[2] and 0 < n_bytes < least:
         raise RequestError(f"{option} {text} has no unit, and would be {text} bytes; did you mean {match[1]}GiB?")
     return int(n_bytes * units[match[2].lower()])
 
@@ -59,6 +63,14 @@ def format_bytes(n_bytes: float) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+def exact_bytes(n_bytes: int) -> str:
+    """Bytes as an option takes them: "32GiB", or the plain number where no unit says it exactly."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n_bytes and n_bytes % size == 0:
+            return f"{n_bytes // size}{unit}"
+    return str(n_bytes)
 
 
 def check_ram(what: str, need_bytes: float, free_bytes: float, remedy: str) -> None:
