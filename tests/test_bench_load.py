@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from transformers import MixtralConfig
 
 from moestro import load
-from moestro.bench.loading import LoadReport, measure_load, write_mixtral
+from moestro.bench.loading import LoadReport, measure_load, until_ended, write_mixtral
 from moestro.cli import main as cli
+from moestro.errors import BudgetError, RequestError
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches /proc")
@@ -25,6 +28,30 @@ def test_peak_memory_of_loading() -> None:
     assert set(report.load) == {"imports_s", "reading_s", "packing_s", "warm_up_s"}
     assert all(value > 0 for value in report.load.values())
     assert report.load["packing_s"] < sum(report.load.values()) - report.load["imports_s"] <= report.seconds
+
+
+def test_what_does_not_fit_is_refused_before_a_byte_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moestro.bench.loading.write_mixtral", lambda *_: pytest.fail("it was written"))
+    with pytest.raises(BudgetError, match=r"loading that checkpoint needs .* give a smaller --size"):
+        measure_load(900 * 2**40)
+    monkeypatch.setattr("moestro.bench.loading.available_ram_bytes", lambda: 2**60)
+    with pytest.raises(RequestError, match=r"of 900.0 TiB does not fit .*; give a smaller --size, or .* TMPDIR"):
+        measure_load(900 * 2**40)
+
+
+def test_a_signal_to_end_removes_what_was_written(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def write() -> None:
+        with until_ended(), tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            (Path(folder) / "weights").write_bytes(b"some")
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        write()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_report_tells_when_the_limit_is_exceeded(

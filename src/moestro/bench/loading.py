@@ -10,11 +10,15 @@ cache). Runs on Linux only, since it reads /proc.
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,12 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from ..errors import RequestError
-from ..planning.budget import format_bytes
+from ..machine.probe import available_ram_bytes
+from ..planning.budget import check_ram, format_bytes
 from .report import Report
 
 SAMPLE_S = 0.010
+_DISK_ROOM = 1.1  # of which a tenth stays free
 PACKED_FACTOR, SPARE_LAYERS = 1.1, 1  # the limit: 1.1 x the packed experts + a layer of them
 
 _CHILD = """
@@ -89,7 +95,8 @@ def measure_load(expert_bytes: int) -> LoadReport:
     """Load a checkpoint with at least `expert_bytes` bytes of experts and sample the memory.
 
     Raises:
-        RequestError: there is no /proc here, or the load failed.
+        RequestError: there is no /proc here, the disk has no room, or the load failed.
+        BudgetError: the model does not fit in RAM.
     """
     if not Path("/proc/self/status").exists():
         raise RequestError("memory is watched through /proc, which this system does not have; use Linux")
@@ -103,11 +110,39 @@ def measure_load(expert_bytes: int) -> LoadReport:
     )
     one_layer_bytes = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size * 2
     config.num_hidden_layers = max(4, -(-expert_bytes // one_layer_bytes))
-    with tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
+    packed_bytes = config.num_hidden_layers * one_layer_bytes
+    check_ram("loading that checkpoint", PACKED_FACTOR * packed_bytes, available_ram_bytes(), "give a smaller --size")
+    with until_ended(), tempfile.TemporaryDirectory(prefix="moestro-load-") as folder:
+        _check_disk(folder, packed_bytes)
         write_mixtral(Path(folder), config)
         peak_bytes, samples, seconds, load = _watch(folder)
-    packed_bytes = config.num_hidden_layers * one_layer_bytes
     return LoadReport(packed_bytes, one_layer_bytes, peak_bytes, samples, seconds, load)
+
+
+def _check_disk(folder: str, need_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if need_bytes * _DISK_ROOM > free_bytes:
+        raise RequestError(
+            f"a checkpoint of {format_bytes(need_bytes)} does not fit beside what else is in {tempfile.gettempdir()}, "
+            f"where {format_bytes(free_bytes)} are free; give a smaller --size, or another place by TMPDIR"
+        )
+
+
+@contextmanager
+def until_ended() -> Iterator[None]:
+    """Within it SIGTERM ends the process by an exception, so that what was written for a while is removed."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may take signals
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def write_mixtral(folder: Path, config: MixtralConfig) -> None:

@@ -41,6 +41,7 @@ app = typer.Typer(
     epilog='Example: moestro run demo "Once upon a time"',
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would take the square brackets of a default for markup
 )
