@@ -111,7 +111,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard cut short": (_cut_shard, "is damaged or cut short"),
     "shard empty": (_empty_shard, "is damaged or cut short"),
     "shard absent": (_drop_shard, "which its index names; download it again"),
-    "no weights at all": (_drop_all_shards, "cannot be loaded"),
+    "no weights at all": (_drop_all_shards, "has no weights: .*; name one that has"),
     "one expert's matrix missing": (lambda f: _remove_tensor(f, EXPERT), "mlp.experts.down_proj"),
     "a gate and up mismatch": (lambda f: _remove_tensor(f, EXPERT.replace("w2", "w1")), "mlp.experts.gate_up_proj"),
     "a dense tensor missing": (

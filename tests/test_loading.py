@@ -321,6 +321,7 @@ def test_code_that_is_trusted_is_run(coded: Coded) -> None:
 
 def test_every_command_that_loads_a_model_can_be_told_to_trust_it() -> None:
     commands = [*cli.app.registered_commands, *cli.app.registered_groups[0].typer_instance.registered_commands]
-    loading = [command.callback for command in commands if "model" in (command.callback.__annotations__ or {})]
+    takers = [command.callback for command in commands if "model" in (command.callback.__annotations__ or {})]
+    loading = [function for function in takers if function.__name__ != "plan_command"]  # which reads headers alone
     assert {function.__name__ for function in loading} >= {"run", "chat", "trace_command", "bench_policies"}
     assert all("trust_remote_code" in function.__annotations__ for function in loading)

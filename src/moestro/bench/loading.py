@@ -38,6 +38,7 @@ PACKED_FACTOR, SPARE_LAYERS = 1.1, 1  # the limit: 1.1 x the packed experts + a 
 
 _CHILD = """
 import json, sys
+import moestro.loading.model  # which brings torch and Transformers
 from moestro.loading.load import load
 from moestro.loading.timing import process_s, timing
 imports_s = process_s()

@@ -57,7 +57,9 @@ def choose_safetensors(model: str, names: Collection[str], read: Callable[[str],
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{model}: {index} is no index of weights ({first_line(error)})") from error
             if missing := [name for name in shards if name not in names]:
-                raise CheckpointError(f"{model} lacks {missing[0]}, which its index names")
+                raise CheckpointError(
+                    f"{model} lacks {missing[0]}, which its index names; download it again, or take another revision"
+                )
             return shards
     return []
 

@@ -205,7 +205,9 @@ def _choose(listed: Wanted, quant: str | None, weights: bool) -> Wanted:
     if quant is not None or (only_gguf and any(name.lower().endswith(".gguf") for name in names)):
         chosen = choose_gguf(listed.model, names, quant)
     elif weights and not chosen:
-        raise CheckpointError(f"{listed.model} has no weights: no model.safetensors, index of shards, or GGUF file")
+        raise CheckpointError(
+            f"{listed.model} has no weights: no model.safetensors, index of shards, or GGUF file; name one that has"
+        )
     needed = [*beside_weights(names), *chosen]
     return Wanted(
         listed.model if quant is None else f"{listed.model}:{quant}",

@@ -50,7 +50,7 @@ def sized(found: Survey, options: Options, *, on_gpu: bool) -> Sized:
                 raise RequestError(
                     f"{option} {value} needs the dense layers on the CPU; use --device cpu, or leave it out"
                 )
-    experts = [_experts_format(found, layer, bits, on_gpu) for layer in found.layers]
+    experts = [_experts_format(found, layer, bits, on_gpu and options.device != "emulated") for layer in found.layers]
     layers = tuple(_layer(layer, name) for layer, name in zip(found.layers, experts, strict=True))
     kept = [(one, _dense_format(found, one, options, on_gpu)) for one in found.dense]
     dense_bytes = sum(_bytes(found, one, name) for one, name in kept)
