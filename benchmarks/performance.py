@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moestro.bench.decode import measure_decode
-from moestro.bench.machine_card import git_commit, machine_card, slug
-from moestro.compute.cpu import best_level
+from moestro.bench.machine_card import machine_card, slug
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -64,11 +63,9 @@ def measure(model: Model, bits: int, threads: int, rounds: int) -> None:
         cached=CACHED,
     )
     report.print()
-    machine = slug(machine_card()["cpu"])
-    target = RESULTS / f"performance-{model.shape}-{bits}bit-{best_level()}-{machine}.json"
-    target.write_text(
-        json.dumps(report.to_json() | {"bits": bits, "machine": machine_card(), "commit": git_commit()}) + "\n"
-    )
+    found = report.to_json() | {"bits": bits, "machine": machine_card()}
+    target = RESULTS / f"performance-{model.shape}-{bits}bit-{report.level}-{slug(found['cpu'])}.json"
+    target.write_text(json.dumps(found) + "\n")
 
 
 def write_table() -> None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any, get_origin, get_type_hints
@@ -42,6 +42,30 @@ WRONG: dict[str, tuple[Any, str]] = {
     "fit": ("gptq", "no fit 'gptq'; there are: hqq, none"),
     "transcode": (4, "--transcode 4: there are 8"),
     "profile": (" ", "--profile ' ': needs a file"),
+}
+RIGHT: dict[str, tuple[Any, ...]] = {  # of each option with a check; also at the edges of what it takes
+    "gpu_memory": ("560KiB", "12GiB", "1.5 GB", 1 << 40, 0),
+    "ram": ("48GiB", "1KiB", "34000000001", 0),
+    "context": (2, 100_000),
+    "policy": ("lru", "fiddler"),
+    "device": ("cpu", "emulated"),
+    "link": ("12GB/s", 0.5),
+    "machine": ("rtx4090",),
+    "clock": ("wall",),  # virtual needs other options beside it
+    "threads": (1,),
+    "bits": (16, 8, 4, 3, 2),
+    "expert_bits": (16, 2),
+    "dense_bits": (16, 2),
+    "head_bits": (16, 2),
+    "fit": ("hqq", "none"),
+    "transcode": (8,),
+    "profile": ("a.trace",),
+    "shape": ("tiny",),
+    "revision": ("main",),
+    "config": ("org/other",),
+    "tokenizer": ("demo",),
+    "dtype": ("auto", "float16"),
+    "seed": (0, 2**63 - 1),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {
     "shape": ("huge", "no shape 'huge'; there are: mixtral-8x7b"),
@@ -88,6 +112,18 @@ def test_an_option_is_the_same_wherever_it_is(name: str) -> None:
 def test_every_check_has_a_wrong_value_here() -> None:
     for kind, wrong in ((Options, WRONG), (ModelOptions, WRONG_SOURCE), (TextOptions, WRONG_TEXT | WRONG_SOURCE)):
         assert {one.name for one in fields(kind) if about(one).check is not None} <= wrong.keys()
+
+
+@pytest.mark.parametrize("kind", [Options, ModelOptions])
+def test_what_was_checked_is_checked_again_and_stays(kind: type[Checked]) -> None:
+    """Commands, configs and plans make options anew from those that they were given."""
+    checked = [one for one in fields(kind) if about(one).check is not None]
+    assert {name_of(one).replace("-", "_") for one in checked} <= {*RIGHT}
+    for one in checked:
+        for value in RIGHT[name_of(one).replace("-", "_")]:
+            first = kind(**{one.name: value})
+            again = kind(**{one.name: getattr(first, one.name)})
+            assert replace(first) == again == first, (one.name, value)
 
 
 @pytest.mark.parametrize("name", [*WRONG, *WRONG_SOURCE])

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..compute import gpu
 from ..compute.experts import ExpertMath, ExpertWork, run_experts
 from ..memory.slots import SlotUser
-from ..planning.budget import Margin
+from ..planning.budget import CUDA_MARGIN
 from ..planning.costs import PIECE_BYTES
 from ..planning.slots import Expert, Transfer
 from ..planning.timeline import Timeline
@@ -108,8 +108,7 @@ class CudaDevice:
     """
 
     name = "cuda"
-    # Fragments between torch's blocks, and the workspace that cuBLAS keeps (8 MiB, 32 MiB on Hopper).
-    margin = Margin(0.02, 64 * 2**20)
+    margin = CUDA_MARGIN
     dense_on_gpu = graphs_have_memory = True
     dense_is_packable = is_pretended = False
 

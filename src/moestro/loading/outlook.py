@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import BudgetError, ModelError, RequestError
 from ..machine import probe
-from ..planning.budget import Margin, exact_bytes
+from ..planning.budget import CUDA_MARGIN, Margin, exact_bytes
 from ..planning.machines import THIS, Machine, assumed_machine, machine_named
 from ..planning.model_config import families
 from ..planning.options import BITS, ModelOptions, Options
@@ -29,7 +29,6 @@ from .survey.sizes import Sized, sized
 
 FAST, GOOD, USABLE, SLOW, NO = "FAST", "GOOD", "USABLE", "SLOW", "NO"
 _LEAST_TOK_S = ((15.0, FAST), (7.0, GOOD), (2.0, USABLE), (0.0, SLOW))
-GPU_MARGIN = Margin(0.02, 64 * 2**20)  # as devices/cuda.py keeps back
 _FREE_RAM = 0.92  # of a named machine's RAM: the rest is the system's
 _WORTH = 1.05  # times as fast: a change that brings less is not proposed
 
@@ -169,7 +168,7 @@ def choose(found: Survey, options: Options, place: Place, *, at_least: bool = Fa
     facts = Facts(
         free_ram_bytes=place.free_ram_bytes,
         free_gpu_bytes=place.free_gpu_bytes,
-        margin=GPU_MARGIN if on_gpu and not pretended else Margin(0.0, 0),
+        margin=CUDA_MARGIN if on_gpu and not pretended else Margin(0.0, 0),
         dense_on_gpu=on_gpu and not pretended,
         machine=place.machine,
     )

@@ -112,6 +112,10 @@ class Margin(NamedTuple):
         return int(self.share * budget_bytes) + self.fixed_bytes
 
 
+# Of an NVIDIA GPU: fragments between torch's blocks, and the workspace that cuBLAS keeps (8 MiB, 32 MiB on Hopper).
+CUDA_MARGIN = Margin(0.02, 64 * 2**20)
+
+
 def round_up(n_bytes: int) -> str:
     """An amount of at least so many bytes, as a user writes it: "12.1GiB"."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -21,7 +21,7 @@ PROMPT = 512  # tokens, of which the prefill's speed is told
 WIDE, NARROW = (
     0.25,
     0.15,
-)  # of the middle, either way: with rates that are assumed or of a data sheet, and measured ones
+)  # of the middle, either way: of rates that are assumed or of a data sheet, and of measured ones
 _LAYER_S = 200e-6  # of a decoded token outside the kernels, on a CPU
 _GPU_LAYER_S = 60e-6  # of one whose captured graphs are replayed: launches and one wait, assumed
 _COMPUTE_SHARE = 0.8  # of the FMA rate that products of many tokens reach
