@@ -1,7 +1,7 @@
 """Build models of real shapes with random weights straight into the store, to measure speed; their text is noise.
 
-There is no state dict and no checkpoint: the dense part is initialized where it will run, and one random layer of
-experts is packed and then copied with changes into all layers.
+There is no state dict and no checkpoint: the dense part is initialized where it will run, and a few random experts
+are packed and then copied with changes into all layers. Their bits are the nearest whole numbers: noise needs no fit.
 
 Routing is skewed as measured on Mixtral (Fiddler's published popularity profiles: the most popular expert has 1.35 x
 the mean, the least popular 0.25 x). A purely random router would not do, since its choice would follow the direction
@@ -43,6 +43,7 @@ _RANKS = (0.0, 0.05, 0.16, 0.37, 0.62, 0.75, 0.85, 0.96, 1.0)
 _POPULARITY = (1.35, 1.22, 1.11, 1.043, 0.97, 0.945, 0.90, 0.83, 0.25)
 _SHARED = 0.5  # part of a normalized hidden state along the shared direction
 _LOGIT_STD = 1.5  # of router logits, over tokens
+_FEW = 8  # experts that are drawn
 _INITIALIZER_STD = 0.003  # small, so that a token's own embedding outlives the layers: see docs/log.md
 
 
@@ -77,12 +78,12 @@ def build_random_model(
     model.to_empty(device=device.torch_device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        model.get_input_embeddings()._is_hf_initialized = True  # `_route` draws it
         model.initialize_weights()
         model.tie_weights()
-        fast = config.fit != "hqq"
-        _fill_experts(conductor, fast)
+        _fill_experts(conductor)
         _route(model, skewed=True)
-        pack_rest(model, config, device, fast=fast, stored=stored, weights=_random_weights(model, stored))
+        pack_rest(model, config, device, fast=True, stored=stored, weights=_random_weights(model, stored))
     return model.requires_grad_(False).eval()
 
 
@@ -121,24 +122,24 @@ def _random_weights(model: Any, stored: StoredFormats | None) -> dict[str, Store
     }
 
 
-def _fill_experts(conductor: Conductor, fast: bool) -> None:
-    """Pack one random layer; expert e of layer l is that layer's expert e + l with its blocks rotated by l.
+def _fill_experts(conductor: Conductor) -> None:
+    """Pack a few random experts; expert e of layer l is the one at e + l in turn, its blocks rotated by e / few + l.
 
     Rotating blocks reorders neurons, which changes the bytes but no result. The bytes repeat after as many layers as an
-    expert has blocks. There is such a layer for each format. fast: as in `MatrixFormat.pack`.
+    expert has blocks. There are such experts for each format.
     """
     bases: dict[str, list[Tensor]] = {}
     for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
         math, count = conductor.math[layer], conductor.spec.layers[layer].experts
         fmt, shape = math.format, math.shape
         if fmt.name not in bases:
-            bases[fmt.name] = _random_experts(math, count, fast)
+            bases[fmt.name] = _random_experts(math, min(count, _FEW))
         base = bases[fmt.name]
         head = fmt.head_bytes(shape)
-        turn = head + layer % fmt.blocks(shape) * fmt.block_bytes(shape)
         end = fmt.byte_range(shape, range(shape.neurons // fmt.block * fmt.block)).stop
         for expert in range(count):
-            source, target = base[(expert + layer) % count], home(conductor, layer, expert)
+            source, target = base[(expert + layer) % len(base)], home(conductor, layer, expert)
+            turn = head + (expert // len(base) + layer) % fmt.blocks(shape) * fmt.block_bytes(shape)
             if shape.neurons % fmt.block or turn == head:
                 target.copy_(source)
                 continue
@@ -148,19 +149,19 @@ def _fill_experts(conductor: Conductor, fast: bool) -> None:
             target[end:].copy_(source[end:])
 
 
-def _random_experts(math: ExpertMath, count: int, fast: bool) -> list[Tensor]:
+def _random_experts(math: ExpertMath, count: int) -> list[Tensor]:
     """The packed bytes of experts with uniform weights of the initializer's spread."""
     bound = _INITIALIZER_STD * 3**0.5
     if all(matrix.is_packable for matrix in math.format.matrices.values()):
-        return [_packed_expert(math, bound, fast) for _ in range(count)]
+        return [_packed_expert(math, bound) for _ in range(count)]
     make = random_experts(math.format, math.shape, bound)
     return [make() for _ in range(count)]
 
 
-def _packed_expert(math: ExpertMath, bound: float, fast: bool) -> Tensor:
+def _packed_expert(math: ExpertMath, bound: float) -> Tensor:
     packed = torch.empty(math.format.expert_bytes(math.shape), dtype=torch.uint8)
     parts = {name: torch.empty(size).uniform_(-bound, bound) for name, size in math.shape.parts.items()}
-    math.format.pack(packed, math.shape, parts, fast=fast)
+    math.format.pack(packed, math.shape, parts, fast=True)
     return packed
 
 

@@ -65,7 +65,7 @@ def _of_weights(options: Options, setting: Setting) -> dict[str, str]:
     elif not {*bits} & {*FITTED_BITS}:
         found["fit"] = "only 4, 3 and 2 bits are fitted; give --bits"
     if setting.kind == "shape":
-        found["cache"] = "random weights are not kept"
+        found |= {"fit": "random weights are not fitted", "cache": "random weights are not kept"}
     elif kept is None and all(one in (None, 16) for one in bits):
         found["cache"] = "only quantized weights are kept; give --bits"
     return found
