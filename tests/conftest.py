@@ -11,6 +11,7 @@ import re
 import secrets
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -87,7 +88,38 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     _seed(item.config, item.nodeid)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _leave_to_the_long_run(items: list[pytest.Item], seed: int) -> None:
+    """Mark as long what is not in the sample of a test that is marked so, which has many cells of one kind."""
+    tests: dict[tuple[Path, str], list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and item.get_closest_marker("sample")
+            and not item.get_closest_marker("long")
+        ):
+            tests[item.path, item.originalname].append(item)
+    for cells in tests.values():
+        mark = cells[0].get_closest_marker("sample")
+        assert mark is not None
+        for cell in _rest(cells, *mark.args, seed):
+            cell.add_marker(pytest.mark.long)
+
+
+def _rest(cells: list[pytest.Function], count: int, seed: int) -> list[pytest.Function]:
+    """All but `count` cells; what each parameter can be is among those first."""
+    drawn = sorted(cells, key=lambda cell: zlib.crc32(f"{seed} {cell.nodeid}".encode()))
+    seen: set[tuple[str, int]] = set()
+    covering, others = [], []
+    for cell in drawn:
+        values = set(cell.callspec.indices.items())
+        (others if values <= seen else covering).append(cell)
+        seen |= values
+    return (covering + others)[count:]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those marked long are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_to_the_long_run(items, config.getoption("--seed"))
     passing = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]+", item.nodeid)]
     if passing:
         raise pytest.UsageError(f"another process would name {passing[0]} otherwise: pytest-xdist cannot share it")

@@ -59,6 +59,7 @@ def _ffn(values: dict[str, Tensor], x: Tensor) -> Tensor:
     return (silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tokens", [1, 3, 14, 40])
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ def _seed(kind: str, name: str) -> int:
     return number
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
 @pytest.mark.parametrize("kind", ["gate and up share", "gate and up differ", "in some experts"])
 @pytest.mark.parametrize(("family", "v2", "sym"), [("mixtral", False, True), ("qwen3_moe", True, False)])

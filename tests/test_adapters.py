@@ -35,6 +35,7 @@ def _tokens(model: Any, cache: str | None) -> Tensor:
     return model.generate(input_ids=torch.arange(5, 12)[None], **options)[0, 7:]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("way", "targets", "used_before"), TRIED)
 def test_adapters(way: str, targets: list[str], used_before: bool, tmp_path: Path) -> None:
     """Put on, switched off and on, scaled, replaced by another, and taken off."""

@@ -79,6 +79,7 @@ def random_model(device: str) -> Any:
     return load(shape="tiny", device=device, dtype="float32", threads=1)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("kind", ["llama", "byte_level", "metaspace_always", "word_piece_cleaned", "slow"])
 def test_streamed_returned_and_beam_text_are_the_whole_text(kind: str, device: str) -> None:

@@ -80,6 +80,7 @@ def refusal(kind: str, n_bits: int) -> str | None:
     return None
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("n_bits", [8, 4, 3, 2])
 @pytest.mark.parametrize(("kind", "place"), [*product(KINDS, PLACES)])
 def test_one_line_or_a_finite_result(kind: str, place: str, n_bits: int, source: Path, tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ def test_one_line_or_a_finite_result(kind: str, place: str, n_bits: int, source:
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("n_bits", [8, 4, 3, 2])
 @pytest.mark.parametrize(("kind", "place"), [*product(("NaN", "one huge", "zeros", "subnormal"), ("gate", "down"))])
 def test_experts_of_a_device(kind: str, place: str, n_bits: int, source: Path, tmp_path: Path) -> None:

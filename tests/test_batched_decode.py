@@ -48,6 +48,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+@pytest.mark.sample(4)
 @needs_kernels
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [*STRETCHES, "qwen2_moe"])  # which has a shared expert: layer by layer

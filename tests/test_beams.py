@@ -169,6 +169,7 @@ def test_a_step_cache_holds_what_a_static_one_does(rows: int, seed: int) -> None
 FAMILIES = ["mixtral", "olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "glm_moe_dsa", "minimax", "deepseek_v4"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     """Of two prompts at once by `generate`, and of one whose prompt is computed once for its beams."""

@@ -73,6 +73,7 @@ def test_a_toy_model_from_end_to_end(capsys: pytest.CaptureFixture[str], monkeyp
     assert "MiB moved a step" in shown
 
 
+@pytest.mark.long
 @needs_kernels
 def test_other_engines_take_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """As benchmarks/rivals has llama.cpp take them."""

@@ -18,6 +18,7 @@ COMPARED = ["layer-streaming", "lru", "fiddler", "moestro"]
 ROW = HybridRow("", 10.0, "skewed", {32: 1.0}, 1.0, 63, 0.0, 0, 0.9, 1.0, 0.0, None, 8, 0)
 
 
+@pytest.mark.long
 def test_policies_run_on_one_load() -> None:
     options = ["--shape", "tiny", "--device", "emulated", "--gpu-memory", "3MiB", "--prompt", "8", "--seconds", "60"]
     options += [option for name in COMPARED for option in ("--policy", name)]

@@ -92,6 +92,7 @@ def test_only_the_named_formats_are_measured() -> None:
         measure_kernels(formats=["q9_z"])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("level", [name for name, usable in levels().items() if usable and name != "amx"])
 def test_no_level_without_amx_passes_its_limit(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CpuExperts", lambda threads: CpuExperts(threads, level))

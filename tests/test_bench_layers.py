@@ -81,6 +81,7 @@ def test_the_experts_of_torch_take_turns() -> None:
     assert seen == [theirs._weights[i % 3].data_ptr() for i in range(2 * (1 + FORWARDS))]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("toy")
 def test_rows_beside_the_rivals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["kernels", "--shape", "toy", "--tokens", "1", "--tokens", "5", "--rounds", "1", "--threads", "1"]

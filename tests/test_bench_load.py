@@ -18,6 +18,7 @@ from moestro.cli import main as cli
 from moestro.errors import BudgetError, RequestError
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches /proc")
 def test_peak_memory_of_loading() -> None:
     report = measure_load(600 * 2**20)

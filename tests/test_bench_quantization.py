@@ -275,6 +275,7 @@ def test_speeds_of_a_shape(run: Run) -> None:
     assert all(1 < one["decode_tok_s"] < 1e6 for one in printed["speeds"])
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_worker_has_the_bits_that_it_is_asked_for() -> None:
     low = TABLE_BITS[-1]

@@ -137,6 +137,7 @@ def test_families(family: str, sizes: dict[str, Any], device: str, folders: Any)
         _same(*results, device)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
 def test_every_family_is_captured_or_says_why_not(
     family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -110,6 +110,7 @@ def test_a_failing_suite_is_counted_and_named(tmp_path: Path, monkeypatch: pytes
     assert "arithmetic" in tests["failures"][0]
 
 
+@pytest.mark.long
 def test_a_late_suite_still_has_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_contract.py").write_text(

@@ -36,6 +36,7 @@ def drafts_of(folder: Path, other: Path) -> list[Any]:
     return found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
 def test_a_draft_changes_no_answer(family: str, device: str, tmp_path: Path) -> None:

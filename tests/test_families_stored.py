@@ -95,6 +95,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any
         (folder / "config.json").write_text(json.dumps(stored | {"quantization_config": quantization}))
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @torch.no_grad()
 def test_each_family_in_fp8(family: Family, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def different(one: Any, other: Any) -> set[str]:
     return {name for name in mine if not torch.equal(bits(mine[name]), bits(theirs[name]))}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("n_bits", [4, 3, 2])
 @pytest.mark.parametrize("device", [{}, EMULATED], ids=["cpu", "a device"])
 def test_it_reaches_everything_that_is_quantized(n_bits: int, device: dict[str, Any], source: Path) -> None:

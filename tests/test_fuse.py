@@ -447,6 +447,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.sample(1)
 @needs_kernels
 @pytest.mark.parametrize(("on", "backend", "bits", "attention", "tolerance"), COMPILED)
 @torch.no_grad()

@@ -162,6 +162,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minutes: a model is small anyway
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", [*FUSABLE, *OTHERS])
 @settings(max_examples=2, deadline=None, suppress_health_check=QUIET, phases=PHASES)
 @given(data=st.data())

@@ -116,6 +116,7 @@ def odd_shape(fmt: MatrixFormat) -> tuple[int, int]:
     return hidden, fmt.block + int(torch.randint(1, 40, ()))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.usefixtures("wide_tiles")
 def test_every_format_against_float64(fmt: MatrixFormat) -> None:
@@ -125,6 +126,7 @@ def test_every_format_against_float64(fmt: MatrixFormat) -> None:
     check_pairs(stored_layer((fmt.name,) * 3, None, x, hidden, neurons, has_bias=True), pairs)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", MIXED, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.usefixtures("wide_tiles")
 def test_a_format_for_each_matrix(case: tuple[str, str, str, int | None]) -> None:

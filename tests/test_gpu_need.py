@@ -164,6 +164,7 @@ def _peak_of_generation(model: Any, prompt: int, context: int) -> int:
     return follower.peak_bytes
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TRIED)
 def test_the_budget_is_kept(name: str, tmp_path: Path) -> None:
     save_model(name, tmp_path)

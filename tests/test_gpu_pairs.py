@@ -108,6 +108,7 @@ def ordered_products() -> Iterator[None]:
 MOST_ALIKE = 64 if DEVICE.type == "cpu" or torch.cuda.get_device_capability() < (9, 0) else 32
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["bf16", "int4"])
 def test_a_row_is_the_same_alone_and_beside(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is in the step: the number of tokens, who else chose its experts, and how many programs there are."""

@@ -76,6 +76,7 @@ def end_after(layers: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], An
             run()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}, {"expert_bits": 2, **EMULATED}], ids=str)
 @pytest.mark.parametrize("layers", range(LAYERS))
 def test_a_load_goes_on_where_it_was_ended(
@@ -129,6 +130,7 @@ def plain_pack(source: Path, target: Path, **options: Any) -> None:
     pack(str(source), target, ModelOptions(), Options(**options))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "emptied", "removed"])
 def test_what_is_not_whole_is_quantized_again(
     damage: str, source: Path, filled: list[str], monkeypatch: pytest.MonkeyPatch

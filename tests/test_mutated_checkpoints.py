@@ -34,7 +34,7 @@ from test_sources_safetensors import LARGE, write_checkpoint
 ONE_LAYER = LARGE | {"num_hidden_layers": 1, "mlp_layer_types": ["sparse"]}
 KINDS = ("fp8", "mxfp4", "int4g32", "int4g32-asymmetric", "awq", "gptq", "gptq-act-order", "nvfp4")
 GGUF_KINDS = {"mixtral": ("llama", "Q8_0"), "qwen3_moe": ("qwen3moe", "Q4_0")}
-EXAMPLES = 50  # of each of these ten
+EXAMPLES = 20  # of each of these ten
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32, torch.int64)
 WORDS = ("fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "modelopt", "bitsandbytes", "", None, [], {}, True)
 MOST_S = 60.0  # of a load: some take a tenth of a second

@@ -77,6 +77,7 @@ def test_checksums_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (crc32c(data), combined(1, 2, 10**10)) == wanted
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,6 +117,7 @@ def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     same(found, load("demo", dtype=dtype, threads=2), torch.arange(3, 40)[None])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.long), 4])
 def test_on_a_device(bits: int | None, tmp_path: Path) -> None:
     """There floats are unpacked and quantized dense layers keep their form; the experts are the same bytes."""
@@ -195,6 +197,7 @@ def test_each_family(family: Family, tmp_path: Path) -> None:
         assert torch.equal(found(random_ids()).logits, expected(random_ids()).logits)
 
 
+@pytest.mark.long
 def test_from_the_hub(tmp_path: Path) -> None:
     """A folder that was shared there is fetched whole, and answers as the model that it was made of."""
     folder = packed("demo", tmp_path / "packed", bits=4)

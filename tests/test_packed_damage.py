@@ -30,7 +30,7 @@ from moestro.planning.options import ModelOptions, Options
 from toy_tokenizers import llama
 
 RUNNER = CliRunner()
-FLIPS = 25  # of each file, by loading; and ten times as many by reading all of it
+FLIPS = 8  # of each file, by loading; and ten times as many by reading all of it
 
 
 @pytest.fixture(scope="module")
@@ -389,6 +389,7 @@ def test_killed_fifty_times_and_more(whole: Path, tmp_path: Path) -> None:
     _kill(whole, tmp_path / "at" / "model", 60, random.randrange(2**31))
 
 
+@pytest.mark.long
 def test_two_at_once(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moestro.cli.main", "pack", str(whole), "-o", str(tmp_path / "model")]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]

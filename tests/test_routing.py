@@ -118,6 +118,7 @@ def _conductor_of(path: str, seed: int) -> Iterator[tuple[Conductor, list[list[d
 CHEAP = ["cpu", "cpu, torch", "emulated", "emulated by port"]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("path", [*CHEAP, "cuda", "cuda by port", "cuda, held", "cuda, held, sorted by torch"])
 def test_every_path_skips_and_counts_the_same(path: str) -> None:
     random = torch.Generator().manual_seed(torch.initial_seed())

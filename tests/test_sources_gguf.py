@@ -441,7 +441,7 @@ def test_a_config_that_contradicts_the_tensors_is_one_line(tmp_path: Path) -> No
         weights.expert("model.layers.0.mlp.experts", 0)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_mutated_files_never_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp()

@@ -107,6 +107,7 @@ def test_quantized_safetensors(family: str, kind: str, options: dict[str, Any], 
     _same(model, expected)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(
     ("family", "kind"),
     [

@@ -32,6 +32,7 @@ from test_packed import same
 from test_stored import DEVICES, _same
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
 @pytest.mark.parametrize(
     ("experts", "attention"),

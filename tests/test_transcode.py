@@ -68,6 +68,7 @@ def test_each_type_is_rounded_once(kind: str, tmp_path: Path, monkeypatch: pytes
     assert max(sizes) <= 48
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
 def test_a_model_runs_and_its_new_size_is_said(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture

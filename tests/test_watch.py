@@ -137,6 +137,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, str]]:
         )
 
 
+@pytest.mark.sample(3)
 @needs_kernels
 @pytest.mark.parametrize(("family", "dtype"), of_families(("qwen3_moe", torch.bfloat16), ("mixtral", torch.float16)))
 @torch.no_grad()
@@ -419,6 +420,7 @@ def _replayed(model: Any) -> Tensor | Exception:
     return torch.cat([part[:, -1:] for part in parts], 1).float()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "way",
     [
