@@ -133,9 +133,9 @@ def measure_quantization(
     Raises:
         RequestError: bits, a text or a shape that do not exist or do not do. MoestroError: the model does not load.
     """
-    for flag, given in (("--dense-bits", dense_bits), ("--expert-bits", expert_bits)):
+    for name, given in (("dense_bits", dense_bits), ("expert_bits", expert_bits)):
         for bits in given:
-            bits_in(BITS)(bits, flag)
+            bits_in(BITS)(bits, name)
     config, count = reading.check(), threads or len(core_cpus())
     windows = reading.windows(config.get_text_config().vocab_size)
     depth = None if speed is None else len(spec_of_shape(speed.shape, speed.layers).layers)

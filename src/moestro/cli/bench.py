@@ -30,7 +30,7 @@ def bench_load(
     as_json: Json = False,
 ) -> None:
     """Load a checkpoint that is made on the spot and watch the process's memory every 10 ms."""
-    n_bytes = parse_bytes(size, "--size")
+    n_bytes = parse_bytes(size, "size")
     from ..bench.loading import measure_load
 
     report = measure_load(n_bytes)
@@ -99,7 +99,7 @@ def bench_attention(
 ) -> None:
     """Time attention over long caches, beside this machine's read and FMA limits, and a prompt's beside torch's."""
     for name in dtypes or ():
-        one_of("dtype", CACHE_DTYPES)(name, "--kv-dtype")
+        one_of("dtype", CACHE_DTYPES)(name, "kv_dtype")
     from ..bench.attention import CACHED, DTYPES, QUERIES, SHAPES, measure_attention
 
     report = measure_attention(
@@ -246,8 +246,8 @@ def bench_hybrid(
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
-    needs(lambda s: s > 0, "above 0")(seconds, "--seconds")
-    needs(lambda s: s is None or s > 0, "above 0")(limit_s, "--limit-s")
+    needs(lambda s: s > 0, "above 0")(seconds, "seconds")
+    needs(lambda s: s is None or s > 0, "above 0")(limit_s, "limit_s")
     from ..bench.hybrid import POLICIES as COMPARED
     from ..bench.hybrid import PROMPTS, measure_hybrid
 

@@ -12,7 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RequestError
-from ..planning.option import Checked, about, flag, name_of
+from ..planning.option import Checked, about, name_of
+from ..planning.spelling import as_flags, flag
 
 Command = Callable[..., None]
 _UsageError: Any = typer.BadParameter.__bases__[0]  # which typer does not show under a name
@@ -35,7 +36,8 @@ class OneLineErrors(TyperGroup):
 @contextmanager
 def _in_one_line() -> Iterator[None]:
     try:
-        yield
+        with as_flags():
+            yield
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # whose message is the whole help
             raise

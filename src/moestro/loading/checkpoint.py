@@ -24,6 +24,7 @@ from transformers.modeling_utils import load_state_dict
 
 from ..errors import CheckpointError, ModelError, MoestroError, first_line
 from ..planning.options import METHOD
+from ..planning.spelling import spelled
 
 logger = logging.getLogger("moestro")
 
@@ -117,7 +118,7 @@ def refuse_code(model: str, error: BaseException) -> None:
     if "trust_remote_code" in str(error):
         raise ModelError(
             f"{model} needs code of its own (auto_map in its config), which is not run unasked; read that code, then "
-            "give --trust-remote-code, or trust_remote_code=True from Python"
+            f"give {spelled('trust_remote_code', True)}"
         ) from error
 
 
@@ -138,7 +139,8 @@ def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
         if is_kernel(attention) and not trust_remote_code:
             raise ModelError(
                 f"{model}: its config.json asks for an attention kernel from the hub ({attention}), which is code; "
-                "read it, then give --trust-remote-code, or take attn_implementation out of config.json"
+                f"read it, then give {spelled('trust_remote_code', True)}, or take attn_implementation out of "
+                "config.json"
             )
 
 

@@ -30,6 +30,7 @@ from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.effects import Kind, Setting, without_effect
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options
+from ..planning.spelling import spelled
 from .cached import load_cached
 from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
@@ -148,7 +149,9 @@ def _load_checkpoint(
     check_before_fetch(model, options, quantization_config)
     if is_packed(Path(source)):
         if options.config is not None:
-            raise RequestError(f"{model} is a packed folder, which has a config of its own; leave --config out")
+            raise RequestError(
+                f"{model} is a packed folder, which has a config of its own; leave {spelled('config')} out"
+            )
         _say_without_effect(quantization_config, options, "packed", model)
         folder = PackedFolder(model, Path(resolve(model, options.revision)))
         config = read_config(model, source, trust_remote_code)
@@ -232,13 +235,14 @@ def _warn_of_unused(model: str, names: list[str]) -> None:
 
 
 def _refuse_transcode(config: MoestroConfig, model: str) -> None:
-    """Refuse --transcode for a model that is no GGUF file.
+    """Refuse `transcode` for a model that is no GGUF file.
 
     Raises:
         RequestError: it was given.
     """
     if config.transcode is not None:
-        raise RequestError(f"--transcode {config.transcode} is for GGUF files, and {model} is none; leave it out")
+        given = spelled("transcode", config.transcode)
+        raise RequestError(f"{given} is for GGUF files, and {model} is none; leave it out")
 
 
 def _auto_class(config: Any) -> Any:

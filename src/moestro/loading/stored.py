@@ -28,6 +28,7 @@ from ..memory.formats import FLOAT_FORMATS, ORDERS, ExpertFormat, MatrixFormat, 
 from ..memory.formats.raw import RawMatrix
 from ..memory.store import on_host
 from ..planning.options import METHOD
+from ..planning.spelling import spelled
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
@@ -51,7 +52,8 @@ def load_stored(
     """
     if (config.expert_bits or config.bits) is not None:
         raise ModelError(
-            f"{name} is quantized already, and its experts keep their own bits; leave --bits and --expert-bits out"
+            f"{name} is quantized already, and its experts keep their own bits; leave {spelled('bits')} and "
+            f"{spelled('expert_bits')} out"
         )
     hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
@@ -97,9 +99,10 @@ def _say_what_keeps_its_bits(
     """Warn of bits that were asked for where all weights of the kind are quantized already."""
     others = () if formats is None else packable(model, formats)
     has_others = {layer.is_head for layer in others if layer.name not in stored.dense}
-    for option, bits, of_head in (("--dense-bits", config.dense_bits, False), ("--head-bits", config.head_bits, True)):
+    for option, bits, of_head in (("dense_bits", config.dense_bits, False), ("head_bits", config.head_bits, True)):
         if bits is not None and of_head not in has_others:
-            logger.warning("%s %d changes nothing here: these weights of %s keep their own bits", option, bits, name)
+            given = spelled(option, bits)
+            logger.warning("%s changes nothing here: these weights of %s keep their own bits", given, name)
 
 
 def _is_quantized(value: Tensor | Part) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from ..errors import RequestError
 from ..planning.contract import LayerSpec, ModelSpec, Step
 from ..planning.shapes import spec_of_shape, top_k_of_shape
+from ..planning.spelling import spelled
 from .trace import Pass, Trace
 
 # Groups' scales and zeros included: of int8, hqq4, hqq3 and hqq2; see memory/formats, which needs torch.
@@ -30,7 +31,7 @@ def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
         RequestError: no such bits.
     """
     if bits not in BITS_PER_WEIGHT:
-        raise RequestError(f"--bits {bits}: there are {', '.join(map(str, BITS_PER_WEIGHT))}")
+        raise RequestError(f"{spelled('bits', bits)}: there are {', '.join(map(str, BITS_PER_WEIGHT))}")
 
     def of(layer: LayerSpec) -> LayerSpec:
         weights = layer.matrices * layer.neurons * layer.hidden

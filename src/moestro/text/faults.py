@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ..planning.spelling import spelled
+
 READ_S = 1e-4  # of a page from a fast disk; others take longer
 _NOTED_SHARE = 0.1
 
@@ -46,7 +48,8 @@ class PageFaults:
             return None
         return (
             f"decode waited for the disk: {self.a_step:.0f} page faults a step, at least {self.decode_share:.0%} of "
-            "its time; weights and cache do not stay in RAM: close other programs, or take fewer --bits"
+            "its time; weights and cache do not stay in RAM: close other programs, or take fewer "
+            f"{spelled('bits')}"
         )
 
     def to_json(self) -> dict[str, int]:
