@@ -68,7 +68,11 @@ def takes_options(
             if isinstance(one.annotation, type) and issubclass(one.annotation, Checked)
         }
         taken = {
-            name: [one for one in fields(kind) if (only is None or one.name in only) and one.name not in leave_out]
+            name: [
+                one
+                for one in fields(kind)
+                if (only is None or one.name in only) and one.name not in leave_out and not about(one).in_python
+            ]
             for name, kind in kinds.items()
         }
         parameters: dict[str, Parameter] = {}

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, BinaryIO
@@ -115,11 +116,16 @@ def _fetch_all(wanted: Wanted, left: dict[str, int], names: list[str]) -> None:
             for job in as_completed(jobs):
                 job.result()
             # Gives contents that are here their names in the snapshot, and fetches nothing.
-            list(pool.map(lambda name: hf_hub_download(wanted.repo, name, revision=wanted.commit), names))
+            list(pool.map(partial(_name_in_snapshot, wanted), names))
         except BaseException:  # an interrupt too
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _name_in_snapshot(wanted: Wanted, name: str) -> None:
+    way = wanted.access
+    hf_hub_download(wanted.repo, name, revision=wanted.commit, token=way.token, cache_dir=way.cache)
 
 
 def _fetch_file(wanted: Wanted, name: str, advance: Advance, stop: Event) -> None:
@@ -164,7 +170,7 @@ def _fetch_rest(wanted: Wanted, name: str, file: BinaryIO, advance: Advance, sto
 def _append(wanted: Wanted, name: str, file: BinaryIO, advance: Advance, stop: Event) -> None:
     """Append what one request gives of the rest of a file."""
     have, size = file.tell(), wanted.sizes[name]
-    headers = build_hf_headers() | {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+    headers = build_hf_headers(token=wanted.access.token) | {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
     url = hf_hub_url(wanted.repo, name, revision=wanted.commit)
     with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
         hf_raise_for_status(answer)

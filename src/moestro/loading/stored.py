@@ -39,12 +39,12 @@ logger = logging.getLogger("moestro")
 
 
 def load_stored(
-    name: str, source: Source, auto: Any, config: MoestroConfig, dtype: Any, trust_remote_code: bool
+    name: str, source: Source, hf_config: Any, auto: Any, config: MoestroConfig, dtype: Any, trust_remote_code: bool
 ) -> Any:
     """A model whose experts are kept as its checkpoint has them.
 
     Args:
-        name: of the model, for messages. auto: the auto class that makes it.
+        name: of the model, for messages. hf_config: the source's. auto: the auto class that makes it.
         dtype: of the rest; a torch dtype, or "auto" for the config's.
 
     Raises:
@@ -55,7 +55,6 @@ def load_stored(
             f"{name} is quantized already, and its experts keep their own bits; leave {spelled('bits')} and "
             f"{spelled('expert_bits')} out"
         )
-    hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
     model = empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from .option import Checked, name_of
+from .option import Checked, about, name_of
 from .options import FITTED_BITS, ModelOptions, Options
 from .policies import policy_name
 from .spelling import spelled
 
 Kind = Literal["shape", "plain", "stored", "packed"]
+_OF_HUB = ("revision", "token", "cache_dir", "local_files_only")
 _OF_KIND = {"stored": "a checkpoint that is quantized already", "packed": "a packed folder"}
 
 
@@ -76,8 +77,8 @@ def _of_weights(options: Options, setting: Setting) -> dict[str, str]:
 def _of_source(setting: Setting) -> dict[str, str]:
     if setting.kind != "shape":
         found = {"seed": "a checkpoint has its weights; only text and random shapes are drawn"}
-        return found | {"revision": "the model is here, not on the hub"} if setting.is_here else found
-    return dict.fromkeys(("revision", "config", "tokenizer", "trust_remote_code"), "a random shape has no files")
+        return found | dict.fromkeys(_OF_HUB, "the model is here, not on the hub") if setting.is_here else found
+    return dict.fromkeys((*_OF_HUB, "config", "tokenizer", "trust_remote_code"), "a random shape has no files")
 
 
 def _given(options: Checked) -> list[str]:
@@ -88,4 +89,4 @@ def _as_given(options: Checked, name: str) -> str:
     value: Any = getattr(options, name)
     value = policy_name(value) if name == "policy" else value
     one = next(field for field in fields(options) if field.name == name)
-    return spelled(name_of(one), value)
+    return spelled(name_of(one)) if about(one).is_secret else spelled(name_of(one), value)

@@ -13,6 +13,7 @@ them by what is here.
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Callable, Collection, Sequence
@@ -38,7 +39,8 @@ class About:
     """What is known of an option besides its field's name, type and default.
 
     unset: what None stands for, in words. short: a short flag, like "-t". check: refuses or converts a value. named:
-    the option's name, where it is not the field's.
+    the option's name, where it is not the field's. in_python: whether it is an argument of `moestro.load` alone, of
+    which the command line has a way of its own. is_secret: whether its value is never shown.
     """
 
     help: str
@@ -47,6 +49,8 @@ class About:
     short: str | None = None
     check: Check | None = None
     named: str | None = None
+    in_python: bool = False
+    is_secret: bool = False
 
     @property
     def text(self) -> str:
@@ -56,7 +60,7 @@ class About:
 
 def option(default: Any, help: str, **about: Any) -> Any:
     """A field that is an option; for `about` see `About`."""
-    return field(default=default, metadata={"about": About(help, **about)})
+    return field(default=default, repr=not about.get("is_secret"), metadata={"about": About(help, **about)})
 
 
 def option_like(kind: type[Checked], name: str, **changes: Any) -> Any:
@@ -134,6 +138,7 @@ def _fit(value: Any, hint: Any, name: str) -> Any:
         return None
     if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):  # torch takes seconds
         value = str(value).removeprefix("torch.")
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if get_origin(hint) is Sequence:
         if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
             return tuple(value)

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..errors import RequestError
 from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
+from .contract import Policy
 from .machines import machine_names
 from .option import Checked, bits_in, named, needs, one_of, option, option_like
-from .contract import Policy
 from .policies import DEFAULT_POLICY, POLICIES, check_policy
 from .shapes import SHAPES
 from .spelling import spelled
@@ -76,7 +76,7 @@ class Options(Checked):
         unset="the model's, at most 4096",
         check=needs(lambda n: n >= LEAST_CONTEXT, f"at least {LEAST_CONTEXT}, a token of prompt and of answer"),
     )
-    policy: str | Policy = option(
+    policy: str | Policy = option(  # noqa: RUF009  # no call that makes something to share
         DEFAULT_POLICY,
         f"The policy that decides where experts run: {', '.join(sorted(POLICIES))}.",
         metavar="NAME",
@@ -234,6 +234,28 @@ class ModelOptions(Checked):
         "auto (the checkpoint's), float32, float16 or bfloat16.",
         metavar="NAME",
         check=one_of("dtype", tuple(DTYPES)),
+    )
+    token: str | bool | None = option(
+        None,
+        "For the hub: a token, True for the one that is kept here, or False for none.",
+        unset="the one that is kept here, if one is",
+        in_python=True,
+        is_secret=True,
+    )
+    cache_dir: str | None = option(
+        None,
+        "The folder of the hub's cache.",
+        unset="that of huggingface_hub, which HF_HOME sets",
+        check=named("a folder"),
+        in_python=True,
+    )
+    local_files_only: bool = option(False, "Take what the hub's cache has, and ask the hub nothing.", in_python=True)
+    attn_implementation: str | None = option(
+        None,
+        "What computes attention, by its name in Transformers, like sdpa or eager.",
+        unset="what Transformers takes for the model",
+        check=named("a name that Transformers has"),
+        in_python=True,
     )
     seed: int = option(
         0,

@@ -52,14 +52,10 @@ def check_policy(value: Any, name: str) -> str | Policy:
     if isinstance(value, type):
         raise RequestError(f"{name} is the class {value.__name__}; give an object of it, {value.__name__}()")
     lacks = [part for part in _PARTS if not callable(getattr(value, part, None))]
-    lacks += [
-        f"{part} ({kind.__name__})"
-        for part, kind in _FIELDS.items()
-        if not isinstance(getattr(value, part, None), kind)
-    ]
+    lacks += [part for part, kind in _FIELDS.items() if not isinstance(getattr(value, part, None), kind)]
     if lacks:
         raise RequestError(
-            f"{name} is a {type(value).__name__} without {', '.join(lacks)}; name one of "
+            f"{name} is of type {type(value).__name__}, which lacks {', '.join(lacks)}; name one of "
             f"{', '.join(sorted(POLICIES))}, or give an object of a class derived from BasePolicy"
         )
     policy: Policy = value
