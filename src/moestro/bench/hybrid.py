@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ..compute.cpu import read_gbps
+from ..console import print_table
 from ..engine.conductor import Conductor
 from ..loading.build import conduct_by
 from ..loading.config import MoestroConfig
@@ -39,7 +40,7 @@ from ..text.generation import TextResult, generate_text
 from ..text.options import TextOptions
 from ..text.tracing import listening
 from .limit import HybridLimit
-from .report import Report, check_kernels, print_table
+from .report import Report, check_kernels
 
 POLICIES = (  # those that the ratios need come first, since the time limit may end the list early
     "moestro",
@@ -126,7 +127,7 @@ class HybridReport(Report):
             figures += [format_bytes(row.bytes_moved), f"{row.share:.2f}"]
             host_us = "-" if row.host_us is None else f"{row.host_us:.0f}"
             rows.append((row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, host_us))
-        print_table((*names, "share", "host us"), rows, width=120)
+        print_table((*names, "share", "host us"), rows)
         for name in self.skipped:
             print(f"no time for {name}")
         for ratio in self.ratios:

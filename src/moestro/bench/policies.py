@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..console import print_table
 from ..errors import RequestError
 from ..loading.load import load, load_tokenizer
 from ..machine.measure import machine_by_name
@@ -33,7 +34,7 @@ from ..text.generation import encode
 from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
 from .plots import plotting
-from .report import Report, print_table
+from .report import Report
 
 _DRAWN_LAYERS = 4
 
@@ -71,7 +72,7 @@ class PoliciesReport(Report):
             rows.append((row.policy, *speeds, format_bytes(row.bytes_moved), str(row.slots), *shares))
         print(self.where)
         names = ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady")
-        print_table(names, rows, width=110)
+        print_table(names, rows)
         print(
             "share: of the hybrid limit of decode at the policy's own hit rate; own: of what the method's arithmetic\n"
             "allows; Belady: of the hybrid limit at the best hit rate that so many slots can have"

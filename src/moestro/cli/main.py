@@ -114,7 +114,7 @@ def run(
         with timing() as times:
             imports_s = process_s()
             written = partial(prompt_for, text=text, raw=raw)
-            loaded, tokenizer, draft, given = _load(model, source, engine, written, text=options, quiet=as_json)
+            loaded, tokenizer, draft, given = _load(model, source, engine, written, text=options)
     if given.in_template:
         say("chat    the prompt is a message in the model's chat template; --raw continues it as it is")
     printer, streams = AnswerPrinter(), not as_json
@@ -183,7 +183,7 @@ def trace_command(
     from ..text.files import read_text, writable
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer, *_ = _load(model, source, engine, quiet=as_json)
+    loaded, tokenizer, *_ = _load(model, source, engine)
     from ..simulate.trace_summary import summarize
     from ..text.tracing import trace_text
     from .replay import print_summary
@@ -299,8 +299,6 @@ def pack(
         from ..loading.pack import pack as pack_model
         from .inspect import print_packed
 
-        if as_json:
-            _hide_progress()
         made = pack_model(model, Path(output).expanduser(), source, engine)
     if as_json:
         print(json.dumps({"folder": output, "n_bytes": made.n_bytes, "n_files": len(made.files) + 1}))
@@ -331,11 +329,10 @@ def _load(
     check: Callable[[Any], Any] = lambda tokenizer: None,
     *,
     text: TextOptions | None = None,
-    quiet: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
     """The model, its tokenizer, the draft that `text` names, or None, and what `check` returns.
 
-    check: called with the tokenizer before the model loads. quiet: show nothing of a download.
+    check: called with the tokenizer before the model loads.
     """
     trusted = source.trust_remote_code
     with remembering():
@@ -350,8 +347,6 @@ def _load(
 
         if options.threads is None:
             options = replace(options, threads=len(core_cpus()))
-        if quiet:
-            _hide_progress()
         tokenizer = load_tokenizer(
             model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
         )
@@ -369,12 +364,6 @@ def _load(
         say_without_effect(text, loaded)
     say_kernels()
     return loaded, tokenizer, draft, checked
-
-
-def _hide_progress() -> None:
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
 
 
 def main() -> None:

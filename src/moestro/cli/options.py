@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from ..errors import RequestError
 from ..planning.option import Checked, about, name_of
 from ..planning.spelling import as_flags, flag
+from ..progress import quiet
 
 Command = Callable[..., None]
 _UsageError: Any = typer.BadParameter.__bases__[0]  # which typer does not show under a name
@@ -87,7 +88,8 @@ def takes_options(
             values = {
                 name: kind(**{field.name: given[field.name] for field in taken[name]}) for name, kind in kinds.items()
             }
-            command(**{name: given[name] for name in own if name not in kinds}, **values)
+            with quiet(bool(given.get("as_json"))):
+                command(**{name: given[name] for name in own if name not in kinds}, **values)
 
         wrapper: Any = called
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__

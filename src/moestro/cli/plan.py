@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from ..console import print_lines, print_table
 from ..loading.outlook import Choice, Outlook, command_of
 from ..loading.reasons import machine_in_words, reasons, round_to
 from ..planning.budget import format_bytes
@@ -65,11 +63,7 @@ def _experts(one: Choice) -> dict[str, int]:
 
 def print_outlook(found: Outlook) -> None:
     """The verdict, bytes by tier, the command, a table by bits, and what would help."""
-    console = Console(width=110, highlight=False)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False)
-
+    say = print_lines
     asked, best = found.choice, found.best
     say(f"{asked.verdict}  {found.survey.model}: {_speeds(asked) if asked.fits else asked.plan.why_not}")
     say(f"machine  {machine_in_words(found.place)}")
@@ -89,7 +83,7 @@ def print_outlook(found: Outlook) -> None:
         say(f"{what}{command_of(found.survey, found.source, best.options)}")
     else:
         say("run      nothing fits here: a smaller model, more RAM, or a checkpoint of fewer bits would")
-    console.print(_table(found))
+    _print_table(found)
     for gain in found.gains[:_GAINS]:
         ratio = gain.decode_tok_s / gain.before_tok_s
         say(f"helps    {gain.change}: {round_to(gain.decode_tok_s)} tok/s ({ratio:.1f} x)")
@@ -101,18 +95,17 @@ def _speeds(one: Choice) -> str:
     return f"decode {decode[0]:g} to {decode[1]:g} tok/s, prefill {prefill[0]:g} to {prefill[1]:g} tok/s"
 
 
-def _table(found: Outlook) -> Table:
-    table = Table()
-    for column in ("bits", "verdict", "GPU", "RAM", "disk", "decode tok/s", "prefill tok/s"):
-        table.add_column(column, justify="left" if column in ("bits", "verdict") else "right", no_wrap=True)
+def _print_table(found: Outlook) -> None:
+    rows = []
     for bits, one in found.table:
         sizes = [format_bytes(size) if size else "-" for size in (one.gpu_bytes, one.ram_bytes, one.disk_bytes)]
         name = str(bits) if bits is not None else f"own ({'+'.join(dict.fromkeys(one.plan.formats.experts))})"
         speeds = ["-", "-"]
         if one.speeds is not None:
             speeds = [f"{s.rounded()[0]:g} - {s.rounded()[1]:g}" for s in (one.speeds.decode, one.speeds.prefill)]
-        table.add_row(name, one.verdict, *sizes, *speeds)
-    return table
+        rows.append((name, one.verdict, *sizes, *speeds))
+    columns = ("bits", "verdict", "GPU", "RAM", "disk", "decode tok/s", "prefill tok/s")
+    print_table(columns, rows, left=("verdict",))
 
 
 def print_reasons(found: Outlook, say: Any) -> None:

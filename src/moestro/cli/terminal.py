@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from threading import Event
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..planning.budget import format_bytes
+from ..progress import Bar
 
 if TYPE_CHECKING:
     from ..text.generation import TextResult
@@ -48,20 +48,15 @@ class ReadingBar:
 
     def __init__(self) -> None:
         self._is_read = False
-        self._begin_s = monotonic()
-        self._bar: Any = None
+        self._bar = Bar("reading the prompt", 1.0, after_s=_SHOWN_AFTER_S)
 
     def on_progress(self, share: float) -> None:
         """So much of the prompt has been read, from 0 to 1."""
         self._is_read = share >= 1
         if self._is_read:
             self.close()
-        elif self._bar is None and sys.stderr.isatty() and monotonic() - self._begin_s >= _SHOWN_AFTER_S:
-            self._bar = _bar()
-            self._task = self._bar.add_task("reading the prompt", total=1.0, completed=share)
-            self._bar.start()
-        elif self._bar is not None:
-            self._bar.update(self._task, completed=share)
+        else:
+            self._bar.reach(share)
 
     def is_reading(self) -> bool:
         """Whether there is more of the prompt to read."""
@@ -69,23 +64,13 @@ class ReadingBar:
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.close()
 
     def __enter__(self) -> ReadingBar:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 @contextmanager

@@ -147,14 +147,14 @@ def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
             )
 
 
-def give_attention(model: str, config: Any, kind: Any, name: str | None, trust_remote_code: bool = False) -> None:
+def give_attention(config: Any, kind: Any, name: str | None, trust_remote_code: bool = False) -> None:
     """Have a model's attention computed by what Transformers has under a name; None leaves the config as it is.
 
     Args:
         kind: the model's class; None where its own code has that.
 
     Raises:
-        RequestError: Transformers has nothing of that name, or not for this model. ModelError: as for a config.
+        RequestError: Transformers has nothing of that name, or not for this model, or it is code that is not trusted.
     """
     if name is None:
         return
@@ -163,13 +163,15 @@ def give_attention(model: str, config: Any, kind: Any, name: str | None, trust_r
     for each in ALL_ATTENTION_FUNCTIONS.valid_keys():
         is_here = getattr(transformers.utils, f"is_flash_attn_{each[-1]}_available", lambda: True)
         names[each] = not each.startswith("paged|") and (not each.startswith("flash_attention") or is_here())
+    if is_kernel(name) and not trust_remote_code:
+        trust = spelled("trust_remote_code", True)
+        raise RequestError(f"{given} is a kernel from the hub, which is code; read it, then give {trust}")
     if not is_kernel(name) and not names.get(name):
         there_are = ", ".join(each for each, is_here in names.items() if is_here)
         raise RequestError(f"{given}: Transformers has {there_are} here")
     if name in _SUPPORTS and not getattr(kind, _SUPPORTS[name], True):
         raise RequestError(f"{given} is not for {kind.__name__}; leave it out, or take eager")
     config._attn_implementation = name
-    _refuse_attention(model, config, trust_remote_code)
 
 
 def check_files(folder: Path) -> None:

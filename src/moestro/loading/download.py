@@ -19,10 +19,11 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from ..errors import CheckpointError, MoestroError, RequestError, first_line
 from ..planning.budget import format_bytes
+from ..progress import BYTES, Bar, is_quiet, quiet
 from .hub import Wanted, blob_path, explain, find_files, here_bytes, is_cut, local_path, part_path
 
 _AT_ONCE = 4  # files
@@ -93,25 +94,19 @@ def _check_disk(wanted: Wanted, n_bytes: int) -> None:
             f"{wanted.model} does not fit on the disk of {wanted.cache.parent}: {sizes}; free "
             f"{format_bytes(n_bytes - free)} more, or set HF_HOME to a folder on another disk"
         )
-    if n_bytes >= SMALL_BYTES and not are_progress_bars_disabled():
+    if n_bytes >= SMALL_BYTES and not is_quiet():
         print(f"{wanted.model}: {sizes}", file=sys.stderr, flush=True)
 
 
 def _fetch_all(wanted: Wanted, left: dict[str, int], names: list[str]) -> None:
     """Fetch contents, some at once, then give all that lack them their names; the first that fails stops the others."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
     total, stop = sum(left.values()), Event()
-    hidden = total < SMALL_BYTES or are_progress_bars_disabled() or not console.is_terminal
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, console=console, disable=hidden, transient=True) as progress,
+        quiet(total < SMALL_BYTES),
+        Bar(f"fetching {wanted.model}", total, BYTES) as bar,
         ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
-        task = progress.add_task(wanted.model, total=total)
-        jobs = [pool.submit(_fetch_file, wanted, name, lambda n: progress.advance(task, n), stop) for name in left]
+        jobs = [pool.submit(_fetch_file, wanted, name, bar.advance, stop) for name in left]
         try:
             for job in as_completed(jobs):
                 job.result()

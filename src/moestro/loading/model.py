@@ -31,6 +31,7 @@ from ..errors import CheckpointError, ModelError, MoestroError, RequestError, fi
 from ..planning.effects import Kind, Setting, without_effect
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options
 from ..planning.spelling import spelled
+from ..progress import Bar, without_bars_of_transformers
 from .cached import load_cached
 from .checkpoint import check_files, give_attention, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
@@ -157,7 +158,7 @@ def _load_checkpoint(
         _say_without_effect(quantization_config, options, "packed", model)
         folder = PackedFolder(model, Path(resolve(model, options.revision)))
         config = read_config(model, source, trust_remote_code)
-        auto = _attending(model, config, options)
+        auto = _attending(config, options)
         return load_packed(folder, config, auto, quantization_config, dtype, trust_remote_code)
     if is_stored(source):
         _say_without_effect(quantization_config, options, "stored", model)
@@ -166,12 +167,12 @@ def _load_checkpoint(
             source, config=other, trust_remote_code=trust_remote_code, transcode=quantization_config.transcode
         )
         config = stored.config()
-        auto = _attending(model, config, options)
+        auto = _attending(config, options)
         return load_stored(source, stored, config, auto, quantization_config, dtype, trust_remote_code)
     _refuse_transcode(quantization_config, model)
     _say_without_effect(quantization_config, options, "plain", model)
     config = read_config(options.config or model, other or source, trust_remote_code)
-    auto = _attending(model, config, options)
+    auto = _attending(config, options)
     source = resolve(model, options.revision)
     load_plain = partial(_load_plain, model, source, config, auto, quantization_config, dtype, trust_remote_code)
     places = Path(source), None if other is None else Path(other)
@@ -201,15 +202,16 @@ def _load_plain(
             else:
                 _warn_of_unused(model, unused)
                 return loaded
-            loaded, info = auto.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                quantization_config=quantization_config,
-                experts_implementation=METHOD,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
+            with Bar("reading weights", None), without_bars_of_transformers():
+                loaded, info = auto.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype,
+                    quantization_config=quantization_config,
+                    experts_implementation=METHOD,
+                    output_loading_info=True,
+                    trust_remote_code=trust_remote_code,
+                )
         except CheckpointError:
             _check_prefix(model, source, auto, config, trust_remote_code)
             raise
@@ -275,12 +277,12 @@ def _auto_class(config: Any) -> Any:
     return next((auto for auto, names in found.items() if any(name in named for name in names)), next(iter(found)))
 
 
-def _attending(model: str, config: Any, source: ModelOptions) -> Any:
+def _attending(config: Any, source: ModelOptions) -> Any:
     """The auto class of a config, which gets the attention that was asked for."""
     auto = _auto_class(config)
     kind = auto._model_mapping.get(type(config), None)
     kind = kind[0] if isinstance(kind, (list, tuple)) else kind
-    give_attention(model, config, kind, source.attn_implementation, source.trust_remote_code)
+    give_attention(config, kind, source.attn_implementation, source.trust_remote_code)
     return auto
 
 

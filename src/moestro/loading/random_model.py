@@ -22,7 +22,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils.logging import tqdm
 
 from ..compute.experts import ExpertMath
 from ..decode.dense import StoredWeight
@@ -33,6 +32,7 @@ from ..engine.gates import find_router
 from ..memory.formats import MatrixFormat
 from ..planning.options import METHOD
 from ..planning.shapes import shape_named
+from ..progress import counted
 from .build import StoredFormats, attach, home, pack_rest
 from .checkpoint import give_attention
 from .config import MoestroConfig
@@ -74,7 +74,7 @@ def build_random_model(
     shape = shape_config(name, layers)
     shape.initializer_range = _INITIALIZER_STD
     shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
-    give_attention(name, shape, AutoModelForCausalLM._model_mapping[type(shape)], attention)
+    give_attention(shape, AutoModelForCausalLM._model_mapping[type(shape)], attention)
     device = make_device(config.device, config.link_gbps)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
@@ -139,7 +139,7 @@ def _fill_experts(conductor: Conductor) -> None:
     expert has blocks. There are such experts for each format.
     """
     bases: dict[str, list[Tensor]] = {}
-    for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
+    for layer in counted(range(len(conductor.spec.layers)), "making experts", "layers"):
         math, count = conductor.math[layer], conductor.spec.layers[layer].experts
         fmt, shape = math.format, math.shape
         if fmt.name not in bases:

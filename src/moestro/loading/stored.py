@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.utils.logging import tqdm
 
 from ..compute.repack import format_of, pack_stored, pack_stored_matrix
 from ..decode.dense import DenseFormats, StoredWeight, packable
@@ -29,6 +28,7 @@ from ..memory.formats.raw import RawMatrix
 from ..memory.store import on_host
 from ..planning.options import METHOD
 from ..planning.spelling import spelled
+from ..progress import counted
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
@@ -182,7 +182,7 @@ def _format_of(expert: ExpertWeights) -> ExpertFormat:
 
 
 def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
-    for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
+    for index, module in enumerate(counted(expert_modules(model), "packing experts", "layers")):
         math = conductor.math[index]
         for expert in range(conductor.spec.layers[index].experts):
             stored = weights.expert(module, expert)
