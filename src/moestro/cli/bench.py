@@ -14,17 +14,20 @@ from ..planning.option import needs, one_of
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
-from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
+from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
 from .terminal import show
 
 TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
 Plot = Annotated[str | None, unset("FILE", "Draw it as an SVG.", "no")]
 
-bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    cls=WholeHelp, help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @bench.command("load", epilog="Example: moestro bench load --size 2GiB")
+@takes_options()
 def bench_load(
     size: Annotated[str, typer.Option(help="Bytes of experts in the checkpoint that is made for it.")] = "2GiB",
     as_json: Json = False,
@@ -220,7 +223,7 @@ def bench_policies(
         found = compare_by_replay(reading, trace, options, names, None if plot is None else Path(plot))
     else:
         found = compare_live(reading, options, names)
-    show(found, as_json)
+    show(found, as_json, model, source.revision)
 
 
 @bench.command("hybrid", epilog="Example: moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB --link 12GB/s")
@@ -316,7 +319,7 @@ def bench_recall(
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))
-    show(report, as_json)
+    show(report, as_json, model, source.revision)
 
 
 @bench.command("quantization", epilog="Example: moestro bench quantization demo --shape olmoe-1b-7b --plot table.svg")
@@ -358,4 +361,4 @@ def bench_quantization(
     )
     if plot is not None:
         report.plot(Path(plot))
-    show(report, as_json)
+    show(report, as_json, model, table.revision)

@@ -5,22 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from inspect import Parameter, signature
+from inspect import Parameter, cleandoc, signature
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from ..errors import RequestError
 from ..planning.option import Checked, about, name_of
 from ..planning.spelling import as_flags, flag
 from ..progress import quiet
+from .envelope import take
 
 Command = Callable[..., None]
 _UsageError: Any = typer.BadParameter.__bases__[0]  # which typer does not show under a name
 
 
-class OneLineErrors(TyperGroup):
+class WholeHelp(TyperGroup):
+    """A group whose help has the first paragraph of each command's whole, over as many lines as it takes."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        found = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+        rows = [(name, _first_paragraph(one.help or "")) for name, one in found if one is not None and not one.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _first_paragraph(text: str) -> str:
+    return " ".join(cleandoc(text).split("\n\n")[0].split())
+
+
+class OneLineErrors(WholeHelp):
     """A group of commands in which a wrong way to call one is a RequestError, as everything that is refused."""
 
     def make_context(self, *given: Any, **extra: Any) -> Any:
@@ -88,6 +105,10 @@ def takes_options(
             values = {
                 name: kind(**{field.name: given[field.name] for field in taken[name]}) for name, kind in kinds.items()
             }
+            take(
+                {name: given[name] for name in own if name not in kinds and _is_shown(own[name])}
+                | {one.name: getattr(values[name], one.name) for name in kinds for one in taken[name]}
+            )
             with quiet(bool(given.get("as_json"))):
                 command(**{name: given[name] for name in own if name not in kinds}, **values)
 
@@ -98,6 +119,11 @@ def takes_options(
         return called
 
     return wrap
+
+
+def _is_shown(parameter: Parameter) -> bool:
+    """Whether a command's own parameter is an option that changes what is computed."""
+    return parameter.name != "as_json" and any(isinstance(one, OptionInfo) for one in get_args(parameter.annotation))
 
 
 def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Parameter:

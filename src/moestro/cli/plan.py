@@ -7,9 +7,9 @@ from typing import Any
 from ..console import print_lines, print_table
 from ..loading.outlook import Choice, Outlook, command_of
 from ..loading.reasons import machine_in_words, reasons, round_to
+from ..machine.probe import physical_cores
 from ..planning.budget import format_bytes
 
-_SCHEMA = 1  # raised when a field changes its meaning or goes
 _GAINS = 4  # printed
 
 
@@ -17,7 +17,6 @@ def to_json(found: Outlook) -> dict[str, Any]:
     """All of it as plain values; what fits is told of the choice that the command names."""
     best, asked = found.best, found.choice
     return {
-        "schema": _SCHEMA,
         "model": found.survey.model,
         "kind": found.survey.kind,
         "dtype": found.survey.dtype,
@@ -42,6 +41,20 @@ def to_json(found: Outlook) -> dict[str, Any]:
             "here": found.place.is_here,
         },
         "reasons": reasons(found),
+    }
+
+
+def settled_by(found: Outlook) -> dict[str, Any]:
+    """What the plan made of options that leave something to the model or the machine, by their names."""
+    options, plan = found.choice.options, found.choice.plan
+    device = options.device if options.device != "auto" else "cpu" if found.place.free_gpu_bytes is None else "cuda"
+    return {
+        "threads": options.threads or physical_cores(),
+        "device": device,
+        "policy": plan.policy,
+        "dtype": found.survey.dtype,
+        "context": plan.context,
+        "machine": found.place.machine.name,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..planning.budget import format_bytes
 from ..progress import Bar
+from .envelope import print_json
 
 if TYPE_CHECKING:
     from ..text.generation import TextResult
@@ -145,10 +145,10 @@ def print_warnings(result: TextResult) -> None:
         say(f"warning: {warning}")
 
 
-def show(report: Any, as_json: bool) -> None:
-    """Print a report: as a line of JSON, or as it prints itself."""
+def show(report: Any, as_json: bool, model: str | None = None, revision: str | None = None) -> None:
+    """Print a report, of a model or of none: as a line of JSON, or as it prints itself."""
     if as_json:
-        print(json.dumps(report.to_json()))
+        print_json(report.to_json(), model, revision)
     else:
         report.print()
 

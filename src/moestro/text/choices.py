@@ -86,6 +86,20 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
     )
 
 
+def settled(options: TextOptions, own: GenerationConfig) -> dict[str, Any]:
+    """The options of a request by which tokens are chosen, as they are with what the checkpoint leaves to them."""
+    num_beams = options.num_beams or own.num_beams or 1
+    found = _sampling(options, own, num_beams)
+    penalty = options.repetition_penalty if options.repetition_penalty is not None else own.repetition_penalty
+    return {
+        "temperature": found["temperature"] or 0.0,
+        **{name: found.get(name) for name in ("top_p", "top_k", "min_p")},
+        "repetition_penalty": 1.0 if penalty is None else penalty,
+        "num_beams": num_beams,
+        "stop": list(options.stop or own.stop_strings or ()),
+    }
+
+
 def without_effect(options: TextOptions, own: GenerationConfig) -> list[str]:
     """A line for each option of a request that changes nothing, since nothing is drawn."""
     if _sampling(options, own, options.num_beams or own.num_beams or 1)["do_sample"]:
