@@ -1,7 +1,7 @@
 """The line that `--json` prints last: a command's own keys, then what it was made by. Imports no torch.
 
-Beside the command's keys there are `schema`, `versions`, `kernel_level`, `model_revision` and `options`: docs/json.md says
-what they hold. A command's own keys never have these names.
+Beside the command's keys there are `schema`, `versions`, `kernel_level`, `model_revision` and `options`: docs/json.md
+says what they hold. A command's own keys never have these names.
 """
 
 from __future__ import annotations

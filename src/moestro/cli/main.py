@@ -137,7 +137,7 @@ def run(
     else:
         print()
         print_figures(result)
-        say(f"load    imports {imports_s:.2f} s, {times}")
+        say(f"start    {imports_s:.2f} s to import, {times}")
 
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')

@@ -119,23 +119,27 @@ class AnswerPrinter:
 
 def print_figures(result: TextResult) -> None:
     """Print the closing figures on standard error, so that standard output is the text alone."""
-    new_prompt_tokens = result.prompt_tokens - result.reused_tokens
-    kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
-    decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
-    full = " (the context is full)" if result.context_full else ""
-    experts = ""
+    kept = f" ({result.reused_tokens} more were there from before)" if result.reused_tokens else ""
+    lines = {
+        "prompt": f"{result.prompt_tokens - result.reused_tokens} tokens{kept} read at {result.prefill_tok_s:.1f} "
+        f"tokens a second; the answer began after {result.ttft_s:.3f} s",
+        "answer": f"{result.new_tokens} tokens"
+        + ("" if result.decode_tok_s is None else f" written at {result.decode_tok_s:.1f} tokens a second")
+        + ("; the context is full" if result.context_full else ""),
+    }
     if result.hit_rate is not None:
-        experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
-    capture = "" if result.capture is None else f"capture {result.capture.describe()}\n"
-    assisted = "" if result.assisted is None else f"guesses {result.assisted.describe()}\n"
-    faults = f"faults  {result.faults.describe()}\n" if result.faults.prefill or result.faults.decode else ""
-    memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
-    say(
-        f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
-        f"first token after {result.ttft_s:.3f} s\n"
-        f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{capture}{assisted}{faults}peak memory   {memory}"
-    )
+        copied = format_bytes(result.bytes_moved)
+        lines["experts"] = f"{result.hit_rate:.1%} of those that were needed were on the GPU; {copied} copied there"
+    if result.capture is not None:
+        lines["graphs"] = result.capture.describe()
+    if result.assisted is not None:
+        lines["guesses"] = result.assisted.describe()
+    if result.faults.prefill or result.faults.decode:
+        lines["disk"] = result.faults.describe()
+    names = {"ram": "RAM", "gpu": "GPU memory"}
+    used = (f"{format_bytes(n)} of {names.get(tier, tier)}" for tier, n in result.peak_bytes.items() if n)
+    lines["memory"] = f"{', '.join(used)} at most"
+    say("\n" + "\n".join(f"{name:8} {text}" for name, text in lines.items()))
     print_warnings(result)
 
 

@@ -50,7 +50,7 @@ class AssistedFigures:
     def describe(self) -> str:
         """The figures in words."""
         of = "" if self.drafted_tokens is None else f" of {self.drafted_tokens}"
-        return f"{self.accepted_tokens}{of} guessed tokens accepted, {self.steps} steps"
+        return f"{self.accepted_tokens}{of} guessed tokens were right, in {self.steps} steps"
 
 
 def check_goes_back(flag: str, name: str, kind: Any, config: Any) -> None:
