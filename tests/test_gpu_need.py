@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     said = re.fullmatch(
         rf"error: the GPU needs {size} \(dense weights 2\.6 MiB, KV cache 768\.0 KiB for 512 tokens, "
         rf"activations {size}\), "
-        r"but --gpu-memory allows 8\.0 MiB; give it at least ([\d.]+MiB) or ask for --context (\d+)",
+        r"but gpu_memory allows 8\.0 MiB; give it at least ([\d.]+MiB) or ask for context=(\d+)",
         err,
     )
     assert said, err
@@ -299,7 +299,7 @@ def test_sharing_out() -> None:
     with pytest.raises(BudgetError) as refused:
         share_out(20 * MIB, Margin(0.1, MIB), 4096, _plan_for, named=False)
     said = str(refused.value)
-    assert "there are free 20.0 MiB; free some or ask for --context " in said
+    assert "there are free 20.0 MiB; free some or ask for context=" in said
     longest = int(said.rsplit(maxsplit=1)[1])
     needs, room = _plan_for(longest).needed_bytes, 17 * MIB
     assert 0.5 * room < needs <= room

@@ -142,7 +142,7 @@ def test_bits_are_those_of_the_formats(bits: int) -> None:
     formats = {32: "fp32", 16: "bf16", 8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}
     layer = at_bits(spec_of_shape("mixtral-8x7b"), bits).layers[0]
     assert layer.expert_bytes == FORMATS[formats[bits]].expert_bytes(ExpertShape(4096, 14336))
-    with pytest.raises(RequestError, match="--bits 5"):
+    with pytest.raises(RequestError, match="bits=5"):
         at_bits(SPEC, 5)
 
 

@@ -6,23 +6,20 @@ Knows what a conductor has; reads no counter, since that may wait for a GPU.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..compute.cpu import best_level
 from ..planning.budget import format_bytes
 
-if TYPE_CHECKING:
-    from .conductor import Conductor
-
 
 class HasCard:
-    """Prints itself as a card."""
+    """The base of a conductor, which prints itself as a card."""
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name:<9}{text}" for name, text in _lines(self).items())  # type: ignore[arg-type]
+        return "\n".join(f"{name:<9}{text}" for name, text in _lines(self).items())
 
 
-def _lines(of: Conductor) -> dict[str, str]:
+def _lines(of: Any) -> dict[str, str]:
     spec, slots, plan = of.spec, of.slots, of.gpu_plan
     formats = Counter(math.format.name for math in of.math)
     sizes = sorted({layer.experts for layer in spec.layers})
