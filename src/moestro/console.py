@@ -43,14 +43,28 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: Col
     Args:
         left: names of columns, besides the first one, that are on the left; figures are on the right.
     """
-    from rich.measure import Measurement
+    from rich.cells import cell_len
     from rich.table import Table
 
-    table, shown = Table(), console()
-    for column in columns:
-        table.add_column(column, justify="left" if not table.columns or column in left else "right", overflow="fold")
-    for row in rows:
+    table, shown, given = Table(), console(), [tuple(row) for row in rows]
+    cells = list(zip(columns, *given, strict=True))
+    least = [max(cell_len(word) for text in column for word in (text.split() or [""])) for column in cells]
+    whole = [max(map(cell_len, column)) for column in cells]
+    widths = _shared(least, whole, shown.width - 3 * len(columns) - 1)
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, justify="left" if not table.columns or column in left else "right", width=width)
+    for row in given:
         table.add_row(*row)
-    wide = shown.options.update(width=_UNBOUNDED)
-    shown.width = max(shown.width, Measurement.get(shown, wide, table).minimum)
+    shown.width = max(shown.width, sum(widths) + 3 * len(columns) + 1)
     shown.print(table)
+
+
+def _shared(least: list[int], whole: list[int], room: int) -> list[int]:
+    """Widths of columns that wrap between words: none below its longest word, the narrowest first made wider."""
+    widths = list(least)
+    for _ in range(room - sum(least)):
+        narrow = [i for i, width in enumerate(widths) if width < whole[i]]
+        if not narrow:
+            break
+        widths[min(narrow, key=lambda i: widths[i])] += 1
+    return widths

@@ -106,8 +106,8 @@ def takes_options(
                 name: kind(**{field.name: given[field.name] for field in taken[name]}) for name, kind in kinds.items()
             }
             take(
-                {name: given[name] for name in own if name not in kinds and _is_shown(own[name])}
-                | {one.name: getattr(values[name], one.name) for name in kinds for one in taken[name]}
+                {shown: given[name] for name in own if name not in kinds and (shown := _shown_name(own[name]))}
+                | {name_of(one): getattr(values[name], one.name) for name in kinds for one in taken[name]}
             )
             with quiet(bool(given.get("as_json"))):
                 command(**{name: given[name] for name in own if name not in kinds}, **values)
@@ -121,9 +121,13 @@ def takes_options(
     return wrap
 
 
-def _is_shown(parameter: Parameter) -> bool:
-    """Whether a command's own parameter is an option that changes what is computed."""
-    return parameter.name != "as_json" and any(isinstance(one, OptionInfo) for one in get_args(parameter.annotation))
+def _shown_name(parameter: Parameter) -> str | None:
+    """The name of the option that a command's own parameter is, None of arguments and of --json."""
+    for one in get_args(parameter.annotation):
+        if isinstance(one, OptionInfo) and parameter.name != "as_json":
+            flags = [each for each in (one.default, *(one.param_decls or ())) if str(each).startswith("--")]
+            return str(flags[0]).split("/")[0][2:].replace("-", "_") if flags else parameter.name
+    return None
 
 
 def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Parameter:
