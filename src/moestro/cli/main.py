@@ -32,7 +32,7 @@ from .options import (
     unset,
 )
 from .preflight import check_model, check_named, check_readable
-from .terminal import AnswerPrinter, ReadingBar, print_figures, print_piece, read_prompt, say, use_any_bytes
+from .terminal import AnswerPrinter, ReadingBar, print_figures, read_prompt, say, use_any_bytes
 
 app = typer.Typer(
     name="moestro",
@@ -120,10 +120,10 @@ def run(
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans), ReadingBar() as bar:
         result = generate_text(
             *(loaded, tokenizer, given.ids, options),
-            on_text=(printer.on_text if given.in_template else print_piece) if streams else None,
+            on_text=printer.on_text if streams else None,
             on_reasoning=printer.on_reasoning if streams else None,
             splits_channels=as_json or given.in_template,
-            on_checked=partial(print_piece, text) if streams and not given.in_template else lambda: None,
+            on_checked=partial(printer.on_prompt, text) if streams and not given.in_template else lambda: None,
             on_progress=bar.on_progress,
             draft=draft,
         )

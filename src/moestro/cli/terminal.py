@@ -14,6 +14,7 @@ from ..errors import RequestError
 from ..planning.budget import format_bytes
 from ..progress import Bar
 from .envelope import print_json
+from .wrapping import Wrapped
 
 if TYPE_CHECKING:
     from ..text.generation import TextResult
@@ -93,28 +94,32 @@ def stop_on_interrupt(is_reading: Callable[[], bool] = lambda: False) -> Iterato
         signal.signal(signal.SIGINT, before)
 
 
-def print_piece(text: str) -> None:
-    """Print a piece of the text at once."""
-    print(text, end="", flush=True)
-
-
 class AnswerPrinter:
     """Prints an answer as it comes; what the model thinks aloud goes to standard error, dimmed on a terminal."""
 
     def __init__(self) -> None:
         self._is_thinking = False
+        self._answer, self._thoughts = Wrapped(), Wrapped(is_error=True)
+
+    def on_prompt(self, text: str) -> None:
+        """Print the text that the answer continues."""
+        self._answer.write(text)
 
     def on_reasoning(self, text: str) -> None:
         """Print a piece of the reasoning."""
         self._is_thinking = True
-        print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+        dim, normal = ("\x1b[2m", "\x1b[22m") if sys.stderr.isatty() else ("", "")
+        sys.stderr.write(dim)
+        self._thoughts.write(text)
+        sys.stderr.write(normal)
+        sys.stderr.flush()
 
     def on_text(self, text: str) -> None:
         """Print a piece of the answer, after empty lines if reasoning came before it."""
         if self._is_thinking:
             self._is_thinking = False
             say("\n")
-        print_piece(text)
+        self._answer.write(text)
 
 
 def print_figures(result: TextResult) -> None:
