@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     said = re.fullmatch(
         rf"error: the GPU needs {size} \(dense weights 2\.6 MiB, KV cache 768\.0 KiB for 512 tokens, "
         rf"activations {size}\), "
-        r"but gpu_memory allows 8\.0 MiB; give it at least ([\d.]+MiB) or ask for context=(\d+)",
+        r"but --gpu-memory allows 8\.0 MiB; give it at least ([\d.]+MiB) or ask for --context (\d+)",
         err,
     )
     assert said, err

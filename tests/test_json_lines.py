@@ -182,8 +182,8 @@ def test_a_report_says_nothing_of_its_user(
 def test_a_report_where_a_level_does_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MOESTRO_LEVEL", "/home/me/level")
+    monkeypatch.setenv("MOESTRO_LEVEL", "/srv/level")
     _call(monkeypatch, "doctor", "--report")
     out = capsys.readouterr().out
     assert "MOESTRO_LEVEL is set" in out
-    assert "/home" not in out
+    assert "/srv" not in out

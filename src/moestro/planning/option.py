@@ -150,7 +150,7 @@ def _fit(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     if (bool in kinds and isinstance(value, bool)) or (str in kinds and isinstance(value, str)):
         return value
-    if not isinstance(value, Real | str | bytes) and {*kinds} - {*_IN_WORDS, NoneType}:
+    if value is not None and not isinstance(value, Real | str | bytes) and {*kinds} - {*_IN_WORDS, NoneType}:
         return value
     needed = " or ".join(words for kind, words in _IN_WORDS.items() if kind in kinds)
     raise RequestError(f"{spelled(name, value, quoted=True)}: needs {needed}")
