@@ -103,7 +103,7 @@ def heads_of(shape: str) -> Heads:
     """
     found = shape_named(shape)
     if "kv_lora_rank" in found:
-        raise RequestError(f"{shape} keeps latent keys and values, which these kernels do not read; take another --shape")
+        raise RequestError(f"{shape} keeps latent keys and values, which these kernels do not read; take another shape")
     queries, keys = found["num_attention_heads"], found["num_key_value_heads"]
     return Heads(queries, keys, found.get("head_dim", found["hidden_size"] // queries))
 

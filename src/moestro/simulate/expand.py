@@ -6,10 +6,10 @@
 
 A gate's score of an expert is a sum of four normal parts: how much the layer likes the expert in any text, how much it
 does in this text (which drifts over some 300 tokens), in these words (over two tokens), and noise of this token. Each
-token takes the top k. The first part's size is solved so that the hottest quarter of experts has its share, that of the
-second and third together so that as many experts are used again as wanted, `lasting` of it in the second. A guess is the
-score with noise, more the farther ahead it is; its size is solved for the recall. All are solved on the very numbers
-that the trace is made of, so that a trace meets its parameters.
+token takes the top k. The first part's size is solved so that the hottest quarter of experts has its share, that of
+the second and third together so that as many experts are used again as wanted, `lasting` of it in the second. A guess
+is the score with noise, more the farther ahead it is, whose size is solved for the recall. All are solved on the very
+numbers that the trace is made of, so that a trace meets its parameters.
 
 Legend: L layers, T tokens of a text, P texts, E experts of a layer, k chosen.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planning.contract import ModelSpec, Phase, Step, guesses_kept
+from ..planning.contract import Phase, Step, guesses_kept
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from .routing import Statistics
 from .trace import Pass, Trace

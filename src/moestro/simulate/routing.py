@@ -24,9 +24,9 @@ PARAMETERS = ("hottest_quarter", "repeat", "lasting", "recall")
 class Statistics:
     """How experts are chosen.
 
-    hottest_quarter: of a layer's uses, over several texts, the share of its hottest quarter of experts.
+    hottest_quarter: of a layer's uses, over three texts, the share of its hottest quarter of experts.
     repeat: of a token's experts, the share that the token before used too: the hits of an LRU of top-k slots a layer.
-    lasting: of what makes experts be used again beyond a layer's liking, the share that is of the text, not of the words.
+    lasting: of what makes experts be used again beyond a layer's liking, the share that is of the text, not of words.
     recall: of a layer's experts, the share among as many guesses of one layer before.
     """
 
@@ -53,7 +53,8 @@ class Routing:
         for name in PARAMETERS:
             low, high = getattr(self.low, name), getattr(self.high, name)
             mark = ", assumed" if name in self.assumed else ""
-            said.append(f"{name.replace('_', ' ')} {low:g} to {high:g}{mark}")
+            ends = f"{low:g} to {high:g}" if low < high else f"{low:g}"
+            said.append(f"{name.replace('_', ' ')} {ends}{mark}")
         return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
