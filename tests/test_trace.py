@@ -24,6 +24,7 @@ from moestro.simulate.trace_summary import lru_hit_rate, popularity, recall, reu
 from moestro.text.tracing import listening, trace_ids, trace_text
 
 SPEC = ModelSpec((LayerSpec(8, 64, 1000, hidden=16),) * 3, dense_bytes=100, dense_weights=50)
+LAYERS = 5  # more than any of them that is dense
 TEXT = "Once upon a time there was a king who had a daughter, and she was so beautiful that the sun was glad. " * 12
 
 
@@ -130,9 +131,9 @@ def test_a_shape_as_the_planner_sees_it_is_the_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape_config(name), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape_config(name, LAYERS), dtype=torch.bfloat16)
     experts = {key: p for key, p in model.named_parameters() if ".experts." in key}
-    spec = spec_of_shape(name)
+    spec = spec_of_shape(name, LAYERS)
     assert spec.dense_weights == sum(p.numel() for key, p in model.named_parameters() if key not in experts)
     assert spec.expert_bytes == sum(2 * p.numel() for p in experts.values())
 

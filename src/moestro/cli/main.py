@@ -212,10 +212,7 @@ def replay_command(
     timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
-    """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits.
-
-    With --shape no trace and no model is needed: speeds are a range, from what is known of that shape's routing.
-    """
+    """Run a policy over a trace, or over a shape without one, on a virtual machine: hits, lanes, speeds and limits."""
     from ..text.files import writable
 
     check_routing(trace, options)

@@ -142,7 +142,7 @@ def replay_shape(options: ReplayOptions, timeline: Path | None) -> ShapeReplay:
     spec = spec if options.bits is None else at_bits(spec, options.bits)
     if (lacks := shortfall(spec, machine, options.gpu_bytes)) is not None:
         return ShapeReplay(options, routing, lacks, ())
-    ends = []
+    ends: list[Replay] = []
     for statistics in (routing.low, routing.high):
         trace = resized(expanded(options.shape, statistics, seed=routing.seed, tokens=SHAPE_TOKENS), None, options.bits)
         ends.append(_replay(trace, options, machine, None if ends else timeline))

@@ -33,7 +33,7 @@ LOOKAHEAD = 2  # layers that gates guess ahead
 _DRIFT_TOKENS = 300.0  # over which what a text is about changes
 _WORDS_TOKENS = 2.0
 _SOLVED_LAYERS = 6  # that sizes are solved on: they hold for all, which are drawn alike
-_ROUNDS, _HALVINGS = 3, 12
+_ROUNDS, _HALVINGS = 4, 9
 
 Scores = NDArray[np.float32]
 Chosen = NDArray[np.bool_]
@@ -132,8 +132,8 @@ def _solved_parts(draws: _Draws, wanted: Statistics, top_k: int) -> tuple[float,
         return float(both.sum() / chosen[:, :, 1:].sum())
 
     for _ in range(_ROUNDS):
+        liking = _solve(hottest, wanted.hottest_quarter, 2.0)
         topics = _solve(repeated, wanted.repeat, 4.0)
-        liking = _solve(hottest, wanted.hottest_quarter, 4.0)
     return liking, topics
 
 

@@ -86,11 +86,12 @@ def routing_of(shape: str) -> Routing:
     if shape not in _shapes():
         raise RequestError(f"nothing is known of how {shape} routes; there are: {', '.join(routed_shapes())}")
     found = _shapes()[shape]
-    ends = (Statistics(*(found[name]["range"][end] for name in PARAMETERS)) for end in (0, 1))
+    low, high = (Statistics(*(found[name]["range"][end] for name in PARAMETERS)) for end in (0, 1))
     return Routing(
         shape,
         found["seed"],
-        *ends,
+        low,
+        high,
         sources={name: found[name]["source"] for name in PARAMETERS},
         assumed=tuple(name for name in PARAMETERS if found[name]["kind"] == "assumed"),
     )
