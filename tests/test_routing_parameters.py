@@ -125,12 +125,12 @@ def _run(*arguments: str) -> str:
 
 @pytest.mark.usefixtures("shallow")
 def test_a_replay_of_a_shape_is_a_range() -> None:
-    asked = ("replay", "--shape", "mixtral-8x7b", "--bits", "4", "--gpu-memory", "3GiB", "--policy", "lru")
+    asked = ("replay", "--shape", "mixtral-8x7b", "--bits", "4", "--gpu-memory", "2GiB", "--policy", "lru")
     found = json.loads(_run(*asked, "--json"))
     assert found["does_not_fit"] is None
     for name in ("prefill_tok_s", "decode_tok_s", "hit_rate"):
         low, high = found[name]
-        assert 0 < low < high
+        assert 0 < low <= high
         assert {low, high} == {found[end][name] for end in ("low_routing", "high_routing")}
     assert found["routing"]["recall"]["assumed"]
     assert not found["routing"]["repeat"]["assumed"]
@@ -167,7 +167,7 @@ def test_policies_of_a_shape_are_compared_without_a_model(monkeypatch: pytest.Mo
     for row, low, high in zip(found["rows"], found["low"], found["high"], strict=True):
         assert row["does_not_fit"] is None
         assert row["decode_tok_s"] == sorted((low["decode_tok_s"], high["decode_tok_s"]))
-        assert 0 < row["decode_tok_s"][0]
+        assert row["decode_tok_s"][0] > 0
     assert found["routing"]["repeat"]["range"] == [0.32, 0.35]
 
 

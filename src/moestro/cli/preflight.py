@@ -57,7 +57,7 @@ def check_readable(path: str | None, what: str) -> None:
 
 
 def check_routing(trace: str | None, options: ReplayOptions) -> None:
-    """Refuse a replay that names neither a trace nor a shape, or both, or a shape whose routing nobody knows.
+    """Refuse a replay that names neither a trace nor a shape, or both, or a shape of unknown routing.
 
     Raises:
         RequestError: a line that says which.
