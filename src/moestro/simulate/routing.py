@@ -99,5 +99,5 @@ def routing_of(shape: str) -> Routing:
 
 @cache
 def _shapes() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("routing.json").read_text())
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("routing.json").read_bytes())
     return table["shapes"]  # type: ignore[no-any-return]
