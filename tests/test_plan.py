@@ -79,7 +79,7 @@ def test_the_closed_form_of_real_shapes(name: str) -> None:
     shape = text_shape(completed({**SHAPES[name], "num_hidden_layers": LAYERS}), item_bytes=2)
     for context in (512, 4096):
         found, _ = _measured(model, "bf16", context)
-        said = shape.footprint(context, expert_workspace(spec_of_shape(name, LAYERS)))
+        said = shape.footprint(context, expert_workspace(spec_of_shape(name, LAYERS)), scores_of_two_widths=True)
         assert said.kv_bytes == found.kv_bytes
         assert found.activation_bytes <= said.activation_bytes <= MOST * found.activation_bytes
 

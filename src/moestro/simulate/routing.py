@@ -38,7 +38,7 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """A shape's ranges. sources: by parameter, where its range is from. assumed: parameters of which nothing is published."""
+    """A shape's ranges. sources: by parameter, where its range is from. assumed: parameters that are not published."""
 
     shape: str
     seed: int
