@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,17 @@ def test_all_real_shapes_have_parameters_with_sources() -> None:
             assert (parameter in routing.assumed) or not source.startswith("assumed")
     with pytest.raises(RequestError, match="nothing is known of how tiny routes; there are: mixtral-8x7b, olmoe"):
         routing_of("tiny")
+
+
+def test_the_page_has_the_parameters() -> None:
+    page = (Path(__file__).parents[1] / "docs/policies.md").read_text("utf-8")
+    for name in routed_shapes():
+        routing, cells = routing_of(name), []
+        for parameter in PARAMETERS:
+            low, high = getattr(routing.low, parameter), getattr(routing.high, parameter)
+            ends = f"{low:g} to {high:g}" if low < high else f"{low:g}"
+            cells.append(ends if parameter in routing.assumed else f"{ends} (published)")
+        assert f"| `{name}` | {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("end", ["low", "high"])
