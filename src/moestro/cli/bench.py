@@ -203,7 +203,7 @@ def bench_policies(
 ) -> None:
     """All policies on one model's routing, prefill and decode: by replay on any machine, or live.
 
-    A real --shape without --text needs no model: figures are ranges, from what is known of its routing.
+    A real shape without a text needs no model: figures are ranges, from what is known of its routing.
     """
     if live and (trace is not None or options.as_shape is not None or plot is not None):
         raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")

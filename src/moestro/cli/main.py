@@ -202,9 +202,7 @@ def trace_command(
         print_summary(summary)
 
 
-@app.command(
-    "replay", epilog="Example: moestro replay demo.trace --policy lru --machine rtx4090 --as-shape mixtral-8x7b"
-)
+@app.command("replay", epilog="Example: moestro replay --shape mixtral-8x7b --bits 4 --machine rtx4090 --policy lru")
 @takes_options()
 def replay_command(
     options: ReplayOptions,
