@@ -169,6 +169,21 @@ def test_what_does_not_fit_has_no_speed(command: tuple[str, ...]) -> None:
     assert shortfall(at_bits(spec, 8), machine) is None
 
 
+def test_a_trace_at_a_size_that_does_not_fit_has_no_speed(tmp_path: Path) -> None:
+    path = str(tmp_path / "small.trace")
+    statistics = routing_of("mixtral-8x7b").low
+    expanded("tiny", statistics, seed=1, tokens=6, prompt_tokens=4, decode_tokens=2).save(Path(path))
+    size = ("--as-shape", "mixtral-8x7b", "--machine", "rtx4090")
+    for bits, fits in (("16", False), ("4", True)):
+        found = json.loads(_run("replay", path, *size, "--bits", bits, "--json"))
+        assert (found["does_not_fit"] is None, found["decode_tok_s"] is not None) == (fits, fits)
+        told = _run("bench", "policies", "--trace", path, *size, "--bits", bits, "--policy", "lru", "--json")
+        (row,) = json.loads(told.splitlines()[-1])["rows"]
+        assert (row["does_not_fit"] is None, row["decode_tok_s"] is not None) == (fits, fits)
+    told = _run("replay", path, *size, "--bits", "16")
+    assert told.startswith("tiny, routing by parameters as mixtral-8x7b on rtx4090 does not fit: dense weights and")
+
+
 @pytest.mark.usefixtures("shallow")
 def test_policies_of_a_shape_are_compared_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moestro.loading.random_model.build_random_model", None)
