@@ -105,7 +105,10 @@ def print_lacks(rows: Sequence[PolicyRow]) -> None:
     for why, names in lacks.items():
         print(f"{'all' if len(names) == len(rows) else ', '.join(names)}: {why}")
     if reading := [row.policy for row in rows if row.disk_bytes]:
-        print(f"read from disk, since the RAM does not hold all experts that are not on the GPU: {', '.join(reading)}")
+        print(
+            "read from disk, since the RAM does not hold all experts that are not on the GPU, which a run refuses: "
+            + ", ".join(reading)
+        )
 
 
 def compare(
