@@ -96,9 +96,7 @@ class ShapeReplay:
         hits = self._range(_hit_rate)
         print(f"hits     {hits[0]:.1%} to {hits[1]:.1%}; Belady's {low.belady_rate:.1%} to {high.belady_rate:.1%}")
         if read := max(end.lanes[Lane.DISK][1] for end in self.ends):
-            print(
-                f"disk     {format_bytes(read)} read: the RAM does not hold all experts that are not on the GPU; a run refuses that"
-            )
+            print(f"disk     {format_bytes(read)} read, since the RAM lacks room for experts; a run would be refused")
         print(f"routing  {self.routing.in_words()}\n         not recorded from the model; --json has the sources")
 
 
