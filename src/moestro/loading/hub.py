@@ -260,7 +260,7 @@ def _listing(repo: str, revision: str) -> Wanted:
     except Exception as error:  # an answer may be anything
         if is_cut(error) or isinstance(error, OfflineModeIsEnabled):
             ref = _cache(repo) / "refs" / revision
-            snapshot = _cache(repo) / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+            snapshot = _cache(repo) / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else revision)
             if snapshot.is_dir():
                 return Wanted(repo, snapshot, _sizes(snapshot), ())
         raise explain(error, repo, revision) from error
