@@ -66,7 +66,7 @@ def evaluate(
 def main() -> None:
     """Load, evaluate, print a line for each metric."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a checkpoint's folder, a hub id, or demo")
+    parser.add_argument("model", nargs="?", default="demo", help="a checkpoint's folder, a hub id, or demo")
     parser.add_argument("--tasks", default="", help="names of lm_eval's tasks, with commas between them")
     parser.add_argument("--text", type=Path, help="a text to predict")
     parser.add_argument("--limit", type=int, help="only so many documents of each task")

@@ -231,7 +231,7 @@ def test_experts_that_do_not_pass_through_the_interface(
         (["bench", "recall", "demo", "--plot", "/nowhere/a.svg"], PLOT_SAYS),
         (["trace", "demo", "--text", __file__, "-o", "/nowhere/t"], "/nowhere/t cannot be written"),
         (["bench", "host", "--slots", "1.5"], "--slots 1.5: a share of the experts is wanted, from 0 to below 1"),
-        (["bench", "host", "--shape", "small"], "no shape 'small'; there are: mixtral-8x7b, "),
+        (["bench", "host", "--shape", "small"], "no shape 'small'; there are: deepseek-v3, "),
         (["bench", "recall"], "name one model: a folder, a hub id, demo, or a shape"),
         (["run", "demo", "x", "--device", "tpu"], "no device 'tpu'"),
         (["run", "demo", "x", "--dtype", "int3"], "no dtype 'int3'"),

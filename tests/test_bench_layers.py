@@ -35,8 +35,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shapes_are_those_that_models_are_built_of() -> None:
-    assert {*REAL_SHAPES, "tiny"} == SHAPES.keys()
-    for name, config in SHAPES.items():
+    for name in (*REAL_SHAPES, "tiny"):
+        config = SHAPES[name]
         expert, experts, top_k = moe_layer(name)
         assert expert.hidden == config["hidden_size"]
         assert expert.neurons == config.get("moe_intermediate_size", config["intermediate_size"])

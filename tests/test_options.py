@@ -71,7 +71,7 @@ RIGHT: dict[str, tuple[Any, ...]] = {  # of each option with a check; also at th
     "seed": (0, 2**63 - 1),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {
-    "shape": ("huge", "no shape 'huge'; there are: mixtral-8x7b"),
+    "shape": ("huge", "no shape 'huge'; there are: deepseek-v3"),
     "revision": ("", "--revision '': needs a branch, tag or commit"),
     "config": (" ", "--config ' ': needs a model's name"),
     "tokenizer": ("", "--tokenizer '': needs a model's name"),

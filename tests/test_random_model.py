@@ -106,7 +106,7 @@ def test_the_tokenizer_spells_out_what_it_has_no_letters_for() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(RequestError, match="no shape 'huge'; there are: mixtral-8x7b"):
+    with pytest.raises(RequestError, match="no shape 'huge'; there are: deepseek-v3"):
         load(shape="huge")
     with pytest.raises(RequestError, match="name one model"):
         load("demo", shape="tiny")

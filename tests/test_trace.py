@@ -18,12 +18,13 @@ from moestro.loading.random_model import shape_config
 from moestro.memory.formats import FORMATS, ExpertShape
 from moestro.planning.contract import LayerSpec, ModelSpec, Phase, Step
 from moestro.planning.shapes import SHAPES, spec_of_shape
-from moestro.simulate.reshape import BITS_PER_WEIGHT, as_shape, at_bits
+from moestro.simulate.reshape import FORMAT_OF_BITS, as_shape, at_bits
 from moestro.simulate.trace import Pass, Trace
 from moestro.simulate.trace_summary import lru_hit_rate, popularity, recall, reuse, summarize
 from moestro.text.tracing import listening, trace_ids, trace_text
 
 SPEC = ModelSpec((LayerSpec(8, 64, 1000, hidden=16),) * 3, dense_bytes=100, dense_weights=50)
+LAYERS = 5  # more than any of them that is dense
 TEXT = "Once upon a time there was a king who had a daughter, and she was so beautiful that the sun was glad. " * 12
 
 
@@ -130,18 +131,19 @@ def test_a_shape_as_the_planner_sees_it_is_the_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape_config(name), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape_config(name, LAYERS), dtype=torch.bfloat16)
     experts = {key: p for key, p in model.named_parameters() if ".experts." in key}
-    spec = spec_of_shape(name)
+    spec = spec_of_shape(name, LAYERS)
     assert spec.dense_weights == sum(p.numel() for key, p in model.named_parameters() if key not in experts)
     assert spec.expert_bytes == sum(2 * p.numel() for p in experts.values())
 
 
-@pytest.mark.parametrize("bits", sorted(BITS_PER_WEIGHT))
+@pytest.mark.parametrize("bits", sorted(FORMAT_OF_BITS))
 def test_bits_are_those_of_the_formats(bits: int) -> None:
     formats = {32: "fp32", 16: "bf16", 8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}
-    layer = at_bits(spec_of_shape("mixtral-8x7b"), bits).layers[0]
-    assert layer.expert_bytes == FORMATS[formats[bits]].expert_bytes(ExpertShape(4096, 14336))
+    for shape, size in {"mixtral-8x7b": (4096, 14336), "gpt-oss-20b": (2880, 2880)}.items():  # one of whole blocks
+        layer = at_bits(spec_of_shape(shape), bits).layers[0]
+        assert layer.expert_bytes == FORMATS[formats[bits]].expert_bytes(ExpertShape(*size))
     with pytest.raises(RequestError, match="bits=5"):
         at_bits(SPEC, 5)
 

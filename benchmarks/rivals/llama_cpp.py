@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moestro.bench.worker import EngineWorker, Handlers, serve
 from moestro.errors import RequestError
-from moestro.planning.shapes import SHAPES, spec_of_shape
+from moestro.planning.shapes import REAL_SHAPES, SHAPES, spec_of_shape
 
 from . import installed
 from .blocks import PACKINGS, POOL_BLOCKS, STD, random_blocks
@@ -42,6 +42,7 @@ CONTEXT = 4096
 WARMUP = 32  # tokens: enough for each of its kernels
 EMBEDDING_STD = 1.0  # so that a token's own content, not its context, decides its route in every layer
 ERROR_LEVEL = 4  # of llama.cpp's log
+_WRITTEN = (*REAL_SHAPES, "tiny")
 
 
 def available() -> str | None:
@@ -64,8 +65,8 @@ def write_gguf(path: Path, shape: str, bits: int, layers: int | None = None, see
     """
     if installed("gguf", "gguf") is None:
         raise RequestError("writing a GGUF needs the gguf package; pip install gguf")
-    if shape not in SHAPES or bits not in PACKINGS or (layers is not None and layers < 1):
-        known = f"shapes: {', '.join(SHAPES)}; bits: 16, 8, 4; layers: 1 or more"
+    if shape not in _WRITTEN or bits not in PACKINGS or (layers is not None and layers < 1):
+        known = f"shapes: {', '.join(_WRITTEN)}; bits: 16, 8, 4; layers: 1 or more"
         raise RequestError(f"no GGUF of {shape} with {bits} bits and {layers or 'no'} layers; {known}")
     gguf: Any = import_module("gguf")
     part = path.with_name(path.name + ".part")

@@ -100,9 +100,11 @@ def heads_of(shape: str) -> Heads:
     """The attention heads of a model's shape.
 
     Raises:
-        RequestError: there is no such shape.
+        RequestError: there is no such shape, or its keys and values are latent, which these kernels do not read.
     """
     found = shape_named(shape)
+    if "kv_lora_rank" in found:
+        raise RequestError(f"{shape} keeps latent keys and values, which these kernels do not read; take another shape")
     queries, keys = found["num_attention_heads"], found["num_key_value_heads"]
     return Heads(queries, keys, found.get("head_dim", found["hidden_size"] // queries))
 

@@ -207,7 +207,7 @@ def _watch(folder: str) -> tuple[int, int, float, dict[str, float]]:
 
 def anonymous_bytes(pid: int) -> int:
     """Bytes of a process's anonymous memory (RssAnon), 0 once it has ended. Linux only."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0  # the process has ended

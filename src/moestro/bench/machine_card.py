@@ -25,7 +25,7 @@ def machine_card() -> dict[str, Any]:
     card: dict[str, Any] = {
         "cpu": cpu_model(),
         "physical_cores": len(core_cpus()),
-        "logical_cpus": len(os.sched_getaffinity(0)),
+        "logical_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_bytes": total_ram_bytes(),
         "ram_available_bytes": available_ram_bytes(),
         "gpu": None,

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 
 from ..console import print_table
-from ..errors import RequestError
+from ..errors import BudgetError, RequestError
 from ..loading.load import load, load_tokenizer
 from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes
 from ..planning.contract import Lane, Phase
 from ..planning.options import ModelOptions, ReplayOptions
+from ..planning.plan import experts_room
 from ..planning.policies import make_policy
 from ..planning.timeline import Timeline
+from ..simulate.fit import shortfall
 from ..simulate.replay import replay
 from ..simulate.reshape import resized
 from ..simulate.trace import Trace
@@ -41,19 +43,25 @@ _DRAWN_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """One policy's figures. share: of the hybrid limit of decode at its own hits. Only a replay has the last four."""
+    """One policy's figures. share: of the hybrid limit of decode at its own hits.
+
+    Only a replay has the last six. disk_bytes: read since the RAM does not hold all experts that are not on the GPU.
+    does_not_fit: why there are no other figures.
+    """
 
     policy: str
-    prefill_tok_s: float
-    decode_tok_s: float
-    hit_rate: float
-    bytes_moved: int
-    share: float | None
-    slots: int
+    prefill_tok_s: float | None = None
+    decode_tok_s: float | None = None
+    hit_rate: float | None = None
+    bytes_moved: int | None = None
+    share: float | None = None
+    slots: int | None = None
     own_share: float | None = None
     prefill_own_share: float | None = None
     belady_hit_rate: float | None = None
     belady_share: float | None = None
+    disk_bytes: int | None = None
+    does_not_fit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +75,40 @@ class PoliciesReport(Report):
         """Print a row for each policy."""
         rows = []
         for row in self.rows:
-            speeds = (f"{row.prefill_tok_s:.1f}", f"{row.decode_tok_s:.2f}", f"{row.hit_rate:.1%}")
-            shares = ["-" if of is None else f"{of:.2f}" for of in (row.share, row.own_share, row.belady_share)]
-            rows.append((row.policy, *speeds, format_bytes(row.bytes_moved), str(row.slots), *shares))
+            speeds = (told(row.prefill_tok_s, ".1f"), told(row.decode_tok_s, ".2f"), told(row.hit_rate, ".1%"))
+            moved = "-" if row.bytes_moved is None else format_bytes(row.bytes_moved)
+            shares = [told(of, ".2f") for of in (row.share, row.own_share, row.belady_share)]
+            rows.append((row.policy, *speeds, moved, told(row.slots, "d"), *shares))
         print(self.where)
+        if all(row.does_not_fit is not None for row in self.rows):
+            print_lacks(self.rows)
+            return
         names = ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady")
         print_table(names, rows)
         print(
             "share: of the hybrid limit of decode at the policy's own hit rate; own: of what the method's arithmetic\n"
             "allows; Belady: of the hybrid limit at the best hit rate that so many slots can have"
+        )
+        print_lacks(self.rows)
+
+
+def told(figure: float | None, how: str) -> str:
+    """A figure as text, "-" for none."""
+    return "-" if figure is None else format(figure, how)
+
+
+def print_lacks(rows: Sequence[PolicyRow]) -> None:
+    """Print which policies have no figures, and why, and which read from the disk."""
+    lacks: dict[str, list[str]] = {}
+    for row in rows:
+        if row.does_not_fit is not None:
+            lacks.setdefault(row.does_not_fit, []).append(row.policy)
+    for why, names in lacks.items():
+        print(f"{'all' if len(names) == len(rows) else ', '.join(names)}: {why}")
+    if reading := [row.policy for row in rows if row.disk_bytes]:
+        print(
+            "read from disk, since the RAM does not hold all experts that are not on the GPU, which a run refuses: "
+            + ", ".join(reading)
         )
 
 
@@ -97,10 +130,17 @@ def compare(
     if not any(one.phase is Phase.PREFILL for one in rest.passes):
         raise RequestError("the second half of the trace has no prompt; record more --tokens, or fewer --decode-tokens")
     found_machine = machine_by_name(machine)
+    if (lacks := shortfall(trace.spec, found_machine, gpu_bytes)) is not None:
+        return [PolicyRow(name, does_not_fit=lacks.in_words()) for name in names]
+    experts_room(trace.spec, found_machine, gpu_bytes)  # refuses GPU memory that the machine does not have
     rows = []
     spans = {name: Timeline() if plot is not None else None for name in names}
     for name in names:
-        found = replay(rest, make_policy(name), found_machine, gpu_bytes=gpu_bytes, heat=heat, timeline=spans[name])
+        try:
+            found = replay(rest, make_policy(name), found_machine, gpu_bytes=gpu_bytes, heat=heat, timeline=spans[name])
+        except BudgetError as error:  # a policy that wants more slots than there is room for
+            rows.append(PolicyRow(name, does_not_fit=f"does not fit: {error}"))
+            continue
         rows.append(
             PolicyRow(
                 policy=name,
@@ -114,9 +154,11 @@ def compare(
                 prefill_own_share=found.prefill.own_share,
                 belady_hit_rate=found.belady_rate,
                 belady_share=found.belady_share,
+                disk_bytes=int(found.lanes[Lane.DISK][1]),
             )
         )
-    if plot is not None:
+    spans = {row.policy: spans[row.policy] for row in rows if row.does_not_fit is None}
+    if plot is not None and spans:
         draw({name: timeline for name, timeline in spans.items() if timeline is not None}, plot, f"on {machine}")
     return rows
 

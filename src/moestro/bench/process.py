@@ -49,17 +49,25 @@ def finish(argv: Sequence[str], limit_s: float) -> Finished:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
             late = True
-            os.killpg(process.pid, signal.SIGINT)  # so that pytest still writes its counts
+            _end_group(process, signal.SIGINT)  # so that pytest still writes its counts
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         finally:
-            with suppress(ProcessLookupError):  # the whole group, children left behind too
-                os.killpg(process.pid, signal.SIGKILL)
+            _end_group(process, None)
             process.wait()
         out.seek(0)
         err.seek(0)
         wall_s = round(time.monotonic() - start_s, 1)
         return Finished(process.returncode, out.read(), err.read(), wall_s, limit_s if late else None)
+
+
+def _end_group(process: subprocess.Popen[str], number: signal.Signals | None) -> None:
+    """Send a signal, None for the one that kills, to a process and the children that it left behind."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number or signal.SIGKILL)
+    elif number is None:  # Windows has no groups that a signal reaches
+        process.kill()
 
 
 def scrub(text: str) -> str:

@@ -14,6 +14,7 @@ from ..planning.option import needs, one_of
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
+from ..simulate.routing import routed_shapes
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
 from .shape_checks import check_depth, check_prompts
@@ -205,7 +206,10 @@ def bench_policies(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """All policies on one model's routing, prefill and decode: by replay on any machine, or live."""
+    """All policies on one model's routing, prefill and decode: by replay on any machine, or live.
+
+    A real shape without a text needs no model: figures are ranges, from what is known of its routing.
+    """
     if live and (trace is not None or options.as_shape is not None or plot is not None):
         raise RequestError("--live runs the model itself; leave --trace, --as-shape and --plot out")
     if trace is None:
@@ -217,12 +221,21 @@ def bench_policies(
     check_plot(plot)
     if trace is None:
         check_model(model, source)
+    names = tuple(compared.policies or POLICIES)
+    pieces = {"tokens": tokens, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+    drawn = None if plot is None else Path(plot)
+    if source.shape in routed_shapes() and text is None and not live:
+        if options.as_shape is not None:
+            raise RequestError("--as-shape is for a trace or a model; leave it out with --shape")
+        from ..bench.assumed import compare_assumed
+
+        show(compare_assumed(str(source.shape), options, names, plot=drawn, **pieces), as_json)
+        return
     from ..bench.policies import Reading, compare_by_replay, compare_live
 
     reading = Reading(model, source, text, tokens, prompt_tokens, decode_tokens)
-    names = tuple(compared.policies or POLICIES)
     if not live:
-        found = compare_by_replay(reading, trace, options, names, None if plot is None else Path(plot))
+        found = compare_by_replay(reading, trace, options, names, drawn)
     else:
         found = compare_live(reading, options, names)
     show(found, as_json, model, source.revision)

@@ -25,13 +25,14 @@ from .options import (
     Model,
     OneLineErrors,
     PromptTokens,
+    RecordedTrace,
     TextFile,
     TimelineFile,
     TraceTokens,
     takes_options,
     unset,
 )
-from .preflight import check_model, check_named, check_readable
+from .preflight import check_model, check_named, check_readable, check_routing
 from .terminal import AnswerPrinter, ReadingBar, print_figures, read_prompt, say, use_any_bytes
 
 app = typer.Typer(
@@ -205,29 +206,28 @@ def trace_command(
         print_summary(summary)
 
 
-@app.command(
-    "replay", epilog="Example: moestro replay demo.trace --policy lru --machine rtx4090 --as-shape mixtral-8x7b"
-)
+@app.command("replay", epilog="Example: moestro replay --shape mixtral-8x7b --bits 4 --machine rtx4090 --policy lru")
 @takes_options()
 def replay_command(
     options: ReplayOptions,
-    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A file that moestro trace wrote.", show_default=False)],
+    trace: RecordedTrace = None,
     timeline: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
-    """Run a policy over a trace on a virtual machine, without a GPU: hits, lanes, speeds and their limits."""
+    """Run a policy over a trace, or over a shape without one, on a virtual machine: hits, lanes, speeds and limits."""
     from ..text.files import writable
 
+    check_routing(trace, options)
     check_readable(trace, "trace")
     check_readable(options.profile, "trace")
     spans = None if timeline is None else writable(timeline)
-    from .replay import print_replay, run_replay
+    from .replay import replayed
 
-    found = run_replay(trace, options, spans)
+    found = replayed(trace, options, spans)
     if as_json:
         print_json(found.to_json())
     else:
-        print_replay(found)
+        found.print()
 
 
 @app.command("plan", epilog="Example: moestro plan mistralai/Mixtral-8x7B-v0.1 --gpu-memory 12GiB --bits 4")

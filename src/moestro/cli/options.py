@@ -154,6 +154,9 @@ def unset(metavar: str | None, help: str, default: str, *flags: str, **more: Any
 Model = Annotated[
     str | None, typer.Argument(help="A checkpoint's folder, a hub id, or demo.", metavar="MODEL", show_default=False)
 ]
+RecordedTrace = Annotated[
+    str | None, typer.Argument(help="A file that moestro trace wrote.", metavar="TRACE", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON last, and no text before it.")]
 Layers = Annotated[int | None, unset("N", "Cut the depth to so many layers.", "all", min=1)]
 TextFile = Annotated[str, typer.Option("--text", metavar="FILE", help="The text to read.", show_default=False)]

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import RequestError
-from ..planning.options import ModelOptions
+from ..planning.options import ModelOptions, ReplayOptions
+from ..simulate.routing import routing_of
 from ..text.files import writable
 
 
@@ -53,6 +54,22 @@ def check_readable(path: str | None, what: str) -> None:
             file.read(1)
     except OSError as error:
         raise RequestError(f"the {what} {path} cannot be read: {error.strerror}") from None
+
+
+def check_routing(trace: str | None, options: ReplayOptions) -> None:
+    """Refuse a replay that names neither a trace nor a shape, or both, or a shape of unknown routing.
+
+    Raises:
+        RequestError: a line that says which.
+    """
+    if trace is None and options.shape is None:
+        raise RequestError("name a TRACE that moestro trace wrote, or a real shape (--shape mixtral-8x7b)")
+    if trace is not None and options.shape is not None:
+        raise RequestError(f"both TRACE ({trace}) and --shape ({options.shape}); name one of them, or use --as-shape")
+    if options.shape is not None:
+        if options.as_shape is not None:
+            raise RequestError("--as-shape is for a trace; leave it out with --shape")
+        routing_of(options.shape)
 
 
 def check_plot(path: str | None) -> None:

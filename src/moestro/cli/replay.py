@@ -2,36 +2,158 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..console import print_lines, print_table
 from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes
+from ..planning.contract import Lane
+from ..planning.machines import Machine
 from ..planning.options import ReplayOptions
 from ..planning.policies import make_policy
+from ..planning.shapes import spec_of_shape
 from ..planning.timeline import Timeline
+from ..simulate.expand import expanded
+from ..simulate.fit import Shortfall, shortfall
 from ..simulate.replay import PhaseFigures, Replay, replay
-from ..simulate.reshape import resized
+from ..simulate.reshape import at_bits, resized
+from ..simulate.routing import Routing, routing_of
 from ..simulate.trace import Trace
 
+SHAPE_TOKENS = 256  # to decode of a shape that is known by parameters
 
-def run_replay(path: str, options: ReplayOptions, timeline: Path | None) -> Replay:
-    """Replay a trace file.
+
+@dataclass(frozen=True, slots=True)
+class TraceReplay:
+    """What a policy does with a trace, or why the model that the trace is of does not fit."""
+
+    options: ReplayOptions
+    model: str
+    lacks: Shortfall | None
+    found: Replay | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, which are null where the model does not fit."""
+        if self.found is not None:
+            return self.found.to_json() | {"does_not_fit": None}
+        assert self.lacks is not None
+        return {
+            **_unknown(self.options),
+            **dict.fromkeys(("prefill_tok_s", "decode_tok_s", "hit_rate")),
+            "does_not_fit": self.lacks.to_json(),
+        }
+
+    def print(self) -> None:
+        """Print speeds, hits and lanes."""
+        if self.found is not None:
+            print_replay(self.found)
+        elif self.lacks is not None:
+            print(f"{self.model} on {self.options.machine} {self.lacks.in_words()}")
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeReplay:
+    """What a policy does with a shape, at both ends of what is known of its routing, or why it does not fit."""
+
+    options: ReplayOptions
+    routing: Routing
+    lacks: Shortfall | None
+    ends: tuple[Replay, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Ranges, the routing with its sources, and the whole figures of both ends."""
+        return {
+            **_unknown(self.options),
+            "shape": self.routing.shape,
+            "prefill_tok_s": self._range(_prefill) or None,
+            "decode_tok_s": self._range(_decode) or None,
+            "hit_rate": self._range(_hit_rate) or None,
+            "does_not_fit": None if self.lacks is None else self.lacks.to_json(),
+            "routing": self.routing.to_json(),
+            "low_routing": self.ends[0].to_json() if self.ends else None,
+            "high_routing": self.ends[1].to_json() if self.ends else None,
+        }
+
+    def _range(self, figure: Callable[[Replay], float]) -> list[float]:
+        return sorted(figure(end) for end in self.ends)
+
+    def print(self) -> None:
+        """Print ranges of speeds and hits, and what they stand on."""
+        shape, machine = self.routing.shape, self.options.machine
+        if self.lacks is not None:
+            print(f"{shape} on {machine} {self.lacks.in_words()}")
+            return
+        low, high = self.ends
+        print(f"{self.options.policy} on {machine}, {shape} by parameters, {low.slots} experts in GPU memory")
+        for name, slow, fast in (("prefill", *self._range(_prefill)), ("decode", *self._range(_decode))):
+            print(f"{name:8} {slow:.2f} to {fast:.2f} tok/s")
+        hits = self._range(_hit_rate)
+        print(f"hits     {hits[0]:.1%} to {hits[1]:.1%}; Belady's {low.belady_rate:.1%} to {high.belady_rate:.1%}")
+        if read := max(end.lanes[Lane.DISK][1] for end in self.ends):
+            print(f"disk     {format_bytes(read)} read, since the RAM lacks room for experts; a run would be refused")
+        print(f"routing  {self.routing.in_words()}\n         not recorded from the model; --json has the sources")
+
+
+def _prefill(end: Replay) -> float:
+    return end.prefill.tok_s
+
+
+def _decode(end: Replay) -> float:
+    return end.decode.tok_s
+
+
+def _hit_rate(end: Replay) -> float:
+    return end.decode.hit_rate
+
+
+def _unknown(options: ReplayOptions) -> dict[str, Any]:
+    return {"policy": options.policy, "machine": options.machine}
+
+
+def replayed(trace: str | None, options: ReplayOptions, timeline: Path | None) -> TraceReplay | ShapeReplay:
+    """Replay a trace file, or without one the shape that the options name.
 
     Args:
-        timeline: the file to write what each lane did; None for no such file.
+        timeline: the file to write what each lane did, for a shape at the lower end; None for no such file.
     """
+    return replay_shape(options, timeline) if trace is None else replay_trace(trace, options, timeline)
 
-    def load_trace(path: str) -> Trace:
-        return resized(Trace.load(Path(path)), options.as_shape, options.bits)
 
-    trace = load_trace(path)
-    heat = None if options.profile is None else load_trace(options.profile).heat_for(trace.spec)
-    spans = None if timeline is None else Timeline()
+def replay_trace(path: str, options: ReplayOptions, timeline: Path | None) -> TraceReplay:
+    """Replay a trace file, where the machine holds its model."""
+    trace = _resized_file(path, options)
     machine = machine_by_name(options.machine)
+    lacks = shortfall(trace.spec, machine, options.gpu_bytes)
+    found = None if lacks is not None else _replay(trace, options, machine, timeline)
+    return TraceReplay(options, trace.model, lacks, found)
+
+
+def replay_shape(options: ReplayOptions, timeline: Path | None) -> ShapeReplay:
+    """Replay a shape whose routing is known as parameters, at both ends of their ranges."""
+    assert options.shape is not None
+    routing, machine = routing_of(options.shape), machine_by_name(options.machine)
+    spec = spec_of_shape(options.shape)
+    spec = spec if options.bits is None else at_bits(spec, options.bits)
+    if (lacks := shortfall(spec, machine, options.gpu_bytes)) is not None:
+        return ShapeReplay(options, routing, lacks, ())
+    ends: list[Replay] = []
+    for statistics in (routing.low, routing.high):
+        trace = resized(expanded(options.shape, statistics, seed=routing.seed, tokens=SHAPE_TOKENS), None, options.bits)
+        ends.append(_replay(trace, options, machine, None if ends else timeline))
+    return ShapeReplay(options, routing, None, tuple(ends))
+
+
+def _resized_file(path: str, options: ReplayOptions) -> Trace:
+    return resized(Trace.load(Path(path)), options.as_shape, options.bits)
+
+
+def _replay(trace: Trace, options: ReplayOptions, machine: Machine, timeline: Path | None) -> Replay:
+    heat = None if options.profile is None else _resized_file(options.profile, options).heat_for(trace.spec)
+    spans = None if timeline is None else Timeline()
     gpu_bytes = options.gpu_bytes
     found = replay(trace, make_policy(options.policy), machine, gpu_bytes=gpu_bytes, heat=heat, timeline=spans)
     if timeline is not None and spans is not None:

@@ -327,7 +327,7 @@ def core_cpus() -> list[int]:
     first: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        first.setdefault(siblings.read_text().strip() if siblings.exists() else str(cpu), cpu)
+        first.setdefault(siblings.read_text("utf-8").strip() if siblings.exists() else str(cpu), cpu)
     return list(first.values())
 
 

@@ -40,7 +40,7 @@ def is_stored(source: str) -> bool:
     if path.is_dir() and any(path.glob("*.gguf")) and not weight_files(path):
         return True
     try:
-        values = json.loads((path / "config.json").read_text())
+        values = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     parts = [values, *(values[name] for name in ("text_config",) if isinstance(values, dict) and name in values)]
@@ -237,7 +237,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if index.exists():
             try:
-                return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise CheckpointError(
                     f"{index} is no index of weights ({first_line(error)}); download it again"
@@ -256,7 +256,7 @@ def names_of_files(folder: Path) -> dict[str, list[str]]:
     if (folder / "model.safetensors").exists() or not index.exists():
         return files
     weight_files(folder)  # refuses an index that cannot be read
-    for name, file in json.loads(index.read_text())["weight_map"].items():
+    for name, file in json.loads(index.read_bytes())["weight_map"].items():
         files.setdefault(file, []).append(name)
     return files
 

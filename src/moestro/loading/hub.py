@@ -264,7 +264,7 @@ def _in_cache(repo: str, revision: str) -> Wanted | None:
     """The files of a repository that the cache has; None where it has none of them."""
     kept = _cache(repo, access())
     ref = kept / "refs" / revision
-    snapshot = kept / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    snapshot = kept / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else revision)
     return Wanted(repo, snapshot, _sizes(snapshot), ()) if snapshot.is_dir() else None
 
 

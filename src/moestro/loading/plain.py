@@ -148,7 +148,7 @@ def _stated_dtype(folder: Path, config: Any) -> torch.dtype:
     found = getattr(config, "dtype", None)
     index = folder / "model.safetensors.index.json"
     if found is None and index.exists() and not (folder / "model.safetensors").exists():
-        found = json.loads(index.read_text()).get("metadata", {}).get("dtype")
+        found = json.loads(index.read_bytes()).get("metadata", {}).get("dtype")
     found = first_dtype(folder) if found is None else found
     found = getattr(torch, found, None) if isinstance(found, str) else found
     if not isinstance(found, torch.dtype):

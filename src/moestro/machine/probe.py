@@ -6,7 +6,9 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -46,7 +48,8 @@ def last_level_cache_bytes() -> int:
     found: dict[tuple[int, str], int] = {}  # by level and the processors that share it
     for cache in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
         try:
-            level, size, shared = ((cache / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+            names = ("level", "size", "shared_cpu_list")
+            level, size, shared = ((cache / name).read_text("utf-8").strip() for name in names)
             found[int(level), shared] = int(size[:-1]) * units[size[-1]]
         except (OSError, ValueError, KeyError):
             continue
@@ -78,7 +81,31 @@ def nvidia_gpu() -> tuple[str, int, int] | None:
 
 def cpu_model() -> str:
     """The CPU's own name."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    if sys.platform == "darwin":
+        named = _asked(["sysctl", "-n", "machdep.cpu.brand_string"])
+    elif sys.platform == "win32":
+        named = _registered(r"HARDWARE\DESCRIPTION\System\CentralProcessor\0", "ProcessorNameString")
+    else:
+        named = _cpuinfo().get("model name")
+    return named or platform.processor() or platform.machine()
+
+
+def _asked(command: list[str]) -> str | None:
+    """What a command of the system prints; None where it has no answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _registered(key: str, name: str) -> str | None:
+    """A value that Windows' registry has of this machine; None where it has none."""
+    registry: Any = import_module("winreg")
+    try:
+        with registry.OpenKey(registry.HKEY_LOCAL_MACHINE, key) as opened:
+            return str(registry.QueryValueEx(opened, name)[0]).strip() or None
+    except OSError:
+        return None
 
 
 def cpu_features() -> frozenset[str]:
@@ -93,14 +120,14 @@ def _cgroup_available_bytes(root: Path) -> int:
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
-        if (root / limit).exists() and (text := (root / limit).read_text().strip()) != "max":
-            stats = dict(line.split() for line in (root / stat).read_text().splitlines())
+        if (root / limit).exists() and (text := (root / limit).read_text("utf-8").strip()) != "max":
+            stats = dict(line.split() for line in (root / stat).read_text("utf-8").splitlines())
             cache_bytes = int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0))
-            return max(0, int(text) - int((root / used).read_text()) + cache_bytes)
+            return max(0, int(text) - int((root / used).read_text("utf-8")) + cache_bytes)
     return sys.maxsize
 
 
 def _cpuinfo() -> dict[str, str]:
     path = Path("/proc/cpuinfo")
-    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    first = path.read_text("utf-8").split("\n\n")[0] if path.exists() else ""
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

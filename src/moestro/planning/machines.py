@@ -133,5 +133,5 @@ def _gpu_rates(name: str) -> dict[str, float]:
 
 @cache
 def _profiles() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    data = json.loads(Path(__file__).with_name("machines.json").read_text())
+    data = json.loads(Path(__file__).with_name("machines.json").read_bytes())
     return data["reached"], {machine["name"]: machine for machine in data["machines"]}

@@ -27,7 +27,7 @@ _LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "ml
 @cache
 def families() -> dict[str, dict[str, Any]]:
     """What is known of each family, by its `model_type`."""
-    table: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("families.json").read_text())
+    table: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("families.json").read_bytes())
     return table
 
 

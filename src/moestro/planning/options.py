@@ -275,6 +275,12 @@ class ReplayOptions(Checked):
     gpu_memory: str | int | None = option_like(
         Options, "gpu_memory", help="GPU memory for dense weights and experts.", unset="all that the machine has"
     )
+    shape: str | None = option_like(
+        ModelOptions,
+        "shape",
+        help="A real shape with published or assumed routing, as a range, in place of a trace: "
+        f"{', '.join(name for name in SHAPES if name != 'tiny')}.",
+    )
     as_shape: str | None = option_like(
         ModelOptions, "shape", help="A real shape's sizes and depth, for the trace's choices.", unset="the trace's"
     )

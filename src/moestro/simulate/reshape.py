@@ -14,30 +14,27 @@ from dataclasses import replace
 
 from ..errors import RequestError
 from ..planning.contract import LayerSpec, ModelSpec, Step
+from ..planning.expert_sizes import ExpertShape, expert_sizes_named
 from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.spelling import spelled
 from .trace import Pass, Trace
 
-# Groups' scales and zeros included: of int8, hqq4, hqq3 and hqq2; see memory/formats, which needs torch.
-BITS_PER_WEIGHT = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.25, 3: 3.25, 2: 3.0}
-_FITTED_BITS = (4, 3, 2)  # whose rows have a byte more; an expert's down matrix is cut into rows of 256 neurons
-_BLOCK = 256
+FORMAT_OF_BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}
 
 
 def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
-    """A model with experts of so many bits, scales included. The dense part stays as it is.
+    """A model with experts of so many bits, as a load would pack them. The dense part stays as it is.
 
     Raises:
         RequestError: no such bits.
     """
-    if bits not in BITS_PER_WEIGHT:
-        raise RequestError(f"{spelled('bits', bits)}: there are {', '.join(map(str, BITS_PER_WEIGHT))}")
+    if bits not in FORMAT_OF_BITS:
+        raise RequestError(f"{spelled('bits', bits)}: there are {', '.join(map(str, FORMAT_OF_BITS))}")
+    sizes = expert_sizes_named(FORMAT_OF_BITS[bits])
 
     def of(layer: LayerSpec) -> LayerSpec:
-        weights = layer.matrices * layer.neurons * layer.hidden
-        rows = (layer.matrices - 1) * layer.neurons + layer.hidden * -(-layer.neurons // _BLOCK)
-        expert_bytes = int(weights * BITS_PER_WEIGHT[bits] / 8) + (rows if bits in _FITTED_BITS else 0)
-        return replace(layer, expert_bytes=expert_bytes, block_bytes=0, head_bytes=0)
+        shape = ExpertShape(layer.hidden, layer.neurons, has_gate=layer.matrices == 3)
+        return replace(layer, expert_bytes=sizes.expert_bytes(shape), block_bytes=0, head_bytes=0)
 
     return replace(spec, layers=tuple(of(layer) for layer in spec.layers))
 

@@ -33,7 +33,7 @@ def write_beside(
     config = (other or source) / _CONFIG
     is_gguf = source.is_file() or (not any(source.glob("*.safetensors")) and any(source.glob("*.gguf")))
     if config.is_file() and not (is_gguf and other is None):
-        values = json.loads(config.read_text())
+        values = json.loads(config.read_bytes())
         for part in (values, values.get("text_config")):
             if isinstance(part, dict):
                 part.pop("quantization_config", None)

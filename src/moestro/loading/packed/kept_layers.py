@@ -131,7 +131,7 @@ class KeptLayers:
 
     def _recorded(self, layer: int, experts: Sequence[Tensor]) -> tuple[Run, ...] | None:
         try:
-            record = json.loads(self._record(layer).read_text())
+            record = json.loads(self._record(layer).read_bytes())
             sums = [int(crc) for crc in record["crc32c"]]
             if record["key"] != self._key or len(sums) != len(experts):
                 return None

@@ -13,7 +13,7 @@ from ...planning.expert_sizes import ExpertShape
 from ...planning.formats import FLOATS
 from ...planning.model_config import completed, families, text_of
 from ...planning.options import DTYPES, ModelOptions
-from ...planning.shapes import shape_named, spec_of_shape
+from ...planning.shapes import parts_of_shape, shape_named
 from ...planning.spelling import spelled
 from ..contents import indexed_names, read_config_json
 from ..gguf_values import architecture_of, values_of
@@ -76,24 +76,17 @@ def survey_files(
 
 def survey_shape(name: str, source: ModelOptions) -> Survey:
     """What a random model of a real shape has, in bfloat16."""
-    shape, spec = shape_named(name), spec_of_shape(name)
-    config = completed({**shape, "tie_word_embeddings": False})
-    width, vocabulary, heads = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
-    rows = {"q": heads, "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
-    head = config.get("head_dim") or width // heads
+    parts = parts_of_shape(name)
+    config = completed({**shape_named(name), "tie_word_embeddings": False})
+    width, vocabulary = parts.hidden, config["vocab_size"]
     dense = [
         DenseWeight("embed_tokens.weight", vocabulary * width, (vocabulary, width), is_head=True, is_embedding=True),
         DenseWeight("lm_head.weight", vocabulary * width, (vocabulary, width), is_head=True),
+        *(DenseWeight(f"{part}.weight", size[0] * size[1], size) for part, size in parts.linears.items()),
+        DenseWeight("norms, routers and biases", parts.rest),
     ]
-    sizes = [
-        *((f"{part}_proj", (count * head, width)) for part, count in rows.items()),
-        ("o_proj", (width, heads * head)),
-    ]
-    for layer in range(len(spec.layers)):
-        dense += [DenseWeight(f"{layer}.{part}.weight", size[0] * size[1], size) for part, size in sizes]
-    rest = spec.dense_weights - sum(one.count for one in dense)  # norms and routers
-    dense.append(DenseWeight("norms and routers", rest))
-    layers = tuple(ExpertLayer(of.experts, ExpertShape(of.hidden, of.neurons)) for of in spec.layers)
+    layer = ExpertLayer(parts.experts, ExpertShape(width, parts.neurons, has_bias=parts.has_bias))
+    layers = (layer,) * parts.moe_layers
     return _in_dtype(Survey(name, "shape", config, "bfloat16", layers, tuple(dense)), source)
 
 
