@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -141,8 +142,6 @@ def test_a_policy_object_decides_itself() -> None:
     with torch.no_grad():
         model(torch.arange(3, 9)[None])
     assert policy.steps == ["prefill"] * len(model.moestro.spec.layers)
-    config = model.config.quantization_config if hasattr(model.config, "quantization_config") else None
-    assert config is None or json.loads(config.to_json_string())["policy"] == "noting"
     model.moestro.close()
 
 
@@ -154,6 +153,8 @@ def test_what_is_no_policy(given: Any) -> None:
 
 def test_a_config_with_a_policy_object_is_written_with_its_name() -> None:
     config = MoestroConfig(policy=Noting())
+    assert copy.deepcopy(config) == config
+    assert copy.deepcopy(config).policy is config.policy  # as `from_pretrained` copies it
     assert json.loads(config.to_json_string())["policy"] == "noting"
     assert {name for name in POLICIES if Options(policy=POLICIES[name]()).policy.name != name} == set()  # type: ignore[union-attr]
 

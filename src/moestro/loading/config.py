@@ -37,3 +37,7 @@ class MoestroConfig(Options, QuantizationConfigMixin):  # type: ignore[misc]  # 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make an equal config, for `config.json`."""
         return {"quant_method": METHOD, **super().to_dict(), "policy": policy_name(self.policy)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoestroConfig:
+        """An equal config with the same policy object, since Transformers copies configs and the user's is to decide."""
+        return MoestroConfig(**Options.to_dict(self))
