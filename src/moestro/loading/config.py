@@ -39,5 +39,5 @@ class MoestroConfig(Options, QuantizationConfigMixin):  # type: ignore[misc]  # 
         return {"quant_method": METHOD, **super().to_dict(), "policy": policy_name(self.policy)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoestroConfig:
-        """An equal config with the same policy object, since Transformers copies configs and the user's is to decide."""
+        """An equal config with the same policy object: Transformers copies configs, and the user's is to decide."""
         return MoestroConfig(**Options.to_dict(self))
