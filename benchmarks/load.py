@@ -190,7 +190,7 @@ def main() -> None:
         parser.error(f"--bits quantizes {' and '.join(PLAIN)}, and {others[0]} is quantized already")
     rows = []
     for kind in kinds:
-        row = measure(kind, parse_bytes(given.size, "--size"), given.threads, given.rounds, given.bits)
+        row = measure(kind, parse_bytes(given.size, "size"), given.threads, given.rounds, given.bits)
         rows.append(row)
         print(
             f"{kind:10} {row['file_bytes'] / 1e9:.2f} GB in {row['seconds']:.2f} s: {row['gbps']:.2f} GB/s; again in "

@@ -64,11 +64,12 @@ class Repo:
 
 @dataclass
 class Hub:
-    """Repositories by their names, and the requests that came: (method, path, range)."""
+    """Repositories by their names, and the requests that came: (method, path, range), and (path, authorization)."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    tokens: list[tuple[str, str]] = field(default_factory=list)
 
     def fetched(self) -> list[str]:
         """Names of the contents that were asked for."""
@@ -91,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.split("?")[0]
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        self.hub.tokens.append((path, self.headers.get("Authorization", "")))
         if listing := re.fullmatch(r"/api/models/(.+)/revision/([^/]+)", path):
             repo = self.hub.repos.get(listing[1])
             if repo is not None and repo.silent:

@@ -62,7 +62,7 @@ def test_what_there_was_no_time_for_is_said() -> None:
 
 
 def test_it_needs_a_device_with_a_link() -> None:
-    with pytest.raises(RequestError, match="there is no GPU here; leave it out or use --device emulated"):
+    with pytest.raises(RequestError, match="there is no GPU here; leave it out or use device='emulated'"):
         measure_hybrid("tiny", device="cpu", gpu_memory="3MiB", prompts=(8,))
 
 

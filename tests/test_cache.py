@@ -56,11 +56,11 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_second_load_reads_what_the_first_made(
     source: Path, read: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "are_progress_bars_disabled", lambda: False)
+    monkeypatch.setattr(cache, "is_quiet", lambda: False)
     first = logits(load(str(source), bits=4, threads=2))
     said = capsys.readouterr().err
     (entry,) = cache.entries()
-    assert f"in {entry.folder} (--no-cache: not)" in said
+    assert f"in {entry.folder} (cache=False: not)" in said
     assert entry.folder.parent == Path(os.environ["MOESTRO_CACHE"])
     assert not read
     assert torch.equal(logits(load(str(source), bits=4, threads=2)), first)

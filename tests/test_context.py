@@ -111,7 +111,7 @@ def test_text_up_to_the_edge_is_transformers_own(kind: str, tmp_path: Path) -> N
     assert torch.equal(model.generate(ids.to(model.device), **greedy).cpu(), expected)
     with pytest.raises(MoestroError, match=f"the prompt has {context} tokens, but the model's context is {context}"):
         check_context(model, context, 1)
-    with pytest.raises(MoestroError, match=f"--context {context + 1}, but the model's context is {context}"):
+    with pytest.raises(MoestroError, match=f"context={context + 1}, but the model's context is {context}"):
         load(str(tmp_path), context=context + 1, **how)
 
 

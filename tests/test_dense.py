@@ -105,7 +105,7 @@ def test_gradients_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["bits", "expert_bits", "dense_bits", "head_bits"])
 def test_other_bits_are_refused(option: str) -> None:
-    with pytest.raises(RequestError, match=f"--{option.replace('_', '-')} 5: there are 16, 8, 4"):
+    with pytest.raises(RequestError, match=f"{option}=5: there are 16, 8, 4"):
         MoestroConfig(**{option: 5})
 
 

@@ -119,7 +119,7 @@ def test_what_matters_is_said_without_figures_too(capsys: pytest.CaptureFixture[
     session.faults, session.context_full = PageFaults(0, 90_000, 10, 20.0), True
     talk(session, "hi")
     slow, full = capsys.readouterr().err.splitlines()
-    assert slow.startswith("warning: decode waited for the disk: 10000 page faults a step, at least 45% of its time")
+    assert slow.startswith("warning: the answer waited for the disk: 10000 pages for each token, at least 45% of")
     assert full == "the context is full; /new starts over"
 
 

@@ -20,8 +20,8 @@ from moestro import load
 from moestro.cli import main as cli
 from moestro.errors import MoestroError
 from moestro.planning.effects import Setting, without_effect
-from moestro.planning.option import flag
 from moestro.planning.options import ModelOptions, Options
+from moestro.planning.spelling import as_flags, flag
 from moestro.text import choices, generation
 from moestro.text.faults import PageFaults
 from moestro.text.options import TextOptions
@@ -62,6 +62,9 @@ EFFECTS: dict[str, tuple[Any, tuple[Setting, ...]]] = {
     "tokenizer": ("demo", (SHAPE,)),
     "trust_remote_code": (True, (SHAPE,)),
     "dtype": ("float32", ALWAYS),
+    **dict.fromkeys(("token", "cache_dir"), ("hf_x", (CPU, GPU, SHAPE, STORED, PACKED))),
+    "local_files_only": (True, (CPU, GPU, SHAPE, STORED, PACKED)),
+    "attn_implementation": ("eager", ALWAYS),
     "seed": (3, (CPU, GPU, STORED, PACKED, HUB)),  # of `moestro.load`; a text is drawn by it
 }
 
@@ -73,11 +76,16 @@ def test_each_option_is_said_where_it_changes_nothing(name: str) -> None:
     of_model = name in {one.name for one in fields(ModelOptions)}
     options = Options() if of_model else Options(**{name: value} | more)
     source = ModelOptions(**{name: value}) if of_model else ModelOptions()
-    shown = flag(f"no_{name}" if value is False else name) + ("" if isinstance(value, bool) else f" {value}")
+    shown = flag(f"no_{name}" if value is False else name)
+    shown += "" if isinstance(value, bool) or name == "token" else f" {value}"
     for setting in ALL:
-        lines = [line for line in without_effect(options, source, setting) if "--machine" not in line or not more]
+        with as_flags():
+            lines = [line for line in without_effect(options, source, setting) if "--machine" not in line or not more]
         assert len(lines) == (setting in idle), (setting, lines)
         assert all(line.startswith(f"{shown} changes nothing here: ") and "\n" not in line for line in lines)
+        of_load = "token" if name == "token" else f"{name}={value!r}"  # a token is never shown
+        lines = [line for line in without_effect(options, source, setting) if "machine=" not in line or not more]
+        assert all(line.startswith(f"{of_load} changes nothing here: ") for line in lines)
         assert not without_effect(Options(), ModelOptions(), setting)
 
 
@@ -114,11 +122,9 @@ def test_load_says_each_once(where: str, tmp_path: Path, caplog: pytest.LogCaptu
     given = {"policy": "lru", "context": 64, "machine": "rtx4090", "fit": "none", "cache": False, "revision": "v2"}
     device = "emulated" if where == "emulated" else "cpu"
     load(model, **given, **own, device=device, threads=1).moestro.close()
-    said = [found[1] for line in caplog.messages if (found := re.match(r"(--\S+).* changes nothing here: ", line))]
-    expected = ["--fit", "--no-cache", "--revision"]
-    assert sorted(said) == sorted(
-        expected if where == "emulated" else [*expected, "--policy", "--context", "--machine"]
-    )
+    said = [found[1] for line in caplog.messages if (found := re.match(r"(\w+)=.* changes nothing here: ", line))]
+    expected = ["fit", "cache", "revision"]
+    assert sorted(said) == sorted(expected if where == "emulated" else [*expected, "policy", "context", "machine"])
 
 
 IDLE_TEXT: dict[str, tuple[Any, bool]] = {  # a value, and whether it changes nothing where nothing is drawn
@@ -143,7 +149,7 @@ def test_options_of_drawing_are_said_where_nothing_is_drawn(name: str) -> None:
     greedy = given if name == "temperature" else given | {"temperature": 0}
     lines = choices.without_effect(TextOptions(**greedy), GenerationConfig())
     assert len(lines) == idle
-    assert all(line.startswith(f"{flag(name)} {value} changes nothing here: ") for line in lines)
+    assert all(line.startswith(f"{name}={value!r} changes nothing here: ") for line in lines)
     if name not in ("temperature", "num_beams"):
         assert not choices.without_effect(TextOptions(**given), GenerationConfig())
         own = GenerationConfig(do_sample=False)  # a checkpoint may say so too
@@ -186,11 +192,11 @@ def test_page_faults_are_shown_and_warned_of(run: Run, monkeypatch: pytest.Monke
 
     arguments = ("run", "--shape", "tiny", "Hello", *SHORT)
     monkeypatch.setattr(generation, "major_faults", lambda: 7)
-    assert "faults" not in run(*arguments)[2]
+    assert "disk" not in run(*arguments)[2]
     monkeypatch.setattr(generation, "major_faults", major_faults)
     err = run(*arguments)[2]
-    assert "faults  100000 major page faults in prefill, 200000 in decode, 100000.0 a step" in err
-    assert err.count("warning: decode waited for the disk: 100000 page faults a step, at least 100% of its time") == 1
+    assert "disk     100000 pages of memory fetched from disk while reading the prompt, 200000 while" in err
+    assert err.count("warning: the answer waited for the disk: 100000 pages for each token, at least 100% of") == 1
     assert json.loads(run(*arguments, "--json")[1])["major_page_faults"] == {"prefill": 100_000, "decode": 200_000}
 
 

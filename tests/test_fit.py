@@ -113,7 +113,7 @@ def test_a_packed_folder_says_how_it_was_made(made: str | None, source: Path, tm
     for fit in (None, kept):
         assert torch.equal(_logits(load(str(folder), threads=2, fit=fit)), expected)
     other = "none" if kept == "hqq" else "hqq"
-    says = f"is packed with --fit {kept}, not {other}; leave --fit out, or pack the checkpoint with it"
+    says = f"is packed with fit={kept!r}, not {other}; leave fit out, or pack the checkpoint with it"
     with pytest.raises(RequestError, match=says):
         load(str(folder), threads=2, fit=other)
     again = tmp_path / "again"

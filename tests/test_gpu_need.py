@@ -299,8 +299,8 @@ def test_sharing_out() -> None:
     with pytest.raises(BudgetError) as refused:
         share_out(20 * MIB, Margin(0.1, MIB), 4096, _plan_for, named=False)
     said = str(refused.value)
-    assert "there are free 20.0 MiB; free some or ask for --context " in said
-    longest = int(said.rsplit(maxsplit=1)[1])
+    assert "there are free 20.0 MiB; free some or ask for context=" in said
+    longest = int(said.rsplit("=", maxsplit=1)[1])
     needs, room = _plan_for(longest).needed_bytes, 17 * MIB
     assert 0.5 * room < needs <= room
     with pytest.raises(BudgetError, match=r"allows 20\.0 MiB; give it at least (\d+\.?\d*)MiB or ask") as refused:

@@ -19,8 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a wing imports only itself and what stands before it here. The package's own `__init__` is the
 # front door, which loads what it shows only when that is asked for.
 WINGS = (
-    *("errors", "logs", "planning", "memory", "compute", "devices", "machine", "simulate", "engine", "decode"),
-    *("loading", "text", "bench", "cli", "__init__"),
+    *("errors", "logs", "console", "progress", "planning", "memory", "compute", "devices", "machine", "simulate"),
+    *("engine", "decode", "loading", "text", "bench", "cli", "__init__", "__main__"),
 )
 NEVER = {  # though it stands below: a wing, and what it must not import besides
     "planning": ("torch", "transformers", "numpy", "rich", "typer"),

@@ -92,9 +92,9 @@ def test_a_timeline_of_a_run_shows_gpu_link_and_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"device": "cpu", "link": "12GB/s"}, "--link needs a device with a link"),
-        ({"device": "emulated", "link": "quick"}, "--link 'quick' is no rate; write it like 12GB/s"),
-        ({"device": "emulated", "link": "0"}, "--link '0' is no rate"),
+        ({"device": "cpu", "link": "12GB/s"}, "link needs a device with a link"),
+        ({"device": "emulated", "link": "quick"}, "link='quick' is no rate; write it like 12GB/s"),
+        ({"device": "emulated", "link": "0"}, "link='0' is no rate"),
     ],
 )
 def test_a_pace_that_cannot_be_kept_is_refused(options: dict[str, str], says: str) -> None:

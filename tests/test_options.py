@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -21,8 +21,9 @@ from moestro.bench.options import ComparedOptions, ShapeOptions, TableOptions
 from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
-from moestro.planning.option import Checked, about, check_names, flag, name_of, needs, option, shows_options
+from moestro.planning.option import Checked, about, check_names, name_of, needs, option, shows_options
 from moestro.planning.options import ModelOptions, Options, ReplayOptions
+from moestro.planning.spelling import flag
 from moestro.text.options import TextOptions
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -65,6 +66,8 @@ RIGHT: dict[str, tuple[Any, ...]] = {  # of each option with a check; also at th
     "config": ("org/other",),
     "tokenizer": ("demo",),
     "dtype": ("auto", "float16"),
+    "cache_dir": ("/data/hub",),
+    "attn_implementation": ("eager", "sdpa"),
     "seed": (0, 2**63 - 1),
 }
 WRONG_SOURCE: dict[str, tuple[Any, str]] = {
@@ -74,6 +77,17 @@ WRONG_SOURCE: dict[str, tuple[Any, str]] = {
     "tokenizer": ("", "--tokenizer '': needs a model's name"),
     "dtype": ("int3", "no dtype 'int3'; there are: auto, float32"),
     "seed": (-1, "--seed -1: needs 0 or more, below 2**63"),
+}
+WRONG_OF_LOAD: dict[str, tuple[Any, str]] = {  # of its own arguments, which the command line does not have
+    "token": (5, "token=5: needs a text or True or False"),
+    "cache_dir": (" ", "cache_dir=' ': needs a folder"),
+    "local_files_only": ("yes", "local_files_only='yes': needs True or False"),
+    "attn_implementation": ("", "attn_implementation='': needs a name that Transformers has"),
+    "policy": (
+        [],
+        "policy is of type list, which lacks place, begin, decide, observe, bound, name, lookahead; name",
+    ),
+    "device": ("cuda:1", "device='cuda:1': Moestro takes one GPU, the first; set CUDA_VISIBLE_DEVICES"),
 }
 WRONG_TEXT: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (0, "--max-new-tokens 0: needs at least 1"),
@@ -110,7 +124,8 @@ def test_an_option_is_the_same_wherever_it_is(name: str) -> None:
 
 
 def test_every_check_has_a_wrong_value_here() -> None:
-    for kind, wrong in ((Options, WRONG), (ModelOptions, WRONG_SOURCE), (TextOptions, WRONG_TEXT | WRONG_SOURCE)):
+    of_source = WRONG_SOURCE | WRONG_OF_LOAD
+    for kind, wrong in ((Options, WRONG), (ModelOptions, of_source), (TextOptions, WRONG_TEXT | WRONG_SOURCE)):
         assert {one.name for one in fields(kind) if about(one).check is not None} <= wrong.keys()
 
 
@@ -126,12 +141,18 @@ def test_what_was_checked_is_checked_again_and_stays(kind: type[Checked]) -> Non
             assert replace(first) == again == first, (one.name, value)
 
 
+def in_python(line: str) -> str:
+    """What the command line says of a wrong value, as `load` says it: "--bits 5: ..." becomes "bits=5: ..."."""
+    return re.sub(r"^--([a-z-]+) ('[^']*'|[^ :]+)", lambda found: f"{found[1].replace('-', '_')}={found[2]}", line)
+
+
 @pytest.mark.parametrize("name", [*WRONG, *WRONG_SOURCE])
-def test_a_wrong_value_gets_the_same_line_whichever_way_it_came(name: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_value_gets_one_line_which_names_it_as_it_was_given(name: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     value, says = (WRONG | WRONG_SOURCE)[name]
     with pytest.raises(RequestError) as of_load:
         load(**({"model": "demo"} | {name: value}))
-    assert says in str(of_load.value)
+    assert str(of_load.value).startswith(in_python(says))
+    assert "--" not in str(of_load.value)
     if name in WRONG:
         with pytest.raises(RequestError) as of_config:
             MoestroConfig(**{name: value})
@@ -140,7 +161,21 @@ def test_a_wrong_value_gets_the_same_line_whichever_way_it_came(name: str, monke
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err == f"error: {of_load.value}\n"
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {says}")
+    assert printed.count("\n") == 1
+    with pytest.raises(RequestError) as again:  # the command line leaves nothing behind
+        load(**({"model": "demo"} | {name: value}))
+    assert str(again.value) == str(of_load.value)
+
+
+@pytest.mark.parametrize("name", WRONG_OF_LOAD)
+def test_a_wrong_value_of_an_argument_that_only_load_has(name: str) -> None:
+    value, says = WRONG_OF_LOAD[name]
+    with pytest.raises(RequestError) as error:
+        load("demo", **{name: value})
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
 
 
 def _commands(group: Any, *names: str) -> Iterator[tuple[list[str], Any]]:
@@ -231,9 +266,10 @@ def test_a_value_of_another_type_is_kept_as_its_type_or_refused_in_one_line(kind
             assert isinstance(kept, tuple)
             assert all(isinstance(part, str) for part in kept)
         else:
-            assert isinstance(kept, hints[one.name])
-            assert isinstance(kept, bool) <= (hints[one.name] is bool)
-    assert all(len(line.splitlines()) == 1 and line.startswith(("--", "no ")) for line in refused)
+            assert isinstance(kept, str if one.name == "policy" else hints[one.name])
+            assert isinstance(kept, bool) <= (bool in (hints[one.name], *get_args(hints[one.name])))
+    names = tuple(f"{name_of(one)}{after}" for one in fields(kind) for after in ("=", " is "))
+    assert all(len(line.splitlines()) == 1 and line.startswith(("no ", *names)) for line in refused)
 
 
 def test_a_config_that_was_saved_makes_an_equal_one() -> None:
@@ -285,13 +321,13 @@ def test_a_new_option_is_one_edit() -> None:
     assert "--ram" not in shown
     assert runner.invoke(app, []).output == "120\n"
     assert runner.invoke(app, ["-m", "30"]).output == "30\n"
-    assert str(runner.invoke(app, ["--tempo", "-4"]).exception) == "--tempo -4: needs more than 0"
+    assert str(runner.invoke(app, ["--tempo", "-4"]).exception) == "tempo=-4: needs more than 0"
 
 
 def test_replay_has_its_own_defaults() -> None:
     assert ReplayOptions().machine == "rtx4090"
     assert ReplayOptions(bits=32, gpu_memory="1GiB").gpu_bytes == 2**30
-    with pytest.raises(RequestError, match="--bits 5: there are 32, 16, 8, 4"):
+    with pytest.raises(RequestError, match="bits=5: there are 32, 16, 8, 4"):
         ReplayOptions(bits=5)
 
 

@@ -299,7 +299,7 @@ def test_what_cannot_fit_is_not_downloaded(tmp_path: Path) -> None:
         assert done.returncode == 2, done.stderr
         line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
         assert "was not downloaded" in line
-        assert "--ram allows 1.0 MiB; give --ram at least" in line
+        assert "ram allows 1.0 MiB; give ram at least" in line
         asked = [span for _, path, span in hub.requests if path == "/cdn/org/big/model.safetensors"]
         assert asked, "its header was not read"
         stops = [int(span.rpartition("-")[2]) for span in asked]

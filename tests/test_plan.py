@@ -116,7 +116,7 @@ def test_a_plan_survives_json(policy: str) -> None:
 def test_a_plan_says_why_it_does_not_fit() -> None:
     assert _plan(context=100).check().in_words().startswith("GPU 19.5 KiB: dense weights 4.9 KiB, KV cache 1000 B")
     for plan, words in (
-        (_plan(context=2000), "the GPU needs 63.5 KiB .* ask for --context 500"),
+        (_plan(context=2000), "the GPU needs 63.5 KiB .* ask for context=500"),
         (_plan(gpu=None, ram=16_999), "of RAM .* this machine has free 16.6 KiB; free memory"),
     ):
         assert plan.in_words().startswith("does not fit: ")

@@ -83,8 +83,8 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"clock": "sundial"}, "no clock 'sundial'; there are: wall, virtual"),
-        ({"clock": "virtual", "device": "cpu", "machine": "rtx4090"}, "needs --device emulated and --machine NAME"),
-        ({"clock": "virtual", "device": "emulated"}, "needs --device emulated and --machine NAME"),
+        ({"clock": "virtual", "device": "cpu", "machine": "rtx4090"}, "needs device='emulated' and machine='NAME'"),
+        ({"clock": "virtual", "device": "emulated"}, "needs device='emulated' and machine='NAME'"),
         ({"machine": "abacus"}, "no machine 'abacus'; there are: t4-colab"),
         ({"profile": "/nowhere.trace", "device": "emulated"}, "the trace /nowhere.trace cannot be read"),
     ],

@@ -110,5 +110,5 @@ def test_refusals() -> None:
         load(shape="huge")
     with pytest.raises(RequestError, match="name one model"):
         load("demo", shape="tiny")
-    with pytest.raises(BudgetError, match=r"the model needs 87\.0 GiB of RAM .* --ram allows 1\.0 GiB"):
+    with pytest.raises(BudgetError, match=r"the model needs 87\.0 GiB of RAM .* ram allows 1\.0 GiB"):
         load(shape="mixtral-8x7b", ram="1GiB")

@@ -423,9 +423,7 @@ def test_types_and_architectures_that_are_not_read_are_named(tmp_path: Path) -> 
 
     write_gguf(path, model, "llama", "IQ3_XXS", quantize)
     weights = open_source(str(path)).weights(model)
-    with pytest.raises(
-        ModelError, match=r"IQ3_XXS, which Moestro does not keep: --transcode 8 .* use a file of Q4_K_M"
-    ):
+    with pytest.raises(ModelError, match=r"IQ3_XXS, which Moestro does not keep: transcode=8 .* use a file of Q4_K_M"):
         weights.expert("model.layers.0.mlp.experts", 0)
     write_gguf(path, model, "llama", "F32", by_package("F32"))
     path.write_bytes(path.read_bytes().replace(b"llama", b"bloom"))
@@ -484,12 +482,12 @@ def test_its_tokenizer_splits_text_as_the_original(tmp_path: Path) -> None:
         assert tokenizer(text).input_ids == original(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     _with_tokenizer(tmp_path / "m.gguf", model, "unheard-of")
-    with pytest.raises(CheckpointError, match=r"splits text as 'unheard-of', .* --tokenizer ORG/REPO"):
+    with pytest.raises(CheckpointError, match=r"splits text as 'unheard-of', .* tokenizer='ORG/REPO'"):
         open_source(str(tmp_path / "m.gguf")).tokenizer()
     other = open_source(str(tmp_path / "m.gguf"), tokenizer=str(files("moestro") / "demo"))
     assert other.tokenizer()("don't").input_ids == original("don't").input_ids
     write_gguf(tmp_path / "m.gguf", model, "llama", "F32", by_package("F32"))
-    with pytest.raises(CheckpointError, match=r"has no tokenizer; name a checkpoint .* --tokenizer ORG/REPO"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; name a checkpoint .* tokenizer='ORG/REPO'"):
         open_source(str(tmp_path / "m.gguf")).tokenizer()
 
 

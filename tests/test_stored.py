@@ -191,7 +191,7 @@ def test_bits_of_dense_weights_that_are_quantized_are_said_to_change_nothing(
     write_gguf(tmp_path / "m.gguf", _build("mixtral"), "llama", kind, TYPES[kind](kind))
     load(str(tmp_path / "m.gguf"), device="cpu", threads=1, dense_bits=8, head_bits=8)
     said = [line.split(":")[0] for line in caplog.messages if "keep their own bits" in line]
-    expected = [f"--{name}-bits 8 changes nothing here" for name in ("dense", "head")]
+    expected = [f"{name}_bits=8 changes nothing here" for name in ("dense", "head")]
     assert said == (expected if kind == "Q8_0" else [])
 
 
@@ -199,7 +199,7 @@ def test_config_and_tokenizer_of_another_model(tmp_path: Path) -> None:
     """A GGUF whose tokenizer cannot be made from the file says what to name, and runs with it."""
     model = _build("mixtral", vocab_size=4096)
     write_gguf(tmp_path / "m.gguf", model, "llama", "Q8_0", TYPES["Q8_0"]("Q8_0"))
-    with pytest.raises(MoestroError, match="--tokenizer"):
+    with pytest.raises(MoestroError, match="tokenizer='ORG/REPO'"):
         load_tokenizer(str(tmp_path / "m.gguf"))
     given = [str(tmp_path / "m.gguf"), "Once", "-n", "2", "--tokenizer", "demo", "--device", "cpu"]
     assert CliRunner().invoke(app, ["run", *given]).exit_code == 0

@@ -395,7 +395,7 @@ def test_shapes_that_no_classes_divide() -> None:
 
 def test_a_gpu_refuses_them() -> None:
     gpu: Any = SimpleNamespace(accelerator=True, is_pretended=False)
-    with pytest.raises(ModelError, match=r"\(hqq2r16s128\) are computed by the CPU's kernels alone; use --device cpu"):
+    with pytest.raises(ModelError, match=r"\(hqq2r16s128\) are computed by the CPU's kernels alone; use device='cpu'"):
         refuse_on_gpu(gpu, [format_named("int4"), format_named("hqq2r16s128")])
     refuse_on_gpu(gpu, [format_named("int4")])
     refuse_on_gpu(SimpleNamespace(accelerator=None), [format_named("hqq2r16s128")])  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ def test_bits_are_those_of_the_formats(bits: int) -> None:
     for shape, size in {"mixtral-8x7b": (4096, 14336), "gpt-oss-20b": (2880, 2880)}.items():  # one of whole blocks
         layer = at_bits(spec_of_shape(shape), bits).layers[0]
         assert layer.expert_bytes == FORMATS[formats[bits]].expert_bytes(ExpertShape(*size))
-    with pytest.raises(RequestError, match="--bits 5"):
+    with pytest.raises(RequestError, match="bits=5"):
         at_bits(SPEC, 5)
 
 

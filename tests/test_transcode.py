@@ -91,7 +91,7 @@ def test_without_the_option_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write(path, "IQ3_S")
     with pytest.raises(
-        MoestroError, match="is of type IQ3_S, which Moestro does not keep: --transcode 8 rounds"
+        MoestroError, match="is of type IQ3_S, which Moestro does not keep: transcode=8 rounds"
     ) as error:
         load(str(path), device="cpu")
     assert "\n" not in str(error.value)
@@ -108,5 +108,5 @@ def test_without_the_option_it_is_named(tmp_path: Path) -> None:
 def test_only_gguf_files_are_transcoded(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, FAMILY["mixtral"], "fp8")
     for model in ({"model": str(tmp_path)}, {"model": "demo"}, {"shape": "olmoe-1b-7b"}):
-        with pytest.raises(MoestroError, match=r"--transcode 8 is for GGUF files, and .* is none; leave it out"):
+        with pytest.raises(MoestroError, match=r"transcode=8 is for GGUF files, and .* is none; leave it out"):
             load(**model, transcode=8, device="cpu")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..console import print_table
 from ..machine.measure import machine_by_name
 from ..planning.options import ReplayOptions
 from ..planning.shapes import spec_of_shape
@@ -20,7 +21,7 @@ from ..simulate.fit import shortfall
 from ..simulate.reshape import at_bits, resized
 from ..simulate.routing import routing_of
 from .policies import PolicyRow, compare, print_lacks, told
-from .report import Report, print_table
+from .report import Report
 
 Range = tuple[float, float]
 
@@ -59,7 +60,7 @@ class AssumedReport(Report):
             rows.append((row.policy, *ranges, told(row.slots, "d")))
         print(self.where)
         if any(row.does_not_fit is None for row in self.rows):
-            print_table(("policy", "prefill tok/s", "decode tok/s", "hits", "slots"), rows, width=110)
+            print_table(("policy", "prefill tok/s", "decode tok/s", "hits", "slots"), rows)
         print(f"routing: {self.routing_in_words}\nnot recorded from the model; --json has the sources")
         print_lacks(self.low)
 

@@ -23,13 +23,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..compute.cpu import Matrix, best_level, core_cpus, fma_gflops, read_gbps
 from ..compute.few_tokens import StepAttention
+from ..console import print_table
 from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, MATRIX_FORMATS
 from ..planning.budget import check_ram
 from ..planning.shapes import shape_named
 from .kernels import CACHES, PREFETCH_FLOATS, one_torch_thread, plausible_weights
-from .report import Report, check_kernels, print_table
+from .report import Report, check_kernels
 
 SHAPES, DTYPES = ("qwen3-30b-a3b", "olmoe-1b-7b"), ("bf16", "fp32")
 CACHED, QUERIES = (4096, 16384), (1, 4, 16, 512)

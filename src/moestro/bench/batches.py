@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..compute.cpu import fma_gflops
+from ..console import print_table
 from ..machine.probe import available_ram_bytes
 from .models import ModelWorker
-from .report import print_table
 
 CACHED, STEPS = 64, 16  # tokens in each sequence's cache at first, and steps of one token each
 _COPIES = 2.5  # of a cache, at most, while it is filled and then grows

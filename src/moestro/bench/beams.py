@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ..console import print_table
 from .batches import CACHED, STEPS
 from .models import ModelWorker
-from .report import print_table
 
 
 @dataclass(frozen=True, slots=True)

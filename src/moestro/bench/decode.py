@@ -18,6 +18,7 @@ from types import MappingProxyType
 import torch
 
 from ..compute.cpu import best_level, core_cpus, read_gbps
+from ..console import print_table
 from ..errors import RequestError
 from ..machine.probe import available_ram_bytes, cpu_model
 from ..memory.formats import format_asked_for
@@ -27,7 +28,7 @@ from .batches import CACHED, BatchFigures, BatchTurns, print_batches
 from .beams import BeamFigures, BeamTurns, print_beams
 from .kernels import PREFETCH_FLOATS, one_torch_thread
 from .models import ALONE, OURS, ModelWorker
-from .report import Report, check_kernels, print_table
+from .report import Report, check_kernels
 from .worker import EngineWorker
 
 PROMPTS = (128, 512)

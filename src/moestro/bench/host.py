@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts
 from ..compute.experts import ExpertMath, ExpertWork
+from ..console import print_table
 from ..devices.emulated import EmulatedDevice, Here, MemoryCarrier
 from ..devices.link import LinkLane
 from ..devices.work import Queued, StepSum, WorkOfThread
@@ -37,7 +38,7 @@ from ..planning.shapes import spec_of_shape, top_k_of_shape
 from ..planning.slots import Transfer
 from ..simulate.reshape import at_bits
 from .machine_card import machine_card
-from .report import Report, print_table
+from .report import Report
 
 _HIDDEN = 64  # width of the stored experts, which are never computed; policies see the shape's own width
 _RIGHT = 0.75  # share of the guesses that come true

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ..compute.cpu import read_gbps
+from ..console import print_table
 from ..engine.conductor import Conductor
 from ..loading.build import conduct_by
 from ..loading.config import MoestroConfig
@@ -39,7 +40,7 @@ from ..text.generation import TextResult, generate_text
 from ..text.options import TextOptions
 from ..text.tracing import listening
 from .limit import HybridLimit
-from .report import Report, check_kernels, print_table
+from .report import Report, check_kernels
 
 POLICIES = (  # those that the ratios need come first, since the time limit may end the list early
     "moestro",
@@ -55,7 +56,7 @@ PROMPTS = (32, 512, 2048)
 PUBLISHED = {"layer-streaming": "19.4 and 22.5", "lru": "8.2 and 10.1"}
 _TOGETHER_BYTES = 4 * 2**30
 _READ_BYTES = 64 * 2**20
-_PROFILE_PROMPT, _PROMPT = 64, 32  # tokens before the answers that place experts, and before those that are timed
+PROFILE_PROMPT, _PROMPT = 64, 32  # tokens before the answers that place experts, and before those that are timed
 _MOST_QUEUED = 100  # most copies to queue at once, which bounds their number where experts are tiny
 _LIMIT_TOKENS = 16  # the hybrid limit is computed from the hits of so many tokens
 
@@ -126,7 +127,7 @@ class HybridReport(Report):
             figures += [format_bytes(row.bytes_moved), f"{row.share:.2f}"]
             host_us = "-" if row.host_us is None else f"{row.host_us:.0f}"
             rows.append((row.policy, _link_name(row.link_gbps), row.routing, *prefill, *figures, host_us))
-        print_table((*names, "share", "host us"), rows, width=120)
+        print_table((*names, "share", "host us"), rows)
         for name in self.skipped:
             print(f"no time for {name}")
         for ratio in self.ratios:
@@ -175,7 +176,7 @@ def measure_hybrid(
         RequestError: no accelerator, no kernels, or no such policy. BudgetError: it does not fit.
     """
     check_kernels()
-    context = max(_PROFILE_PROMPT, *prompts) + decode_tokens
+    context = max(PROFILE_PROMPT, *prompts) + decode_tokens
     config = MoestroConfig(
         device=device, gpu_memory=gpu_memory, context=context, bits=bits, policy="cpu-only", threads=threads
     )
@@ -286,7 +287,7 @@ class _Bench:
         """How often each expert is used in an answer to a prompt that is not timed."""
         conduct_by(self._model, make_policy("cpu-only"), 0, {}, Costs())
         with listening(self._model, 0) as listener:
-            self._generate(_PROFILE_PROMPT, self._decode_tokens, seed=1)
+            self._generate(PROFILE_PROMPT, self._decode_tokens, seed=1)
         return dict(listener.trace(self._model, "profile", None).heat())
 
     def _generate(self, prompt: int, new_tokens: int, seed: int) -> TextResult:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from ..compute.cpu import CpuExperts, best_level, core_cpus, dot_gflops, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
+from ..console import print_table
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, ExpertShape, format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import REAL_SHAPES, spec_of_shape, top_k_of_shape
-from .report import Report, check_kernels, print_table
+from .report import Report, check_kernels
 
 READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # bytes that the timed calls of a row read with one token

@@ -35,10 +35,10 @@ def check_form(name: str) -> None:
 
 def option_list(kind: type[Checked], name: str, help: str, unset: str) -> Any:
     """A field that takes an option of another dataclass any number of times; each value has that option's check."""
-    check = about(next(one for one in fields(kind) if one.name == name)).check or (lambda value, flag: value)
+    check = about(next(one for one in fields(kind) if one.name == name)).check or (lambda value, name: value)
 
-    def check_each(values: Any, flag: str) -> Any:
-        return tuple(check(value, flag) for value in values)
+    def check_each(values: Any, name: str) -> Any:
+        return tuple(check(value, name) for value in values)
 
     return option_like(kind, name, default=(), help=help, unset=unset, check=check_each, named=name)
 
@@ -70,9 +70,9 @@ class ComparedOptions(Checked):
     )
 
 
-def _check_table_bits(values: Any, flag: str) -> Any:
+def _check_table_bits(values: Any, name: str) -> Any:
     for value in values:
-        bits_in(BITS)(int(value) if value.isdecimal() else value, flag)
+        bits_in(BITS)(int(value) if value.isdecimal() else value, name)
     return values
 
 

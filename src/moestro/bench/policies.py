@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..console import print_table
 from ..errors import BudgetError, RequestError
 from ..loading.load import load, load_tokenizer
 from ..machine.measure import machine_by_name
@@ -35,7 +36,7 @@ from ..text.generation import encode
 from ..text.tracing import LOOKAHEAD, read_pieces, trace_ids
 from .limit import HybridLimit
 from .plots import plotting
-from .report import Report, print_table
+from .report import Report
 
 _DRAWN_LAYERS = 4
 
@@ -83,7 +84,7 @@ class PoliciesReport(Report):
             print_lacks(self.rows)
             return
         names = ("policy", "prefill tok/s", "decode tok/s", "hits", "moved", "slots", "share", "own", "Belady")
-        print_table(names, rows, width=110)
+        print_table(names, rows)
         print(
             "share: of the hybrid limit of decode at the policy's own hit rate; own: of what the method's arithmetic\n"
             "allows; Belady: of the hybrid limit at the best hit rate that so many slots can have"

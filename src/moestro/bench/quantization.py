@@ -10,8 +10,7 @@ shape with random weights (`bits_speed.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ..compute.cpu import core_cpus
 from ..decode.dense import Packed
@@ -32,6 +30,7 @@ from ..loading.packed.manifest import is_packed
 from ..planning.option import bits_in
 from ..planning.options import BITS, ModelOptions
 from ..planning.shapes import spec_of_shape
+from ..progress import Bar, without_bars_of_transformers
 from ..text.files import read_text
 from ..text.generation import check_ids, encode
 from .bits_speed import measure_bits
@@ -133,9 +132,9 @@ def measure_quantization(
     Raises:
         RequestError: bits, a text or a shape that do not exist or do not do. MoestroError: the model does not load.
     """
-    for flag, given in (("--dense-bits", dense_bits), ("--expert-bits", expert_bits)):
+    for name, given in (("dense_bits", dense_bits), ("expert_bits", expert_bits)):
         for bits in given:
-            bits_in(BITS)(bits, flag)
+            bits_in(BITS)(bits, name)
     config, count = reading.check(), threads or len(core_cpus())
     windows = reading.windows(config.get_text_config().vocab_size)
     depth = None if speed is None else len(spec_of_shape(speed.shape, speed.layers).layers)
@@ -148,7 +147,8 @@ def measure_quantization(
     source = replace(reading.source, dtype="auto" if config.dtype == torch.float16 else "float32")
     rows, losses = [], {}
     cells = [*product(*(sorted({*given}, reverse=True) for given in (dense_bits, expert_bits)))]
-    with _progress(len(cells) * len(windows)) as advance:
+    total = len(cells) * len(windows)
+    with Bar("reading windows", total, "windows") as bar, without_bars_of_transformers():
         for dense, expert in cells:
             model = load(
                 reading.model,
@@ -162,7 +162,7 @@ def measure_quantization(
                 cache=False,
             )
             try:
-                losses[dense, expert] = window_losses(model, windows, advance)
+                losses[dense, expert] = window_losses(model, windows, bar.advance)
                 found = perplexity(losses[dense, expert], reading.window)
                 rows.append(QuantizationRow(dense, expert, weight_bytes(model), found))
             finally:
@@ -206,23 +206,3 @@ def out_of_order(losses: Mapping[_Cell, Tensor]) -> Iterator[OutOfOrder]:
                 if float(losses[fewer].sum()) < float(losses[more].sum()):
                     apart = standard_errors_apart(losses[more], losses[fewer])
                     yield OutOfOrder(better=fewer, worse=more, standard_errors=apart)
-
-
-@contextmanager
-def _progress(windows: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, where that is a terminal, in place of those that Transformers shows of each load."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console, shown = Console(stderr=True), transformers_logging.is_progress_bar_enabled()
-    columns = (TextColumn("reading windows"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    transformers_logging.disable_progress_bar()
-    try:
-        with Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
-        ) as progress:
-            task = progress.add_task("", total=windows)
-            yield lambda count: progress.advance(task, count)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

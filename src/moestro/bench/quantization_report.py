@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..console import print_table
 from ..planning.budget import format_bytes
 from .bits_speed import BitsSpeed
 from .paper_sizes import PaperSize
 from .plots import plotting
-from .report import Report, print_table
+from .report import Report
 
 Cell = TypeVar("Cell")
 _PLOT_COLUMNS, _PLOT_LINES = 64, 14  # of characters
@@ -63,7 +64,7 @@ class QuantizationReport(Report):
         """Print sizes and perplexities, a plot of one against the other, speeds, and the paper's sizes."""
         print(f"{self.model} on {self.tokens:,} tokens of {self.text}, windows of {self.window}")
         cells = {(row.dense_bits, row.expert_bits): row for row in self.rows}
-        print_table(*_grid(cells, lambda row: f"{format_bytes(row.size_bytes)}, {row.perplexity:.3f}"), width=110)
+        print_table(*_grid(cells, lambda row: f"{format_bytes(row.size_bytes)}, {row.perplexity:.3f}"))
         print("size and perplexity; bits of attention and other dense layers down, of the experts across")
         for line in self._in_order():
             print(line)
@@ -75,9 +76,7 @@ class QuantizationReport(Report):
             print_table(("dense bits", "expert bits", "tok/s"), rows)
         print("Mixtral-8x7B in GiB: the paper's, rebuilt from hqq's packing, ours")
         sizes = {(one.dense_bits, one.expert_bits): one for one in self.sizes}
-        print_table(
-            *_grid(sizes, lambda one: f"{one.paper_gib:.2f}  {one.rebuilt_gib:.2f}  {one.ours_gib:.2f}"), width=110
-        )
+        print_table(*_grid(sizes, lambda one: f"{one.paper_gib:.2f}  {one.rebuilt_gib:.2f}  {one.ours_gib:.2f}"))
 
     def plot(self, path: Path) -> None:
         """Draw perplexity against size as an SVG.

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..console import print_table
 from ..simulate.trace import Trace
 from ..simulate.trace_summary import lru_hit_rate, recall
 from .plots import plotting
-from .report import Report, print_table
+from .report import Report
 
 FARTHEST = 10  # layers ahead, as in the paper
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from ..compute.cpu import levels
 from ..errors import RequestError
@@ -21,16 +17,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """All figures, the CPU's model and the commit, as `--json` prints them."""
         return asdict(self) | {"cpu": cpu_model(), "commit": git_commit()}  # type: ignore[call-overload,no-any-return]
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> None:
-    """Print rows of text under column names, the first column on the left and the figures on the right."""
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right" if table.columns else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=width).print(table)
 
 
 def check_kernels() -> None:

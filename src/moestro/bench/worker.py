@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import RequestError
+from ..planning.spelling import as_flags
 
 START_LIMIT_S = 900.0  # loading may read tens of GiB from a slow disk
 LIMIT_S = 900.0  # of one answer
@@ -167,7 +168,7 @@ def serve(start: Callable[[], tuple[dict[str, Any], Handlers]], *, ours: bool = 
     """
     if not ours:
         os.environ.pop("OMP_WAIT_POLICY", None)  # here, since importing this package has set it
-    with os.fdopen(os.dup(1), "w") as answers:
+    with as_flags(), os.fdopen(os.dup(1), "w") as answers:  # what is refused is shown by a command
         os.dup2(2, 1)  # what a library prints to its standard output, in C too, joins the log
 
         def send(**answer: Any) -> None:

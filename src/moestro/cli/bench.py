@@ -15,23 +15,27 @@ from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
 from ..simulate.routing import routed_shapes
-from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
+from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
+from .shape_checks import check_depth, check_prompts
 from .terminal import show
 
 TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
 Plot = Annotated[str | None, unset("FILE", "Draw it as an SVG.", "no")]
 
-bench = typer.Typer(help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    cls=WholeHelp, help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @bench.command("load", epilog="Example: moestro bench load --size 2GiB")
+@takes_options()
 def bench_load(
     size: Annotated[str, typer.Option(help="Bytes of experts in the checkpoint that is made for it.")] = "2GiB",
     as_json: Json = False,
 ) -> None:
     """Load a checkpoint that is made on the spot and watch the process's memory every 10 ms."""
-    n_bytes = parse_bytes(size, "--size")
+    n_bytes = parse_bytes(size, "size")
     from ..bench.loading import measure_load
 
     report = measure_load(n_bytes)
@@ -100,7 +104,7 @@ def bench_attention(
 ) -> None:
     """Time attention over long caches, beside this machine's read and FMA limits, and a prompt's beside torch's."""
     for name in dtypes or ():
-        one_of("dtype", CACHE_DTYPES)(name, "--kv-dtype")
+        one_of("dtype", CACHE_DTYPES)(name, "kv_dtype")
     from ..bench.attention import CACHED, DTYPES, QUERIES, SHAPES, measure_attention
 
     report = measure_attention(
@@ -149,6 +153,7 @@ def bench_decode(
         raise RequestError("--cached is about the steps of --batch; give that too, like --batch 1,4")
     if form is not None:
         check_form(form)
+    check_depth(measured.shape, layers)
     sequences, tokens = _numbers("--batch", batch, 1), _numbers("--cached", cached, 1)
     searches = _numbers("--beams", beams, 2)
     from ..bench.batches import CACHED
@@ -233,7 +238,7 @@ def bench_policies(
         found = compare_by_replay(reading, trace, options, names, drawn)
     else:
         found = compare_live(reading, options, names)
-    show(found, as_json)
+    show(found, as_json, model, source.revision)
 
 
 @bench.command("hybrid", epilog="Example: moestro bench hybrid --shape mixtral-8x7b --gpu-memory 24GiB --link 12GB/s")
@@ -259,11 +264,14 @@ def bench_hybrid(
     as_json: Json = False,
 ) -> None:
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
-    needs(lambda s: s > 0, "above 0")(seconds, "--seconds")
-    needs(lambda s: s is None or s > 0, "above 0")(limit_s, "--limit-s")
+    needs(lambda s: s > 0, "above 0")(seconds, "seconds")
+    needs(lambda s: s is None or s > 0, "above 0")(limit_s, "limit_s")
+    check_depth(measured.shape, layers)
+    check_prompts(measured.shape, prompt or (1,), decode_tokens)
     from ..bench.hybrid import POLICIES as COMPARED
-    from ..bench.hybrid import PROMPTS, measure_hybrid
+    from ..bench.hybrid import PROFILE_PROMPT, PROMPTS, measure_hybrid
 
+    check_prompts(measured.shape, (PROFILE_PROMPT, *(prompt or PROMPTS)), decode_tokens)
     assert options.gpu_memory is not None
     report = measure_hybrid(
         measured.shape,
@@ -329,7 +337,7 @@ def bench_recall(
     report = measure_recall(reading.record(FARTHEST))
     if plot is not None:
         report.plot(Path(plot))
-    show(report, as_json)
+    show(report, as_json, model, source.revision)
 
 
 @bench.command("quantization", epilog="Example: moestro bench quantization demo --shape olmoe-1b-7b --plot table.svg")
@@ -356,6 +364,8 @@ def bench_quantization(
     Each cell loads the model anew and reads the text. The paper's own sizes for Mixtral-8x7B stand below.
     """
     check_named(model, table.source)
+    if table.shape is not None:
+        check_depth(table.shape, layers)
     check_readable(text, "text")
     check_plot(plot)
     check_model(model, table.source)
@@ -371,4 +381,4 @@ def bench_quantization(
     )
     if plot is not None:
         report.plot(Path(plot))
-    show(report, as_json)
+    show(report, as_json, model, table.revision)

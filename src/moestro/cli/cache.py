@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +9,14 @@ import typer
 
 from ..errors import CheckpointError, MoestroError, RequestError
 from ..planning.budget import format_bytes
-from .options import Json
+from .envelope import print_json
+from .options import Json, WholeHelp, takes_options
 
 if TYPE_CHECKING:
     from ..loading.packed.cache import Entry
 
 cache = typer.Typer(
+    cls=WholeHelp,
     help="List, verify or remove what is kept: quantized models here, downloads in the hub's cache.",
     epilog="Example: moestro cache verify",
     rich_markup_mode=None,
@@ -23,6 +24,7 @@ cache = typer.Typer(
 
 
 @cache.callback(invoke_without_command=True)
+@takes_options()
 def _list(context: typer.Context, as_json: Json = False) -> None:
     """List what is kept: quantized models here, downloads in the hub's cache."""
     if context.invoked_subcommand is not None:
@@ -31,7 +33,7 @@ def _list(context: typer.Context, as_json: Json = False) -> None:
 
     ours, hub = [_values(one) for one in reversed(entries())], _downloads()
     if as_json:
-        print(json.dumps({"folder": str(cache_folder()), "packed": ours, "hub": hub}))
+        print_json({"folder": str(cache_folder()), "packed": ours, "hub": hub})
         return
     print(f"quantized models in {cache_folder()} (moestro cache remove NAME)")
     for one in ours:

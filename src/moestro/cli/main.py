@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
 from .cache import cache
+from .envelope import print_json
 from .options import (
     DecodeTokens,
     Json,
@@ -33,7 +33,7 @@ from .options import (
     unset,
 )
 from .preflight import check_model, check_named, check_readable, check_routing
-from .terminal import AnswerPrinter, ReadingBar, print_figures, print_piece, read_prompt, say, use_any_bytes
+from .terminal import AnswerPrinter, ReadingBar, print_figures, read_prompt, say, use_any_bytes
 
 app = typer.Typer(
     name="moestro",
@@ -41,7 +41,6 @@ app = typer.Typer(
     help="Run Mixture-of-Experts models larger than the GPU's memory, conducted expert by expert.",
     epilog='Example: moestro run demo "Once upon a time"',
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would take the square brackets of a default for markup
@@ -115,27 +114,31 @@ def run(
         with timing() as times:
             imports_s = process_s()
             written = partial(prompt_for, text=text, raw=raw)
-            loaded, tokenizer, draft, given = _load(model, source, engine, written, text=options, quiet=as_json)
+            loaded, tokenizer, draft, given = _load(model, source, engine, written, text=options)
     if given.in_template:
         say("chat    the prompt is a message in the model's chat template; --raw continues it as it is")
     printer, streams = AnswerPrinter(), not as_json
     with traced(loaded, target, model or source.shape or "", text), timed(loaded, spans), ReadingBar() as bar:
         result = generate_text(
             *(loaded, tokenizer, given.ids, options),
-            on_text=(printer.on_text if given.in_template else print_piece) if streams else None,
+            on_text=printer.on_text if streams else None,
             on_reasoning=printer.on_reasoning if streams else None,
             splits_channels=as_json or given.in_template,
-            on_checked=partial(print_piece, text) if streams and not given.in_template else lambda: None,
+            on_checked=partial(printer.on_prompt, text) if streams and not given.in_template else lambda: None,
             on_progress=bar.on_progress,
             draft=draft,
         )
     if as_json:
+        from ..text.choices import settled
+        from .notes import settled_by
+
         more = {"chat_template": given.in_template, "load": {"imports_s": imports_s} | times.to_json()}
-        print(json.dumps(result.to_json() | more))
+        chosen = settled(options, loaded.generation_config) | settled_by(loaded)
+        print_json(result.to_json() | more, model, source.revision, **chosen)
     else:
         print()
         print_figures(result)
-        say(f"load    imports {imports_s:.2f} s, {times}")
+        say(f"start    {imports_s:.2f} s to import, {times}")
 
 
 @app.command(epilog='Example: moestro chat demo --system "You tell fairy tales."')
@@ -184,9 +187,10 @@ def trace_command(
     from ..text.files import read_text, writable
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer, *_ = _load(model, source, engine, quiet=as_json)
+    loaded, tokenizer, *_ = _load(model, source, engine)
     from ..simulate.trace_summary import summarize
     from ..text.tracing import trace_text
+    from .notes import settled_by
     from .replay import print_summary
 
     name = model or source.shape or ""
@@ -197,7 +201,7 @@ def trace_command(
         found.save(target)
     summary = summarize(found)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary, model, source.revision, **settled_by(loaded))
     else:
         print_summary(summary)
 
@@ -221,7 +225,7 @@ def replay_command(
 
     found = replayed(trace, options, spans)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     else:
         found.print()
 
@@ -236,13 +240,14 @@ def replay_command(
 def plan_command(source: ModelOptions, engine: Options, model: Model = None, as_json: Json = False) -> None:
     """Say whether a model fits and how fast it would be, before any of its weights is downloaded."""
     from ..loading.outlook import outlook
-    from .plan import print_outlook, to_json
+    from .plan import print_outlook, settled_by, to_json
 
-    found = outlook(model, source, engine)
-    if as_json:
-        print(json.dumps(to_json(found)))
-    else:
-        print_outlook(found)
+    with remembering():
+        found = outlook(model, source, engine)
+        if as_json:
+            print_json(to_json(found), model, source.revision, **settled_by(found))
+        else:
+            print_outlook(found)
 
 
 @app.command("inspect", epilog="Example: moestro inspect demo")
@@ -264,10 +269,10 @@ def inspect_command(
         from .inspect import print_contents
 
         contents = inspect_model(checkpoint, source.revision)
-    if as_json:
-        print(json.dumps(contents.to_json()))
-    else:
-        print_contents(contents)
+        if as_json:
+            print_json(contents.to_json(), checkpoint, source.revision)
+        else:
+            print_contents(contents)
 
 
 @app.command(epilog="Example: moestro pack mistralai/Mixtral-8x7B-Instruct-v0.1 -o mixtral-4bit --bits 4")
@@ -299,25 +304,30 @@ def pack(
         from ..loading.pack import pack as pack_model
         from .inspect import print_packed
 
-        if as_json:
-            _hide_progress()
         made = pack_model(model, Path(output).expanduser(), source, engine)
     if as_json:
-        print(json.dumps({"folder": output, "n_bytes": made.n_bytes, "n_files": len(made.files) + 1}))
+        print_json({"folder": output, "n_bytes": made.n_bytes, "n_files": len(made.files) + 1}, model, source.revision)
     else:
         print_packed(output, made)
 
 
-@app.command(epilog="Example: moestro doctor")
+@app.command(epilog="Example: moestro doctor --report")
+@takes_options()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")] = False,
+    for_report: Annotated[
+        bool, typer.Option("--report", help="What an error report should say: without paths, prompts and names.")
+    ] = False,
 ) -> None:
     """Say what this machine has and what Moestro will use of it."""
-    from .doctor import examine
+    if for_report:
+        from .report import report as find
+    else:
+        from .doctor import examine as find
 
-    findings = examine()
+    findings = find()
     if as_json:
-        print(json.dumps(findings))
+        print_json(findings)
         return
     width = max(map(len, findings))
     for name, value in findings.items():
@@ -331,11 +341,10 @@ def _load(
     check: Callable[[Any], Any] = lambda tokenizer: None,
     *,
     text: TextOptions | None = None,
-    quiet: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
     """The model, its tokenizer, the draft that `text` names, or None, and what `check` returns.
 
-    check: called with the tokenizer before the model loads. quiet: show nothing of a download.
+    check: called with the tokenizer before the model loads.
     """
     trusted = source.trust_remote_code
     with remembering():
@@ -350,8 +359,6 @@ def _load(
 
         if options.threads is None:
             options = replace(options, threads=len(core_cpus()))
-        if quiet:
-            _hide_progress()
         tokenizer = load_tokenizer(
             model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
         )
@@ -369,12 +376,6 @@ def _load(
         say_without_effect(text, loaded)
     say_kernels()
     return loaded, tokenizer, draft, checked
-
-
-def _hide_progress() -> None:
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
 
 
 def main() -> None:

@@ -5,20 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from inspect import Parameter, signature
+from inspect import Parameter, cleandoc, signature
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from ..errors import RequestError
-from ..planning.option import Checked, about, flag, name_of
+from ..planning.option import Checked, about, name_of
+from ..planning.spelling import as_flags, flag
+from ..progress import quiet
+from .envelope import take
 
 Command = Callable[..., None]
 _UsageError: Any = typer.BadParameter.__bases__[0]  # which typer does not show under a name
 
 
-class OneLineErrors(TyperGroup):
+class WholeHelp(TyperGroup):
+    """A group whose help has the first paragraph of each command's whole, over as many lines as it takes."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        found = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+        rows = [(name, _first_paragraph(one.help or "")) for name, one in found if one is not None and not one.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _first_paragraph(text: str) -> str:
+    return " ".join(cleandoc(text).split("\n\n")[0].split())
+
+
+class OneLineErrors(WholeHelp):
     """A group of commands in which a wrong way to call one is a RequestError, as everything that is refused."""
 
     def make_context(self, *given: Any, **extra: Any) -> Any:
@@ -35,7 +54,8 @@ class OneLineErrors(TyperGroup):
 @contextmanager
 def _in_one_line() -> Iterator[None]:
     try:
-        yield
+        with as_flags():
+            yield
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # whose message is the whole help
             raise
@@ -66,7 +86,11 @@ def takes_options(
             if isinstance(one.annotation, type) and issubclass(one.annotation, Checked)
         }
         taken = {
-            name: [one for one in fields(kind) if (only is None or one.name in only) and one.name not in leave_out]
+            name: [
+                one
+                for one in fields(kind)
+                if (only is None or one.name in only) and one.name not in leave_out and not about(one).in_python
+            ]
             for name, kind in kinds.items()
         }
         parameters: dict[str, Parameter] = {}
@@ -81,7 +105,12 @@ def takes_options(
             values = {
                 name: kind(**{field.name: given[field.name] for field in taken[name]}) for name, kind in kinds.items()
             }
-            command(**{name: given[name] for name in own if name not in kinds}, **values)
+            take(
+                {shown: given[name] for name in own if name not in kinds and (shown := _shown_name(own[name]))}
+                | {name_of(one): getattr(values[name], one.name) for name in kinds for one in taken[name]}
+            )
+            with quiet(bool(given.get("as_json"))):
+                command(**{name: given[name] for name in own if name not in kinds}, **values)
 
         wrapper: Any = called
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
@@ -90,6 +119,15 @@ def takes_options(
         return called
 
     return wrap
+
+
+def _shown_name(parameter: Parameter) -> str | None:
+    """The name of the option that a command's own parameter is, None of arguments and of --json."""
+    for one in get_args(parameter.annotation):
+        if isinstance(one, OptionInfo) and parameter.name != "as_json":
+            flags = [each for each in (one.default, *(one.param_decls or ())) if str(each).startswith("--")]
+            return str(flags[0]).split("/")[0][2:].replace("-", "_") if flags else parameter.name
+    return None
 
 
 def _parameter(kind: type[Checked], field: Field[Any], default: Any) -> Parameter:

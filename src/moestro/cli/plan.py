@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from ..console import print_lines, print_table
 from ..loading.outlook import Choice, Outlook, command_of
 from ..loading.reasons import machine_in_words, reasons, round_to
+from ..machine.probe import physical_cores
 from ..planning.budget import format_bytes
 
-_SCHEMA = 1  # raised when a field changes its meaning or goes
 _GAINS = 4  # printed
 
 
@@ -19,7 +17,6 @@ def to_json(found: Outlook) -> dict[str, Any]:
     """All of it as plain values; what fits is told of the choice that the command names."""
     best, asked = found.best, found.choice
     return {
-        "schema": _SCHEMA,
         "model": found.survey.model,
         "kind": found.survey.kind,
         "dtype": found.survey.dtype,
@@ -47,6 +44,20 @@ def to_json(found: Outlook) -> dict[str, Any]:
     }
 
 
+def settled_by(found: Outlook) -> dict[str, Any]:
+    """What the plan made of options that leave something to the model or the machine, by their names."""
+    options, plan = found.choice.options, found.choice.plan
+    device = options.device if options.device != "auto" else "cpu" if found.place.free_gpu_bytes is None else "cuda"
+    return {
+        "threads": options.threads or physical_cores(),
+        "device": device,
+        "policy": plan.policy,
+        "dtype": found.survey.dtype,
+        "context": plan.context,
+        "machine": found.place.machine.name,
+    }
+
+
 def _figures(one: Choice) -> dict[str, Any]:
     speeds = one.speeds
     return {
@@ -65,11 +76,7 @@ def _experts(one: Choice) -> dict[str, int]:
 
 def print_outlook(found: Outlook) -> None:
     """The verdict, bytes by tier, the command, a table by bits, and what would help."""
-    console = Console(width=110, highlight=False)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False)
-
+    say = print_lines
     asked, best = found.choice, found.best
     say(f"{asked.verdict}  {found.survey.model}: {_speeds(asked) if asked.fits else asked.plan.why_not}")
     say(f"machine  {machine_in_words(found.place)}")
@@ -89,7 +96,7 @@ def print_outlook(found: Outlook) -> None:
         say(f"{what}{command_of(found.survey, found.source, best.options)}")
     else:
         say("run      nothing fits here: a smaller model, more RAM, or a checkpoint of fewer bits would")
-    console.print(_table(found))
+    _print_table(found)
     for gain in found.gains[:_GAINS]:
         ratio = gain.decode_tok_s / gain.before_tok_s
         say(f"helps    {gain.change}: {round_to(gain.decode_tok_s)} tok/s ({ratio:.1f} x)")
@@ -101,18 +108,17 @@ def _speeds(one: Choice) -> str:
     return f"decode {decode[0]:g} to {decode[1]:g} tok/s, prefill {prefill[0]:g} to {prefill[1]:g} tok/s"
 
 
-def _table(found: Outlook) -> Table:
-    table = Table()
-    for column in ("bits", "verdict", "GPU", "RAM", "disk", "decode tok/s", "prefill tok/s"):
-        table.add_column(column, justify="left" if column in ("bits", "verdict") else "right", no_wrap=True)
+def _print_table(found: Outlook) -> None:
+    rows = []
     for bits, one in found.table:
         sizes = [format_bytes(size) if size else "-" for size in (one.gpu_bytes, one.ram_bytes, one.disk_bytes)]
         name = str(bits) if bits is not None else f"own ({'+'.join(dict.fromkeys(one.plan.formats.experts))})"
         speeds = ["-", "-"]
         if one.speeds is not None:
             speeds = [f"{s.rounded()[0]:g} - {s.rounded()[1]:g}" for s in (one.speeds.decode, one.speeds.prefill)]
-        table.add_row(name, one.verdict, *sizes, *speeds)
-    return table
+        rows.append((name, one.verdict, *sizes, *speeds))
+    columns = ("bits", "verdict", "GPU", "RAM", "disk", "decode tok/s", "prefill tok/s")
+    print_table(columns, rows, left=("verdict",))
 
 
 def print_reasons(found: Outlook, say: Any) -> None:

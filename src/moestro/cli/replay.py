@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from ..bench.report import print_table
+from ..console import print_lines, print_table
 from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes
 from ..planning.contract import Lane
@@ -165,11 +163,10 @@ def _replay(trace: Trace, options: ReplayOptions, machine: Machine, timeline: Pa
 
 def print_replay(found: Replay) -> None:
     """Print speeds, hits and lanes."""
-    console = Console(width=100)
-    console.print(f"{found.policy} on {found.machine}, {found.slots} experts in GPU memory")
+    print_lines(f"{found.policy} on {found.machine}, {found.slots} experts in GPU memory")
     for name, phase in (("prefill", found.prefill), ("decode", found.decode)):
-        console.print(_line(name, phase))
-    console.print(
+        print_lines(_line(name, phase))
+    print_lines(
         f"Belady's hit rate with these slots {found.belady_rate:.1%}; {found.belady_share:.2f} of the limit there"
     )
     rows = [
@@ -190,30 +187,25 @@ def _line(name: str, phase: PhaseFigures) -> str:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print the summary of a trace."""
-    console = Console(width=100)
-    console.print(
+    print_lines(
         f"{summary['model']}: {summary['layers']} layers of {summary['experts']} experts, top-{summary['top_k']}; "
         f"{summary['prefill_tokens']} prompt tokens, {summary['decode_tokens']} decoded"
     )
     popular = summary["popularity"]
-    console.print(
+    print_lines(
         f"popularity   the hottest expert {popular['hottest']:.2f} x the mean, the coldest {popular['coldest']:.2f} x, "
         f"the hottest quarter {popular['hottest_quarter']:.1%} of all uses"
     )
     reuse = "   ".join(f"{n}: {share:.1%}" for n, share in summary["reuse"].items())
-    console.print(f"reused within so many tokens   {reuse}")
+    print_lines(f"reused within so many tokens   {reuse}")
     for ahead, rates in summary["recall"].items():
         found = "   ".join(f"{n}: {rate:.3f}" for n, rate in rates.items() if rate is not None)
-        console.print(
-            f"recall {ahead} layer{'s' if ahead > 1 else ''} ahead, by experts guessed   {found or 'no gate'}"
-        )
+        print_lines(f"recall {ahead} layer{'s' if ahead > 1 else ''} ahead, by experts guessed   {found or 'no gate'}")
     agreement = [share for share in summary["gate_agreement"] if share is not None]
     if len(agreement) < summary["layers"]:
-        console.print(f"no gate was found for {summary['layers'] - len(agreement)} of {summary['layers']} layers")
+        print_lines(f"no gate was found for {summary['layers'] - len(agreement)} of {summary['layers']} layers")
     if agreement and min(agreement) < 0.99:
-        console.print(
-            f"gates give only {min(agreement):.1%} of their own layer's choices: this family routes otherwise"
-        )
+        print_lines(f"gates give only {min(agreement):.1%} of their own layer's choices: this family routes otherwise")
 
 
 @contextmanager

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from threading import Event
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..planning.budget import format_bytes
+from ..progress import Bar
+from .envelope import print_json
+from .wrapping import Wrapped
 
 if TYPE_CHECKING:
     from ..text.generation import TextResult
@@ -48,20 +49,15 @@ class ReadingBar:
 
     def __init__(self) -> None:
         self._is_read = False
-        self._begin_s = monotonic()
-        self._bar: Any = None
+        self._bar = Bar("reading the prompt", 1.0, after_s=_SHOWN_AFTER_S)
 
     def on_progress(self, share: float) -> None:
         """So much of the prompt has been read, from 0 to 1."""
         self._is_read = share >= 1
         if self._is_read:
             self.close()
-        elif self._bar is None and sys.stderr.isatty() and monotonic() - self._begin_s >= _SHOWN_AFTER_S:
-            self._bar = _bar()
-            self._task = self._bar.add_task("reading the prompt", total=1.0, completed=share)
-            self._bar.start()
-        elif self._bar is not None:
-            self._bar.update(self._task, completed=share)
+        else:
+            self._bar.reach(share)
 
     def is_reading(self) -> bool:
         """Whether there is more of the prompt to read."""
@@ -69,23 +65,13 @@ class ReadingBar:
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.close()
 
     def __enter__(self) -> ReadingBar:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 @contextmanager
@@ -108,49 +94,57 @@ def stop_on_interrupt(is_reading: Callable[[], bool] = lambda: False) -> Iterato
         signal.signal(signal.SIGINT, before)
 
 
-def print_piece(text: str) -> None:
-    """Print a piece of the text at once."""
-    print(text, end="", flush=True)
-
-
 class AnswerPrinter:
     """Prints an answer as it comes; what the model thinks aloud goes to standard error, dimmed on a terminal."""
 
     def __init__(self) -> None:
         self._is_thinking = False
+        self._answer, self._thoughts = Wrapped(), Wrapped(is_error=True)
+
+    def on_prompt(self, text: str) -> None:
+        """Print the text that the answer continues."""
+        self._answer.write(text)
 
     def on_reasoning(self, text: str) -> None:
         """Print a piece of the reasoning."""
         self._is_thinking = True
-        print(f"\x1b[2m{text}\x1b[22m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+        dim, normal = ("\x1b[2m", "\x1b[22m") if sys.stderr.isatty() else ("", "")
+        sys.stderr.write(dim)
+        self._thoughts.write(text)
+        sys.stderr.write(normal)
+        sys.stderr.flush()
 
     def on_text(self, text: str) -> None:
         """Print a piece of the answer, after empty lines if reasoning came before it."""
         if self._is_thinking:
             self._is_thinking = False
             say("\n")
-        print_piece(text)
+        self._answer.write(text)
 
 
 def print_figures(result: TextResult) -> None:
     """Print the closing figures on standard error, so that standard output is the text alone."""
-    new_prompt_tokens = result.prompt_tokens - result.reused_tokens
-    kept = f", {result.reused_tokens} kept from before" if result.reused_tokens else ""
-    decode = "-" if result.decode_tok_s is None else f"{result.decode_tok_s:8.1f} tok/s"
-    full = " (the context is full)" if result.context_full else ""
-    experts = ""
+    kept = f" ({result.reused_tokens} more were there from before)" if result.reused_tokens else ""
+    lines = {
+        "prompt": f"{result.prompt_tokens - result.reused_tokens} tokens{kept} read at {result.prefill_tok_s:.1f} "
+        f"tokens a second; the answer began after {result.ttft_s:.3f} s",
+        "answer": f"{result.new_tokens} tokens"
+        + ("" if result.decode_tok_s is None else f" written at {result.decode_tok_s:.1f} tokens a second")
+        + ("; the context is full" if result.context_full else ""),
+    }
     if result.hit_rate is not None:
-        experts = f"experts {result.hit_rate:8.1%} hits     {format_bytes(result.bytes_moved)} moved to the GPU\n"
-    capture = "" if result.capture is None else f"capture {result.capture.describe()}\n"
-    assisted = "" if result.assisted is None else f"guesses {result.assisted.describe()}\n"
-    faults = f"faults  {result.faults.describe()}\n" if result.faults.prefill or result.faults.decode else ""
-    memory = " | ".join(f"{tier} {format_bytes(n)}" for tier, n in result.peak_bytes.items() if n)
-    say(
-        f"\nprefill {result.prefill_tok_s:8.1f} tok/s   {new_prompt_tokens} tokens{kept}; "
-        f"first token after {result.ttft_s:.3f} s\n"
-        f"decode  {decode}   {result.new_tokens} tokens{full}\n"
-        f"{experts}{capture}{assisted}{faults}peak memory   {memory}"
-    )
+        copied = format_bytes(result.bytes_moved)
+        lines["experts"] = f"{result.hit_rate:.1%} of those that were needed were on the GPU; {copied} copied there"
+    if result.capture is not None:
+        lines["graphs"] = result.capture.describe()
+    if result.assisted is not None:
+        lines["guesses"] = result.assisted.describe()
+    if result.faults.prefill or result.faults.decode:
+        lines["disk"] = result.faults.describe()
+    names = {"ram": "RAM", "gpu": "GPU memory"}
+    used = (f"{format_bytes(n)} of {names.get(tier, tier)}" for tier, n in result.peak_bytes.items() if n)
+    lines["memory"] = f"{', '.join(used)} at most"
+    say("\n" + "\n".join(f"{name:8} {text}" for name, text in lines.items()))
     print_warnings(result)
 
 
@@ -160,10 +154,10 @@ def print_warnings(result: TextResult) -> None:
         say(f"warning: {warning}")
 
 
-def show(report: Any, as_json: bool) -> None:
-    """Print a report: as a line of JSON, or as it prints itself."""
+def show(report: Any, as_json: bool, model: str | None = None, revision: str | None = None) -> None:
+    """Print a report, of a model or of none: as a line of JSON, or as it prints itself."""
     if as_json:
-        print(json.dumps(report.to_json()))
+        print_json(report.to_json(), model, revision)
     else:
         report.print()
 

@@ -24,7 +24,7 @@ from ..engine.families import expert_modules
 from ..engine.gates import find_router
 from ..errors import ModelError, in_tensor, refuse_gradients
 from ..memory.formats import MatrixFormat
-from ..memory.packed_weight import PackedWeight
+from ..memory.packed_weight import PackedWeight, keep_in_torch
 from ..memory.store import map_memory, on_host
 
 
@@ -50,9 +50,6 @@ class StoredWeight:
 
     write: Callable[[Tensor], None]
     order: Tensor | None = None
-
-
-_KEEP = "load the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
 
 
 class Packed(nn.Module):
@@ -92,12 +89,12 @@ class Packed(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if name in ("weight", "bias"):
-            raise ModelError(f"a packed {name} cannot be taken away; {_KEEP}")
+            raise ModelError(f"a packed {name} cannot be taken away; {keep_in_torch()}")
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Refused for what parametrizations and pruning make of a weight, which would not be computed with."""
-        raise ModelError(f"a packed layer takes no parameter {name}; {_KEEP}")
+        raise ModelError(f"a packed layer takes no parameter {name}; {keep_in_torch()}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A copy is torch's own layer, with the weight unpacked."""
@@ -240,7 +237,9 @@ def _pack(value: Any, matrix: Matrix) -> None:
     """
     weight = _checked(value, (matrix.rows, matrix.columns))
     if not matrix.fmt.is_packable:
-        raise ModelError(f"a layer that its checkpoint has in {matrix.fmt.name} takes no other weight; {_KEEP}")
+        raise ModelError(
+            f"a layer that its checkpoint has in {matrix.fmt.name} takes no other weight; {keep_in_torch()}"
+        )
     matrix.panels.copy_(matrix.fmt.pack(weight if matrix.order is None else weight[:, matrix.order]))
 
 
@@ -254,7 +253,8 @@ def _checked(value: Any, shape: tuple[int, ...]) -> Tensor:
     if not fits or tuple(value.shape) != shape:
         what = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ModelError(
-            f"a packed layer was given {what} for floats of {list(shape)}; give it a tensor of that shape, or {_KEEP}"
+            f"a packed layer was given {what} for floats of {list(shape)}; give it a tensor of that shape, or "
+            f"{keep_in_torch()}"
         )
     found: Tensor = value.detach().to("cpu", copy=isinstance(value, PackedWeight))
     return found

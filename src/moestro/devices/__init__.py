@@ -6,6 +6,7 @@ import torch
 
 from ..errors import RequestError
 from ..planning.options import DEVICE_NAMES
+from ..planning.spelling import spelled
 from .base import Accelerator, Device
 from .cuda import CudaDevice
 from .emulated import EmulatedDevice
@@ -26,7 +27,8 @@ def device_class(name: str) -> type[HostDevice | CudaDevice | EmulatedDevice]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise RequestError("--device cuda, but torch sees no CUDA GPU here; use --device cpu or emulated")
+            asked, other = spelled("device", "cuda"), spelled("device", "cpu")
+            raise RequestError(f"{asked}, but torch sees no CUDA GPU here; use {other} or emulated")
         return CudaDevice
     return EmulatedDevice if name == "emulated" else HostDevice
 
@@ -53,7 +55,8 @@ def make_device(name: str, link_gbps: float | None = None) -> Device:
     if link_gbps is None:
         return kind()
     if issubclass(kind, HostDevice):
-        raise RequestError("--link needs a device with a link; use it with --device cuda or emulated")
+        on = spelled("device", "cuda")
+        raise RequestError(f"{spelled('link')} needs a device with a link; use it with {on} or emulated")
     return kind(link_gbps=link_gbps)
 
 

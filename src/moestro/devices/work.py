@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import BudgetError
 from ..memory.slots import SlotUser
+from ..planning.spelling import spelled
 
 # x [T, D], index int [T, K], weights float [T, K], counts -> [T, D] in the dtype of x, all on the device. Adds to
 # counts, int64 [2], how many choices there were of an expert with a weight, and how many experts were chosen.
@@ -69,7 +70,8 @@ class StepSum:
                 self.out = self.out.zero_() if self.is_fixed and self.out is not None else None
                 raise
             raise BudgetError(
-                "the GPU ran out of memory in the middle of a layer step; give --gpu-memory less, or a shorter prompt"
+                f"the GPU ran out of memory in the middle of a layer step; give {spelled('gpu_memory')} less, or a "
+                "shorter prompt"
             ) from error
         self.is_begun = True
 

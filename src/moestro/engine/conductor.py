@@ -32,6 +32,7 @@ from ..planning.contract import Costs, ModelSpec, Phase, Policy, StepInfo
 from ..planning.gpu_plan import GpuPlan
 from ..planning.timeline import Timeline
 from ..planning.view import TableView
+from .card import HasCard
 from .copies import Copies
 from .counters import Accounts, Counters, Listener
 from .forks import StepLock, only_here
@@ -41,8 +42,8 @@ from .layer_step import run_layer_step
 from .steps import BEFORE_LAYERS, StepOfThread, likely_info
 
 
-@dataclass
-class Conductor:
+@dataclass(repr=False)
+class Conductor(HasCard):
     """Carries out a policy's decisions for one model.
 
     math: for each MoE layer, what its experts compute. gates: for each MoE layer, its router, where one was found.

@@ -8,6 +8,7 @@ weights.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, 
 from ..planning.formats import format_of_bits, head_bits
 from ..planning.machines import THIS, machine_named
 from ..planning.plan import Facts, Formats, Plan, make_plan, planned_context
+from ..planning.spelling import spelled
 from ..simulate.trace import Trace
 from ..simulate.virtual import machine_clock
 from .config import MoestroConfig
@@ -169,7 +171,12 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
     in_chunks = can_be_chunked(model)
     plan = decide(footprint=need.measured, chunked=need.measured if in_chunks else None)
     if plan.gpu is not None:
-        need.say_if_changed(decide(footprint=need.estimated, chunked=need.estimated if in_chunks else None), plan)
+        estimated = decide(
+            footprint=need.estimated,
+            chunked=need.estimated if in_chunks else None,
+            policy=copy.deepcopy(config.policy),  # one that was given has placed its experts
+        )
+        need.say_if_changed(estimated, plan)
     logger.debug("planned for %d tokens with policy %s: %s", plan.context, plan.policy, plan.in_words())
     if plan.check().machine is None and plan.placement.slots:
         plan = replace(plan, machine=this_machine(device, config.threads))
@@ -310,10 +317,11 @@ def dense_formats(
         RequestError: bits below 16 for dense layers that are not on the CPU.
     """
     if not device.dense_is_packable:
-        for option, value in {"--dense-bits": config.dense_bits, "--head-bits": config.head_bits}.items():
+        for option, value in {"dense_bits": config.dense_bits, "head_bits": config.head_bits}.items():
             if value not in (None, 16):
                 raise RequestError(
-                    f"{option} {value} needs the dense layers on the CPU; use --device cpu, or leave it out"
+                    f"{spelled(option, value)} needs the dense layers on the CPU; use {spelled('device', 'cpu')}, "
+                    "or leave it out"
                 )
         kept = {} if stored is None else {name: fmt for name, fmt in stored.dense.items() if fmt.is_quantized}
         packs = config.pack_dense and device.dense_keeps_form and kept

@@ -17,15 +17,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.integrations.hub_kernels import is_kernel
-from transformers.modeling_utils import load_state_dict
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 
-from ..errors import CheckpointError, ModelError, MoestroError, first_line
+from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.options import METHOD
+from ..planning.spelling import spelled
 
 logger = logging.getLogger("moestro")
+
+_SUPPORTS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 
 
 def is_stored(source: str) -> bool:
@@ -117,7 +121,7 @@ def refuse_code(model: str, error: BaseException) -> None:
     if "trust_remote_code" in str(error):
         raise ModelError(
             f"{model} needs code of its own (auto_map in its config), which is not run unasked; read that code, then "
-            "give --trust-remote-code, or trust_remote_code=True from Python"
+            f"give {spelled('trust_remote_code', True)}"
         ) from error
 
 
@@ -138,8 +142,36 @@ def _refuse_attention(model: str, config: Any, trust_remote_code: bool) -> None:
         if is_kernel(attention) and not trust_remote_code:
             raise ModelError(
                 f"{model}: its config.json asks for an attention kernel from the hub ({attention}), which is code; "
-                "read it, then give --trust-remote-code, or take attn_implementation out of config.json"
+                f"read it, then give {spelled('trust_remote_code', True)}, or take attn_implementation out of "
+                "config.json"
             )
+
+
+def give_attention(config: Any, kind: Any, name: str | None, trust_remote_code: bool = False) -> None:
+    """Have a model's attention computed by what Transformers has under a name; None leaves the config as it is.
+
+    Args:
+        kind: the model's class; None where its own code has that.
+
+    Raises:
+        RequestError: Transformers has nothing of that name, or not for this model, or it is code that is not trusted.
+    """
+    if name is None:
+        return
+    given = spelled("attn_implementation", name, quoted=True)
+    names = {"eager": True}
+    for each in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        is_here = getattr(transformers.utils, f"is_flash_attn_{each[-1]}_available", lambda: True)
+        names[each] = not each.startswith("paged|") and (not each.startswith("flash_attention") or is_here())
+    if is_kernel(name) and not trust_remote_code:
+        trust = spelled("trust_remote_code", True)
+        raise RequestError(f"{given} is a kernel from the hub, which is code; read it, then give {trust}")
+    if not is_kernel(name) and not names.get(name):
+        there_are = ", ".join(each for each, is_here in names.items() if is_here)
+        raise RequestError(f"{given}: Transformers has {there_are} here")
+    if name in _SUPPORTS and not getattr(kind, _SUPPORTS[name], True):
+        raise RequestError(f"{given} is not for {kind.__name__}; leave it out, or take eager")
+    config._attn_implementation = name
 
 
 def check_files(folder: Path) -> None:

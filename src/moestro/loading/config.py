@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..planning.option import check_names, shows_options
 from ..planning.options import METHOD, Options
+from ..planning.policies import policy_name
 
 
 @register_quantization_config(METHOD)
@@ -35,4 +36,8 @@ class MoestroConfig(Options, QuantizationConfigMixin):  # type: ignore[misc]  # 
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make an equal config, for `config.json`."""
-        return {"quant_method": METHOD, **super().to_dict()}
+        return {"quant_method": METHOD, **super().to_dict(), "policy": policy_name(self.policy)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoestroConfig:
+        """An equal config with the same policy object: Transformers copies configs, and the user's is to decide."""
+        return MoestroConfig(**Options.to_dict(self))

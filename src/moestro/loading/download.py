@@ -12,16 +12,18 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, BinaryIO
 
 from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from ..errors import CheckpointError, MoestroError, RequestError, first_line
 from ..planning.budget import format_bytes
+from ..progress import BYTES, Bar, is_quiet, quiet
 from .hub import Wanted, blob_path, explain, find_files, here_bytes, is_cut, local_path, part_path
 
 _AT_ONCE = 4  # files
@@ -92,34 +94,33 @@ def _check_disk(wanted: Wanted, n_bytes: int) -> None:
             f"{wanted.model} does not fit on the disk of {wanted.cache.parent}: {sizes}; free "
             f"{format_bytes(n_bytes - free)} more, or set HF_HOME to a folder on another disk"
         )
-    if n_bytes >= SMALL_BYTES and not are_progress_bars_disabled():
+    if n_bytes >= SMALL_BYTES and not is_quiet():
         print(f"{wanted.model}: {sizes}", file=sys.stderr, flush=True)
 
 
 def _fetch_all(wanted: Wanted, left: dict[str, int], names: list[str]) -> None:
     """Fetch contents, some at once, then give all that lack them their names; the first that fails stops the others."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
     total, stop = sum(left.values()), Event()
-    hidden = total < SMALL_BYTES or are_progress_bars_disabled() or not console.is_terminal
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, console=console, disable=hidden, transient=True) as progress,
+        quiet(total < SMALL_BYTES),
+        Bar(f"fetching {wanted.model}", total, BYTES) as bar,
         ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
-        task = progress.add_task(wanted.model, total=total)
-        jobs = [pool.submit(_fetch_file, wanted, name, lambda n: progress.advance(task, n), stop) for name in left]
+        jobs = [pool.submit(_fetch_file, wanted, name, bar.advance, stop) for name in left]
         try:
             for job in as_completed(jobs):
                 job.result()
             # Gives contents that are here their names in the snapshot, and fetches nothing.
-            list(pool.map(lambda name: hf_hub_download(wanted.repo, name, revision=wanted.commit), names))
+            list(pool.map(partial(_name_in_snapshot, wanted), names))
         except BaseException:  # an interrupt too
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _name_in_snapshot(wanted: Wanted, name: str) -> None:
+    way = wanted.access
+    hf_hub_download(wanted.repo, name, revision=wanted.commit, token=way.token, cache_dir=way.cache)
 
 
 def _fetch_file(wanted: Wanted, name: str, advance: Advance, stop: Event) -> None:
@@ -164,7 +165,7 @@ def _fetch_rest(wanted: Wanted, name: str, file: BinaryIO, advance: Advance, sto
 def _append(wanted: Wanted, name: str, file: BinaryIO, advance: Advance, stop: Event) -> None:
     """Append what one request gives of the rest of a file."""
     have, size = file.tell(), wanted.sizes[name]
-    headers = build_hf_headers() | {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+    headers = build_hf_headers(token=wanted.access.token) | {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
     url = hf_hub_url(wanted.repo, name, revision=wanted.commit)
     with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
         hf_raise_for_status(answer)

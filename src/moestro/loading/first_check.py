@@ -7,12 +7,11 @@ import shutil
 import sys
 from dataclasses import replace
 
-from huggingface_hub.utils import are_progress_bars_disabled
-
 from ..devices import make_device
 from ..errors import BudgetError, CheckpointError, ModelError
 from ..planning.budget import format_bytes
 from ..planning.options import ModelOptions, Options
+from ..progress import is_quiet
 from .choose import MANIFEST
 from .download import SMALL_BYTES
 from .hub import find_files, lacking_bytes
@@ -52,7 +51,7 @@ def check_before_fetch(model: str, source: ModelOptions, options: Options) -> No
         raise BudgetError(
             f"{model} was not downloaded ({format_bytes(to_fetch)}), since it would not fit: {choice.plan.why_not}"
         )
-    if to_fetch >= SMALL_BYTES and not are_progress_bars_disabled():
+    if to_fetch >= SMALL_BYTES and not is_quiet():
         print(_in_words(model, choice, place.free_ram_bytes), file=sys.stderr, flush=True)
     kept_bytes = choice.disk_bytes - found.weights_bytes
     free_disk = shutil.disk_usage(wanted.cache if wanted.cache.exists() else wanted.cache.anchor).free

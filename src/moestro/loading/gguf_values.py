@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, ModelError, MoestroError, first_line
+from ..planning.spelling import spelled
 
-NAME_CONFIG = "name a checkpoint with the same config by --config ORG/REPO"
+
+def name_config() -> str:
+    """What to do about a file that has no config that can be read."""
+    return f"name a checkpoint with the same config by {spelled('config', 'ORG/REPO')}"
 
 
 class GgufLike(Protocol):
@@ -36,7 +40,7 @@ class _Keys:
     def __getitem__(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise CheckpointError(f"the file's metadata has no {self._prefix}.{key}; {NAME_CONFIG}")
+            raise CheckpointError(f"the file's metadata has no {self._prefix}.{key}; {name_config()}")
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -45,7 +49,7 @@ class _Keys:
             return value
         if len(set(value)) != 1:  # one for each layer
             raise CheckpointError(
-                f"{self._prefix}.{key} differs between layers, which Moestro does not read; {NAME_CONFIG}"
+                f"{self._prefix}.{key} differs between layers, which Moestro does not read; {name_config()}"
             )
         return value[0]
 
@@ -84,7 +88,7 @@ def _rope(keys: _Keys) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type", "none")
     if kind == "none":
         if "rope_freqs.weight" in keys.file.tensors:
-            raise ModelError(f"the file scales its positions by a table (rope_freqs.weight); {NAME_CONFIG}")
+            raise ModelError(f"the file scales its positions by a table (rope_freqs.weight); {name_config()}")
         return rope
     rope |= {"rope_type": kind, "factor": keys.get("rope.scaling.factor", 1.0)}
     if kind == "linear":
@@ -277,7 +281,7 @@ def values_of(file: GgufLike) -> dict[str, Any]:
     except MoestroError:
         raise
     except Exception as error:  # metadata may hold anything
-        raise CheckpointError(f"the file's metadata makes no config ({first_line(error)}); {NAME_CONFIG}") from error
+        raise CheckpointError(f"the file's metadata makes no config ({first_line(error)}); {name_config()}") from error
     # What a file does not say is the class's default, but not where that default means something else than nothing.
     kept = ("q_lora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
     return {name: value for name, value in values.items() if value is not None or name in kept}

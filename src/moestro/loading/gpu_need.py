@@ -46,6 +46,7 @@ from ..errors import ModelError
 from ..memory.allocations import META, StorageFollower, TooLong
 from ..memory.formats import MatrixFormat
 from ..planning.plan import Plan
+from ..planning.spelling import spelled
 from ..planning.text_shape import MOST_CAPTURED, Footprint, kept_by_captures, text_shape
 
 logger = logging.getLogger("moestro")
@@ -385,5 +386,6 @@ def refuse_on_gpu(device: Device, formats: Iterable[MatrixFormat]) -> None:
     name = next((fmt.name for fmt in formats if fmt.is_strided), None)
     if name is not None:
         raise ModelError(
-            f"weights in HQQ's groups of rows ({name}) are computed by the CPU's kernels alone; use --device cpu"
+            f"weights in HQQ's groups of rows ({name}) are computed by the CPU's kernels alone; use "
+            f"{spelled('device', 'cpu')}"
         )

@@ -13,8 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import CheckpointError, ModelError, MoestroError, first_line
+from ..planning.spelling import spelled
+from .access import Access, access
 from .choose import beside_weights, choose_gguf, choose_packed, choose_safetensors, gguf_parts
-from .once import once
+from .once import known, once
 
 DEMO = "demo"
 _HUB_NAME = re.compile(r"(?:(?:https://)?(?:hf\.co|huggingface\.co)/)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?")
@@ -28,6 +30,7 @@ class Wanted:
     model: as the user named it. root: the folder that they are in; None on the hub.
     sizes: each file's bytes, by its path in the folder or repository. weights: those of them that hold weights.
     repo, revision, commit: where they are on the hub. blobs: each file's name in the cache's folder of contents.
+    access: how the hub is asked for them.
     """
 
     model: str
@@ -38,6 +41,7 @@ class Wanted:
     revision: str = "main"
     commit: str = ""
     blobs: Mapping[str, str] = field(default_factory=dict)
+    access: Access = field(default_factory=access)
 
     @property
     def n_bytes(self) -> int:
@@ -52,7 +56,7 @@ class Wanted:
     @property
     def cache(self) -> Path:
         """The folder of this repository in the hub's cache."""
-        return _cache(self.repo)
+        return _cache(self.repo, self.access)
 
     def path(self, root: Path) -> Path:
         """What a reader is given where all is in the folder `root`: the first GGUF file, or the folder."""
@@ -107,7 +111,7 @@ def find_files(model: str, revision: str | None = None, *, weights: bool = True)
     ):
         raise ModelError(f"no folder {model}; name a checkpoint's folder, a hub id like org/name, or demo")
     repo, quant = named.groups()
-    listed = once(("files", repo, revision or "main"), lambda: _listing(repo, revision or "main"))
+    listed = once(("files", repo, revision or "main", access()), lambda: _listing(repo, revision or "main"))
     return _choose(listed, quant, weights)
 
 
@@ -218,6 +222,7 @@ def _choose(listed: Wanted, quant: str | None, weights: bool) -> Wanted:
         listed.revision,
         listed.commit,
         {name: listed.blobs[name] for name in needed if name in listed.blobs},
+        listed.access,
     )
 
 
@@ -237,20 +242,49 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
 
 
-def _cache(repo: str) -> Path:
-    from huggingface_hub import constants
+def _cache(repo: str, way: Access) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    return way.cache / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def commit_of(model: str, revision: str | None = None) -> str | None:
+    """The commit of a hub id as it was listed in this load, or as the cache has it; None of others. Asks nothing."""
+    named = _HUB_NAME.fullmatch(model)
+    if local_path(model).exists() or named is None:
+        return None
+    listed = known(("files", named[1], revision or "main", access()))
+    if listed is not None:
+        return str(listed.commit or listed.root.name)
+    kept = _in_cache(named[1], revision or "main")
+    return None if kept is None or kept.root is None else kept.root.name
+
+
+def _in_cache(repo: str, revision: str) -> Wanted | None:
+    """The files of a repository that the cache has; None where it has none of them."""
+    kept = _cache(repo, access())
+    ref = kept / "refs" / revision
+    snapshot = kept / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else revision)
+    return Wanted(repo, snapshot, _sizes(snapshot), ()) if snapshot.is_dir() else None
 
 
 def _listing(repo: str, revision: str) -> Wanted:
-    """All files of a repository; without a connection, those in the cache."""
+    """All files of a repository; without a connection, or where none is wanted, those in the cache."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    way = access()
+    if way.local_only:
+        if (here := _in_cache(repo, revision)) is None:
+            raise ModelError(
+                f"no model {repo}: no folder of that name here, and the cache {way.cache} has no revision {revision} "
+                f"of it; leave {spelled('local_files_only', True)} out to download it"
+            )
+        return here
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        info = HfApi(token=way.token).model_info(
+            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
         blobs = {one.rfilename: str(one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or ()}
         sizes = {one.rfilename: int(one.size or 0) for one in info.siblings or ()}
         commit = str(info.sha)
@@ -258,11 +292,9 @@ def _listing(repo: str, revision: str) -> Wanted:
             raise ValueError("names of contents that are no hashes")
         return Wanted(repo, None, sizes, (), repo, revision, commit, blobs)
     except Exception as error:  # an answer may be anything
-        if is_cut(error) or isinstance(error, OfflineModeIsEnabled):
-            ref = _cache(repo) / "refs" / revision
-            snapshot = _cache(repo) / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else revision)
-            if snapshot.is_dir():
-                return Wanted(repo, snapshot, _sizes(snapshot), ())
+        is_away = is_cut(error) or isinstance(error, OfflineModeIsEnabled)
+        if is_away and (here := _in_cache(repo, revision)) is not None:
+            return here
         raise explain(error, repo, revision) from error
 
 
@@ -275,7 +307,8 @@ def _read_remote(wanted: Wanted, name: str, start: int, stop: int) -> bytes:
     for _ in range(3):
         parts = bytearray()
         try:
-            headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+            headers = build_hf_headers(token=wanted.access.token) | {"Accept-Encoding": "identity"}
+            headers["Range"] = f"bytes={start}-{stop - 1}"
             with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
                 hf_raise_for_status(answer)
                 skip = start if answer.status_code == 200 else 0  # the whole file, from a server without ranges

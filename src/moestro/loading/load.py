@@ -5,12 +5,14 @@ Options are checked here, before torch and Transformers are imported: a wrong on
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..planning.option import check_names, shows_options
 from ..planning.options import ModelOptions, Options
+from .access import Access, accessing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +26,8 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
         model: a folder, a hub id, or "demo", the small model that ships with the package.
         {options}
 
-    `dtype` may be torch's own, too. `threads` also sets torch's own threads, for the whole process; None leaves them
+    `dtype` and `device` may be torch's own, too, of GPUs the first. `policy` may be an object of a class derived from
+    `BasePolicy`, one for each model. `threads` also sets torch's own threads, for the whole process; None leaves them
     as they are.
 
     Returns:
@@ -35,15 +38,13 @@ def load(model: str | None = None, **options: Any) -> PreTrainedModel:
     """
     of_source = [one.name for one in fields(ModelOptions)]
     check_names(options, [*of_source, *(one.name for one in fields(Options))])
-    if f"{type(dtype := options.get('dtype')).__module__}.{type(dtype).__name__}" == "torch.dtype":
-        options["dtype"] = str(dtype).removeprefix("torch.")
     source = ModelOptions(**{name: options.pop(name) for name in of_source if name in options})
     checked = Options(**options)
-    if (model is None) == (source.shape is None):
-        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")
+    _check_one(model, source)
     from .model import load_model
 
-    return load_model(model, source, checked)
+    with accessing(Access(source.token, source.cache_dir, source.local_files_only)):
+        return load_model(model, source, checked)
 
 
 def load_tokenizer(
@@ -53,6 +54,9 @@ def load_tokenizer(
     revision: str | None = None,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or one that writes ids as text for a random shape.
 
@@ -61,10 +65,24 @@ def load_tokenizer(
         revision: of a hub id, the branch, tag or commit.
         tokenizer: another model whose tokenizer to take; None for the model's own.
         trust_remote_code: run code that the checkpoint brings for it. Without it, no such code is run.
+        token, cache_dir, local_files_only: as for `load`.
 
     Raises:
         CheckpointError: the checkpoint has none. ModelError: it needs code that is not trusted.
     """
+    given: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    source = ModelOptions(
+        shape=shape, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code, **given
+    )
+    _check_one(model, source)
     from .model import tokenizer_of
 
-    return tokenizer_of(model, shape=shape, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    with accessing(Access(source.token, source.cache_dir, source.local_files_only)):
+        return tokenizer_of(
+            model, shape=shape, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        )
+
+
+def _check_one(model: str | None, source: ModelOptions) -> None:
+    if (model is None) == (source.shape is None):
+        raise RequestError("name one model: a folder, a hub id, demo, or a shape with random weights")

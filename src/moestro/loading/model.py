@@ -30,8 +30,10 @@ from ..engine.forks import set_torch_threads
 from ..errors import CheckpointError, ModelError, MoestroError, RequestError, first_line
 from ..planning.effects import Kind, Setting, without_effect
 from ..planning.options import DTYPES, METHOD, ModelOptions, Options
+from ..planning.spelling import spelled
+from ..progress import Bar, without_bars_of_transformers
 from .cached import load_cached
-from .checkpoint import check_files, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
+from .checkpoint import check_files, give_attention, is_stored, read_config, refuse_code, tensor_names, wrong_prefix
 from .config import MoestroConfig
 from .download import resolve
 from .first_check import check_before_fetch
@@ -64,7 +66,9 @@ def load_model(model: str | None, source: ModelOptions, options: Options) -> Pre
             set_torch_threads(config.threads)
         _refuse_transcode(config, source.shape)
         _say_without_effect(config, source, "shape")
-        return build_random_model(source.shape, config, dtype=_dtype_of(source), seed=source.seed)
+        return build_random_model(
+            source.shape, config, dtype=_dtype_of(source), seed=source.seed, attention=source.attn_implementation
+        )
     assert model is not None
     return load_checkpoint(model, config, source)
 
@@ -148,23 +152,27 @@ def _load_checkpoint(
     check_before_fetch(model, options, quantization_config)
     if is_packed(Path(source)):
         if options.config is not None:
-            raise RequestError(f"{model} is a packed folder, which has a config of its own; leave --config out")
+            raise RequestError(
+                f"{model} is a packed folder, which has a config of its own; leave {spelled('config')} out"
+            )
         _say_without_effect(quantization_config, options, "packed", model)
         folder = PackedFolder(model, Path(resolve(model, options.revision)))
         config = read_config(model, source, trust_remote_code)
-        return load_packed(folder, config, _auto_class(config), quantization_config, dtype, trust_remote_code)
+        auto = _attending(config, options)
+        return load_packed(folder, config, auto, quantization_config, dtype, trust_remote_code)
     if is_stored(source):
         _say_without_effect(quantization_config, options, "stored", model)
         source = resolve(model, options.revision)
         stored = open_source(
             source, config=other, trust_remote_code=trust_remote_code, transcode=quantization_config.transcode
         )
-        auto = _auto_class(stored.config())
-        return load_stored(source, stored, auto, quantization_config, dtype, trust_remote_code)
+        config = stored.config()
+        auto = _attending(config, options)
+        return load_stored(source, stored, config, auto, quantization_config, dtype, trust_remote_code)
     _refuse_transcode(quantization_config, model)
     _say_without_effect(quantization_config, options, "plain", model)
     config = read_config(options.config or model, other or source, trust_remote_code)
-    auto = _auto_class(config)
+    auto = _attending(config, options)
     source = resolve(model, options.revision)
     load_plain = partial(_load_plain, model, source, config, auto, quantization_config, dtype, trust_remote_code)
     places = Path(source), None if other is None else Path(other)
@@ -194,15 +202,16 @@ def _load_plain(
             else:
                 _warn_of_unused(model, unused)
                 return loaded
-            loaded, info = auto.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                quantization_config=quantization_config,
-                experts_implementation=METHOD,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
+            with Bar("reading weights", None), without_bars_of_transformers():
+                loaded, info = auto.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype,
+                    quantization_config=quantization_config,
+                    experts_implementation=METHOD,
+                    output_loading_info=True,
+                    trust_remote_code=trust_remote_code,
+                )
         except CheckpointError:
             _check_prefix(model, source, auto, config, trust_remote_code)
             raise
@@ -232,13 +241,14 @@ def _warn_of_unused(model: str, names: list[str]) -> None:
 
 
 def _refuse_transcode(config: MoestroConfig, model: str) -> None:
-    """Refuse --transcode for a model that is no GGUF file.
+    """Refuse `transcode` for a model that is no GGUF file.
 
     Raises:
         RequestError: it was given.
     """
     if config.transcode is not None:
-        raise RequestError(f"--transcode {config.transcode} is for GGUF files, and {model} is none; leave it out")
+        given = spelled("transcode", config.transcode)
+        raise RequestError(f"{given} is for GGUF files, and {model} is none; leave it out")
 
 
 def _auto_class(config: Any) -> Any:
@@ -265,6 +275,15 @@ def _auto_class(config: Any) -> Any:
         raise ModelError(f"Transformers has no class that generates text from a {config.model_type} checkpoint")
     named = config.architectures if isinstance(config.architectures, list) else []
     return next((auto for auto, names in found.items() if any(name in named for name in names)), next(iter(found)))
+
+
+def _attending(config: Any, source: ModelOptions) -> Any:
+    """The auto class of a config, which gets the attention that was asked for."""
+    auto = _auto_class(config)
+    kind = auto._model_mapping.get(type(config), None)
+    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    give_attention(config, kind, source.attn_implementation, source.trust_remote_code)
+    return auto
 
 
 def _check_prefix(model: str, source: str, auto: Any, config: Any, trust_remote_code: bool) -> None:

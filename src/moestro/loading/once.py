@@ -28,6 +28,11 @@ def remembering() -> Iterator[None]:
         _FOUND.reset(token)
 
 
+def known(key: Hashable) -> Any:
+    """What `once` made for an equal key in this block of `remembering`; None where there is none."""
+    return (_FOUND.get() or {}).get(key)
+
+
 def once(key: Hashable, make: Callable[[], T]) -> T:
     """What `make` returns; inside a block of `remembering`, what it returned for an equal key before."""
     found = _FOUND.get()

@@ -8,6 +8,7 @@ there on a model without weights is estimated here.
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -21,6 +22,8 @@ from ..planning.machines import THIS, Machine, assumed_machine, machine_named
 from ..planning.model_config import families
 from ..planning.options import BITS, ModelOptions, Options
 from ..planning.plan import Facts, Plan, make_plan
+from ..planning.policies import policy_name
+from ..planning.spelling import spelled
 from ..planning.text_shape import Footprint, TextShape, expert_workspace, text_shape
 from ..simulate.forecast import Forecast, forecast
 from .survey import Survey, survey
@@ -111,7 +114,10 @@ def place_of(options: Options) -> Place:
         return Place(_without_gpu(machine, has_gpu), int(machine.ram_bytes * _FREE_RAM), all_gpu, is_here=False)
     gpu = probe.nvidia_gpu() if options.device in ("auto", "cuda") else None
     if options.device == "cuda" and gpu is None:
-        raise RequestError("--device cuda, but there is no NVIDIA GPU here; use --device cpu, or name a --machine")
+        raise RequestError(
+            f"{spelled('device', 'cuda')}, but there is no NVIDIA GPU here; use {spelled('device', 'cpu')}, or name a "
+            f"{spelled('machine')}"
+        )
     name, total, free_gpu = gpu or (None, 0, 0)
     free: int | None = None if gpu is None else free_gpu
     if options.device == "emulated":  # a pretended GPU has as much memory as is asked for
@@ -178,7 +184,7 @@ def choose(found: Survey, options: Options, place: Place, *, at_least: bool = Fa
         facts,
         chunked=chunked,
         formats=sizes.formats,
-        policy=options.policy,
+        policy=copy.deepcopy(options.policy),  # which places experts here that are never loaded
         budget=options.budget,
         context=options.context,
         longest=shape.context,
@@ -258,7 +264,7 @@ def _gains(found: Survey, options: Options, place: Place, choice: Choice) -> lis
             place, free_gpu_bytes=more, machine=replace(place.machine, gpu_bytes=2 * place.machine.gpu_bytes)
         )
         others.append(("a GPU with twice the memory", replace(options, gpu_memory=None), doubled))
-        if options.policy != "moestro":
+        if policy_name(options.policy) != "moestro":
             others.append(("--policy moestro", replace(options, policy="moestro"), place))
     costs = place.machine.costs
     faster = replace(place.machine, costs=replace(costs, cpu_gbps=2 * (costs.cpu_gbps or 0.0)))

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from ..compute.experts import ExpertMath
 from ..compute.repack import pack_stored_experts, pack_stored_matrix
@@ -28,6 +27,7 @@ from ..engine.families import expert_modules
 from ..errors import MoestroError, first_line, in_tensor
 from ..memory.formats import FLOAT_FORMATS, ExpertFormat, ExpertShape, MatrixFormat
 from ..memory.store import on_host
+from ..progress import counted
 from .build import dense_formats, home
 from .checkpoint import weight_files
 from .config import MoestroConfig
@@ -206,7 +206,7 @@ def _fill_experts(model: Any, weights: PlainWeights, kept: KeptLayers | None, fa
     conductor = model.moestro
     if kept is not None and not all(_is_float(math.format) for math in conductor.math):
         kept.begin(len(conductor.math), conductor.spec.expert_bytes, conductor.cpu.threads)
-    for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
+    for index, module in enumerate(counted(expert_modules(model), "packing experts", "layers")):
         math = conductor.math[index]
         homes = [home(conductor, index, each) for each in range(conductor.spec.layers[index].experts)]
         kept_here = None if _is_float(math.format) else kept  # plain weights are as fast to read again

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import ModelError
 from ..planning.options import METHOD
+from ..planning.spelling import spelled
 
-_INSTEAD = "use the model's unquantized checkpoint with --bits 8, 4, 3 or 2, or one in FP8, MXFP4, AWQ, GPTQ or GGUF"
 _READ = ("fp8", "mxfp8", "mxfp4", "compressed-tensors", "awq", "gptq", "modelopt", "modelopt_fp4", "nvfp4")
 _REFUSED = {
     "bitsandbytes": "bitsandbytes (nf4, fp4 and int8)",
@@ -81,7 +81,7 @@ class Quantization:
             method = "modelopt"
         if method not in _READ:
             name = next((title for key, title in _REFUSED.items() if key in method), repr(method))
-            raise ModelError(f"{model} is quantized by {name}, which Moestro does not read; {_INSTEAD}")
+            raise ModelError(f"{model} is quantized by {name}, which Moestro does not read; {_instead()}")
         quantization = cls(method, own)
         quantization._check(model)
         return quantization
@@ -98,7 +98,7 @@ class Quantization:
         weights = self._group_of(name).get("weights")
         bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
         if bits not in (4, 8):
-            raise ModelError(f"{name} has weights of {bits} bits in 32-bit words; Moestro reads 4 and 8; {_INSTEAD}")
+            raise ModelError(f"{name} has weights of {bits} bits in 32-bit words; Moestro reads 4 and 8; {_instead()}")
         return int(bits)
 
     @property
@@ -136,11 +136,11 @@ class Quantization:
             (4,) if self.method == "awq" else (4, 8)
         ):
             raise ModelError(
-                f"{model} has {bits}-bit {self.method.upper()} weights, which Moestro does not read; {_INSTEAD}"
+                f"{model} has {bits}-bit {self.method.upper()} weights, which Moestro does not read; {_instead()}"
             )
         version = str(self.config.get("version", "gemm")).lower()
         if self.method == "awq" and version != "gemm":
-            raise ModelError(f"{model} has AWQ weights in the order {version!r}; Moestro reads 'gemm'; {_INSTEAD}")
+            raise ModelError(f"{model} has AWQ weights in the order {version!r}; Moestro reads 'gemm'; {_instead()}")
 
 
 def _is_group(group: Any) -> bool:
@@ -149,3 +149,8 @@ def _is_group(group: Any) -> bool:
         return False
     targets = group.get("targets", ())
     return isinstance(targets, list | tuple) and all(isinstance(target, str) for target in targets)
+
+
+def _instead() -> str:
+    of_fewer = f"{spelled('bits')} 8, 4, 3 or 2"
+    return f"use the model's unquantized checkpoint with {of_fewer}, or one in FP8, MXFP4, AWQ, GPTQ or GGUF"

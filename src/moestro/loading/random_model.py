@@ -22,7 +22,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils.logging import tqdm
 
 from ..compute.experts import ExpertMath
 from ..decode.dense import StoredWeight
@@ -33,7 +32,9 @@ from ..engine.gates import find_router
 from ..memory.formats import MatrixFormat
 from ..planning.options import METHOD
 from ..planning.shapes import shape_named
+from ..progress import counted
 from .build import StoredFormats, attach, home, pack_rest
+from .checkpoint import give_attention
 from .config import MoestroConfig
 from .random_stored import random_experts, random_panels, stored_formats
 
@@ -48,7 +49,14 @@ _INITIALIZER_STD = 0.003  # small, so that a token's own embedding outlives the 
 
 
 def build_random_model(
-    name: str, config: MoestroConfig, *, dtype: Any, seed: int, layers: int | None = None, form: str | None = None
+    name: str,
+    config: MoestroConfig,
+    *,
+    dtype: Any,
+    seed: int,
+    layers: int | None = None,
+    form: str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """A random model of a real shape, its experts in the store.
 
@@ -58,6 +66,7 @@ def build_random_model(
         seed: of all weights.
         layers: the depth to cut the model to; None for all layers.
         form: that of a checkpoint, as `stored_formats` takes it; None for the config's bits.
+        attention: what computes it, by its name in Transformers; None for what Transformers takes.
 
     Raises:
         RequestError: no such shape or form. BudgetError: it does not fit.
@@ -65,6 +74,7 @@ def build_random_model(
     shape = shape_config(name, layers)
     shape.initializer_range = _INITIALIZER_STD
     shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
+    give_attention(shape, AutoModelForCausalLM._model_mapping[type(shape)], attention)
     device = make_device(config.device, config.link_gbps)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if dtype == "auto" else dtype)
@@ -129,7 +139,7 @@ def _fill_experts(conductor: Conductor) -> None:
     expert has blocks. There are such experts for each format.
     """
     bases: dict[str, list[Tensor]] = {}
-    for layer in tqdm(range(len(conductor.spec.layers)), desc="Making experts"):
+    for layer in counted(range(len(conductor.spec.layers)), "making experts", "layers"):
         math, count = conductor.math[layer], conductor.spec.layers[layer].experts
         fmt, shape = math.format, math.shape
         if fmt.name not in bases:

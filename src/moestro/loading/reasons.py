@@ -7,6 +7,7 @@ import sys
 
 from ..planning.budget import format_bytes
 from ..planning.model_config import experts_of
+from ..planning.spelling import spelled
 from .outlook import Choice, Outlook, Place
 
 
@@ -52,7 +53,11 @@ def _of_model(found: Outlook) -> str:
 
 def _of_form(found: Outlook, one: Choice) -> str:
     formats, spec = one.plan.formats, one.plan.spec
-    kept = "kept as the files have them" if found.survey.stored else "as --bits asks, or as the checkpoint has them"
+    kept = (
+        "kept as the files have them"
+        if found.survey.stored
+        else f"as {spelled('bits')} asks, or as the checkpoint has them"
+    )
     dense = formats.dense or found.survey.dtype
     return (
         f"Experts are in {', '.join(dict.fromkeys(formats.experts))} ({kept}) and take "
@@ -84,7 +89,8 @@ def _of_ram(one: Choice) -> str:
 
 def _of_policy(one: Choice) -> str:
     if not one.plan.slots:
-        return f"No expert is on a GPU, so the CPU computes all of them, whatever --policy {one.plan.policy} would do."
+        given = spelled("policy", one.plan.policy)
+        return f"No expert is on a GPU, so the CPU computes all of them, whatever {given} would do."
     module = sys.modules[type(one.plan.decider).__module__]
     line = (inspect.getdoc(module) or "").split("\n")[0].rstrip(".")
     return f"The policy is {line}."

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.utils.logging import tqdm
 
 from ..compute.repack import format_of, pack_stored, pack_stored_matrix
 from ..decode.dense import DenseFormats, StoredWeight, packable
@@ -28,6 +27,8 @@ from ..memory.formats import FLOAT_FORMATS, ORDERS, ExpertFormat, MatrixFormat, 
 from ..memory.formats.raw import RawMatrix
 from ..memory.store import on_host
 from ..planning.options import METHOD
+from ..planning.spelling import spelled
+from ..progress import counted
 from .build import StoredFormats, attach, dense_formats, home, pack_rest
 from .checkpoint import refuse_code, refuse_groups
 from .config import MoestroConfig
@@ -38,12 +39,12 @@ logger = logging.getLogger("moestro")
 
 
 def load_stored(
-    name: str, source: Source, auto: Any, config: MoestroConfig, dtype: Any, trust_remote_code: bool
+    name: str, source: Source, hf_config: Any, auto: Any, config: MoestroConfig, dtype: Any, trust_remote_code: bool
 ) -> Any:
     """A model whose experts are kept as its checkpoint has them.
 
     Args:
-        name: of the model, for messages. auto: the auto class that makes it.
+        name: of the model, for messages. hf_config: the source's. auto: the auto class that makes it.
         dtype: of the rest; a torch dtype, or "auto" for the config's.
 
     Raises:
@@ -51,9 +52,9 @@ def load_stored(
     """
     if (config.expert_bits or config.bits) is not None:
         raise ModelError(
-            f"{name} is quantized already, and its experts keep their own bits; leave --bits and --expert-bits out"
+            f"{name} is quantized already, and its experts keep their own bits; leave {spelled('bits')} and "
+            f"{spelled('expert_bits')} out"
         )
-    hf_config = source.config()
     stated = getattr(hf_config.get_text_config(), "dtype", None) or torch.bfloat16
     model = empty_model(name, auto, hf_config, stated if dtype == "auto" else dtype, trust_remote_code)
     model.set_experts_implementation(METHOD)
@@ -97,9 +98,10 @@ def _say_what_keeps_its_bits(
     """Warn of bits that were asked for where all weights of the kind are quantized already."""
     others = () if formats is None else packable(model, formats)
     has_others = {layer.is_head for layer in others if layer.name not in stored.dense}
-    for option, bits, of_head in (("--dense-bits", config.dense_bits, False), ("--head-bits", config.head_bits, True)):
+    for option, bits, of_head in (("dense_bits", config.dense_bits, False), ("head_bits", config.head_bits, True)):
         if bits is not None and of_head not in has_others:
-            logger.warning("%s %d changes nothing here: these weights of %s keep their own bits", option, bits, name)
+            given = spelled(option, bits)
+            logger.warning("%s changes nothing here: these weights of %s keep their own bits", given, name)
 
 
 def _is_quantized(value: Tensor | Part) -> bool:
@@ -180,7 +182,7 @@ def _format_of(expert: ExpertWeights) -> ExpertFormat:
 
 
 def _fill_experts(model: Any, conductor: Conductor, weights: Weights) -> None:
-    for index, module in enumerate(tqdm(expert_modules(model), desc="Packing experts", unit="layer")):
+    for index, module in enumerate(counted(expert_modules(model), "packing experts", "layers")):
         math = conductor.math[index]
         for expert in range(conductor.spec.layers[index].experts):
             stored = weights.expert(module, expert)

@@ -39,7 +39,8 @@ class LoadTimes:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"reading {self.reading_s:.2f} s, packing {self.packing_s:.2f} s, warm-up {self.warm_up_s:.2f} s"
+        read, packed = f"{self.reading_s:.2f} s to read the weights", f"{self.packing_s:.2f} s to pack them"
+        return f"{read}, {packed}, {self.warm_up_s:.2f} s to warm up"
 
 
 _TIMES: ContextVar[LoadTimes | None] = ContextVar("times", default=None)

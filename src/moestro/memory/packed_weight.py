@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import ModelError
+from ..planning.spelling import spelled
 
 
 class PackedWeight(Tensor):
@@ -130,5 +131,10 @@ def _kept(value: Any) -> Any:
 def _refuse(what: str) -> NoReturn:
     raise ModelError(
         f"{what} would edit a packed weight in place, which would be lost: assign a new one (layer.weight = ...), or "
-        "load the model with pack_dense=False (--no-pack-dense), which keeps dense layers in torch"
+        f"{keep_in_torch()}"
     )
+
+
+def keep_in_torch() -> str:
+    """What to do where a weight must be as torch has it."""
+    return f"load the model with {spelled('pack_dense', False)}, which keeps dense layers in torch"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import BudgetError, RequestError
+from .spelling import spelled
 
 LEAST_PLAIN_BYTES = 1 << 20  # a smaller number without a unit, as text, is one whose unit was forgotten
 _LEAST_INT = 1 << 10  # an int may be bytes that were parsed already
@@ -26,7 +27,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_bytes(text: str | int, option: str = "size") -> int:
+def parse_bytes(text: str | int, name: str = "size") -> int:
     """Bytes of "12GiB", "500MB", "0.5 GiB" or a plain number of bytes.
 
     A plain number is 0, or at least `LEAST_PLAIN_BYTES` as text and 1024 as an int.
@@ -37,15 +38,17 @@ def parse_bytes(text: str | int, option: str = "size") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", "" if isinstance(text, bool) else str(text))
     units = {name.lower(): factor for name, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units:
-        raise RequestError(f"{option} {text!r} is no amount of memory; write it like 12GiB, 500MB or 1073741824")
+        raise RequestError(
+            f"{spelled(name, text, quoted=True)} is no amount of memory; write it like 12GiB, 500MB or 1073741824"
+        )
     n_bytes = int(match[1]) if match[1].isdecimal() else float(match[1])
     least = LEAST_PLAIN_BYTES if isinstance(text, str) else _LEAST_INT
     if not match[2] and 0 < n_bytes < least:
-        raise RequestError(f"{option} {text} has no unit, and would be {text} bytes; did you mean {match[1]}GiB?")
+        raise RequestError(f"{spelled(name, text)} has no unit, and would be {text} bytes; did you mean {match[1]}GiB?")
     return int(n_bytes * units[match[2].lower()])
 
 
-def parse_gbps(text: str | float, option: str = "rate") -> float:
+def parse_gbps(text: str | float, name: str = "rate") -> float:
     """GB/s (1e9 bytes a second) of "12GB/s" or a plain number of them.
 
     Raises:
@@ -53,7 +56,7 @@ def parse_gbps(text: str | float, option: str = "rate") -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB/s)?\s*", str(text), re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise RequestError(f"{option} {text!r} is no rate; write it like 12GB/s")
+        raise RequestError(f"{spelled(name, text, quoted=True)} is no rate; write it like 12GB/s")
     return float(match[1])
 
 
@@ -96,8 +99,8 @@ class Budget:
     def parse(cls, *, gpu_memory: str | int | None = None, ram: str | int | None = None) -> Budget:
         """Read the two amounts that a user names."""
         return cls(
-            gpu_bytes=None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
-            ram_bytes=None if ram is None else parse_bytes(ram, "--ram"),
+            gpu_bytes=None if gpu_memory is None else parse_bytes(gpu_memory, "gpu_memory"),
+            ram_bytes=None if ram is None else parse_bytes(ram, "ram"),
         )
 
 

@@ -1,7 +1,7 @@
 """Options that change nothing where they are given, each with the reason: none is silently left aside.
 
     >>> without_effect(Options(policy="lru"), ModelOptions(), Setting("plain", has_gpu=False))
-    ['--policy lru changes nothing here: without a GPU the CPU runs all experts']
+    ["policy='lru' changes nothing here: without a GPU the CPU runs all experts"]
 
 An option that is as it is by default says nothing. What contradicts the model or the device is refused elsewhere.
 """
@@ -11,10 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from .option import Checked, flag, name_of
+from .option import Checked, about, name_of
 from .options import FITTED_BITS, ModelOptions, Options
+from .policies import policy_name
+from .spelling import spelled
 
 Kind = Literal["shape", "plain", "stored", "packed"]
+_OF_HUB = ("revision", "token", "cache_dir", "local_files_only")
 _OF_KIND = {"stored": "a checkpoint that is quantized already", "packed": "a packed folder"}
 
 
@@ -50,7 +53,7 @@ def _of_device(options: Options, setting: Setting) -> dict[str, str]:
         "machine": "without a GPU nothing is planned by speeds",
         "profile": "without a GPU all experts are in RAM",
     }
-    if options.policy != "cpu-only":  # which is what happens
+    if policy_name(options.policy) != "cpu-only":  # which is what happens
         found["policy"] = "without a GPU the CPU runs all experts"
     return found
 
@@ -63,19 +66,19 @@ def _of_weights(options: Options, setting: Setting) -> dict[str, str]:
         found["fit"] = f"the weights of {kept} are not fitted again"
         found["cache"] = f"{kept} is not kept in the cache"
     elif not {*bits} & {*FITTED_BITS}:
-        found["fit"] = "only 4, 3 and 2 bits are fitted; give --bits"
+        found["fit"] = f"only 4, 3 and 2 bits are fitted; give {spelled('bits')}"
     if setting.kind == "shape":
         found |= {"fit": "random weights are not fitted", "cache": "random weights are not kept"}
     elif kept is None and all(one in (None, 16) for one in bits):
-        found["cache"] = "only quantized weights are kept; give --bits"
+        found["cache"] = f"only quantized weights are kept; give {spelled('bits')}"
     return found
 
 
 def _of_source(setting: Setting) -> dict[str, str]:
     if setting.kind != "shape":
         found = {"seed": "a checkpoint has its weights; only text and random shapes are drawn"}
-        return found | {"revision": "the model is here, not on the hub"} if setting.is_here else found
-    return dict.fromkeys(("revision", "config", "tokenizer", "trust_remote_code"), "a random shape has no files")
+        return found | dict.fromkeys(_OF_HUB, "the model is here, not on the hub") if setting.is_here else found
+    return dict.fromkeys((*_OF_HUB, "config", "tokenizer", "trust_remote_code"), "a random shape has no files")
 
 
 def _given(options: Checked) -> list[str]:
@@ -84,7 +87,6 @@ def _given(options: Checked) -> list[str]:
 
 def _as_given(options: Checked, name: str) -> str:
     value: Any = getattr(options, name)
+    value = policy_name(value) if name == "policy" else value
     one = next(field for field in fields(options) if field.name == name)
-    if isinstance(value, bool):
-        return flag(name_of(one) if value else f"no-{name_of(one)}")
-    return f"{flag(name_of(one))} {value}"
+    return spelled(name_of(one)) if about(one).is_secret else spelled(name_of(one), value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import BudgetError, RequestError
 from .budget import LEAST_CONTEXT, Margin, format_bytes, round_up
+from .spelling import spelled
 
 _WORTH_OFFERING = 16  # tokens: no shorter context is proposed
 
@@ -62,7 +63,8 @@ class GpuPlan:
             beams = f"{sequences} beams of " if sequences > 1 else ""
             raise RequestError(
                 f"{beams}{prompt_tokens} tokens of prompt and {new_tokens} new ones are {needed}, but GPU memory was "
-                f"planned for {self.context}; ask for fewer (--max-new-tokens) or start with --context {needed}"
+                f"planned for {self.context}; ask for fewer ({spelled('max_new_tokens')}) or start with "
+                f"{spelled('context', needed)}"
             )
 
     def _needs(self) -> str:
@@ -98,14 +100,14 @@ def share_out(
     if plan.left_bytes >= 0:
         return plan
     least_bytes = int((plan.needed_bytes + margin.fixed_bytes) / (1 - margin.share)) + 1
-    limit = "--gpu-memory allows" if named else "there are free"
+    limit = f"{spelled('gpu_memory')} allows" if named else "there are free"
     remedy = f"give it at least {round_up(least_bytes)}" if named else "free some"
     shorter = _longest_that_fits(plan, plan_for)
     if shorter and not context_named:
         return share_out(budget_bytes, margin, shorter, plan_for, named=named)
     raise BudgetError(
         f"the GPU needs {format_bytes(plan.needed_bytes + plan.margin_bytes)} ({plan._needs()}), but {limit} "
-        f"{format_bytes(budget_bytes)}; {remedy}" + (f" or ask for --context {shorter}" if shorter else "")
+        f"{format_bytes(budget_bytes)}; {remedy}" + (f" or ask for {spelled('context', shorter)}" if shorter else "")
     )
 
 

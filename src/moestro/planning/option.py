@@ -8,14 +8,16 @@ them by what is here.
     ...     cups: int = option(1, "How many cups.", check=needs(lambda n: n > 0, "1 or more"))
     >>> Cups(cups=0)
     Traceback (most recent call last):
-    moestro.errors.RequestError: --cups 0: needs 1 or more
+    moestro.errors.RequestError: cups=0: needs 1 or more
 """
 
 from __future__ import annotations
 
+import os
+import re
 import textwrap
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import Parameter, signature
 from math import isfinite
@@ -24,8 +26,10 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import RequestError
+from .spelling import spelled
 
-Check = Callable[[Any, str], Any]  # (value, flag) -> the value to keep; raises RequestError
+Check = Callable[[Any, str], Any]  # (value, the option's name) -> the value to keep; raises RequestError
+_FLAG = re.compile(r"--([a-z][a-z-]*)")
 _IN_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -35,7 +39,8 @@ class About:
     """What is known of an option besides its field's name, type and default.
 
     unset: what None stands for, in words. short: a short flag, like "-t". check: refuses or converts a value. named:
-    the option's name, where it is not the field's.
+    the option's name, where it is not the field's. in_python: whether it is an argument of `moestro.load` alone, of
+    which the command line has a way of its own. is_secret: whether its value is never shown.
     """
 
     help: str
@@ -44,6 +49,8 @@ class About:
     short: str | None = None
     check: Check | None = None
     named: str | None = None
+    in_python: bool = False
+    is_secret: bool = False
 
     @property
     def text(self) -> str:
@@ -53,7 +60,7 @@ class About:
 
 def option(default: Any, help: str, **about: Any) -> Any:
     """A field that is an option; for `about` see `About`."""
-    return field(default=default, metadata={"about": About(help, **about)})
+    return field(default=default, repr=not about.get("is_secret"), metadata={"about": About(help, **about)})
 
 
 def option_like(kind: type[Checked], name: str, **changes: Any) -> Any:
@@ -73,15 +80,10 @@ def name_of(one: Field[Any]) -> str:
     return about(one).named or one.name
 
 
-def flag(name: str) -> str:
-    """The option's name on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
 def one_of(noun: str, names: Collection[str]) -> Check:
     """A check that a value is one of these names; a table of them may still grow."""
 
-    def check(value: Any, flag: str) -> Any:
+    def check(value: Any, name: str) -> Any:
         if value not in names:
             raise RequestError(
                 f"no {noun} {value!r}; there are: {', '.join(names if isinstance(names, tuple) else sorted(names))}"
@@ -94,9 +96,9 @@ def one_of(noun: str, names: Collection[str]) -> Check:
 def needs(holds: Callable[[Any], bool], needed: str) -> Check:
     """A check that a condition holds for a value, which is said in words if it does not."""
 
-    def check(value: Any, flag: str) -> Any:
+    def check(value: Any, name: str) -> Any:
         if not holds(value):
-            raise RequestError(f"{flag} {value!r}: needs {needed}")
+            raise RequestError(f"{spelled(name, value, quoted=True)}: needs {needed}")
         return value
 
     return check
@@ -110,9 +112,9 @@ def named(what: str) -> Check:
 def bits_in(choices: tuple[int, ...]) -> Check:
     """A check of a number of bits."""
 
-    def check(value: Any, flag: str) -> Any:
+    def check(value: Any, name: str) -> Any:
         if value not in choices:
-            raise RequestError(f"{flag} {value}: there are {', '.join(map(str, choices))}")
+            raise RequestError(f"{spelled(name, value)}: there are {', '.join(map(str, choices))}")
         return value
 
     return check
@@ -123,8 +125,10 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _fit(value: Any, hint: Any, flag: str) -> Any:
-    """The value as one of the types of a field's hint.
+def _fit(value: Any, hint: Any, name: str) -> Any:
+    """The value as one of the types of a field's hint; of torch's own dtypes and devices, their names.
+
+    A type that is none of the basic ones, a policy's say, is left to the option's check.
 
     Raises:
         RequestError: it is of none of them, or no finite number.
@@ -132,10 +136,13 @@ def _fit(value: Any, hint: Any, flag: str) -> Any:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in kinds:
         return None
+    if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):  # torch takes seconds
+        value = str(value).removeprefix("torch.")
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if get_origin(hint) is Sequence:
         if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
             return tuple(value)
-        raise RequestError(f"{flag} {value!r}: needs a list of texts")
+        raise RequestError(f"{spelled(name, value, quoted=True)}: needs a list of texts")
     is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
     if int in kinds and is_number and isinstance(value, Integral):
         return int(value)
@@ -143,8 +150,10 @@ def _fit(value: Any, hint: Any, flag: str) -> Any:
         return float(value)
     if (bool in kinds and isinstance(value, bool)) or (str in kinds and isinstance(value, str)):
         return value
+    if value is not None and not isinstance(value, Real | str | bytes) and {*kinds} - {*_IN_WORDS, NoneType}:
+        return value
     needed = " or ".join(words for kind, words in _IN_WORDS.items() if kind in kinds)
-    raise RequestError(f"{flag} {value!r}: needs {needed}")
+    raise RequestError(f"{spelled(name, value, quoted=True)}: needs {needed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +168,14 @@ class Checked:
         kind: Any = type(self)
         hints = _hints(kind)
         for one in fields(self):
-            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], flag(name_of(one)))
+            check, value = about(one).check, _fit(getattr(self, one.name), hints[one.name], name_of(one))
             if check is not None and value is not None:
-                value = check(value, flag(name_of(one)))
+                value = check(value, name_of(one))
             object.__setattr__(self, one.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make an equal object, as they are after their checks."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # asdict would copy a policy
 
 
 def check_names(given: dict[str, Any], names: list[str]) -> None:
@@ -182,7 +191,7 @@ def check_names(given: dict[str, Any], names: list[str]) -> None:
 def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
     """Show the fields of dataclasses where a function or class takes them as **options.
 
-    They come into its signature, and into its docstring in place of the word {options}.
+    They come into its signature, and into its docstring in place of the word {options}, named as arguments.
     """
 
     shown_fields = [one for kind in kinds for one in fields(kind)]
@@ -194,7 +203,7 @@ def shows_options(*kinds: type[Checked]) -> Callable[[Decorated], Decorated]:
             shown.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type))
         lines = [
             textwrap.fill(
-                f"{one.name}: {about(one).text}",
+                f"{one.name}: {_FLAG.sub(lambda named: named[1].replace('-', '_'), about(one).text)}",
                 116,
                 initial_indent=" " * 8,
                 subsequent_indent=" " * 12,

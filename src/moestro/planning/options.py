@@ -4,20 +4,24 @@ A new option is one new field here. The commands, `moestro.load` and `MoestroCon
 
     >>> Options(bits=5)
     Traceback (most recent call last):
-    moestro.errors.RequestError: --bits 5: there are 16, 8, 4, 3, 2
+    moestro.errors.RequestError: bits=5: there are 16, 8, 4, 3, 2
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RequestError
 from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
+from .contract import Policy
 from .machines import machine_names
 from .option import Checked, bits_in, named, needs, one_of, option, option_like
-from .policies import DEFAULT_POLICY, POLICIES
+from .policies import DEFAULT_POLICY, POLICIES, check_policy
 from .shapes import SHAPES
+from .spelling import spelled
 
 METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
@@ -29,6 +33,22 @@ DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
     "fp16": "float16",
     "bf16": "bfloat16",
 }
+
+
+def _device_named(value: str, name: str) -> str:
+    """A device's name; of torch's, which have a number, those of the first GPU and of the CPU."""
+    kind, numbered, number = value.partition(":")
+    if kind not in ("cpu", "cuda") or not numbered:
+        return str(one_of("device", DEVICE_NAMES)(value, name))
+    if number != "0":
+        raise RequestError(
+            f"{spelled(name, value, quoted=True)}: Moestro takes one GPU, the first; set CUDA_VISIBLE_DEVICES to the "
+            f"number of another, which is then {kind}:0"
+        )
+    torch: Any = sys.modules.get("torch")  # a program that has not imported it has no other current GPU
+    if kind == "cuda" and torch is not None and torch.cuda.is_initialized() and torch.cuda.current_device() != 0:
+        raise RequestError(f"{name}={value!r}, but torch's current GPU is another; call torch.cuda.set_device(0) first")
+    return kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +76,17 @@ class Options(Checked):
         unset="the model's, at most 4096",
         check=needs(lambda n: n >= LEAST_CONTEXT, f"at least {LEAST_CONTEXT}, a token of prompt and of answer"),
     )
-    policy: str = option(
+    policy: str | Policy = option(  # noqa: RUF009  # no call that makes something to share
         DEFAULT_POLICY,
         f"The policy that decides where experts run: {', '.join(sorted(POLICIES))}.",
         metavar="NAME",
-        check=one_of("policy", POLICIES),
+        check=check_policy,
     )
     device: str = option(
         "auto",
         "auto (a GPU where there is one), cpu, cuda, or emulated (a pretended GPU, for tests).",
         metavar="NAME",
-        check=one_of("device", DEVICE_NAMES),
+        check=_device_named,
     )
     link: str | float | None = option(
         None,
@@ -154,9 +174,11 @@ class Options(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.pack_dense and not {self.dense_bits, self.head_bits} <= {None, 16}:
-            raise RequestError("--dense-bits and --head-bits are for packed layers; leave them or --no-pack-dense out")
+            names = f"{spelled('dense_bits')} and {spelled('head_bits')}"
+            raise RequestError(f"{names} are for packed layers; leave them or {spelled('pack_dense', False)} out")
         if self.clock == "virtual" and (self.device != "emulated" or self.machine is None):
-            raise RequestError("--clock virtual needs --device emulated and --machine NAME, whose time it models")
+            needed = f"{spelled('device', 'emulated')} and {spelled('machine', 'NAME')}"
+            raise RequestError(f"{spelled('clock', 'virtual')} needs {needed}, whose time it models")
 
     @property
     def skips_fit(self) -> bool:
@@ -213,6 +235,28 @@ class ModelOptions(Checked):
         metavar="NAME",
         check=one_of("dtype", tuple(DTYPES)),
     )
+    token: str | bool | None = option(
+        None,
+        "For the hub: a token, True for the one that is kept here, or False for none.",
+        unset="the one that is kept here, if one is",
+        in_python=True,
+        is_secret=True,
+    )
+    cache_dir: str | None = option(
+        None,
+        "The folder of the hub's cache.",
+        unset="that of huggingface_hub, which HF_HOME sets",
+        check=named("a folder"),
+        in_python=True,
+    )
+    local_files_only: bool = option(False, "Take what the hub's cache has, and ask the hub nothing.", in_python=True)
+    attn_implementation: str | None = option(
+        None,
+        "What computes attention, by its name in Transformers, like sdpa or eager.",
+        unset="what Transformers takes for the model",
+        check=named("a name that Transformers has"),
+        in_python=True,
+    )
     seed: int = option(
         0,
         "Seed of sampling and of random shapes; the same seed gives the same text.",
@@ -224,7 +268,7 @@ class ModelOptions(Checked):
 class ReplayOptions(Checked):
     """What a trace is replayed with: a policy, a machine and the model's sizes."""
 
-    policy: str = option_like(Options, "policy")
+    policy: str = option_like(Options, "policy", check=one_of("policy", POLICIES))
     machine: str = option_like(
         Options, "machine", default="rtx4090", help=f"The machine: {', '.join(machine_names())}.", unset=None
     )

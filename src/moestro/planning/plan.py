@@ -22,6 +22,7 @@ from .contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
 from .gpu_plan import GpuPlan, share_out
 from .machines import Machine
 from .policies import make_policy
+from .spelling import spelled
 from .text_shape import Footprint
 
 DEFAULT_CONTEXT = 4096  # tokens that GPU memory is planned for, where the model's own context is not shorter
@@ -177,7 +178,10 @@ def make_plan(
         gpu, why_not = _gpu_plan(spec, footprint, chunked, facts, budget, tokens, context is not None)
         tokens, room_bytes = gpu.context, max(0, gpu.left_bytes)
     elif budget.gpu_bytes is not None:
-        raise RequestError("--gpu-memory was given, but there is no GPU here; leave it out or use --device emulated")
+        emulated = spelled("device", "emulated")
+        raise RequestError(
+            f"{spelled('gpu_memory')} was given, but there is no GPU here; leave it out or use {emulated}"
+        )
     else:
         room_bytes = 0
     decider = make_policy(policy) if isinstance(policy, str) else policy
@@ -245,8 +249,8 @@ def _gpu_plan(
 
     if gpu_bytes > free_bytes:
         return plan_for(context), (
-            f"--gpu-memory asks for {format_bytes(gpu_bytes)}, but {format_bytes(free_bytes)} are free on the "
-            "GPU; ask for less or free some"
+            f"{spelled('gpu_memory')} asks for {format_bytes(gpu_bytes)}, but {format_bytes(free_bytes)} are free "
+            "on the GPU; ask for less or free some"
         )
     try:
         return share_out(gpu_bytes, facts.margin, context, plan_for, named=named, context_named=context_named), None
@@ -263,7 +267,7 @@ def planned_context(longest: int | None, asked: int | None) -> int:
     if asked is None:
         return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if longest is not None and asked > longest:
-        raise RequestError(f"--context {asked}, but the model's context is {longest}; ask for less")
+        raise RequestError(f"{spelled('context', asked)}, but the model's context is {longest}; ask for less")
     return asked
 
 
@@ -275,18 +279,19 @@ def experts_room(spec: ModelSpec, machine: Machine, gpu_bytes: int | None) -> in
     """
     if not machine.costs.gpu_gbps:
         if gpu_bytes:
-            raise BudgetError(f"--gpu-memory {format_bytes(gpu_bytes)}, but {machine.name} has no GPU; leave it out")
+            asked = f"{spelled('gpu_memory')} {format_bytes(gpu_bytes)}"
+            raise BudgetError(f"{asked}, but {machine.name} has no GPU; leave it out")
         return 0
     total = machine.gpu_bytes if gpu_bytes is None else gpu_bytes
     if total > machine.gpu_bytes:
         raise BudgetError(
-            f"--gpu-memory {format_bytes(total)}, but {machine.name} has "
+            f"{spelled('gpu_memory')} {format_bytes(total)}, but {machine.name} has "
             f"{format_bytes(machine.gpu_bytes)}; ask for less"
         )
     if total < spec.dense_bytes:
         raise BudgetError(
             f"the dense part needs {format_bytes(spec.dense_bytes)} of GPU memory, but there are "
-            f"{format_bytes(total)}; give more, or fewer --bits"
+            f"{format_bytes(total)}; give more, or fewer {spelled('bits')}"
         )
     return total - spec.dense_bytes
 
@@ -309,13 +314,14 @@ def check_fits(
     if gpu_needed > gpu_bytes:
         raise BudgetError(
             f"the GPU needs {format_bytes(gpu_needed)} (dense weights {format_bytes(spec.dense_bytes)}), but "
-            f"--gpu-memory allows {format_bytes(gpu_bytes)}; give it at least {round_up(gpu_needed)}"
+            f"{spelled('gpu_memory')} allows {format_bytes(gpu_bytes)}; give it at least {round_up(gpu_needed)}"
         )
     experts_in_ram = spec.expert_bytes - held_bytes
     ram_needed = experts_in_ram + (0 if dense_on_gpu else spec.dense_bytes)
     if ram_needed > ram_bytes:
-        limit = "--ram allows" if ram_named else "this machine has free"
-        remedy = f"give --ram at least {round_up(ram_needed)}" if ram_named else "free memory or choose a smaller model"
+        limit = f"{spelled('ram')} allows" if ram_named else "this machine has free"
+        enough = f"give {spelled('ram')} at least {round_up(ram_needed)}"
+        remedy = enough if ram_named else "free memory or choose a smaller model"
         raise BudgetError(
             f"the model needs {format_bytes(ram_needed)} of RAM (experts {format_bytes(experts_in_ram)}), but "
             f"{limit} {format_bytes(ram_bytes)}; {remedy}"

@@ -3,7 +3,7 @@
 >>> from moestro.planning.machines import machine_named
 >>> from moestro.planning.shapes import spec_of_shape
 >>> print(shortfall(spec_of_shape("deepseek-v3"), machine_named("rtx4090")).in_words())
-does not fit: dense weights need 31.9 GiB, but rtx4090 has 24.0 GiB of GPU memory; name a --machine with more
+does not fit: dense weights need 31.9 GiB, but rtx4090 has 24.0 GiB of GPU memory; name a machine with more
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from ..planning.budget import format_bytes
 from ..planning.contract import ModelSpec
 from ..planning.machines import Machine
+from ..planning.spelling import spelled
 from .virtual import RAM_SHARE
 
 
@@ -47,7 +48,7 @@ def shortfall(spec: ModelSpec, machine: Machine, gpu_bytes: int | None = None) -
     gpu = 0 if not has_gpu else machine.gpu_bytes if gpu_bytes is None else min(gpu_bytes, machine.gpu_bytes)
     if has_gpu and spec.dense_bytes > gpu:
         there = f"{machine.name} has {format_bytes(gpu)} of GPU memory"
-        return Shortfall("dense weights", there, "name a --machine with more", spec.dense_bytes, gpu)
+        return Shortfall("dense weights", there, f"name a {spelled('machine')} with more", spec.dense_bytes, gpu)
     there_bytes, needed_bytes = gpu + int(machine.ram_bytes * RAM_SHARE), spec.dense_bytes + spec.expert_bytes
     if needed_bytes <= there_bytes:
         return None
@@ -55,5 +56,5 @@ def shortfall(spec: ModelSpec, machine: Machine, gpu_bytes: int | None = None) -
         f"{RAM_SHARE:g} of {format_bytes(machine.ram_bytes)} of RAM"
     ]
     there = f"{machine.name} has {format_bytes(there_bytes)} for them ({', '.join(parts)})"
-    remedy = "take fewer --bits, or a --machine with more memory"
+    remedy = f"take fewer {spelled('bits')}, or a {spelled('machine')} with more memory"
     return Shortfall("dense weights and experts", there, remedy, needed_bytes, there_bytes)

@@ -16,6 +16,7 @@ from ..errors import RequestError
 from ..planning.contract import LayerSpec, ModelSpec, Step
 from ..planning.expert_sizes import ExpertShape, expert_sizes_named
 from ..planning.shapes import spec_of_shape, top_k_of_shape
+from ..planning.spelling import spelled
 from .trace import Pass, Trace
 
 FORMAT_OF_BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}
@@ -28,7 +29,7 @@ def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
         RequestError: no such bits.
     """
     if bits not in FORMAT_OF_BITS:
-        raise RequestError(f"--bits {bits}: there are {', '.join(map(str, FORMAT_OF_BITS))}")
+        raise RequestError(f"{spelled('bits', bits)}: there are {', '.join(map(str, FORMAT_OF_BITS))}")
     sizes = expert_sizes_named(FORMAT_OF_BITS[bits])
 
     def of(layer: LayerSpec) -> LayerSpec:

@@ -22,6 +22,7 @@ from ..planning.contract import Expert, Lane, ModelSpec, Placement
 from ..planning.costs import PIECE_BYTES, Costs
 from ..planning.machines import Machine
 from ..planning.slots import Transfer
+from ..planning.spelling import spelled
 from ..planning.timeline import Timeline
 from .page_cache import PageCache
 from .virtual_link import VirtualCopy, VirtualLink
@@ -257,6 +258,7 @@ def machine_clock(
     if ram_bytes is not None and not machine.costs.disk_gbps:
         raise BudgetError(
             f"the experts need {format_bytes(in_ram_bytes)} of RAM, but {machine.name} has {format_bytes(room_bytes)} "
-            "for them and no disk rate to read the rest by; take fewer --bits or another --machine"
+            f"for them and no disk rate to read the rest by; take fewer {spelled('bits')} or another "
+            f"{spelled('machine')}"
         )
     return VirtualMachine(spec, machine.costs, ram_bytes=ram_bytes, timeline=timeline)

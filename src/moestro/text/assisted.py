@@ -24,6 +24,7 @@ from ..loading.load import load, load_tokenizer
 from ..loading.model import config_and_class
 from ..planning.budget import LEAST_PLAIN_BYTES, parse_bytes
 from ..planning.options import ModelOptions, Options
+from ..planning.spelling import spelled
 from .options import TextOptions
 
 DRAFTED = 5  # tokens that a draft guesses at once: each more makes more experts of a step active
@@ -49,7 +50,7 @@ class AssistedFigures:
     def describe(self) -> str:
         """The figures in words."""
         of = "" if self.drafted_tokens is None else f" of {self.drafted_tokens}"
-        return f"{self.accepted_tokens}{of} guessed tokens accepted, {self.steps} steps"
+        return f"{self.accepted_tokens}{of} guessed tokens were right, in {self.steps} steps"
 
 
 def check_goes_back(flag: str, name: str, kind: Any, config: Any) -> None:
@@ -86,9 +87,9 @@ def check_guesses(
     """
     if options.draft is None and not options.prompt_lookup:
         return
-    flag = "--draft" if options.draft else "--prompt-lookup"
+    name = spelled("draft" if options.draft else "prompt_lookup")
     config, kind = config_and_class(model, source)
-    check_goes_back(flag, model or str(source.shape), kind, config)
+    check_goes_back(name, model or str(source.shape), kind, config)
     if options.draft is not None:
         check_draft(options.draft, model, source, tokenizer)
 
@@ -106,21 +107,22 @@ def check_draft(draft: str, model: str | None, source: ModelOptions, tokenizer: 
     if ours != theirs:
         different = min((ours.items() ^ theirs.items()), key=lambda item: item[1])
         raise RequestError(
-            f"--draft {draft} has another tokenizer than {name}: {len(theirs)} tokens beside {len(ours)}, and "
-            f"{different[0]!r} (id {different[1]}) is in one of them alone; {remedy}"
+            f"{spelled('draft', draft)} has another tokenizer than {name}: {len(theirs)} tokens beside "
+            f"{len(ours)}, and {different[0]!r} (id {different[1]}) is in one of them alone; {remedy}"
         )
     own, kind = config_and_class(draft, ModelOptions(trust_remote_code=source.trust_remote_code))
-    check_goes_back("--draft", draft, kind, own)
+    check_goes_back(spelled("draft"), draft, kind, own)
     config = config_and_class(model, source)[0]
     is_text = all(each.get_text_config() is each for each in (config, own))
     if not is_text and config.model_type != own.model_type:
         raise RequestError(
-            f"--draft {draft} is a {own.model_type} and {name} a {config.model_type}, of which one is more than a text "
-            "model; their steps take different arguments, so name a draft of the same family"
+            f"{spelled('draft', draft)} is a {own.model_type} and {name} a {config.model_type}, of which one is "
+            "more than a text model; their steps take different arguments, so name a draft of the same family"
         )
     rows = [each.get_text_config().vocab_size for each in (config, own)]
     if rows[0] != rows[1]:
-        raise RequestError(f"--draft {draft} has {rows[1]} rows of tokens, but {name} has {rows[0]}; {remedy}")
+        given = spelled("draft", draft)
+        raise RequestError(f"{given} has {rows[1]} rows of tokens, but {name} has {rows[0]}; {remedy}")
 
 
 def load_draft(draft: str, source: ModelOptions, options: Options) -> tuple[PreTrainedModel, Options]:
@@ -143,9 +145,10 @@ def load_draft(draft: str, source: ModelOptions, options: Options) -> tuple[PreT
     )
     if options.ram is None:
         return loaded, options
-    left = parse_bytes(options.ram, "--ram") - draft_bytes(loaded)
+    left = parse_bytes(options.ram, "ram") - draft_bytes(loaded)
     if left < LEAST_PLAIN_BYTES:
-        raise RequestError(f"--draft {draft} alone fills --ram {options.ram}; give more, or leave the draft out")
+        given = f"{spelled('draft', draft)} alone fills {spelled('ram', options.ram)}"
+        raise RequestError(f"{given}; give more, or leave the draft out")
     return loaded, replace(options, ram=left)
 
 

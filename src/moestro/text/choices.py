@@ -13,6 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..errors import RequestError
+from ..planning.spelling import spelled
 from .options import TextOptions
 from .settings import check_settings
 
@@ -53,7 +54,8 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
     lookup = options.prompt_lookup if options.prompt_lookup is not None else own.prompt_lookup_num_tokens
     if options.prompt_lookup and num_beams > 1:
         raise RequestError(
-            f"--prompt-lookup {options.prompt_lookup} guesses for one text, not for {num_beams} beams; leave one out"
+            f"{spelled('prompt_lookup', options.prompt_lookup)} guesses for one text, not for {num_beams} beams; "
+            "leave one out"
         )
     if options.draft is not None:
         _check_draft(options.draft, own, num_beams, keeps_cache)
@@ -84,14 +86,28 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
     )
 
 
+def settled(options: TextOptions, own: GenerationConfig) -> dict[str, Any]:
+    """The options of a request by which tokens are chosen, as they are with what the checkpoint leaves to them."""
+    num_beams = options.num_beams or own.num_beams or 1
+    found = _sampling(options, own, num_beams)
+    penalty = options.repetition_penalty if options.repetition_penalty is not None else own.repetition_penalty
+    return {
+        "temperature": found["temperature"] or 0.0,
+        **{name: found.get(name) for name in ("top_p", "top_k", "min_p")},
+        "repetition_penalty": 1.0 if penalty is None else penalty,
+        "num_beams": num_beams,
+        "stop": list(options.stop or own.stop_strings or ()),
+    }
+
+
 def without_effect(options: TextOptions, own: GenerationConfig) -> list[str]:
     """A line for each option of a request that changes nothing, since nothing is drawn."""
     if _sampling(options, own, options.num_beams or own.num_beams or 1)["do_sample"]:
         return []
     given = {name: getattr(options, name) for name in ("top_p", "top_k", "min_p")} | {"seed": options.seed or None}
     return [
-        f"--{name.replace('_', '-')} {value} changes nothing here: the likeliest text is always taken; give "
-        "--temperature, above 0"
+        f"{spelled(name, value)} changes nothing here: the likeliest text is always taken; give "
+        f"{spelled('temperature')}, above 0"
         for name, value in given.items()
         if value is not None
     ]
@@ -110,7 +126,7 @@ def _check_draft(draft: str, own: GenerationConfig, num_beams: int, keeps_cache:
     }
     for setting, does in hinders.items():
         if does:
-            raise RequestError(f"--draft {draft} does not go with the checkpoint's {setting}; leave it out")
+            raise RequestError(f"{spelled('draft', draft)} does not go with the checkpoint's {setting}; leave it out")
 
 
 def _sampling(options: TextOptions, own: GenerationConfig, num_beams: int) -> dict[str, Any]:

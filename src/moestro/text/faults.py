@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ..planning.spelling import spelled
+
 READ_S = 1e-4  # of a page from a fast disk; others take longer
 _NOTED_SHARE = 0.1
 
@@ -38,15 +40,18 @@ class PageFaults:
 
     def describe(self) -> str:
         """The figures in words."""
-        return f"{self.prefill} major page faults in prefill, {self.decode} in decode, {self.a_step:.1f} a step"
+        of_answer = f"{self.decode} while answering, {self.a_step:.1f} for each token"
+        return f"{self.prefill} pages of memory fetched from disk while reading the prompt, {of_answer}"
 
     def warning(self) -> str | None:
         """A line to warn with where the faults slow decode; else None."""
         if self.decode_share < _NOTED_SHARE:
             return None
         return (
-            f"decode waited for the disk: {self.a_step:.0f} page faults a step, at least {self.decode_share:.0%} of "
-            "its time; weights and cache do not stay in RAM: close other programs, or take fewer --bits"
+            f"the answer waited for the disk: {self.a_step:.0f} pages for each token, at least "
+            f"{self.decode_share:.0%} of "
+            "its time; weights and cache do not stay in RAM: close other programs, or take fewer "
+            f"{spelled('bits')}"
         )
 
     def to_json(self) -> dict[str, int]:

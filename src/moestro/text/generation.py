@@ -25,6 +25,7 @@ from ..errors import CheckpointError, ModelError, MoestroError, RequestError, fa
 from ..loading.context import model_context
 from ..machine.probe import major_faults, peak_ram_bytes
 from ..planning.clock import Clock
+from ..planning.spelling import spelled
 from .answer import AnswerStream, OnText, StopText
 from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, forwards_of, goes_on
 from .channels import find_channels
@@ -200,15 +201,16 @@ def _check_guesses(model: PreTrainedModel, options: TextOptions, draft: PreTrain
         RequestError: a line that says which. ModelError: the checkpoint's settings ask for the guesses.
     """
     if options.draft is not None and draft is None:
-        raise RequestError(f"--draft {options.draft} is not loaded; give generate_text what load_draft returns")
+        given = spelled("draft", options.draft)
+        raise RequestError(f"{given} is not loaded; give generate_text what load_draft returns")
     if options.draft or options.prompt_lookup:
-        check_goes_back("--draft" if options.draft else "--prompt-lookup", "this", type(model), model.config)
+        check_goes_back(spelled("draft" if options.draft else "prompt_lookup"), "this", type(model), model.config)
         return
     setting = f"the checkpoint's prompt_lookup_num_tokens {model.generation_config.prompt_lookup_num_tokens}"
     try:
         check_goes_back(setting, "this", type(model), model.config)
     except RequestError as error:
-        raise ModelError(f"{error} with --prompt-lookup 0") from error
+        raise ModelError(f"{error} with {spelled('prompt_lookup', 0)}") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> Tensor:
@@ -330,7 +332,7 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
         if "probability tensor" in str(error) and not unusual:
             raise CheckpointError(
                 "the model's output is not a number: its weights are damaged, or too large for float16; "
-                "try --dtype float32"
+                f"try {spelled('dtype', 'float32')}"
             ) from error
         if unusual:
             raise ModelError(

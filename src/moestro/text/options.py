@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from ..errors import RequestError
 from ..planning.option import Checked, named, needs, option, option_like
 from ..planning.options import ModelOptions
+from ..planning.spelling import spelled
 
 MOST_GUESSES = 15  # with one more token a step is still one of decode (engine/steps.py)
 
 
-def _no_empty_stop(texts: Sequence[str], flag: str) -> Sequence[str]:
+def _no_empty_stop(texts: Sequence[str], name: str) -> Sequence[str]:
     if "" in texts:
-        raise RequestError(f"{flag} '': the text would end before it begins; name a text to end at, or leave it out")
+        given = spelled(name, "", quoted=True)
+        raise RequestError(f"{given}: the text would end before it begins; name a text to end at, or leave it out")
     return texts
 
 
@@ -93,11 +95,9 @@ class TextOptions(Checked):
         super().__post_init__()
         if self.draft is None:
             return
+        draft = spelled("draft", self.draft)
         if self.prompt_lookup:
-            raise RequestError(
-                f"--draft {self.draft} and --prompt-lookup {self.prompt_lookup} both guess tokens; leave one out"
-            )
+            other = spelled("prompt_lookup", self.prompt_lookup)
+            raise RequestError(f"{draft} and {other} both guess tokens; leave one out")
         if self.num_beams is not None and self.num_beams > 1:
-            raise RequestError(
-                f"--draft {self.draft} guesses for one text, not for {self.num_beams} beams; leave one out"
-            )
+            raise RequestError(f"{draft} guesses for one text, not for {self.num_beams} beams; leave one out")

@@ -24,6 +24,7 @@ from ..decode.capture import cache_for
 from ..errors import RequestError
 from ..loading.context import model_context
 from ..planning.contract import Outcome, Phase, Step, StepInfo
+from ..planning.spelling import spelled
 from ..simulate.trace import Pass, Trace
 from .generation import check_ids, embedding_rows, encode
 
@@ -135,7 +136,8 @@ def read_pieces(
     context = model_context(model.config)
     piece = prompt_tokens + decode_tokens
     if context is not None and piece > context:
-        raise RequestError(f"--prompt-tokens and --decode-tokens are {piece}, more than the context of {context}")
+        names = f"{spelled('prompt_tokens')} and {spelled('decode_tokens')}"
+        raise RequestError(f"{names} are {piece}, more than the context of {context}")
     if len(ids) <= prompt_tokens:
         raise RequestError(f"the text has {len(ids)} tokens, but a prompt takes {prompt_tokens}; give a longer one")
     clock, done = model.moestro.time, 0

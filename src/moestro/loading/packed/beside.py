@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...planning.spelling import spelled
 from ..choose import MANIFEST, beside_weights
 
 logger = logging.getLogger("moestro")
@@ -49,7 +50,8 @@ def write_beside(
     try:
         tokenizer().save_pretrained(folder)
     except CheckpointError as error:
-        logger.warning("%s: the packed folder has no tokenizer; name one with --tokenizer where it is run", error)
+        given = spelled("tokenizer")
+        logger.warning("%s: the packed folder has no tokenizer; name one with %s where it is run", error, given)
 
 
 def _copy(source: Path, folder: Path, *, whole: bool) -> None:

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import are_progress_bars_disabled
-
 from ...errors import CheckpointError, ModelError, MoestroError, RequestError
 from ...planning.budget import format_bytes
+from ...planning.spelling import spelled
+from ...progress import is_quiet
 from .kept_layers import SUFFIX, KeptLayers, kept_layers
 from .manifest import MANIFEST, SOLVER, VERSION, Asked, Manifest
 from .read import read_manifest
@@ -158,8 +158,9 @@ def _has_room(key: str, n_bytes: int) -> bool:
     folder = cache_folder()
     if not _make_room(folder, n_bytes, folder / f"{key}{SUFFIX}"):
         return False
-    if not are_progress_bars_disabled():
-        print(f"keeping {format_bytes(n_bytes)} in {folder / key} (--no-cache: not)", file=sys.stderr, flush=True)
+    if not is_quiet():
+        not_so = spelled("cache", False)
+        print(f"keeping {format_bytes(n_bytes)} in {folder / key} ({not_so}: not)", file=sys.stderr, flush=True)
     return True
 
 

@@ -18,11 +18,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled
+from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from ...errors import CheckpointError, MoestroError, first_line
 from ...memory.store import on_host
+from ...progress import is_quiet
 from .manifest import AGAIN, File, Run, expert_file, filled_up
 from .run_file import RunFile
 from .runs import RunReader, Wanted
@@ -170,7 +171,7 @@ def kept_layers(folder: Path, key: str, make_room: Callable[[int], bool]) -> Ite
         try:
             yield kept
         except BaseException:
-            if kept.progress is not None and not are_progress_bars_disabled():
+            if kept.progress is not None and not is_quiet():
                 print(f"{kept.progress}; the same command goes on from there", file=sys.stderr, flush=True)
             raise
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...compute.checksum import crc32c
 from ...errors import CheckpointError, RequestError, first_line
 from ...memory.store import map_memory
+from ...planning.spelling import spelled
 from .manifest import AGAIN, MANIFEST, REST_FILE, Asked, Manifest, Run, filled_up, parse_manifest
 from .runs import RunReader, Wanted, open_checked
 
@@ -68,18 +69,18 @@ class PackedFolder:
             if wanted not in (None, found):
                 has = "as its checkpoint had them" if found is None else f"with {found}"
                 raise RequestError(
-                    f"{self.model} is packed {has}, not with --{name.replace('_', '-')} {wanted} (which --bits sets, "
+                    f"{self.model} is packed {has}, not with {spelled(name, wanted)} (which {spelled('bits')} sets, "
                     "too); leave it out, or pack the checkpoint with it"
                 )
         if made.fit is not None and asked.fit not in (None, made.fit):
             raise RequestError(
-                f"{self.model} is packed with --fit {made.fit}, not {asked.fit}; leave --fit out, or pack the "
-                "checkpoint with it"
+                f"{self.model} is packed with {spelled('fit', made.fit)}, not {asked.fit}; leave {spelled('fit')} "
+                "out, or pack the checkpoint with it"
             )
         if dtype not in (None, self.manifest.dtype):
             raise RequestError(
-                f"{self.model} is packed in {self.manifest.dtype}, not {dtype}; leave --dtype out, or pack the "
-                "checkpoint with it"
+                f"{self.model} is packed in {self.manifest.dtype}, not {dtype}; leave {spelled('dtype')} out, or "
+                "pack the checkpoint with it"
             )
 
     def reader(self, threads: int) -> RunReader:

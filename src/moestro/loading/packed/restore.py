@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from ...decode.dense import StoredWeight, packable
 from ...devices import Device, device_class, make_device
@@ -23,6 +22,7 @@ from ...errors import CheckpointError
 from ...memory.formats import ExpertFormat, expert_format_named, format_named
 from ...memory.store import on_host
 from ...planning.options import METHOD
+from ...progress import BYTES, Bar
 from ..build import StoredFormats, attach, dense_formats, head_bits_of, home, pack_rest
 from ..config import MoestroConfig
 from ..stored import empty_model, take_generation_config
@@ -203,11 +203,11 @@ def _fill_experts(folder: PackedFolder, conductor: Conductor, reader: RunReader)
             target = home(conductor, *key)
             (wanted if target.device.type == "cpu" else on_device).append(Wanted(run, what, target))
     total = sum(one.run.n_bytes for one in (*wanted, *on_device))
-    with tqdm(total=total, desc="Reading experts", unit="B", unit_scale=True) as bar:
-        reader.read(wanted, bar.update)
+    with Bar("reading experts", total, BYTES) as bar:
+        reader.read(wanted, bar.advance)
         for one in on_device:
             with on_host(one.target) as target:
-                reader.read([Wanted(one.run, one.what, target)], bar.update)
+                reader.read([Wanted(one.run, one.what, target)], bar.advance)
 
 
 def _check_filled(folder: PackedFolder, model: Any, kept: Mapping[str, StoredWeight]) -> None:

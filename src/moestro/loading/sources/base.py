@@ -21,6 +21,7 @@ from ...memory.formats.codes import values
 from ...memory.formats.raw import RawMatrix, read_raw, read_strided
 from ...memory.formats.strided import in_own_order
 from ...memory.formats.strided import values as strided_values
+from ...planning.spelling import spelled
 from ..checkpoint import refuse_code
 
 
@@ -128,7 +129,7 @@ def tokenizer_from(source: str, trust_remote_code: bool = False) -> Any:
         refuse_code(source, error)
         raise CheckpointError(
             f"{source} has no tokenizer that Transformers can read ({first_line(error)}); name a checkpoint with the "
-            "same one by --tokenizer ORG/REPO"
+            f"same one by {spelled('tokenizer', 'ORG/REPO')}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from ...memory.formats import format_named
 from ...memory.formats.quantize import quantize_int8
 from ...memory.formats.raw import RawMatrix
 from ...planning.budget import format_bytes
+from ...planning.spelling import spelled
 from ..gguf_header import TRANSCODED
 from .gguf_file import GgufTensor, gguf_package
 
@@ -66,9 +67,9 @@ def stored_matrix(
         )
     if not transcode:
         raise ModelError(
-            f"{name} is of type {tensor.type}, which Moestro does not keep: --transcode 8 rounds such weights to 8 "
-            f"bits ({format_bytes(int8_bytes(tensor))} instead of {format_bytes(tensor.data.nbytes)} for this tensor); "
-            "or use a file of Q4_K_M, IQ4_XS, Q8_0 or MXFP4"
+            f"{name} is of type {tensor.type}, which Moestro does not keep: {spelled('transcode', 8)} rounds such "
+            f"weights to 8 bits ({format_bytes(int8_bytes(tensor))} instead of {format_bytes(tensor.data.nbytes)} "
+            "for this tensor); or use a file of Q4_K_M, IQ4_XS, Q8_0 or MXFP4"
         )
     return _as_int8(name, data, tensor)
 

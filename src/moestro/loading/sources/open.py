@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import ModelError, RequestError
+from ...planning.spelling import spelled
 from ..checkpoint import weight_files
 from .base import Source
 from .gguf import GgufSource
@@ -38,5 +39,6 @@ def open_source(
     if files and (path.is_file() or not weight_files(path)):  # folders of GGUF files often have a config.json beside
         return GgufSource(files, config=config, tokenizer=tokenizer, transcode=transcode is not None)
     if transcode is not None:
-        raise RequestError(f"--transcode {transcode} is for GGUF files, and {model} is none; leave it out")
+        given = spelled("transcode", transcode)
+        raise RequestError(f"{given} is for GGUF files, and {model} is none; leave it out")
     return SafetensorsSource(model, path, config=config, tokenizer=tokenizer, trust_remote_code=trust_remote_code)

@@ -15,6 +15,7 @@ from ...errors import CheckpointError, ModelError
 from ...planning.budget import format_bytes
 from ...planning.expert_sizes import ExpertShape
 from ...planning.formats import descriptor_named
+from ...planning.spelling import spelled
 from ..gguf_header import TRANSCODED
 from ..headers import TensorHeader
 from .found import DenseWeight, ExpertLayer
@@ -124,8 +125,8 @@ def _format(model: str, tensor: TensorHeader, transcode: bool) -> str:
         if transcode:
             return "int8"
         raise ModelError(
-            f"{model}: {tensor.name} is of type {tensor.dtype}, which is not kept; --transcode 8 rounds such weights "
-            f"to 8 bits ({format_bytes(math.prod(tensor.shape) * 1.03)} of it)"
+            f"{model}: {tensor.name} is of type {tensor.dtype}, which is not kept; {spelled('transcode', 8)} "
+            f"rounds such weights to 8 bits ({format_bytes(math.prod(tensor.shape) * 1.03)} of it)"
         )
     try:
         return descriptor_named(tensor.dtype.lower()).name

@@ -14,6 +14,7 @@ from ...planning.expert_sizes import expert_sizes_named
 from ...planning.formats import FLOATS, descriptor_named, format_of_bits, head_bits
 from ...planning.options import Options
 from ...planning.plan import Formats
+from ...planning.spelling import spelled
 from .found import ITEM_BYTES, DenseWeight, ExpertLayer, Survey
 
 _FLOAT_NAMES = frozenset(FLOATS.values())
@@ -41,14 +42,15 @@ def sized(found: Survey, options: Options, *, on_gpu: bool) -> Sized:
     bits = options.expert_bits or options.bits
     if found.stored and bits is not None and found.kind != "packed":
         raise ModelError(
-            f"{found.model} is quantized already, and its experts keep their own bits; leave --bits and --expert-bits "
-            "out"
+            f"{found.model} is quantized already, and its experts keep their own bits; leave "
+            f"{spelled('bits')} and {spelled('expert_bits')} out"
         )
     if on_gpu:
-        for option, value in {"--dense-bits": options.dense_bits, "--head-bits": options.head_bits}.items():
+        for option, value in {"dense_bits": options.dense_bits, "head_bits": options.head_bits}.items():
             if value not in (None, 16):
                 raise RequestError(
-                    f"{option} {value} needs the dense layers on the CPU; use --device cpu, or leave it out"
+                    f"{spelled(option, value)} needs the dense layers on the CPU; use {spelled('device', 'cpu')}, "
+                    "or leave it out"
                 )
     experts = [_experts_format(found, layer, bits, on_gpu and options.device != "emulated") for layer in found.layers]
     layers = tuple(_layer(layer, name) for layer, name in zip(found.layers, experts, strict=True))
@@ -68,7 +70,8 @@ def _experts_format(found: Survey, layer: ExpertLayer, bits: int | None, on_gpu:
     name = layer.format or format_of_bits(bits, found.dtype)
     if on_gpu and descriptor_named(name.split("@")[0].split("+")[0]).is_strided:
         raise ModelError(
-            f"weights in HQQ's groups of rows ({name}) are computed by the CPU's kernels alone; use --device cpu"
+            f"weights in HQQ's groups of rows ({name}) are computed by the CPU's kernels alone; use "
+            f"{spelled('device', 'cpu')}"
         )
     return name
 

@@ -14,6 +14,7 @@ from ...planning.formats import FLOATS
 from ...planning.model_config import completed, families, text_of
 from ...planning.options import DTYPES, ModelOptions
 from ...planning.shapes import parts_of_shape, shape_named
+from ...planning.spelling import spelled
 from ..contents import indexed_names, read_config_json
 from ..gguf_values import architecture_of, values_of
 from ..headers import TensorHeader, prefix_of, read_header
@@ -37,7 +38,7 @@ def survey(model: str | None, source: ModelOptions, *, transcode: bool = False) 
         MoestroError: no such model, its files are damaged, or Moestro does not run it; one line.
     """
     if (model is None) == (source.shape is None):
-        raise RequestError("name one model: a folder, a hub id, demo, or --shape with random weights")
+        raise RequestError(f"name one model: a folder, a hub id, demo, or {spelled('shape')} with random weights")
     if model is None:
         assert source.shape is not None
         return survey_shape(source.shape, source)

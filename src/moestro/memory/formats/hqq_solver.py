@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import CheckpointError
+from ...planning.spelling import spelled
 
 SOLVER_GROUPS = (16, 32, 64, 128)  # columns
 SOLVER_BITS = (2, 3, 4, 5, 6, 8)
@@ -104,7 +105,7 @@ def check_finite(matrix: Tensor) -> None:
         row, column = faults.nonzero()[0].tolist()
         raise CheckpointError(
             f"a weight is {float(matrix[row, column])}, in row {row} and column {column} of its matrix, but only "
-            "finite ones can be quantized; download the checkpoint again, or load it with --bits 16"
+            f"finite ones can be quantized; download the checkpoint again, or load it with {spelled('bits', 16)}"
         )
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ...errors import CheckpointError
 from ...planning.descriptor import Descriptor
+from ...planning.spelling import spelled
 from .codes import Coded, pack_codes
 from .hqq_solver import Fitted, check_finite, solve_hqq
 
@@ -39,7 +40,7 @@ def quantize_int8(matrix: Tensor, group: int) -> Coded:
     if bool(scale.isinf().any()):
         raise CheckpointError(
             f"a weight has a size of {float(most.max()):.3g}, but signed bytes with a float16 scale reach "
-            f"{127 * _MOST_HALF:,.0f}; load the checkpoint with --bits 16"
+            f"{127 * _MOST_HALF:,.0f}; load the checkpoint with {spelled('bits', 16)}"
         )
     whole = (groups / scale.float()).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127).to(torch.int8)
     return Coded(whole.view(torch.uint8).flatten(1)[:, : matrix.shape[1]], scale.squeeze(-1))
@@ -86,7 +87,8 @@ def _in_half(groups: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     if wanted[widest] > _MOST_HALF:
         raise CheckpointError(
             f"weights of a group lie between {float(low[widest]):.3g} and {float(high[widest]):.3g}, but {levels + 1} "
-            f"numbers with a float16 scale cover {levels * _MOST_HALF:,.0f}; load the checkpoint with --bits 16"
+            f"numbers with a float16 scale cover {levels * _MOST_HALF:,.0f}; load the checkpoint with "
+            f"{spelled('bits', 16)}"
         )
     scale = torch.where(wanted < _LEAST_HALF, (wanted * 2**24).ceil() / 2**24, wanted).half().float()
     safe = scale.clamp(min=2**-24)
