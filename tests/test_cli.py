@@ -110,6 +110,11 @@ def test_trace_replay_and_their_benches(run, tmp_path: Path) -> None:  # type: i
     rows = json.loads(run("bench", "policies", "--trace", trace, *size, "--json")[0].splitlines()[-1])["rows"]
     names = ["policy", "prefill_tok_s", "decode_tok_s", "hit_rate", "bytes_moved", "share"]
     assert [list(row)[:6] for row in rows] == [names] * len(POLICIES)
+    profiled = run("bench", "policies", "--trace", trace, *size, "--profile", trace, "--policy", "fiddler", "--json")[0]
+    lone = json.loads(run("replay", trace, "--policy", "fiddler", *size, "--profile", trace, "--json")[0])
+    (row,) = json.loads(profiled.splitlines()[-1])["rows"]
+    assert row["decode_tok_s"] == pytest.approx(lone["decode_tok_s"])
+    assert row["decode_tok_s"] != rows[list(POLICIES).index("fiddler")]["decode_tok_s"]  # of the second half alone
     live = [
         "--live",
         "--gpu-memory",

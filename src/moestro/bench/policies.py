@@ -3,7 +3,8 @@
     moestro bench policies demo --text story.txt --machine rtx4090 --as-shape mixtral-8x7b
 
 One trace is made and cut in two. Policies that place experts by popularity get the first half as their profile; all
-are run on the second half, so that no policy is judged on what its profile has told it.
+are run on the second half, so that no policy is judged on what its profile has told it. With another trace as the
+profile, that of another text say, all are run on the whole.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..errors import BudgetError, RequestError
 from ..loading.load import load, load_tokenizer
 from ..machine.measure import machine_by_name
 from ..planning.budget import format_bytes
-from ..planning.contract import Lane, Phase
+from ..planning.contract import Expert, Lane, Phase
 from ..planning.options import ModelOptions, ReplayOptions
 from ..planning.plan import experts_room
 from ..planning.policies import make_policy
@@ -113,20 +114,24 @@ def print_lacks(rows: Sequence[PolicyRow]) -> None:
 
 
 def compare(
-    trace: Trace, machine: str, gpu_bytes: int | None, names: Sequence[str], plot: Path | None = None
+    trace: Trace,
+    machine: str,
+    gpu_bytes: int | None,
+    names: Sequence[str],
+    plot: Path | None = None,
+    profile: Trace | None = None,
 ) -> list[PolicyRow]:
-    """Replay policies on the second half of a trace, with the first as their profile; draw their lanes if asked.
+    """Replay policies on a trace with a profile of popularity; draw their lanes if asked.
 
     Args:
         machine: its name. gpu_bytes: the GPU memory to use; None for all that the machine has.
         plot: the SVG file to draw.
+        profile: another trace of the same model; None to take the first half of `trace`, and replay the second alone.
 
     Raises:
-        RequestError: the second half has no prompt.
+        RequestError: the second half has no prompt, or the profile is of another model.
     """
-    middle = len(trace.passes) // 2
-    heat = replace(trace, passes=trace.passes[:middle]).heat()
-    rest = replace(trace, passes=trace.passes[middle:])
+    heat, rest = _halves(trace) if profile is None else (profile.heat_for(trace.spec), trace)
     if not any(one.phase is Phase.PREFILL for one in rest.passes):
         raise RequestError("the second half of the trace has no prompt; record more --tokens, or fewer --decode-tokens")
     found_machine = machine_by_name(machine)
@@ -161,6 +166,11 @@ def compare(
     if plot is not None and spans:
         draw({name: timeline for name, timeline in spans.items() if timeline is not None}, plot, f"on {machine}")
     return rows
+
+
+def _halves(trace: Trace) -> tuple[Mapping[Expert, float], Trace]:
+    middle = len(trace.passes) // 2
+    return replace(trace, passes=trace.passes[:middle]).heat(), replace(trace, passes=trace.passes[middle:])
 
 
 def draw(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
@@ -264,7 +274,10 @@ def compare_by_replay(
     else:
         trace = Trace.load(Path(trace_path))
     trace = resized(trace, options.as_shape, options.bits)
-    rows = compare(trace, options.machine, options.gpu_bytes, names, plot)
+    profile = None
+    if options.profile is not None:
+        profile = resized(Trace.load(Path(options.profile)), options.as_shape, options.bits)
+    rows = compare(trace, options.machine, options.gpu_bytes, names, plot, profile)
     return PoliciesReport(f"replay of {trace.model} on {options.machine}", tuple(rows))
 
 

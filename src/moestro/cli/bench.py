@@ -186,7 +186,7 @@ def _numbers(flag: str, given: str | None, least: int) -> tuple[int, ...]:
 
 
 @bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
-@takes_options(leave_out=("dtype", "revision", "config", "tokenizer", "policy", "profile", "links"))
+@takes_options(leave_out=("dtype", "revision", "config", "tokenizer", "policy", "links"))
 def bench_policies(
     source: ModelOptions,
     options: ReplayOptions,
@@ -216,7 +216,10 @@ def bench_policies(
         check_named(model, source)
     elif model is not None or source.shape is not None or text is not None:
         raise RequestError("--trace has its own model and text; leave MODEL, --shape and --text out")
+    if options.profile is not None and trace is None:
+        raise RequestError("--profile is for a trace; without --trace the first half of what is read is the profile")
     check_readable(trace, "trace")
+    check_readable(options.profile, "trace")
     check_readable(text, "text")
     check_plot(plot)
     if trace is None:
