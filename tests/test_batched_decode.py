@@ -147,6 +147,7 @@ def test_a_step_of_sequences_in_16_bits(dtype: str, tmp_path: Path) -> None:
     assert tokens == [8, 16, 8]
 
 
+@pytest.mark.sample(4)
 @needs_kernels
 @pytest.mark.parametrize("family", STRETCHES)
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_other_engines_take_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ratios.keys() == {"another"}
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "name", sorted({*MIXES, *format_names(), "int4g128", "int8row", "int4g32bf16z", "hqq2r16s128"})
 )
