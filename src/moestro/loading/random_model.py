@@ -78,7 +78,13 @@ def build_random_model(
 
 
 def build_random(
-    values: Mapping[str, Any], config: MoestroConfig, *, dtype: Any, seed: int, form: str | None = None
+    values: Mapping[str, Any],
+    config: MoestroConfig,
+    *,
+    dtype: Any,
+    seed: int,
+    form: str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """As `build_random_model`, of a config.json's values."""
     shape = _config_of(values)
