@@ -59,7 +59,7 @@ COMMANDS: dict[str, tuple[list[str], str | None, dict[str, Any]]] = {
     ),
     "replay": (["TRACE", "--policy", "lru"], None, {"policy": "lru", "machine": "rtx4090", "bits": None}),
     "plan": (["demo", "--gpu-memory", "1GiB", "--machine", "rtx4090"], None, {"machine": "rtx4090", "device": "cuda"}),
-    "machine": (["--list"], None, {"names": True, "threads": None}),
+    "machine": (["--list"], None, {"anew": False}),
     "inspect": (["demo"], None, {"revision": None}),
     "pack": (["demo", "-o", "OUT", "--bits", "4"], None, {"bits": 4, "output": "OUT"}),
     "doctor": ([], None, {"report": True}),
