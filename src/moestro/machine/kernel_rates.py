@@ -36,6 +36,7 @@ _LEAST_BYTES, _RAM_SHARE = 384 * 2**20, 0.25
 _CASE_S = 0.025  # for which a case is timed at least, in each turn
 _HIDDEN, _NEURONS = 2048, 1024  # OLMoE's
 _EXPERTS = ((1, 8), (16, 4), (64, 2))  # tokens of each, from which on a call has so many experts
+_SPREAD = 8  # tokens of a step for each token of an expert, as with 64 experts of which 8 are chosen
 _COLUMNS = 2048
 _DENSE_ROWS = {1: 16384, 256: 4096}  # by tokens: with one, calls are as long as that of a head
 _FEW_ROWS = 256  # whose panels are repeated
@@ -215,11 +216,14 @@ def _experts(memory: Tensor, name: str, counts: Sequence[int], threads: int) -> 
     pieces = _filled(memory, one)
 
     def call_of(tokens: int) -> Call:
-        x, rows, share = torch.randn(tokens, _HIDDEN).bfloat16(), torch.arange(tokens), torch.rand(tokens)
+        total = tokens if tokens == 1 else _SPREAD * tokens  # of the step: an expert's tokens lie apart in it
+        x, share = torch.randn(total, _HIDDEN).bfloat16(), torch.rand(tokens)
         count = next(n for least, n in reversed(_EXPERTS) if least <= tokens)
-        work = [ExpertWork(piece, range(_NEURONS), rows, share) for piece in pieces]
+        work = [
+            ExpertWork(piece, range(_NEURONS), torch.randperm(total)[:tokens].sort().values, share) for piece in pieces
+        ]
         calls = cycle([work[at : at + count] for at in range(0, max(1, len(work) - count + 1), count)])
-        out = torch.zeros(tokens, _HIDDEN)
+        out = torch.zeros(total, _HIDDEN)
 
         def call() -> float:
             some = next(calls)
