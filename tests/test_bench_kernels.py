@@ -11,10 +11,11 @@ import torch
 
 from moestro.bench import kernels
 from moestro.bench import report as reports
-from moestro.bench.kernels import measure_kernels, plausible_weights
+from moestro.bench.kernels import measure_kernels
 from moestro.cli.main import main as cli
 from moestro.compute.cpu import CpuExperts, best_level, levels
 from moestro.errors import BudgetError, RequestError
+from moestro.machine.kernel_rates import plausible_weights
 from moestro.machine.probe import last_level_cache_bytes
 from moestro.planning.shapes import REAL_SHAPES
 

@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from moestro import MoestroConfig, MoestroError, load
-from moestro.bench.options import ComparedOptions, ShapeOptions, TableOptions
+from moestro.bench.options import CellOptions, ComparedOptions, ShapeOptions, TableOptions
 from moestro.cli import main as cli
 from moestro.cli.options import takes_options
 from moestro.errors import RequestError
@@ -187,7 +187,7 @@ def _commands(group: Any, *names: str) -> Iterator[tuple[list[str], Any]]:
 
 
 COMMANDS = list(_commands(typer.main.get_command(cli.app)))
-KINDS = (Options, ModelOptions, ReplayOptions, TextOptions, ShapeOptions, ComparedOptions, TableOptions)
+KINDS = (Options, ModelOptions, ReplayOptions, TextOptions, ShapeOptions, CellOptions, ComparedOptions, TableOptions)
 
 
 def _shared_options() -> Iterator[Any]:

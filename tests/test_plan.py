@@ -179,7 +179,7 @@ def test_build_decides_nothing(policy: str, monkeypatch: pytest.MonkeyPatch) -> 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("build decided something")
 
-    for name in ("make_plan", "this_machine", "available_ram_bytes", "machine_named"):
+    for name in ("make_plan", "this_machine", "available_ram_bytes", "machine_of"):
         monkeypatch.setattr(building, name, never)
     monkeypatch.setattr(gpu_need, "measure", never)
     monkeypatch.setattr(device, "memory_bytes", never)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moestro.bench.kernels import hidden_dtype, plausible_weights, swiglu
+from moestro.bench.kernels import hidden_dtype, swiglu
 from moestro.compute.cpu import CpuExperts, best_level
 from moestro.compute.experts import ExpertMath, ExpertWork
 from moestro.engine.routing import group_by_expert
+from moestro.machine.kernel_rates import plausible_weights
 from moestro.memory.formats import FORMATS, ExpertShape
 from moestro.memory.store import ExpertStore, map_memory
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from moestro.bench.kernels import CACHES, MoeLayer, moe_layer
+from moestro.bench.kernels import MoeLayer, moe_layer
 from moestro.bench.report import check_kernels
 from moestro.compute.cpu import core_cpus
 from moestro.console import print_table
+from moestro.machine.kernel_rates import CACHES
 from moestro.machine.probe import available_ram_bytes, last_level_cache_bytes
 from moestro.memory.formats import FORMATS
 from moestro.planning.budget import check_ram

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..compute.cpu import Matrix, best_level, core_cpus, fma_gflops, read_gbps
-from ..compute.few_tokens import StepAttention
+from ..compute.cpu import best_level, core_cpus, fma_gflops, read_gbps
 from ..console import print_table
 from ..errors import RequestError
+from ..machine.kernel_rates import CACHES, attention_of, plausible_weights, torch_threads
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
-from ..memory.formats import FLOAT_FORMATS, MATRIX_FORMATS
+from ..memory.formats import FLOAT_FORMATS
 from ..planning.budget import check_ram
 from ..planning.shapes import shape_named
-from .kernels import CACHES, PREFETCH_FLOATS, one_torch_thread, plausible_weights
+from .kernels import PREFETCH_FLOATS
 from .report import Report, check_kernels
 
 SHAPES, DTYPES = ("qwen3-30b-a3b", "olmoe-1b-7b"), ("bf16", "fp32")
@@ -138,7 +138,7 @@ def measure_attention(
     check_ram("caches that the processor's own do not hold", size, 0.8 * available_ram_bytes(), "free some")
     memory = plausible_weights(size)
     count = threads or len(core_cpus())
-    with one_torch_thread():
+    with torch_threads(1):
         return _measure_rounds(cases, memory, rounds, count)
 
 
@@ -220,7 +220,7 @@ def _measure_case(case: Case, memory: Tensor, threads: int) -> tuple[float, floa
     flat = memory.view(dtype)
     caches = [flat[at : at + one].view(sizes) for at in range(0, flat.numel() - one + 1, one)]
     query = torch.randn(case.queries, heads.queries * heads.width).to(dtype)
-    kernel = _kernel(heads, dtype, threads)
+    kernel = attention_of(*heads, dtype, threads)
     seconds = _timed(lambda at: kernel.attend(query, *caches[at % len(caches)]))
     if case.queries <= MOST_STEP:
         return seconds, None
@@ -246,16 +246,3 @@ def _timed(call: Callable[[int], object]) -> float:
         calls += 1
         call(calls)
     return passed_s / calls
-
-
-def _kernel(heads: Heads, dtype: torch.dtype, threads: int) -> StepAttention:
-    """Attention of so many heads; its projections are not used."""
-    fmt, columns = MATRIX_FORMATS["fp32"], 16
-
-    def projection(count: int) -> Matrix:
-        rows = count * heads.width
-        return Matrix(torch.zeros(fmt.matrix_bytes(rows, columns), dtype=torch.uint8), fmt, rows, columns)
-
-    parts = (projection(heads.queries), projection(heads.keys), projection(heads.keys))
-    scaling = heads.width**-0.5
-    return StepAttention(parts, (None, None), head=heads.width, scaling=scaling, dtype=dtype, threads=threads)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..compute.cpu import core_cpus
+from ..machine.kernel_rates import torch_threads
 from ..machine.probe import available_ram_bytes
 from ..memory.formats import expert_format_named
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
 from .decode import CONTEXT, NEW_TOKENS
-from .kernels import moe_layer, one_torch_thread
+from .kernels import moe_layer
 from .models import OURS, ModelWorker
 from .paper_sizes import name_of_bits
 from .report import check_kernels
@@ -58,7 +59,7 @@ def measure_bits(
     _check_ram(shape, depth, cells)
     count = threads or len(core_cpus())
     speeds: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
-    with ExitStack() as stack, one_torch_thread():
+    with ExitStack() as stack, torch_threads(1):
         workers = {
             (dense, expert): stack.enter_context(
                 ModelWorker(OURS, shape, bits=dense, expert_bits=expert, layers=depth, threads=count)

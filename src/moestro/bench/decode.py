@@ -20,13 +20,14 @@ import torch
 from ..compute.cpu import best_level, core_cpus, read_gbps
 from ..console import print_table
 from ..errors import RequestError
+from ..machine.kernel_rates import torch_threads
 from ..machine.probe import available_ram_bytes, cpu_model
 from ..memory.formats import format_asked_for
 from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
 from .batches import CACHED, BatchFigures, BatchTurns, print_batches
 from .beams import BeamFigures, BeamTurns, print_beams
-from .kernels import PREFETCH_FLOATS, one_torch_thread
+from .kernels import PREFETCH_FLOATS
 from .models import ALONE, OURS, ModelWorker
 from .report import Report, check_kernels
 from .worker import EngineWorker
@@ -118,7 +119,7 @@ def measure_decode(
     depth = len(spec_of_shape(shape, layers).layers)
     _check_ram(shape, depth, [bits, *(bits for _ in others), *([16] if alone else [])])
     count = threads or len(core_cpus())
-    with ExitStack() as stack, one_torch_thread():
+    with ExitStack() as stack, torch_threads(1):
         engines: dict[str, tuple[int | str, EngineWorker]] = {}
         ours = ModelWorker(OURS, shape, bits=bits, layers=depth, threads=count)
 

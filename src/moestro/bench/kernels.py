@@ -11,8 +11,7 @@ least 8 last-level caches, so that none are read from a cache. A share above 1 m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -25,6 +24,7 @@ from torch import Tensor
 from ..compute.cpu import CpuExperts, best_level, core_cpus, dot_gflops, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
 from ..console import print_table
+from ..machine.kernel_rates import CACHES, plausible_weights, torch_threads
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, ExpertShape, format_asked_for
 from ..planning.budget import check_ram
@@ -33,7 +33,6 @@ from .report import Report, check_kernels
 
 READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # bytes that the timed calls of a row read with one token
-CACHES = 8  # the weights of a row fill at least so many last-level caches
 PREFETCH_FLOATS = (0, 256, 1024, -1)  # how far ahead to prefetch; -1: read four streams instead, as the kernels do
 MEASURED = ("fp32", "fp16", "bf16", "int8", "int4")  # where no format is named
 TOKENS, FULL_TOKENS = (1, 64), (1, 4, 16, 64, 256)
@@ -121,19 +120,8 @@ def measure_kernels(
     memory = plausible_weights(size_bytes)
     count = threads or len(core_cpus())
     cases = list(product(shapes, formats, tokens or TOKENS))
-    with one_torch_thread():
+    with torch_threads(1):
         return _measure_rounds(cases, memory, rounds, count)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Limit torch to one thread inside the block: its idle threads would spin on the cores that are measured."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure_rounds(cases: Sequence[tuple[str, str, int]], memory: Tensor, rounds: int, count: int) -> KernelReport:
@@ -200,22 +188,3 @@ def swiglu(gate: Tensor | None, up: Tensor) -> Tensor:
     """The activation of all shapes' families: silu(gate) * up, both [tokens, neurons]."""
     assert gate is not None
     return torch.nn.functional.silu(gate) * up
-
-
-def plausible_weights(size_bytes: int) -> Tensor:
-    """Memory that holds weights whichever float format it is read in: no zeros, no denormals, nothing infinite.
-
-    Each 16 bits are a sign, the exponent bits 0x3C00 and 8 random bits: 0.008 to 0.03 in bf16 and fp32, 1 to 1.25 in
-    fp16.
-
-    Returns:
-        float32 [size_bytes // 4].
-    """
-    bits = torch.randint(0, 2**9, (4 * 2**20,), dtype=torch.int16)  # 8 MiB, repeated
-    piece = (bits & 0xFF) + 0x3C00 - (bits >> 8) * 2**15
-    memory = torch.empty(size_bytes // 4, dtype=torch.float32)
-    flat = memory.view(torch.int16)
-    for start in range(0, flat.numel(), piece.numel()):
-        part = flat[start : start + piece.numel()]
-        part.copy_(piece[: part.numel()])
-    return memory

@@ -201,11 +201,18 @@ class Engine:
         if self._cache is None or self._cache.get_seq_length() < context:
             self.prefill_s(context)
         if (extra := self._cache.get_seq_length() - context) > 0:
-            self._cache.crop(-extra)
+            self._shorten(extra, context)
         busy_s = self._runner.busy_s
         token_s = sum(self._forward(1) for _ in range(tokens)) / tokens
         self.outside_s = token_s - (self._runner.busy_s - busy_s) / tokens
         return token_s
+
+    def _shorten(self, extra: int, context: int) -> None:
+        """Take so many tokens off the cache; a layer with a window has forgotten what was before them."""
+        if all(getattr(layer, "sliding_window", None) is None for layer in self._cache.layers):
+            self._cache.crop(-extra)
+        else:
+            self.prefill_s(context)
 
     def _forward(self, tokens: int, sequences: int = 1) -> float:
         ids = self._torch.randint(0, self._model.config.vocab_size, (sequences, tokens))

@@ -76,6 +76,21 @@ def _check_table_bits(values: Any, name: str) -> Any:
     return values
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellOptions(Checked):
+    """Which bits predictions are compared with runs at."""
+
+    bits: Sequence[str] = option_like(
+        Options,
+        "bits",
+        default=(),
+        help="Only so many bits of a weight; may be given several times.",
+        unset="16, 8, 4",
+        check=_check_table_bits,
+    )
+    threads: int | None = option_like(Options, "threads")
+
+
 def _table_bits(name: str, what: str) -> Any:
     unset, help = ", ".join(map(str, TABLE_BITS)), f"Only this {what}; may be given several times."
     return option_like(Options, name, default=(), help=help, unset=unset, check=_check_table_bits)

@@ -15,6 +15,7 @@ from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES
 from ..simulate.routing import routed_shapes
+from .bench_plan import bench_plan
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
 from .shape_checks import check_depth, check_prompts
@@ -26,6 +27,7 @@ Plot = Annotated[str | None, unset("FILE", "Draw it as an SVG.", "no")]
 bench = typer.Typer(
     cls=WholeHelp, help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None
 )
+bench.command("plan", epilog="Example: moestro bench plan --shape olmoe-1b-7b --bits 4")(bench_plan)
 
 
 @bench.command("load", epilog="Example: moestro bench load --size 2GiB")

@@ -19,6 +19,7 @@ from ..text.options import TextOptions
 from .bench import bench
 from .cache import cache
 from .envelope import print_json
+from .machine import machine
 from .options import (
     DecodeTokens,
     Json,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
+app.command("machine", epilog="Example: moestro machine -o this.json")(machine)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,10 +14,8 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from ..errors import RequestError
 from ..memory.formats import FLOAT_FORMATS, PANEL, MatrixFormat, hqq_solver, quantize
 from ..planning.descriptor import Descriptor
 from .activations import Kernel, recognize
+from .cores import core_cpus as core_cpus
 from .eager import outside_of_graphs
 from .experts import ExpertMath, ExpertWork, run_experts
 
@@ -318,17 +317,6 @@ def fma_gflops(threads: int) -> float:
 def dot_gflops(threads: int) -> float:
     """How fast codes are multiplied with 16-bit integers, in vectors or in matrix tiles, in 1e9 operations a second."""
     return runner(threads).dot_flops("", 20_000_000) / 1e9
-
-
-def core_cpus() -> list[int]:
-    """One processor of each physical core that this process may use."""
-    if not hasattr(os, "sched_getaffinity"):
-        return list(range(psutil.cpu_count(logical=False) or 1))
-    first: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        first.setdefault(siblings.read_text("utf-8").strip() if siblings.exists() else str(cpu), cpu)
-    return list(first.values())
 
 
 @functools.cache

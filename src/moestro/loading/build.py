@@ -49,7 +49,8 @@ from ..memory.slots import SlotPool
 from ..memory.store import ExpertStore
 from ..planning.contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
 from ..planning.formats import format_of_bits, head_bits
-from ..planning.machines import THIS, machine_named
+from ..planning.machine_file import machine_of
+from ..planning.machines import THIS
 from ..planning.plan import Facts, Formats, Plan, make_plan, planned_context
 from ..planning.spelling import spelled
 from ..simulate.trace import Trace
@@ -140,7 +141,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
     refuse_on_gpu(device, (*of_experts, *({} if stored is None else stored.dense).values()))
     spec = _spec_of(model, layouts, experts, dense_bytes(model, dense))
     virtual = config.clock == "virtual"
-    machine = None if config.machine in (None, THIS) else machine_named(config.machine)
+    machine = None if config.machine in (None, THIS) else machine_of(config.machine)
     free_gpu_bytes = None if device.accelerator is None else device.memory_bytes()
     if free_gpu_bytes is not None and device.is_pretended:  # a pretended GPU has as much memory as is asked for
         free_gpu_bytes = max(free_gpu_bytes, config.budget.gpu_bytes or 0)

@@ -15,17 +15,20 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+from ..compute.cores import core_cpus
 from ..errors import BudgetError, ModelError, RequestError
 from ..machine import probe
+from ..machine.kept import identity, kept_machine
 from ..planning.budget import CUDA_MARGIN, Margin, exact_bytes
+from ..planning.machine_file import machine_of
 from ..planning.machines import THIS, Machine, assumed_machine, machine_named
 from ..planning.model_config import families
 from ..planning.options import BITS, ModelOptions, Options
 from ..planning.plan import Facts, Plan, make_plan
 from ..planning.policies import policy_name
 from ..planning.spelling import spelled
-from ..planning.text_shape import Footprint, TextShape, expert_workspace, text_shape
-from ..simulate.forecast import Forecast, forecast
+from ..planning.text_shape import Footprint, TextShape, expert_workspace, has_fused_attention, text_shape
+from ..simulate.forecast import Forecast, StepModel, Work, forecast
 from .survey import Survey, survey
 from .survey.found import ITEM_BYTES
 from .survey.sizes import Sized, sized
@@ -44,7 +47,11 @@ class Place:
     free_ram_bytes: int
     free_gpu_bytes: int | None
     is_here: bool
-    is_measured: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its rates were measured, here or where the machine's file was written."""
+        return self.machine.rates is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +115,33 @@ def place_of(options: Options) -> Place:
     """The machine that the options name, or this one, with what is free."""
     budget = options.budget
     if options.machine not in (None, THIS):
-        machine = machine_named(str(options.machine))
+        machine = machine_of(str(options.machine))
         has_gpu = bool(machine.costs.gpu_gbps) and options.device in ("auto", "cuda")
         all_gpu = machine.gpu_bytes if has_gpu else None
         return Place(_without_gpu(machine, has_gpu), int(machine.ram_bytes * _FREE_RAM), all_gpu, is_here=False)
-    gpu = probe.nvidia_gpu() if options.device in ("auto", "cuda") else None
+    card = probe.nvidia_gpu()
+    gpu = card if options.device in ("auto", "cuda") else None
     if options.device == "cuda" and gpu is None:
         raise RequestError(
             f"{spelled('device', 'cuda')}, but there is no NVIDIA GPU here; use {spelled('device', 'cpu')}, or name a "
             f"{spelled('machine')}"
         )
-    name, total, free_gpu = gpu or (None, 0, 0)
-    free: int | None = None if gpu is None else free_gpu
+    cores = options.threads or len(core_cpus())
+    free = None if gpu is None else gpu.free_bytes
+    kept = kept_machine(identity(cores, card))
     if options.device == "emulated":  # a pretended GPU has as much memory as is asked for
-        name, total = "a pretended GPU", probe.available_ram_bytes() // 2
-        free = max(total, budget.gpu_bytes or 0)
-    cores = options.threads or probe.physical_cores()
-    machine = assumed_machine(probe.cpu_model(), cores, probe.cpu_features(), probe.total_ram_bytes(), name, total)
+        half = probe.available_ram_bytes() // 2
+        machine, free = _assumed(cores, "a pretended GPU", half), max(half, budget.gpu_bytes or 0)
+    elif kept is not None:
+        machine = _without_gpu(kept, gpu is not None)
+    else:
+        machine = _assumed(cores, gpu and gpu.name, 0 if gpu is None else gpu.total_bytes)
     return Place(machine, probe.available_ram_bytes(), free, is_here=True)
+
+
+def _assumed(cores: int, gpu: str | None, gpu_bytes: int) -> Machine:
+    features, ram_bytes = probe.cpu_features(), probe.total_ram_bytes()
+    return assumed_machine(probe.cpu_model(), cores, features, ram_bytes, gpu, gpu_bytes)
 
 
 def _without_gpu(machine: Machine, has_gpu: bool) -> Machine:
@@ -203,16 +219,9 @@ def _choice(
     kept = _is_quantized_here(found, options) and options.cache
     speeds = None
     if plan.why_not is None:
-        speeds = forecast(
-            sizes.spec,
-            plan.decider,
-            place.machine.costs,
-            top_k=found.top_k,
-            slots=plan.slots,
-            looked_up_bytes=sizes.embedding_bytes,
-            kv_bytes=need.kv_bytes // 2,  # a cache that is half full
-            measured=place.is_measured,
-        )
+        work = work_of(found, sizes)
+        steps = StepModel(sizes.spec, plan.decider, place.machine, work, plan.slots)
+        speeds = forecast(steps, need.kv_bytes / 2)  # a cache that is half full
     return Choice(
         options=options,
         plan=plan,
@@ -223,6 +232,19 @@ def _choice(
         activation_bytes=activation_bytes,
         dense_bytes=dense_bytes,
         speeds=speeds,
+    )
+
+
+def work_of(found: Survey, sizes: Sized) -> Work:
+    """What a model computes in a step."""
+    shape = text_shape(found.config, ITEM_BYTES[found.dtype])
+    return Work(
+        formats=sizes.formats.experts,
+        dense=sizes.dense,
+        top_k=found.top_k,
+        heads_width=shape.heads_width,
+        attention_layers=len(shape.caches),
+        is_plain=not has_fused_attention(found.config),
     )
 
 

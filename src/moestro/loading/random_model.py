@@ -15,6 +15,7 @@ the wanted frequencies.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -30,13 +31,14 @@ from ..engine.conductor import Conductor
 from ..engine.families import expert_modules
 from ..engine.gates import find_router
 from ..memory.formats import MatrixFormat
+from ..memory.random_bytes import random_experts, random_panels
 from ..planning.options import METHOD
 from ..planning.shapes import shape_named
 from ..progress import counted
 from .build import StoredFormats, attach, home, pack_rest
 from .checkpoint import give_attention
 from .config import MoestroConfig
-from .random_stored import random_experts, random_panels, stored_formats
+from .random_stored import stored_formats
 
 # Popularity against rank, both as fractions: the densities of the cumulative figures of Fiddler's
 # profiles (10 % of the experts take 12.4 % of the tokens, 25 % 28.8 %, 75 % 78.9 %), extremes 1.35, 0.25.
@@ -71,7 +73,21 @@ def build_random_model(
     Raises:
         RequestError: no such shape or form. BudgetError: it does not fit.
     """
-    shape = shape_config(name, layers)
+    values = shape_named(name) | ({} if layers is None else {"num_hidden_layers": layers})
+    return build_random(values, config, dtype=dtype, seed=seed, form=form, attention=attention)
+
+
+def build_random(
+    values: Mapping[str, Any],
+    config: MoestroConfig,
+    *,
+    dtype: Any,
+    seed: int,
+    form: str | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """As `build_random_model`, of a config.json's values."""
+    shape = _config_of(values)
     shape.initializer_range = _INITIALIZER_STD
     shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
     give_attention(shape, AutoModelForCausalLM._model_mapping[type(shape)], attention)
@@ -115,6 +131,10 @@ def shape_config(name: str, layers: int | None = None) -> Any:
         RequestError: no such shape.
     """
     values = shape_named(name) | ({} if layers is None else {"num_hidden_layers": layers})
+    return _config_of(values)
+
+
+def _config_of(values: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(**values, tie_word_embeddings=False)
 
 

@@ -19,7 +19,9 @@ def machine_in_words(place: Place) -> str:
     rates = [f"RAM {costs.cpu_gbps:.0f} GB/s"] if costs.cpu_gbps else []
     rates += [f"link {costs.link_gbps:.0f} GB/s"] if costs.link_gbps else []
     rates += [f"GPU {costs.gpu_gbps:.0f} GB/s"] if costs.gpu_gbps else []
-    kind = "measured" if place.is_measured else "not measured"
+    kind = "measured"
+    if not place.is_measured:
+        kind = "not measured; `moestro machine` measures them in 20 s" if place.is_here else "not measured"
     return f"{place.machine.text} ({', '.join(rates)}, {kind}); {free}"
 
 

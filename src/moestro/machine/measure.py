@@ -1,6 +1,6 @@
-"""This machine's rates, measured quickly: what a policy reckons with when no `--machine` is named.
+"""This machine's few rates that a policy reckons with when no `--machine` is named: kept ones, or measured quickly.
 
-About a second; benchmarks/rates.py measures more, and longer. A rate measured alone lies where CPU and link share the
+About a second; `moestro machine` measures more, and keeps it. A rate measured alone lies where CPU and link share the
 RAM, so the CPU's rate beside the link is taken as what remains of its own.
 """
 
@@ -15,8 +15,10 @@ import torch
 from ..compute.cpu import core_cpus, fma_gflops, levels, read_gbps
 from ..devices import Device, make_device
 from ..memory.store import map_memory
-from ..planning.machines import THIS, Machine, costs_of, machine_named
-from .probe import available_ram_bytes, last_level_cache_bytes, total_ram_bytes
+from ..planning.machine_file import machine_of
+from ..planning.machines import THIS, Machine, costs_of
+from .kept import identity, kept_machine
+from .probe import available_ram_bytes, last_level_cache_bytes, nvidia_gpu, total_ram_bytes
 
 _READ_BYTES = 256 * 2**20  # or more, where the CPU's caches would hold much of it
 _LINK_BYTES = 256 * 2**20
@@ -24,12 +26,12 @@ _MATRIX = 4096
 
 
 def machine_by_name(name: str) -> Machine:
-    """A machine of the table of `planning.machines`; "this" is measured, with its GPU if it has one.
+    """A machine of the table of `planning.machines`, or of a file; "this" is measured, with its GPU if it has one.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: there is none of that name, or the file is none.
     """
-    return this_machine(make_device("auto")) if name == THIS else machine_named(name)
+    return this_machine(make_device("auto")) if name == THIS else machine_of(name)
 
 
 def this_machine(device: Device, threads: int | None = None) -> Machine:
@@ -39,14 +41,19 @@ def this_machine(device: Device, threads: int | None = None) -> Machine:
 
 
 def _measured(device: Device, threads: int) -> Machine:
-    cpu_gbps, cpu_gflops = _cpu_rates(threads)
-    ram_bytes = total_ram_bytes()
+    ram_bytes, kept = total_ram_bytes(), kept_machine(identity(threads, nvidia_gpu()))
+    if kept is not None and kept.costs.gpu_gbps and device.accelerator is not None and not device.is_pretended:
+        return kept
+    if kept is not None and kept.costs.cpu_gbps and kept.costs.cpu_gflops:
+        cpu_gbps, cpu_gflops = kept.costs.cpu_gbps, kept.costs.cpu_gflops
+    else:
+        cpu_gbps, cpu_gflops = _cpu_rates(threads)
     if (accelerator := device.accelerator) is None:
         return Machine(THIS, "this machine, no GPU", 0, ram_bytes, costs_of(cpu_gbps=cpu_gbps, cpu_gflops=cpu_gflops))
     if device.is_pretended:  # it computes on the CPU, at its rate
         gpu_gbps, gpu_gflops, link_gbps = cpu_gbps, cpu_gflops, accelerator.link.gbps or cpu_gbps
     else:
-        gpu_gbps, gpu_gflops, link_gbps = _gpu_rates(device.torch_device)
+        gpu_gbps, gpu_gflops, link_gbps = gpu_rates(device.torch_device)
     costs = costs_of(
         cpu_gbps=cpu_gbps, link_gbps=link_gbps, gpu_gbps=gpu_gbps, cpu_gflops=cpu_gflops, gpu_gflops=gpu_gflops
     )
@@ -68,7 +75,7 @@ def _cpu_rates(threads: int) -> tuple[float, float]:
 
 
 @functools.cache
-def _gpu_rates(device: torch.device) -> tuple[float, float, float]:
+def gpu_rates(device: torch.device) -> tuple[float, float, float]:
     """GB/s of the GPU's memory, GFLOP/s of 16-bit products, GB/s of the link from pinned memory."""
     pinned = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(pinned, device=device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -62,21 +64,44 @@ def physical_cores() -> int:
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
-def nvidia_gpu() -> tuple[str, int, int] | None:
-    """The first NVIDIA GPU: its name, its memory and how much of it is free, in bytes; None where there is none.
+class Gpu(NamedTuple):
+    """A card as its driver describes it; sizes in bytes."""
+
+    name: str
+    driver: str
+    total_bytes: int
+    free_bytes: int
+
+
+def nvidia_gpu() -> Gpu | None:
+    """The first NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide; None where there is none.
 
     By the driver's own tool, since torch takes seconds to import.
     """
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or (visible is not None and _first_of(visible) in ("", "-1")):
         return None
-    asked = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    fields = "index,uuid,name,driver_version,memory.total,memory.free"
     try:
+        asked = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout.splitlines()
-        name, total_mib, free_mib = (part.strip() for part in lines[0].rsplit(",", 2))
-        return name, int(total_mib) * 2**20, int(free_mib) * 2**20
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return _chosen_gpu(lines, visible)
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+def _first_of(visible: str) -> str:
+    return visible.split(",")[0].strip()
+
+
+def _chosen_gpu(lines: Sequence[str], visible: str | None) -> Gpu | None:
+    """The first card, or the one that CUDA_VISIBLE_DEVICES names first: its number, or how its id begins."""
+    for line in lines:
+        index, uuid, name, driver, total_mib, free_mib = (part.strip() for part in line.split(","))
+        wanted = None if visible is None else _first_of(visible)
+        if wanted is None or wanted == index or (wanted.startswith("GPU-") and uuid.startswith(wanted)):
+            return Gpu(name, driver, int(total_mib) * 2**20, int(free_mib) * 2**20)
+    return None
 
 
 def cpu_model() -> str:
@@ -112,6 +137,34 @@ def cpu_features() -> frozenset[str]:
     """The instruction sets that the CPU says it has, as the Linux kernel spells them; empty elsewhere."""
     cpuinfo = _cpuinfo()
     return frozenset(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+
+
+def cpu_quota() -> float | None:
+    """CPUs that the control group may use at once; None without a limit."""
+    return _cgroup_quota(Path("/sys/fs/cgroup"))
+
+
+def ram_limit_bytes() -> int | None:
+    """The most RAM that the control group may use; None without a limit."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = _text_of(Path("/sys/fs/cgroup") / name)
+        if text.isdecimal() and int(text) < total_ram_bytes():
+            return int(text)
+    return None
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    quota, _, period = _text_of(root / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = (_text_of(root / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _cgroup_available_bytes(root: Path) -> int:

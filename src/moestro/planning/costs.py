@@ -50,6 +50,8 @@ class Costs:
 
     cpu_beside_link_gbps: what the CPU reads while the link copies, since both share the RAM; None: as alone.
     disk_gbps: None where experts are never on disk.
+    cpu_points: of a format whose kernels were measured, (tokens, GB/s), as `rates.Curve` has them; then `cpu_s` goes by
+        them and not by the two rates of the CPU alone.
     """
 
     cpu_gbps: float | None = None
@@ -59,10 +61,15 @@ class Costs:
     cpu_gflops: float | None = None
     gpu_gflops: float | None = None
     disk_gbps: float | None = None
+    cpu_points: tuple[tuple[int, float], ...] = ()
 
     def cpu_s(self, layer: LayerSpec, tokens: int, neurons: int | None = None, *, beside_link: bool = False) -> float:
         """Seconds of the CPU for one expert, or some of its neurons; inf where the CPU's rate is not known."""
         gbps = self.cpu_beside_link_gbps if beside_link and self.cpu_beside_link_gbps else self.cpu_gbps
+        if self.cpu_points and gbps:
+            alone_s = layer.expert_bytes * seconds_per_gb(self.cpu_points, tokens) / 1e9
+            read_s = layer.expert_bytes / (gbps * 1e9) if beside_link else 0.0
+            return max(alone_s, read_s) * (1 if neurons is None else neurons / layer.neurons)
         return _roofline_s(layer, tokens, neurons, gbps, self.cpu_gflops)
 
     def gpu_s(self, layer: LayerSpec, tokens: int, neurons: int | None = None) -> float:
@@ -80,3 +87,13 @@ def _roofline_s(layer: LayerSpec, tokens: int, neurons: int | None, gbps: float 
     read_s = layer.expert_bytes / (gbps * 1e9)
     compute_s = tokens * layer.token_flops / (gflops * 1e9) if gflops else 0.0
     return max(read_s, compute_s) * (1 if neurons is None else neurons / layer.neurons)
+
+
+def seconds_per_gb(points: tuple[tuple[int, float], ...], tokens: float) -> float:
+    """Seconds of 1e9 bytes of weights between measured points, and beyond the last as between the last two."""
+    if len(points) == 1 or tokens <= points[0][0]:
+        return 1 / points[0][1]
+    after = next((i for i, (count, _) in enumerate(points) if i and count >= tokens), len(points) - 1)
+    (low, low_gbps), (high, high_gbps) = points[after - 1], points[after]
+    slope = (1 / high_gbps - 1 / low_gbps) / (high - low)
+    return 1 / low_gbps + max(0.0, slope) * (tokens - low)

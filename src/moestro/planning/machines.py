@@ -10,7 +10,7 @@ what the RAM gives beyond that: both read the same memory, and the link keeps it
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,25 +18,62 @@ from typing import Any
 
 from ..errors import RequestError
 from .costs import Costs
+from .rates import Rates, assumed_rates
 
+_UNLIMITED = 1e9  # where a rate is not known
 THIS = "this"  # measured, by machine/measure.py
 _LEAST_BESIDE = 0.1  # of what the CPU reads alone, however fast the link is
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One machine: capacities in bytes, and its rates."""
+    """One machine: capacities in bytes, and its rates.
+
+    rates: what was measured of its CPU beside `costs`; None of a data sheet or a class.
+    """
 
     name: str
     text: str
     gpu_bytes: int
     ram_bytes: int
     costs: Costs
+    rates: Rates | None = None
+
+    @property
+    def cpu_rates(self) -> Rates:
+        """Those that were measured, or those of a CPU of this speed."""
+        gbps, gflops = self.costs.cpu_gbps or _UNLIMITED, self.costs.cpu_gflops or _UNLIMITED
+        return self.rates or assumed_rates(gbps, gflops)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Machine:
+        """From the values of all fields, as `dataclasses.asdict` makes them and JSON keeps them."""
+        costs, rates = values["costs"], values["rates"]
+        points = tuple((tokens, gbps) for tokens, gbps in costs["cpu_points"])
+        return cls(
+            **{
+                **values,
+                "costs": Costs(**{**costs, "cpu_points": points}),
+                "rates": None if rates is None else Rates.from_values(rates),
+            }
+        )
 
 
 def machine_names() -> list[str]:
     """Names that `--machine` takes."""
-    return [*_profiles()[1], THIS]
+    return [*named_machines(), THIS]
+
+
+def named_machines() -> list[str]:
+    """Names of the machines of machines.json."""
+    return list(_profiles()[1])
+
+
+def no_machine(name: str) -> str:
+    """A line that there is none of that name, with those there are."""
+    return (
+        f"no machine {name!r}; there are: {', '.join(machine_names())}, and files that moestro machine -o FILE writes"
+    )
 
 
 def machine_named(name: str) -> Machine:
@@ -47,7 +84,7 @@ def machine_named(name: str) -> Machine:
     """
     reached, machines = _profiles()
     if name not in machines:
-        raise RequestError(f"no machine {name!r}; there are: {', '.join(machine_names())}")
+        raise RequestError(no_machine(name))
     found = machines[name]
     generation = next(share for key, (share, _) in reached["link"].items() if found["link"].startswith(key))
     return Machine(

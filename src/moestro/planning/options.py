@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import RequestError
 from .budget import LEAST_CONTEXT, Budget, parse_bytes, parse_gbps
 from .contract import Policy
+from .machine_file import check_machine
 from .machines import machine_names
 from .option import Checked, bits_in, named, needs, one_of, option, option_like
 from .policies import DEFAULT_POLICY, POLICIES, check_policy
@@ -97,10 +98,11 @@ class Options(Checked):
     )
     machine: str | None = option(
         None,
-        f"The machine whose speeds the policy plans with: {', '.join(machine_names())}.",
-        metavar="NAME",
+        f"The machine whose speeds the policy plans with: {', '.join(machine_names())}, or a file that moestro "
+        "machine -o wrote.",
+        metavar="NAME|FILE",
         unset="this, measured",
-        check=one_of("machine", tuple(machine_names())),
+        check=check_machine(),
     )
     clock: str = option(
         "wall",
@@ -270,7 +272,7 @@ class ReplayOptions(Checked):
 
     policy: str = option_like(Options, "policy", check=one_of("policy", POLICIES))
     machine: str = option_like(
-        Options, "machine", default="rtx4090", help=f"The machine: {', '.join(machine_names())}.", unset=None
+        Options, "machine", default="rtx4090", help=f"The machine: {', '.join(machine_names())}, or a file.", unset=None
     )
     gpu_memory: str | int | None = option_like(
         Options, "gpu_memory", help="GPU memory for dense weights and experts.", unset="all that the machine has"

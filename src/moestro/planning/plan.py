@@ -129,7 +129,7 @@ class Plan:
         values["spec"] = ModelSpec(**spec | {"layers": tuple(LayerSpec(**layer) for layer in spec["layers"])})
         values["formats"] = Formats(**values["formats"] | {"experts": tuple(values["formats"]["experts"])})
         values["gpu"] = None if values["gpu"] is None else GpuPlan(**values["gpu"])
-        values["machine"] = machine and Machine(**machine | {"costs": Costs(**machine["costs"])})
+        values["machine"] = machine and Machine.from_values(machine)
         values["heat"] = tuple((tuple(expert), heat) for expert, heat in values["heat"])
         held, warm = (values["placement"][name] for name in ("held", "warm"))
         values["placement"] = Placement(

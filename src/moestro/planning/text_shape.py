@@ -31,6 +31,10 @@ PLAIN_ATTENTION = {
     *("deepseek_v4", "flint", "gpt_oss", "granitemoe_swa", "hy_v4", "mimo_v2_flash"),
     *("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
 }
+# Those whose attention the CPU's own kernels compute, where no config asks for more than they know.
+FUSED_ATTENTION = {
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "solar_open", "phimoe"),
+}
 _TEXT_PARTS = ("text_config", "thinker_config", "language_config", "llm_config")
 
 
@@ -214,6 +218,11 @@ def text_shape(config: Mapping[str, Any], item_bytes: int | None = None) -> Text
         one_width=head == value,
         vocabulary=most("vocab_size"),
     )
+
+
+def has_fused_attention(config: Mapping[str, Any]) -> bool:
+    """Whether the CPU's own kernels compute the attention of a model; else Transformers' operations in torch do."""
+    return _text_part(config).get("model_type") in FUSED_ATTENTION
 
 
 def context_of(values: Mapping[str, Any]) -> int | None:

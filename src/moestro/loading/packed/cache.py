@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ModelError, MoestroError, RequestError
+from ...machine.folder import cache_folder as cache_folder
 from ...planning.budget import format_bytes
 from ...planning.spelling import spelled
 from ...progress import is_quiet
@@ -32,7 +33,6 @@ from .write import bytes_of_model, write_packed
 
 logger = logging.getLogger("moestro")
 
-VARIABLE = "MOESTRO_CACHE"
 _KEY_DIGITS = 16
 
 
@@ -52,17 +52,6 @@ class Entry:
     def is_unfinished(self) -> bool:
         """Whether these are layers, from which the same load goes on."""
         return self.folder.name.endswith(SUFFIX)
-
-
-def cache_folder() -> Path:
-    """Where entries are: MOESTRO_CACHE, or `moestro` in the folder that the platform has for caches."""
-    if named := os.environ.get(VARIABLE):
-        return Path(named).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "moestro" / "Cache"
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/moestro").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moestro"
 
 
 def key_of(fingerprint: str, config: Any, asked: Asked, dtype: str) -> str:

@@ -26,7 +26,7 @@ _HEAD = re.compile(r"(^|\.)(lm_head|head|output|unembed|embed_out)$")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings|embed|wte|token_embd)$|backbone\.embeddings$"
 )
-_TOWER = re.compile(r"vision|visual|audio|speech|talker|code2wav|tower|sam_model")
+TOWER = re.compile(r"vision|visual|audio|speech|talker|code2wav|tower|sam_model")
 # Matrices that no linear layer has: tables that are looked up, and layers of a kind of their own.
 _IN_TORCH = re.compile(
     r"embed_tokens_per_layer|pos_emb|position_embedding|pos_embed|ngram_embedding|\bquery_\d+|audio\.encoder|"
@@ -68,7 +68,7 @@ def sort_out(
     dense: list[Matrix] = []
     for one in matrices:
         full, layer = f"{one.name}.{one.ending}", _LAYER.search(one.name)
-        beyond = bool(layer and depth and int(layer[1]) >= depth and not _TOWER.search(one.name))
+        beyond = bool(layer and depth and int(layer[1]) >= depth and not TOWER.search(one.name))
         if beyond or _PREDICTS_MORE.search(full):  # layers that predict several tokens at once
             continue
         if not layer and any(pattern.search(full) for pattern in unused):
@@ -164,7 +164,7 @@ def _dense(matrices: Iterable[Matrix], config: Mapping[str, Any], family: Mappin
 def _role(one: Matrix, family: Mapping[str, Any]) -> DenseWeight:
     count = math.prod(one.shape)
     item = _OTHER_BYTES.get(one.dtype, 0)
-    in_tower = _TOWER.search(one.name) is not None
+    in_tower = TOWER.search(one.name) is not None
     is_embedding = not in_tower and _EMBEDDING.search(one.name) is not None
     is_head = is_embedding or (not in_tower and _HEAD.search(one.name) is not None and len(one.shape) == 2)
     packs = (

@@ -14,19 +14,21 @@ from ...planning.expert_sizes import expert_sizes_named
 from ...planning.formats import FLOATS, descriptor_named, format_of_bits, head_bits
 from ...planning.options import Options
 from ...planning.plan import Formats
+from ...planning.rates import DensePart
 from ...planning.spelling import spelled
 from .found import ITEM_BYTES, DenseWeight, ExpertLayer, Survey
+from .roles import TOWER
 
 _FLOAT_NAMES = frozenset(FLOATS.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A model's sizes. embedding_bytes: of the table that tokens are looked up in, of which a step reads a row."""
+    """A model's sizes. dense: what a step computes outside the experts; tokens are looked up in no part of it."""
 
     spec: ModelSpec
     formats: Formats
-    embedding_bytes: int
+    dense: tuple[DensePart, ...]
 
 
 def sized(found: Survey, options: Options, *, on_gpu: bool) -> Sized:
@@ -61,9 +63,13 @@ def sized(found: Survey, options: Options, *, on_gpu: bool) -> Sized:
         if name is not None:
             names[one.is_head][name] += _bytes(found, one, name)
     dense, head = ("+".join(name for name, _ in of.most_common()) or None for of in names)
-    looked_up = sum(_bytes(found, one, name) for one, name in kept if one.is_embedding)
+    parts: Counter[tuple[str | None, bool]] = Counter()
+    for one, name in kept:
+        if not one.is_embedding and not TOWER.search(one.name):
+            parts[name, one.is_head] += _bytes(found, one, name)
     spec = ModelSpec(layers, dense_bytes, sum(one.count for one in found.dense))
-    return Sized(spec, Formats(tuple(experts), dense, head), looked_up)
+    computed = tuple(DensePart(name, n_bytes, is_head) for (name, is_head), n_bytes in parts.items())
+    return Sized(spec, Formats(tuple(experts), dense, head), computed)
 
 
 def _experts_format(found: Survey, layer: ExpertLayer, bits: int | None, on_gpu: bool) -> str:

@@ -74,10 +74,10 @@ def survey_files(
     return _in_dtype(found, source)
 
 
-def survey_shape(name: str, source: ModelOptions) -> Survey:
-    """What a random model of a real shape has, in bfloat16."""
-    parts = parts_of_shape(name)
-    config = completed({**shape_named(name), "tie_word_embeddings": False})
+def survey_shape(name: str, source: ModelOptions, layers: int | None = None) -> Survey:
+    """What a random model of a real shape, cut to so many layers or with all, has in bfloat16."""
+    parts, cut = parts_of_shape(name, layers), {} if layers is None else {"num_hidden_layers": layers}
+    config = completed({**shape_named(name), **cut, "tie_word_embeddings": False})
     width, vocabulary = parts.hidden, config["vocab_size"]
     dense = [
         DenseWeight("embed_tokens.weight", vocabulary * width, (vocabulary, width), is_head=True, is_embedding=True),
@@ -86,8 +86,8 @@ def survey_shape(name: str, source: ModelOptions) -> Survey:
         DenseWeight("norms, routers and biases", parts.rest),
     ]
     layer = ExpertLayer(parts.experts, ExpertShape(width, parts.neurons, has_bias=parts.has_bias))
-    layers = (layer,) * parts.moe_layers
-    return _in_dtype(Survey(name, "shape", config, "bfloat16", layers, tuple(dense)), source)
+    found = Survey(name, "shape", config, "bfloat16", (layer,) * parts.moe_layers, tuple(dense))
+    return _in_dtype(found, source)
 
 
 def _in_dtype(found: Survey, source: ModelOptions) -> Survey:
