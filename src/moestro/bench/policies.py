@@ -168,7 +168,7 @@ def compare(
     return rows
 
 
-def _halves(trace: Trace) -> tuple[Mapping[Expert, float], Trace]:
+def _halves(trace: Trace) -> tuple[dict[Expert, float], Trace]:
     middle = len(trace.passes) // 2
     return replace(trace, passes=trace.passes[:middle]).heat(), replace(trace, passes=trace.passes[middle:])
 

@@ -19,10 +19,8 @@ from ..planning.machines import Machine
 from ..planning.rates import DensePart
 
 PROMPT = 512  # tokens, of which the prefill's speed is told
-WIDE, NARROW = (
-    0.25,
-    0.15,
-)  # of the middle, either way: of rates that are assumed or of a data sheet, and of measured ones
+# Of the middle, either way: of prefill and of rates that are assumed or of a data sheet; of decode by measured rates.
+WIDE, NARROW = 0.25, 0.15
 _GPU_LAYER_S = 60e-6  # of one whose captured graphs are replayed: launches and one wait, assumed
 # Adaptive caches hit more often than their share of all experts: on the demo's routing, share ** 0.6.
 _LOCALITY = 0.6
@@ -198,7 +196,7 @@ def forecast(steps: StepModel, kv_bytes: float) -> Forecast:
     token_bytes += sum(min(steps.work.top_k, layer.experts) * layer.expert_bytes for layer in steps.spec.layers)
     return Forecast(
         _range(1 / sum(parts.values()), spread),
-        _range(PROMPT / prompt_s, spread),
+        _range(PROMPT / prompt_s, WIDE),
         steps.hit_rate,
         token_bytes,
         max(parts, key=parts.__getitem__),
