@@ -109,7 +109,10 @@ class Batch:
         self._caches.place(self._cache, self._views(0, len(self.lengths), self._begin), self._end - self._begin)
 
     def _views(self, row: int, rows: int, begin: int) -> list[tuple[Tensor, Tensor] | None]:
-        return [pair and (pair[0][row : row + rows, :, begin:], pair[1][row : row + rows, :, begin:]) for pair in self._rooms]
+        return [
+            pair and (pair[0][row : row + rows, :, begin:], pair[1][row : row + rows, :, begin:])
+            for pair in self._rooms
+        ]
 
     def _shift(self, columns: int) -> None:
         """Move all rows to the right, or by a negative number to the left."""

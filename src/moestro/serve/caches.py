@@ -58,7 +58,9 @@ class Caches:
         self.why_alone = self._find_why(cache)
         self.is_whole = self.why_alone is not None
         self._parts: list[tuple[Tensor, Tensor] | None] = [
-            (layer.keys, layer.values) if type(layer) in _KINDS and layer.is_initialized and layer.keys.numel() else None
+            (layer.keys, layer.values)
+            if type(layer) in _KINDS and layer.is_initialized and layer.keys.numel()
+            else None
             for layer in layers or ()
         ]
         self.token_bytes = sum(part.nbytes for pair in self._parts if pair for part in pair)

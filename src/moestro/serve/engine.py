@@ -103,6 +103,7 @@ class Engine:
         self._wait: deque[Answer] = deque()
         self._changed = threading.Condition()  # guards what follows, and `_wait`
         self._progress = Progress("ready")
+        self._stops = False  # running answers, too
         self._mean_s = 1.0  # of a request, from its begin to its end
         self._thread = threading.Thread(target=self._run, name="moestro-engine", daemon=True)
         self._thread.start()
@@ -151,12 +152,10 @@ class Engine:
             if self._progress.state == "ready":
                 self._progress = replace(self._progress, state="finishing")
             waiting, self._wait = list(self._wait), deque()
-            running = [] if finish else self._running()
+            self._stops |= not finish
             self._changed.notify_all()
         for answer in waiting:
             self._note_end(answer, answer.finish(Ended("cancelled")))
-        for answer in running:
-            answer.ticket.is_cancelled = True
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -169,6 +168,9 @@ class Engine:
             self._changed.notify_all()
         for answer in found:
             self._note_end(answer, answer.finish(Ended("cancelled")))
+
+    def _is_dropped(self, answer: Answer) -> bool:
+        return self._stops or answer.ticket.is_cancelled
 
     def _free(self) -> int:
         return max(0, self.max_requests - len(self._running()))
@@ -196,6 +198,8 @@ class Engine:
 
     def _run(self) -> None:
         """The thread: turns until it is closed. If it dies, every request ends with its error."""
+        state: State
+        error: str | None
         try:
             while self._turn():
                 pass
@@ -210,7 +214,7 @@ class Engine:
             answer.finish(Ended("error" if error else "cancelled"), error)
 
     def _turn(self) -> bool:
-        """A chunk of a prompt, then a step of all that answer; waits where there is nothing to do. False: it is over."""
+        """A chunk of a prompt, then a step of all that answer; waits for something to do. False: it is over."""
         steps = self._steps
         with self._changed:
             self._changed.wait_for(lambda: self._wait or self._running() or self._progress.state != "ready")
@@ -220,10 +224,10 @@ class Engine:
             begins = self._wait.popleft() if has_place and self._wait else None
         if begins is not None:
             steps.begin(begins)
-        steps.drop(lambda answer: answer.ticket.is_cancelled)
+        steps.drop(self._is_dropped)
         if steps.reading is not None:
             steps.read()
-            steps.drop(lambda answer: answer.ticket.is_cancelled)
+            steps.drop(self._is_dropped)
         if steps.rows:
             steps.decode()
         with self._changed:

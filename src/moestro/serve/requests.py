@@ -1,7 +1,7 @@
 """What a request asks for and what comes back: plain values, without a model.
 
-    >>> Sampling(temperature=0.8, seed=7).temperature
-    0.8
+>>> Sampling(temperature=0.8, seed=7).temperature
+0.8
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TooLong(RequestError):
     def __init__(self, prompt_tokens: int, new_tokens: int, context: int) -> None:
         self.prompt_tokens, self.new_tokens, self.context = prompt_tokens, new_tokens, context
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and {new_tokens} new ones are wanted, but the context is {context}; "
-            "shorten the prompt or ask for fewer"
+            f"the prompt has {prompt_tokens} tokens and {new_tokens} new ones are wanted, but the context is "
+            f"{context}; shorten the prompt or ask for fewer"
         )
 
 
@@ -116,7 +116,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The natural logarithm of a token's probability before sampling changes it, and the likeliest tokens' at its place."""
+    """Logarithms of a token's probability, before sampling changes it, and of the likeliest tokens' in its place."""
 
     token: int
     logprob: float

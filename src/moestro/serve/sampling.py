@@ -49,11 +49,30 @@ _FOLLOWED: dict[str, Callable[[Any, int, list[int]], LogitsProcessor]] = {
 }
 _NEED_ENDS = ("min_length", "min_new_tokens")
 _NO_EFFECT = frozenset(  # on one sampled text that begins with a prompt
-    ("early_stopping", "length_penalty", "cache_config", "max_cache_len", "compile_config", "disable_compile")
-    + ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "prefill_chunk_size", "low_memory")
-    + ("continuous_batching_config", "prompt_lookup_num_tokens", "max_matching_ngram_size", "cache_implementation")
-    + ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "use_cache")
-    + ("assistant_lookbehind", "target_lookbehind", "repetition_penalty", "_from_model_config")
+    (
+        "early_stopping",
+        "length_penalty",
+        "cache_config",
+        "max_cache_len",
+        "compile_config",
+        "disable_compile",
+        "encoder_repetition_penalty",
+        "encoder_no_repeat_ngram_size",
+        "prefill_chunk_size",
+        "low_memory",
+        "continuous_batching_config",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
+        "cache_implementation",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "use_cache",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "repetition_penalty",
+        "_from_model_config",
+    )
 )
 
 

@@ -143,7 +143,7 @@ def _check_draft(draft: str, own: GenerationConfig, num_beams: int, keeps_cache:
 
 
 def sampling_of(options: SamplingOptions, own: GenerationConfig, num_beams: int = 1) -> dict[str, Any]:
-    """How to choose tokens, as arguments of Transformers' `generate`: what a request says over a checkpoint's settings."""
+    """How to choose tokens, as arguments of Transformers' `generate`. A request's word wins over the checkpoint's."""
     temperature = options.temperature
     if temperature is None:
         if own.do_sample is False:

@@ -44,7 +44,7 @@ class _Storage:
     @classmethod
     def copied(cls, keys: Tensor, values: Tensor, tokens: int, parents: Tensor | None = None) -> _Storage:
         """A copy of keys and values, their rows those of their parents, with room for so many more tokens."""
-        return cls(*(_with_room(part, tokens, parents) for part in (keys, values)), keys.shape[2])
+        return cls(_with_room(keys, tokens, parents), _with_room(values, tokens, parents), keys.shape[2])
 
     def is_free_behind(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
         """Whether a cache that holds these may write its next tokens into this room."""
