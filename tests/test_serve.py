@@ -121,6 +121,10 @@ def test_a_turn_reads_its_new_tokens_also_in_alternation(engine: Engine, tokeniz
     first, second = (result(engine.submit(again)) for _ in range(2))
     assert first[0] == second[0] == alone[PROMPTS[2], None]
     assert second[2].cached_tokens == len(again.prompt) - 1
+    both = [engine.submit(asked(ids(PROMPTS[3], tokenizer) * 5, 24)) for _ in range(2)]  # the other still answers
+    (one, _, _), (other, _, end) = map(result, both)
+    assert one == other
+    assert end.cached_tokens == 5 * len(ids(PROMPTS[3], tokenizer)) - 1
 
 
 def test_states_are_kept_whole_and_serve_the_same_prompt_and_the_next_turn(tmp_path: Path, tokenizer: Any) -> None:

@@ -57,12 +57,12 @@ class Batch:
         self._cache = None
         return row
 
-    def taken(self, row: int, room: int = 0) -> Any:
-        """A copy of a row as a cache of its own."""
+    def taken(self, row: int, tokens: int, room: int = 0) -> Any:
+        """A copy of a row's first tokens as a cache of its own, with room for so many."""
         length = self.lengths[row]
-        view = self._caches._fresh()
+        view = self._caches.fresh()
         self._caches.place(view, self._views(row, 1, self._end - length), length)
-        return self._caches.copied(view, length, room)
+        return self._caches.copied(view, tokens, room)
 
     def leave(self, row: int, *, clears: bool = False) -> None:
         """Free a row; the last one takes its place. clears: what it held may not be finite."""
@@ -105,7 +105,7 @@ class Batch:
         if self._end == self._columns:
             self._shift(max(self.lengths) - self._end)
         self._begin = self._end - max(self.lengths)
-        self._cache = self._caches._fresh()
+        self._cache = self._caches.fresh()
         self._caches.place(self._cache, self._views(0, len(self.lengths), self._begin), self._end - self._begin)
 
     def _views(self, row: int, rows: int, begin: int) -> list[tuple[Tensor, Tensor] | None]:

@@ -8,14 +8,20 @@ Legend: G key heads, d their width, S tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ..decode.cpu.cache import RoomLayer
 from ..engine.chunks import can_be_chunked
@@ -53,7 +59,7 @@ class Caches:
         self._model = model
         self._is_default = model._supports_default_dynamic_cache()
         self.is_reused = can_be_chunked(model)
-        _, cache = forward(torch.zeros(1, 1, dtype=torch.int64), self._fresh(), torch.zeros(1, 1, dtype=torch.int64))
+        _, cache = forward(torch.zeros(1, 1, dtype=torch.int64), self.fresh(), torch.zeros(1, 1, dtype=torch.int64))
         layers = getattr(cache, "layers", None)
         self.why_alone = self._find_why(cache)
         self.is_whole = self.why_alone is not None
@@ -65,7 +71,8 @@ class Caches:
         ]
         self.token_bytes = sum(part.nbytes for pair in self._parts if pair for part in pair)
 
-    def _fresh(self) -> Any:
+    def fresh(self) -> Any:
+        """An empty cache as the model's config wants it; None where the model makes it."""
         return DynamicCache(config=self._model.config.get_text_config(decoder=True)) if self._is_default else None
 
     def _find_why(self, cache: Any) -> str | None:
@@ -83,7 +90,7 @@ class Caches:
 
     def new(self, tokens: int) -> Any:
         """An empty cache for so many tokens; None where the model makes it."""
-        cache = self._fresh()
+        cache = self.fresh()
         if self.why_alone is None:
             self.place(cache, self.rooms(1, tokens), 0)
         return cache
@@ -99,7 +106,7 @@ class Caches:
         """A cache with the first tokens of another one, which shares no memory with it, and room for more."""
         if self.is_whole:
             return copy.deepcopy(cache)
-        made, rooms = self._fresh(), self.rooms(1, max(room, tokens))
+        made, rooms = self.fresh(), self.rooms(1, max(room, tokens))
         for pair, layer in zip(rooms, cache.layers, strict=True):
             if pair is not None:
                 pair[0][:, :, :tokens], pair[1][:, :, :tokens] = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
@@ -109,21 +116,22 @@ class Caches:
 
 def bytes_of(cache: Any) -> int:
     """Memory that a cache holds, room included."""
-    found = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in _tensors(cache.__dict__)}
+    found, seen, left = dict[int, int](), set[int](), [cache]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            left.extend(value)
+        elif isinstance(value, (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+            left.extend(vars(value).values())
     return sum(found.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, Callable)):  # type: ignore[arg-type]
-        yield from _tensors(value.__dict__)
 
 
 def _room(part: Tensor, rows: int, tokens: int) -> Tensor:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, Protocol
@@ -84,8 +84,7 @@ class Sampling:
             _check(f"logit_bias of token {token}", bias, lambda b: -100 <= b <= 100, "between -100 and 100")
 
 
-def _check(name: str, value: float | None, holds: object, needs: str) -> None:
-    assert callable(holds)
+def _check(name: str, value: float | None, holds: Callable[[float], bool], needs: str) -> None:
     if value is not None and not (isfinite(value) and holds(value)):
         raise RequestError(f"{name} is {value}; it must be {needs}")
 

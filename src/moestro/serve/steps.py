@@ -6,21 +6,24 @@ beside it. It joins the batch when its first token is there. A step that fails e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import MoestroError, first_line
 from .answer import Answer, Ended
 from .batch import Batch
 from .caches import Caches, Forward
-from .prefixes import Prefixes
+from .prefixes import Prefixes, shared_tokens
 from .requests import Finished
 
+logger = logging.getLogger("moestro")
 CHUNK = 512  # tokens of a prompt between two steps of those that answer
 
 
@@ -67,8 +70,7 @@ class Steps:
         answer.begun_s = perf_counter()
         prompt = answer.ids[0]
         try:
-            key, shared = self._prefixes.find(prompt)
-            cache = self._prefixes.copy_of(key, shared, len(prompt)) if shared else self._caches.new(len(prompt))
+            shared, cache = self._known(prompt)
         except Exception as error:
             self._fail(answer, error)
             return
@@ -85,23 +87,24 @@ class Steps:
             logits, reading.cache = self._forward(ids, reading.cache, torch.arange(reading.done, end)[None])
             reading.done = end
             if end < answer.prompt_tokens:
-                if self._caches.is_whole and end == answer.prompt_tokens - 1 and self._prefixes.fits(end):
-                    self._prefixes.keep(answer.ids[0, :end], self._caches.copied(reading.cache, end, end))
+                if self._caches.is_whole and end == answer.prompt_tokens - 1:
+                    self._keep(answer.ids[0, :end], lambda: self._caches.copied(reading.cache, end, end))
                 return
             self.reading = None
             ended = answer.go_on(logits[0])
+            if ended is None and self._batch is not None:
+                self._batch.join(reading.cache)
         except Exception as error:
             self.reading = None
             self._fail(answer, error)
             return
         if ended is not None:
-            self._prefixes.keep(answer.ids[0, :end], reading.cache)
+            self._keep(answer.ids[0, :end], lambda: reading.cache)
             self._finish(answer, ended)
-        elif self._batch is None:
-            self.rows, self._alone = [answer], reading.cache
-        else:
-            self._batch.join(reading.cache)
-            self.rows.append(answer)
+            return
+        self.rows.append(answer)
+        if self._batch is None:
+            self._alone = reading.cache
 
     def decode(self) -> None:
         """The next token of each row."""
@@ -141,6 +144,18 @@ class Steps:
                 self._leave(row)
                 self._finish(answer, Ended("cancelled"))
 
+    def _known(self, prompt: Tensor) -> tuple[int, Any]:
+        """A cache for a prompt, int64 [tokens], with the tokens that were read before, and how many these are."""
+        key, shared = self._prefixes.find(prompt)
+        if self._batch is not None and self._caches.is_reused:  # a row that answers may begin alike
+            each = [min(shared_tokens(one.ids[0, : one.length - 1], prompt), len(prompt) - 1) for one in self.rows]
+            if max(each, default=0) > shared:
+                row = each.index(max(each))
+                return each[row], self._batch.taken(row, each[row], len(prompt))
+        if not shared:
+            return 0, self._caches.new(len(prompt))
+        return shared, self._prefixes.copy_of(key, shared, len(prompt))
+
     def _chunk_end(self, reading: _Reading) -> int:
         total = reading.answer.prompt_tokens
         if not self._caches.is_reused:
@@ -154,15 +169,23 @@ class Steps:
         tokens = answer.ids[0, : answer.length - 1]
         if self._batch is None:
             cache, self._alone = self._alone, None
-            if not clears and int(cache.get_seq_length()) == len(tokens):
-                self._prefixes.keep(tokens, cache)
+            if not clears:
+                self._keep(tokens, lambda: cache)
         else:
-            tokens = tokens[: self._batch.lengths[row]]
-            if not clears and self._prefixes.fits(len(tokens)):
-                self._prefixes.keep(tokens, self._batch.taken(row))
-            self._batch.leave(row, clears=clears)
+            batch = self._batch
+            if not clears:
+                self._keep(tokens, lambda: batch.taken(row, len(tokens)))
+            batch.leave(row, clears=clears)
         self.rows[row] = self.rows[-1]
         self.rows.pop()
+
+    def _keep(self, tokens: Tensor, make: Callable[[], Any]) -> None:
+        """Keep what was read, if there is memory for it; without it, no more than time is lost."""
+        try:
+            if self._prefixes.fits(len(tokens)):
+                self._prefixes.keep(tokens, make())
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's word for it
+            logger.warning("keys and values of %d tokens were not kept: %s", len(tokens), first_line(error))
 
     def _finish(self, answer: Answer, ended: Ended) -> None:
         self._on_end(answer, answer.finish(ended))
