@@ -10,6 +10,7 @@ Knows no network. See `steps.py` for what a turn of the thread does.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -104,9 +105,11 @@ class Engine:
         self._changed = threading.Condition()  # guards what follows, and `_wait`
         self._progress = Progress("ready")
         self._stops = False  # running answers, too
+        self._next: Answer | None = None  # neither waits nor is read yet
         self._mean_s = 1.0  # of a request, from its begin to its end
         self._thread = threading.Thread(target=self._run, name="moestro-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._close_at_exit)  # a thread in the kernels must not outlive the interpreter
 
     def submit(self, request: Request, wake: Callable[[], None] | None = None) -> Ticket:
         """Have a request answered; returns at once.
@@ -157,7 +160,11 @@ class Engine:
         for answer in waiting:
             self._note_end(answer, answer.finish(Ended("cancelled")))
         self._thread.join(timeout_s)
+        atexit.unregister(self._close_at_exit)
         return not self._thread.is_alive()
+
+    def _close_at_exit(self) -> None:
+        self.close(finish=False)
 
     def _cancel(self, ticket: Ticket) -> None:
         """A ticket was cancelled: one that waits ends here, others before the next step."""
@@ -177,7 +184,8 @@ class Engine:
 
     def _running(self) -> list[Answer]:
         reading = self._steps.reading
-        return [*self._steps.rows, *([] if reading is None else [reading.answer])]
+        found = [*self._steps.rows, reading and reading.answer, self._next]
+        return list({id(answer): answer for answer in found if answer is not None}.values())
 
     def _retry_s(self) -> float:
         return float(max(1, ceil(self._mean_s * (len(self._wait) + 1) / self.max_requests)))
@@ -221,9 +229,10 @@ class Engine:
             if self._progress.state != "ready" and not self._running():
                 return False
             has_place = steps.reading is None and len(steps.rows) < self.max_requests
-            begins = self._wait.popleft() if has_place and self._wait else None
-        if begins is not None:
-            steps.begin(begins)
+            self._next = self._wait.popleft() if has_place and self._wait else None
+        if self._next is not None:
+            steps.begin(self._next)
+            self._next = None
         steps.drop(self._is_dropped)
         if steps.reading is not None:
             steps.read()

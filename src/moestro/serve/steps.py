@@ -90,7 +90,6 @@ class Steps:
                 if self._caches.is_whole and end == answer.prompt_tokens - 1:
                     self._keep(answer.ids[0, :end], lambda: self._caches.copied(reading.cache, end, end))
                 return
-            self.reading = None
             ended = answer.go_on(logits[0])
             if ended is None and self._batch is not None:
                 self._batch.join(reading.cache)
@@ -99,10 +98,12 @@ class Steps:
             self._fail(answer, error)
             return
         if ended is not None:
+            self.reading = None
             self._keep(answer.ids[0, :end], lambda: reading.cache)
             self._finish(answer, ended)
             return
-        self.rows.append(answer)
+        self.rows.append(answer)  # before it is no longer read: other threads count both
+        self.reading = None
         if self._batch is None:
             self._alone = reading.cache
 
