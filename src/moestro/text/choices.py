@@ -102,7 +102,7 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
 def settled(options: TextOptions, own: GenerationConfig) -> dict[str, Any]:
     """The options of a request by which tokens are chosen, as they are with what the checkpoint leaves to them."""
     num_beams = options.num_beams or own.num_beams or 1
-    found = _sampling(options, own, num_beams)
+    found = sampling_of(options, own, num_beams)
     penalty = options.repetition_penalty if options.repetition_penalty is not None else own.repetition_penalty
     return {
         "temperature": found["temperature"] or 0.0,
