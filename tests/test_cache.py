@@ -109,6 +109,7 @@ def test_a_changed_checkpoint_is_not_answered_from_the_cache(source: Path, read:
     assert len(cache.entries()) == 3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "damage", ["flipped", "cut short", "removed", "no manifest", "another version", "half-written"]
 )

@@ -124,6 +124,7 @@ TRIED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("family", "sizes"), TRIED, ids=lambda value: value if isinstance(value, str) else "")
 def test_families(family: str, sizes: dict[str, Any], device: str, folders: Any) -> None:
     for batch in (1, 3):
@@ -137,7 +138,7 @@ def test_families(family: str, sizes: dict[str, Any], device: str, folders: Any)
         _same(*results, device)
 
 
-@pytest.mark.sample(24)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
 def test_every_family_is_captured_or_says_why_not(
     family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -72,6 +72,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return made
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.usefixtures("wide_tiles")
 def test_every_format_against_float64(fmt: MatrixFormat) -> None:
@@ -87,6 +88,7 @@ def test_every_format_against_float64(fmt: MatrixFormat) -> None:
     assert torch.equal(twin, matrix.unpack(torch.float32)[ids].cpu())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["bf16", "int4", "q6_k", "mxfp4"])
 @pytest.mark.parametrize("tokens", [1, 17, 70])
 def test_numbers_of_tokens(name: str, tokens: int) -> None:
@@ -94,6 +96,7 @@ def test_numbers_of_tokens(name: str, tokens: int) -> None:
     check(matrix, states(matrix, tokens, torch.bfloat16))
 
 
+@pytest.mark.long
 def test_many_tokens_and_the_same_bits_in_every_run() -> None:
     matrix = random_matrix(format_named("mxfp4"), 40, 96)
     x = states(matrix, 300, torch.float16)

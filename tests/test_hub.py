@@ -213,6 +213,7 @@ def test_a_server_without_ranges_begins_again(hub: Hub, tmp_path: Path) -> None:
     assert Path(fetch(hub, tmp_path, "org/gguf:Q4_K_M").stdout.strip()).read_bytes() == WEIGHTS
 
 
+@pytest.mark.long
 def test_a_safetensors_checkpoint_runs_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     demo = Path(str(files("moestro") / "demo"))
     hub.repos["org/demo"] = Repo({path.name: path.read_bytes() for path in demo.iterdir() if path.is_file()})
@@ -301,6 +302,7 @@ def test_a_mistyped_name_is_asked_for_once_and_answered_before_torch(hub: Hub, t
 # --- one line where it fails
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -339,6 +341,7 @@ def test_a_hub_that_gives_nothing(hub: Hub, tmp_path: Path, change: dict[str, An
     assert says in fails(fetch(hub, tmp_path, "org/gguf:Q4_K_M"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "says"),
     [

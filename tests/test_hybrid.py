@@ -43,6 +43,7 @@ def _emulated(policy: str, slots: int, **options: Any) -> Any:
     return load(shape="tiny", policy=policy, context=64, gpu_memory=_needed_bytes() + slots * spec.slot_bytes, **how)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_gives_the_reference_logits(name: str, slots: str) -> None:

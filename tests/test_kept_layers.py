@@ -21,7 +21,7 @@ from families import save_model
 from moestro import load
 from moestro.cli.main import app
 from moestro.loading import plain
-from moestro.loading.packed import cache, kept_layers
+from moestro.loading.packed import cache
 from moestro.loading.packed.read import verify_packed
 from moestro.loading.packed.run_file import RunFile
 
@@ -99,7 +99,7 @@ def test_a_load_goes_on_where_it_was_ended(
 def test_a_packed_folder_goes_on_where_it_was_ended(
     source: Path, filled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kept_layers, "are_progress_bars_disabled", lambda: False)
+    monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: False)
 
     def pack(*options: str) -> Any:
         return RUNNER.invoke(

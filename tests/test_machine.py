@@ -44,7 +44,7 @@ GPU = probe.Gpu("NVIDIA GeForce RTX 4090", "555.42", 24 * 2**30, 20 * 2**30)
 def made(gpu: probe.Gpu | None = None) -> Machine:
     link = None if gpu is None else LinkRates(25.0, 20.0, 13.0)
     of_gpu = None if gpu is None else (900.0, 1e5)
-    steps = StepTimes(500.0, 30.0, 800.0)
+    steps = StepTimes(500.0, 30.0, 800.0, 5.0)
     return machine_of_rates("a box", KERNELS, steps, 2.5, link, of_gpu, 0 if gpu is None else gpu.total_bytes)
 
 

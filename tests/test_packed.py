@@ -175,6 +175,7 @@ def test_gguf(family: str, kind: str, tmp_path: Path) -> None:
     same(found, expected, torch.arange(3, 40)[None])
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_each_family(family: Family, tmp_path: Path) -> None:
     """All tensors are the same. So are logits, once the tensors of both models lie as torch lays them.

@@ -52,6 +52,7 @@ def _measured(model: Any, fmt: str, context: int) -> tuple[Footprint, ModelSpec]
     return gpu_need.measure(model, math, context, torch.device("cpu")), ModelSpec(tuple(layers), 0)
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_closed_form_against_what_is_measured(family: Family) -> None:
     with torch.device("meta"):

@@ -68,6 +68,7 @@ GENERATE = {
 }
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("how", GENERATE)
 def test_generate(model: Any, reference: Any, how: str) -> None:
     ids = _ids(1, 6).repeat(1, 3)  # repeats itself, so that prompt lookup has something to find

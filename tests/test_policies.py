@@ -33,6 +33,7 @@ def _on_virtual_clock(policy: str, slots: int, **options: Any) -> Any:
     return load(shape="tiny", policy=policy, gpu_memory=gpu_memory, **how, **options)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("slots", [0, 1, EXPERTS // 3, EXPERTS])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_policy_gives_the_reference_logits_and_a_replay_its_counts(name: str, slots: int) -> None:

@@ -308,6 +308,7 @@ CHATS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("changed", "device"),
     [(changed, "cpu") for changed in CHATS]

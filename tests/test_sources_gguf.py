@@ -282,6 +282,7 @@ TYPES: dict[str, Callable[[str], Quantize]] = {
 }
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_each_type_is_read_as_the_gguf_package_reads_it(family: str, kind: str, tmp_path: Path) -> None:

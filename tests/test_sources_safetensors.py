@@ -291,6 +291,7 @@ def test_quantized_checkpoints_read_as_their_writer_reads_them(family: str, kind
     compare(tmp_path, expected, 2**-20 if kind in ("nvfp4", "modelopt") else 0)
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_each_family_is_read_as_transformers_saves_it(family: Family, tmp_path: Path) -> None:
     model = build_model(family)

@@ -215,6 +215,7 @@ def test_first_call_on_the_cpu(device: str, mode: Any, folder: Path, expected: d
             _same(call(model), expected[name], name)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize(
     ("device", "slots"), [("emulated", 7), ("emulated", 16), ("virtual", 9), ("emulated", EXPERTS)]

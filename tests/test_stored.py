@@ -96,6 +96,7 @@ def _dense_kept(found: Any, expected: Any, path: Path) -> None:
     assert len(kept) > 2 * len(routers)
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: options["device"])
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_quantized_safetensors(family: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:

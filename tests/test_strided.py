@@ -150,6 +150,7 @@ def test_linear_layers_at_each_level(level: str, kind: Kind) -> None:
         assert torch.equal(look_up(matrix, ids, dtype, threads=2, level=level), values.to(dtype)[ids])
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("level", ["torch", *LEVELS])
 @pytest.mark.parametrize("kind", [Kind(2, 16, 128), Kind(4, 64, 64), Kind(3, 32, 64)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16, 17, 130])

@@ -149,6 +149,7 @@ FIRST, TRUNK = "model-00000.safetensors", "model.safetensors-trunk.safetensors"
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

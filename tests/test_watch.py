@@ -93,6 +93,7 @@ def _models(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> tu
     return reference, load(str(folder), device="cpu", threads=1, dtype=dtype)
 
 
+@pytest.mark.sample(2)
 @needs_kernels
 @pytest.mark.parametrize(("family", "dtype"), of_families())
 def test_every_attribute_that_is_changed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -11,11 +11,8 @@ import platform
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
-from importlib import metadata
 from types import MappingProxyType
 from typing import Any
-
-from ..machine.probe import physical_cores
 
 SCHEMA = 1  # raised when a key of any command goes or changes its meaning
 PACKAGES = ("moestro", "torch", "transformers")
@@ -41,6 +38,8 @@ def print_json(
 
 
 def _made_by(model: str | None, revision: str | None, settled: Mapping[str, Any]) -> dict[str, Any]:
+    from importlib import metadata  # these wait, since --help answers at once
+
     from ..loading.hub import commit_of
 
     taken = dict(_TAKEN.get())
@@ -78,6 +77,8 @@ def kernel_level() -> str:
 
 
 def _threads() -> int:
+    from ..machine.probe import physical_cores
+
     loaded: Any = sys.modules.get("moestro.compute.cpu")  # which may use fewer cores than there are
     return physical_cores() if loaded is None else len(loaded.core_cpus())
 

@@ -99,7 +99,8 @@ def print_machine(found: Machine) -> None:
     )
     print(
         f"beside     {rates.step_us:.0f} us a step, {rates.layer_us:.0f} us a layer, "
-        f"{rates.plain_layer_us:.0f} us a layer with plain attention"
+        f"{rates.plain_layer_us:.0f} us a layer with plain attention, "
+        f"{rates.prompt_ns:.1f} ns a token, layer and column of a prompt"
     )
     for name, curves in (("experts", rates.experts), ("dense", rates.dense)):
         print(f"{name}: GB/s of packed weights, by tokens that each meets")

@@ -54,6 +54,7 @@ class Rates:
     plain_attention_gbps, plain_attention_gflops: where attention is Transformers' own, in torch.
     step_us, layer_us, plain_layer_us: of a step, and of each layer of it, outside all of these: what Python, torch and
         small operations take; of a plain layer, where attention is Transformers' own.
+    prompt_ns: nanoseconds of each token, layer and column of the hidden states of a prompt, outside of all of these.
     link_beside_cpu_gbps: of the link while the CPU reads; None without a link.
     """
 
@@ -66,6 +67,7 @@ class Rates:
     step_us: float
     layer_us: float
     plain_layer_us: float
+    prompt_ns: float
     link_beside_cpu_gbps: float | None = None
 
     @classmethod
@@ -136,7 +138,7 @@ class DensePart:
 # machine` has them on two cores with AVX-512 VNNI (docs/log.md). Codes are multiplied as integers, several at once.
 _SHARES = ((16.0, 0.9, 0.54), (6.5, 0.82, 0.8), (4.0, 0.78, 0.77), (3.1, 0.61, 0.75), (0.0, 0.57, 0.53))
 _ATTENTION_SHARES, _PLAIN_SHARES = (0.5, 0.4), (0.02, 0.1)
-_STEP_US, _LAYER_US, _PLAIN_LAYER_US = 1500.0, 90.0, 1400.0
+_STEP_US, _LAYER_US, _PLAIN_LAYER_US, _PROMPT_NS = 1500.0, 90.0, 1400.0, 24.0
 
 
 @cache
@@ -161,6 +163,7 @@ def assumed_rates(cpu_gbps: float, cpu_gflops: float) -> Rates:
         step_us=_STEP_US,
         layer_us=_LAYER_US,
         plain_layer_us=_PLAIN_LAYER_US,
+        prompt_ns=_PROMPT_NS,
     )
 
 

@@ -105,7 +105,13 @@ class StepModel:
     def prefill_s(self, tokens: int) -> float:
         """Seconds of a prompt."""
         dense_s = self._dense_s(tokens, 0.0) + self._prompt_attention_s(tokens)
-        return self._layers_s(dense_s, tokens, self._share) + self._fixed_s
+        return self._layers_s(dense_s, tokens, self._share) + self._fixed_s + self._prompt_beside_s(tokens)
+
+    def _prompt_beside_s(self, tokens: int) -> float:
+        """Of a prompt's norms, sums and routing."""
+        if self._has_gpu:
+            return 0.0
+        return self._rates.prompt_ns / 1e9 * tokens * sum(layer.hidden for layer in self.spec.layers)
 
     @cached_property
     def _fixed_s(self) -> float:
