@@ -184,7 +184,7 @@ class Engine:
 
     def _running(self) -> list[Answer]:
         reading = self._steps.reading
-        found = [*self._steps.rows, reading and reading.answer, self._next]
+        found = [*self._steps.rows, None if reading is None else reading.answer, self._next]
         return list({id(answer): answer for answer in found if answer is not None}.values())
 
     def _retry_s(self) -> float:
