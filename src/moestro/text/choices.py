@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
@@ -18,6 +18,19 @@ from .options import TextOptions
 from .settings import check_settings
 
 SAMPLING_TEMPERATURE, SAMPLING_TOP_P, SAMPLING_TOP_K = 0.7, 0.95, 50
+
+
+class SamplingOptions(Protocol):
+    """What a request says about sampling; None leaves it to the checkpoint."""
+
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def min_p(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,7 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
         **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
         "stop_strings": None,  # answer.py ends the text at them
         "prompt_lookup_num_tokens": lookup if looks_up else None,
-        **_sampling(options, own, num_beams),
+        **sampling_of(options, own, num_beams),
     }
     if keeps_cache:
         arguments["cache_implementation"] = None
@@ -89,7 +102,7 @@ def choose(options: TextOptions, own: GenerationConfig, rows: int) -> Choices:
 def settled(options: TextOptions, own: GenerationConfig) -> dict[str, Any]:
     """The options of a request by which tokens are chosen, as they are with what the checkpoint leaves to them."""
     num_beams = options.num_beams or own.num_beams or 1
-    found = _sampling(options, own, num_beams)
+    found = sampling_of(options, own, num_beams)
     penalty = options.repetition_penalty if options.repetition_penalty is not None else own.repetition_penalty
     return {
         "temperature": found["temperature"] or 0.0,
@@ -102,7 +115,7 @@ def settled(options: TextOptions, own: GenerationConfig) -> dict[str, Any]:
 
 def without_effect(options: TextOptions, own: GenerationConfig) -> list[str]:
     """A line for each option of a request that changes nothing, since nothing is drawn."""
-    if _sampling(options, own, options.num_beams or own.num_beams or 1)["do_sample"]:
+    if sampling_of(options, own, options.num_beams or own.num_beams or 1)["do_sample"]:
         return []
     given = {name: getattr(options, name) for name in ("top_p", "top_k", "min_p")} | {"seed": options.seed or None}
     return [
@@ -129,7 +142,8 @@ def _check_draft(draft: str, own: GenerationConfig, num_beams: int, keeps_cache:
             raise RequestError(f"{spelled('draft', draft)} does not go with the checkpoint's {setting}; leave it out")
 
 
-def _sampling(options: TextOptions, own: GenerationConfig, num_beams: int) -> dict[str, Any]:
+def sampling_of(options: SamplingOptions, own: GenerationConfig, num_beams: int = 1) -> dict[str, Any]:
+    """How to choose tokens, as arguments of Transformers' `generate`. A request's word wins over the checkpoint's."""
     temperature = options.temperature
     if temperature is None:
         if own.do_sample is False:

@@ -36,11 +36,15 @@ class _Storage:
 
     __slots__ = ("_versions", "key_room", "shared", "value_room", "written")
 
-    def __init__(self, keys: Tensor, values: Tensor, tokens: int, parents: Tensor | None = None) -> None:
-        self.key_room, self.value_room = (_with_room(part, tokens, parents) for part in (keys, values))
-        self.written = keys.shape[2]
+    def __init__(self, key_room: Tensor, value_room: Tensor, written: int) -> None:
+        self.key_room, self.value_room, self.written = key_room, value_room, written
         self.shared: Shared | None = None
         self.note()
+
+    @classmethod
+    def copied(cls, keys: Tensor, values: Tensor, tokens: int, parents: Tensor | None = None) -> _Storage:
+        """A copy of keys and values, their rows those of their parents, with room for so many more tokens."""
+        return cls(_with_room(keys, tokens, parents), _with_room(values, tokens, parents), keys.shape[2])
 
     def is_free_behind(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
         """Whether a cache that holds these may write its next tokens into this room."""
@@ -82,12 +86,22 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
     _layer_type = None  # it is no model's default
     keys: Tensor
     values: Tensor
+    _moestro_storage: _Storage
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> RoomLayer:
         """A layer that holds what a plain one does."""
         made = cls()
         made.__dict__.update(vars(layer))
+        return made
+
+    @classmethod
+    def in_room(cls, key_room: Tensor, value_room: Tensor, tokens: int) -> RoomLayer:
+        """A layer that holds the first tokens of a caller's [B, G, room, d], and writes the next ones behind them."""
+        made = cls()
+        made.lazy_initialization(key_room, value_room)
+        made._moestro_storage = _Storage(key_room, value_room, tokens)
+        made.keys, made.values = made._moestro_storage.all()
         return made
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +122,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
             written = sum(carry_out(part, copies, length) for part in (self.keys, self.values))
         else:
             parents = torch.tensor(reordering.parents)
-            storage = self._moestro_storage = _Storage(self.keys, self.values, 1, parents)
+            storage = self._moestro_storage = _Storage.copied(self.keys, self.values, 1, parents)
             self.keys, self.values = storage.all()
             written = sum(part.numel() * part.element_size() for part in (self.keys, self.values))
         storage.shared = reordering.shared_after(shared, length)
@@ -117,7 +131,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
 
     def share(self, shared: Shared) -> None:
         """Take it that rows have this alike, and make room for what follows."""
-        storage = self._moestro_storage = _Storage(self.keys, self.values, 1)
+        storage = self._moestro_storage = _Storage.copied(self.keys, self.values, 1)
         self.keys, self.values = storage.all()
         storage.shared = shared
 
@@ -197,7 +211,7 @@ def _storage_for(layer: Any, tokens: int) -> _Storage:
     storage: _Storage | None = getattr(layer, "_moestro_storage", None)
     if storage is None or not storage.is_free_behind(layer.keys, layer.values, tokens):
         shared = storage.shared if storage is not None and storage.knows(layer) else None
-        storage = layer._moestro_storage = _Storage(layer.keys, layer.values, tokens)
+        storage = layer._moestro_storage = _Storage.copied(layer.keys, layer.values, tokens)
         storage.shared = shared
     return storage
 

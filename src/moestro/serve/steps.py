@@ -1,0 +1,196 @@
+"""What the engine's thread does with the model: a chunk of a prompt, a step of all rows, and who joins and leaves.
+
+One prompt is read at a time, in chunks that begin at whole multiples, so that it is computed the same whatever runs
+beside it. It joins the batch when its first token is there. A step that fails ends the answers that were in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import MoestroError, first_line
+from .answer import Answer, Ended
+from .batch import Batch
+from .caches import Caches, Forward
+from .prefixes import Prefixes, shared_tokens
+from .requests import Finished
+
+logger = logging.getLogger("moestro")
+CHUNK = 512  # tokens of a prompt between two steps of those that answer
+
+
+@dataclass(slots=True)
+class _Reading:
+    """An answer whose prompt is read, with its cache and how many tokens that holds."""
+
+    answer: Answer
+    cache: Any
+    done: int
+
+
+class Steps:
+    """The requests that run. For one thread.
+
+    rows: answers in the batch; where requests run alone, the one that answers. reading: the one whose prompt is read.
+
+    Args:
+        on_end: called for each answer that is over.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Forward,
+        caches: Caches,
+        batch: Batch | None,
+        prefixes: Prefixes,
+        on_end: Callable[[Answer, Finished], None],
+    ) -> None:
+        self._model, self._forward, self._caches, self._batch = model, forward, caches, batch
+        self._prefixes, self._on_end = prefixes, on_end
+        self.rows: list[Answer] = []
+        self.reading: _Reading | None = None
+        self._alone: Any = None  # the cache of the only row, where there is no batch
+
+    @property
+    def read_tokens(self) -> tuple[int, int]:
+        """Of the prompt that is read: how many tokens of how many."""
+        return (0, 0) if self.reading is None else (self.reading.done, self.reading.answer.prompt_tokens)
+
+    def begin(self, answer: Answer) -> None:
+        """Begin to read an answer's prompt, behind what is kept of it."""
+        answer.begun_s = perf_counter()
+        prompt = answer.ids[0]
+        try:
+            shared, cache = self._known(prompt)
+        except Exception as error:
+            self._fail(answer, error)
+            return
+        answer.cached_tokens = shared
+        self.reading = _Reading(answer, cache, shared)
+
+    def read(self) -> None:
+        """Read a chunk of the prompt; with the last one comes the answer's first token."""
+        assert self.reading is not None
+        reading, answer = self.reading, self.reading.answer
+        end = self._chunk_end(reading)
+        try:
+            ids = answer.ids[:, reading.done : end]
+            logits, reading.cache = self._forward(ids, reading.cache, torch.arange(reading.done, end)[None])
+            reading.done = end
+            if end < answer.prompt_tokens:
+                if self._caches.is_whole and end == answer.prompt_tokens - 1:
+                    self._keep(answer.ids[0, :end], lambda: self._caches.copied(reading.cache, end, end))
+                return
+            ended = answer.go_on(logits[0])
+            if ended is None and self._batch is not None:
+                self._batch.join(reading.cache)
+        except Exception as error:
+            self.reading = None
+            self._fail(answer, error)
+            return
+        if ended is not None:
+            self.reading = None
+            self._keep(answer.ids[0, :end], lambda: reading.cache)
+            self._finish(answer, ended)
+            return
+        self.rows.append(answer)  # before it is no longer read: other threads count both
+        self.reading = None
+        if self._batch is None:
+            self._alone = reading.cache
+
+    def decode(self) -> None:
+        """The next token of each row."""
+        try:
+            tokens = [answer.last for answer in self.rows]
+            if self._batch is not None:
+                logits = self._batch.step(tokens)
+            else:
+                places = torch.tensor([[self.rows[0].length - 1]])
+                logits, self._alone = self._forward(torch.tensor([tokens]), self._alone, places)
+        except Exception as error:
+            failed, self.rows, self._alone = self.rows, [], None
+            if self._batch is not None:
+                self._batch.clear()
+            for answer in failed:
+                self._fail(answer, error)
+            return
+        for row in reversed(range(len(self.rows))):  # a row that leaves is replaced by the last one, which is done
+            answer = self.rows[row]
+            try:
+                ended = answer.go_on(logits[row])
+            except Exception as error:
+                self._leave(row, clears=True)
+                self._fail(answer, error)
+                continue
+            if ended is not None:
+                self._leave(row)
+                self._finish(answer, ended)
+
+    def drop(self, is_dropped: Callable[[Answer], bool]) -> None:
+        """End those that were cancelled."""
+        if self.reading is not None and is_dropped(self.reading.answer):
+            answer, self.reading = self.reading.answer, None
+            self._finish(answer, Ended("cancelled"))
+        for row in reversed(range(len(self.rows))):
+            if is_dropped(answer := self.rows[row]):
+                self._leave(row)
+                self._finish(answer, Ended("cancelled"))
+
+    def _known(self, prompt: Tensor) -> tuple[int, Any]:
+        """A cache for a prompt, int64 [tokens], with the tokens that were read before, and how many these are."""
+        key, shared = self._prefixes.find(prompt)
+        if self._batch is not None and self._caches.is_reused:  # a row that answers may begin alike
+            each = [min(shared_tokens(one.ids[0, : one.length - 1], prompt), len(prompt) - 1) for one in self.rows]
+            if max(each, default=0) > shared:
+                row = each.index(max(each))
+                return each[row], self._batch.taken(row, each[row], len(prompt))
+        if not shared:
+            return 0, self._caches.new(len(prompt))
+        return shared, self._prefixes.copy_of(key, shared, len(prompt))
+
+    def _chunk_end(self, reading: _Reading) -> int:
+        total = reading.answer.prompt_tokens
+        if not self._caches.is_reused:
+            return total
+        # A state that cannot be cut is kept before the last token, so that this prompt itself can be read again.
+        last = total - 1 if self._caches.is_whole and reading.done < total - 1 else total
+        return min(last, (reading.done // CHUNK + 1) * CHUNK)
+
+    def _leave(self, row: int, *, clears: bool = False) -> None:
+        answer = self.rows[row]
+        tokens = answer.ids[0, : answer.length - 1]
+        if self._batch is None:
+            cache, self._alone = self._alone, None
+            if not clears:
+                self._keep(tokens, lambda: cache)
+        else:
+            batch = self._batch
+            if not clears:
+                self._keep(tokens, lambda: batch.taken(row, len(tokens)))
+            batch.leave(row, clears=clears)
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+
+    def _keep(self, tokens: Tensor, make: Callable[[], Any]) -> None:
+        """Keep what was read, if there is memory for it; without it, no more than time is lost."""
+        try:
+            if self._prefixes.fits(len(tokens)):
+                self._prefixes.keep(tokens, make())
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's word for it
+            logger.warning("keys and values of %d tokens were not kept: %s", len(tokens), first_line(error))
+
+    def _finish(self, answer: Answer, ended: Ended) -> None:
+        self._on_end(answer, answer.finish(ended))
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        kind = "" if isinstance(error, MoestroError) else f"{type(error).__name__}: "
+        self._on_end(answer, answer.finish(Ended("error"), kind + first_line(error)))
