@@ -315,7 +315,7 @@ def test_a_report_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_plan, "check_kernels", lambda: None)
     monkeypatch.setattr(bench_plan, "_READ_BYTES", 2**20)
     monkeypatch.setattr(bench_plan, "last_level_cache_bytes", lambda: 2**16)
-    monkeypatch.setattr(bench_plan, "read_gbps", lambda *_: 20.0)
+    monkeypatch.setattr(bench_plan, "read_limit_gbps", lambda *_: 20.0)
     report = bench_plan.measure_plan(bits=(8, 4), threads=1, card=lambda *_, **__: made())
     assert len(report.rows) == 4 * 2 * 3
     assert report.within == {"decode": [6, 8], "prefill": [12, 16], "cells": [6, 8]}

@@ -199,11 +199,11 @@ def test_another_models_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"bits": 4}, "is packed with 8, not with expert_bits=4"),
+        ({"bits": 4}, "is packed with 8, not with expert_bits=4 .which bits sets, too.; leave"),
         ({"expert_bits": 16}, "not with expert_bits=16"),
         ({"dense_bits": 4}, "not with dense_bits=4"),
         ({"head_bits": 16}, "not with head_bits=16"),
-        ({"transcode": 8}, "as its checkpoint had them, not with transcode=8"),
+        ({"transcode": 8}, "as its checkpoint had them, not with transcode=8; leave"),
         ({"dtype": "float16"}, "is packed in float32, not float16"),
         ({"config": "demo"}, "which has a config of its own"),
     ],

@@ -16,9 +16,9 @@ from ..console import print_table
 from ..machine.measure import machine_by_name
 from ..planning.options import ReplayOptions
 from ..planning.shapes import spec_of_shape
-from ..simulate.expand import expanded
+from ..simulate.expand import expanded_ends
 from ..simulate.fit import shortfall
-from ..simulate.reshape import at_bits, resized
+from ..simulate.reshape import at_bits
 from ..simulate.routing import routing_of
 from .policies import PolicyRow, compare, print_lacks, told
 from .report import Report
@@ -85,18 +85,14 @@ def compare_assumed(
         RequestError: nothing is known of how the shape routes.
     """
     routing = routing_of(shape)
-    spec = spec_of_shape(shape)
-    spec = spec if options.bits is None else at_bits(spec, options.bits)
-    lacks = shortfall(spec, machine_by_name(options.machine), options.gpu_bytes)
+    spec = at_bits(spec_of_shape(shape), options.bits)
     ends: list[list[PolicyRow]] = []
-    for statistics in (routing.low, routing.high):
-        if lacks is not None:
-            ends.append([PolicyRow(name, does_not_fit=lacks.in_words()) for name in names])
-            continue
-        sizes = {"tokens": tokens, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
-        trace = resized(expanded(shape, statistics, seed=routing.seed, **sizes), None, options.bits)
-        drawn = None if ends else plot
-        ends.append(compare(trace, options.machine, options.gpu_bytes, names, drawn))
+    if (lacks := shortfall(spec, machine_by_name(options.machine), options.gpu_bytes)) is not None:
+        ends = 2 * [[PolicyRow(name, does_not_fit=lacks.in_words()) for name in names]]
+    else:
+        pieces = {"tokens": tokens, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+        for trace in expanded_ends(shape, options.bits, **pieces):
+            ends.append(compare(trace, options.machine, options.gpu_bytes, names, None if ends else plot))
     return AssumedReport(
         where=f"{shape} by parameters on {options.machine}",
         shape=shape,

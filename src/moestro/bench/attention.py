@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..compute.cpu import best_level, core_cpus, fma_gflops, read_gbps
+from ..compute.cpu import best_level, core_cpus, fma_gflops, read_limit_gbps
 from ..console import print_table
 from ..errors import RequestError
 from ..machine.kernel_rates import CACHES, attention_of, plausible_weights, torch_threads
@@ -29,7 +29,6 @@ from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_byt
 from ..memory.formats import FLOAT_FORMATS
 from ..planning.budget import check_ram
 from ..planning.shapes import shape_named
-from .kernels import PREFETCH_FLOATS
 from .report import Report, check_kernels
 
 SHAPES, DTYPES = ("qwen3-30b-a3b", "olmoe-1b-7b"), ("bf16", "fp32")
@@ -184,7 +183,7 @@ def _measure_rounds(cases: Sequence[Case], memory: Tensor, rounds: int, count: i
     found: dict[Case, list[_Figures]] = {case: [] for case in cases}
 
     def limits() -> None:
-        reads.append(max(read_gbps(memory, count, ahead) for ahead in PREFETCH_FLOATS))
+        reads.append(read_limit_gbps(memory, count))
         fmas.append(fma_gflops(count))
 
     for _ in range(rounds):

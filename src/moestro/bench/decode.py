@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..compute.cpu import best_level, core_cpus, read_gbps
+from ..compute.cpu import best_level, core_cpus, read_limit_gbps
 from ..console import print_table
 from ..errors import RequestError
 from ..machine.kernel_rates import torch_threads
@@ -27,7 +27,6 @@ from ..planning.budget import check_ram
 from ..planning.shapes import spec_of_shape
 from .batches import CACHED, BatchFigures, BatchTurns, print_batches
 from .beams import BeamFigures, BeamTurns, print_beams
-from .kernels import PREFETCH_FLOATS
 from .models import ALONE, OURS, ModelWorker
 from .report import Report, check_kernels
 from .worker import EngineWorker
@@ -153,7 +152,7 @@ def _take_turns(
     decodes: dict[str, list[float]] = {name: [] for name in engines}
     prefills: dict[str, dict[int, list[float]]] = {name: {n: [] for n in PROMPTS} for name in engines}
     for _ in range(rounds):
-        limits.append(max(read_gbps(memory, threads, ahead) for ahead in PREFETCH_FLOATS))
+        limits.append(read_limit_gbps(memory, threads))
         for name, (_, engine) in engines.items():
             for tokens in PROMPTS:
                 prefills[name][tokens].append(tokens / engine.prefill_s(tokens))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compute.cpu import CpuExperts, best_level, core_cpus, dot_gflops, fma_gflops, read_gbps
+from ..compute.cpu import PREFETCH_FLOATS, CpuExperts, best_level, core_cpus, dot_gflops, fma_gflops, read_gbps
 from ..compute.experts import ExpertMath, ExpertWork
 from ..console import print_table
 from ..machine.kernel_rates import CACHES, plausible_weights, torch_threads
@@ -33,7 +33,6 @@ from .report import Report, check_kernels
 
 READ_BYTES = 4 * 2**30
 CALL_BYTES = 2**28  # bytes that the timed calls of a row read with one token
-PREFETCH_FLOATS = (0, 256, 1024, -1)  # how far ahead to prefetch; -1: read four streams instead, as the kernels do
 MEASURED = ("fp32", "fp16", "bf16", "int8", "int4")  # where no format is named
 TOKENS, FULL_TOKENS = (1, 64), (1, 4, 16, 64, 256)
 ROUNDS, FULL_ROUNDS = 3, 5

@@ -15,7 +15,7 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-from ..compute.cpu import best_level, core_cpus, read_gbps
+from ..compute.cpu import best_level, core_cpus, read_limit_gbps
 from ..console import print_table
 from ..loading.measure_machine import Progress, this_card
 from ..loading.outlook import work_of
@@ -135,7 +135,7 @@ def measure_plan(
             machine = card(count, anew=anew, on_progress=on_progress)
         with torch_threads(1):
             predicted = predict(shape, of, depth, machine)
-            reads.append(max(read_gbps(memory, count, ahead) for ahead in (0, 512, -1)))
+            reads.append(read_limit_gbps(memory, count))
             measured = _run(shape, of, depth, count, rounds)
             for what, tok_s in predicted.items():
                 rows.append(PlanRow(shape, of, depth, what, tok_s, measured[what], tok_s / measured[what] - 1))

@@ -17,7 +17,7 @@ from ..planning.options import ReplayOptions
 from ..planning.policies import make_policy
 from ..planning.shapes import spec_of_shape
 from ..planning.timeline import Timeline
-from ..simulate.expand import expanded
+from ..simulate.expand import expanded_ends
 from ..simulate.fit import Shortfall, shortfall
 from ..simulate.replay import PhaseFigures, Replay, replay
 from ..simulate.reshape import at_bits, resized
@@ -136,13 +136,11 @@ def replay_shape(options: ReplayOptions, timeline: Path | None) -> ShapeReplay:
     """Replay a shape whose routing is known as parameters, at both ends of their ranges."""
     assert options.shape is not None
     routing, machine = routing_of(options.shape), machine_by_name(options.machine)
-    spec = spec_of_shape(options.shape)
-    spec = spec if options.bits is None else at_bits(spec, options.bits)
+    spec = at_bits(spec_of_shape(options.shape), options.bits)
     if (lacks := shortfall(spec, machine, options.gpu_bytes)) is not None:
         return ShapeReplay(options, routing, lacks, ())
     ends: list[Replay] = []
-    for statistics in (routing.low, routing.high):
-        trace = resized(expanded(options.shape, statistics, seed=routing.seed, tokens=SHAPE_TOKENS), None, options.bits)
+    for trace in expanded_ends(options.shape, options.bits, tokens=SHAPE_TOKENS):
         ends.append(_replay(trace, options, machine, None if ends else timeline))
     return ShapeReplay(options, routing, None, tuple(ends))
 

@@ -34,6 +34,7 @@ except ImportError:  # a pure wheel: no compiler was there when it was built
 
 KernelShape: TypeAlias = "_kernels.Shape"  # a layer's experts, as the kernels take them
 _BLOCKS = (64, 128, 256)  # neurons
+PREFETCH_FLOATS = (0, 256, 1024, -1)  # how far ahead to prefetch; -1: read four streams instead, as the kernels do
 _ROWS_AT_ONCE = 256  # of a lookup in plain torch: each takes its panel of 16 along
 
 
@@ -307,6 +308,11 @@ def best_level() -> str:
 def read_gbps(memory: Tensor, threads: int, prefetch_floats: int) -> float:
     """How fast a summing loop reads a float32 tensor, in GB/s (1e9 bytes a second)."""
     return memory.nbytes / runner(threads).read_seconds("", memory, prefetch_floats) / 1e9
+
+
+def read_limit_gbps(memory: Tensor, threads: int) -> float:
+    """The best of the summing loops with so many threads, in GB/s. memory: float32, more than the caches hold."""
+    return max(read_gbps(memory, threads, ahead) for ahead in PREFETCH_FLOATS)
 
 
 def fma_gflops(threads: int) -> float:

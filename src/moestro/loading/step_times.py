@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..compute.cpu import read_gbps
-from ..engine.forks import set_torch_threads
+from ..machine.kernel_rates import torch_threads
 from ..progress import quiet
 from . import plug  # noqa: F401  # registers the experts function
 from .config import MoestroConfig
@@ -65,9 +65,7 @@ def measure_step_times(
     Args:
         flushed: memory to read before each step, float32; larger than the caches.
     """
-    torch_threads = torch.get_num_threads()
-    set_torch_threads(threads)
-    try:
+    with torch_threads(threads):
         kinds = [(family, layers) for family in (_FUSED, _PLAIN) for layers in (FEW, MANY)]
         with quiet():
             steps = [_Steps(family, layers, threads, flushed) for family, layers in kinds]
@@ -82,8 +80,6 @@ def measure_step_times(
             for one, seconds in zip(prompts, read, strict=True):
                 seconds.append(one.read(_PROMPT_TOKENS))
             on_progress((_WARM + _STEPS + turn + 1) / (_WARM + _STEPS + _PROMPTS))
-    finally:
-        set_torch_threads(torch_threads)
     few, many, plain_few, plain_many = (1e6 * median(seconds[_WARM:]) for seconds in found)
     layer_us, plain_us = (max(0.0, b - a) / (MANY - FEW) for a, b in ((few, many), (plain_few, plain_many)))
     least_s, most_s = (median(seconds[1:]) for seconds in read)

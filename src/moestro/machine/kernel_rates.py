@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compute.cpu import CpuExperts, Matrix, fma_gflops, levels, read_gbps, run_linear
+from ..compute.cpu import PREFETCH_FLOATS, CpuExperts, Matrix, fma_gflops, levels, read_gbps, run_linear
 from ..compute.experts import ExpertMath, ExpertWork
 from ..compute.few_tokens import StepAttention
 from ..errors import RequestError
@@ -43,7 +43,6 @@ _FEW_ROWS = 256  # whose panels are repeated
 _BOUND = 0.02  # of random weights
 _QUERY_HEADS, _KEY_HEADS, _WIDTH = 32, 8, 128
 _CACHED, _PROMPT = 4096, 512
-_AHEAD = (0, 512, -1)  # floats to prefetch; -1: four streams
 Call = Callable[[], float]  # computes once, and returns how many bytes or operations that were
 
 
@@ -187,7 +186,7 @@ def _limits(memory: Tensor, threads: int) -> dict[Case, Call]:
     floats = memory.view(torch.float32)
     fill_plausibly(floats)
     calls: dict[Case, Call] = {}
-    for ahead in _AHEAD:
+    for ahead in PREFETCH_FLOATS:
         calls[Case("read", str(ahead))] = partial(_read, floats, threads, ahead)
     calls[Case("fma")] = partial(_multiply, threads)
     return calls | _attention_calls(floats, threads)

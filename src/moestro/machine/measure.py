@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..compute.cpu import core_cpus, fma_gflops, levels, read_gbps
+from ..compute.cpu import core_cpus, fma_gflops, levels, read_limit_gbps
 from ..devices import Device, make_device
 from ..memory.store import map_memory
 from ..planning.machine_file import machine_of
@@ -71,7 +71,7 @@ def _cpu_rates(threads: int) -> tuple[float, float]:
         memory.sum()
         gbps = size_bytes / (time.perf_counter() - start_s) / 1e9
         return gbps, _product_gflops(torch.device("cpu"), torch.float32, 1024)
-    return max(read_gbps(memory, threads, ahead) for ahead in 3 * (0, 512)), fma_gflops(threads)
+    return max(read_limit_gbps(memory, threads) for _ in range(2)), fma_gflops(threads)
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class Batch:
         self._columns = columns_for(context)
         self._rooms = caches.rooms(rows, self._columns)
         self.lengths: list[int] = []
-        self._end = 0
+        self._begin = self._end = 0  # columns that rows use
         self._cache: Any = None  # laid over the rooms; None after a change of rows
 
     def join(self, cache: Any) -> int:

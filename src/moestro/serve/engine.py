@@ -1,9 +1,9 @@
 """Serves many requests by one model: a thread of its own runs the steps, other threads submit and take events.
 
-    >>> engine = Engine(model, tokenizer, max_requests=4, context=1024)
-    >>> for event in engine.submit(Request(prompt=[1, 2, 3], max_new_tokens=8)):
-    ...     print(event)
-    >>> engine.close()
+    engine = Engine(model, tokenizer, max_requests=4, context=1024)
+    for event in engine.submit(Request(prompt=[1, 2, 3], max_new_tokens=8)):
+        print(event)
+    engine.close()
 
 Knows no network. See `steps.py` for what a turn of the thread does.
 """

@@ -1,4 +1,4 @@
-"""What the engine's thread does with the model: a chunk of a prompt, a step of all rows, and who joins and leaves.
+"""What the engine's thread does with the model: a chunk of a prompt, a step of all rows; rows join and leave.
 
 One prompt is read at a time, in chunks that begin at whole multiples, so that it is computed the same whatever runs
 beside it. It joins the batch when its first token is there. A step that fails ends the answers that were in it.

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from ..planning.contract import Phase, Step, guesses_kept
 from ..planning.shapes import spec_of_shape, top_k_of_shape
-from .routing import Statistics
+from .reshape import resized
+from .routing import Statistics, routing_of
 from .trace import Pass, Trace
 
 PIECE_TOKENS = 192  # of a text, to decode after its prompt
@@ -37,6 +38,20 @@ _ROUNDS, _HALVINGS = 4, 9
 
 Scores = NDArray[np.float32]
 Chosen = NDArray[np.bool_]
+
+
+def expanded_ends(shape: str, bits: int | None, **pieces: int) -> Iterator[Trace]:
+    """Traces at the lower and then at the higher end of what is known of how a shape routes.
+
+    Args:
+        bits: of the experts; None for bf16. pieces: lengths, as `expanded` takes them.
+
+    Raises:
+        RequestError: nothing is known of it.
+    """
+    routing = routing_of(shape)
+    for statistics in (routing.low, routing.high):
+        yield resized(expanded(shape, statistics, seed=routing.seed, **pieces), None, bits)
 
 
 def expanded(

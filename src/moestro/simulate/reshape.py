@@ -22,12 +22,14 @@ from .trace import Pass, Trace
 FORMAT_OF_BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "hqq4", 3: "hqq3", 2: "hqq2"}
 
 
-def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
-    """A model with experts of so many bits, as a load would pack them. The dense part stays as it is.
+def at_bits(spec: ModelSpec, bits: int | None) -> ModelSpec:
+    """A model with experts of so many bits, as a load would pack them; None: of its own. The dense part stays as it is.
 
     Raises:
         RequestError: no such bits.
     """
+    if bits is None:
+        return spec
     if bits not in FORMAT_OF_BITS:
         raise RequestError(f"{spelled('bits', bits)}: there are {', '.join(map(str, FORMAT_OF_BITS))}")
     sizes = expert_sizes_named(FORMAT_OF_BITS[bits])
@@ -42,7 +44,7 @@ def at_bits(spec: ModelSpec, bits: int) -> ModelSpec:
 def resized(trace: Trace, shape: str | None, bits: int | None) -> Trace:
     """A trace at another shape's size, or with experts of other bits; as it is where nothing is asked."""
     found = trace if shape is None else as_shape(trace, shape)
-    return found if bits is None else replace(found, spec=at_bits(found.spec, bits))
+    return replace(found, spec=at_bits(found.spec, bits))
 
 
 def as_shape(trace: Trace, shape: str) -> Trace:

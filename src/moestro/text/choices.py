@@ -24,13 +24,20 @@ class SamplingOptions(Protocol):
     """What a request says about sampling; None leaves it to the checkpoint."""
 
     @property
-    def temperature(self) -> float | None: ...
+    def temperature(self) -> float | None:
+        """Which logits are divided by; 0 takes the likeliest token."""
+
     @property
-    def top_p(self) -> float | None: ...
+    def top_p(self) -> float | None:
+        """The probability that the likeliest tokens, which are sampled from, hold together."""
+
     @property
-    def top_k(self) -> int | None: ...
+    def top_k(self) -> int | None:
+        """How many of the likeliest tokens are sampled from; 0 for all."""
+
     @property
-    def min_p(self) -> float | None: ...
+    def min_p(self) -> float | None:
+        """The part of the likeliest token's probability that a token needs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,9 +68,10 @@ class PackedFolder:
             found, wanted = getattr(made, name), getattr(asked, name)
             if wanted not in (None, found):
                 has = "as its checkpoint had them" if found is None else f"with {found}"
+                set_too = "" if name == "transcode" else f" (which {spelled('bits')} sets, too)"
                 raise RequestError(
-                    f"{self.model} is packed {has}, not with {spelled(name, wanted)} (which {spelled('bits')} sets, "
-                    "too); leave it out, or pack the checkpoint with it"
+                    f"{self.model} is packed {has}, not with {spelled(name, wanted)}{set_too}; leave it out, or pack "
+                    "the checkpoint with it"
                 )
         if made.fit is not None and asked.fit not in (None, made.fit):
             raise RequestError(
