@@ -1,9 +1,10 @@
 """Serves many requests by one model: a thread of its own runs the steps, other threads submit and take events.
 
-    engine = Engine(model, tokenizer, max_requests=4, context=1024)
-    for event in engine.submit(Request(prompt=[1, 2, 3], max_new_tokens=8)):
-        print(event)
-    engine.close()
+    >>> engine = Engine(model, tokenizer, max_requests=2, context=64)
+    >>> [*engine.submit(Request(prompt=[5, 6, 7], max_new_tokens=4))][-1].completion_tokens
+    4
+    >>> engine.close()
+    True
 
 Knows no network. See `steps.py` for what a turn of the thread does.
 """

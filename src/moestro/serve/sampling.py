@@ -28,8 +28,8 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from ..errors import CheckpointError, ModelError
-from ..text.choices import sampling_of
+from ..errors import ModelError
+from ..text.choices import no_number, sampling_of
 from ..text.settings import unusual_settings
 from .requests import Constraint, Request, TokenLogprobs
 
@@ -147,10 +147,7 @@ class Chooser:
             CheckpointError: the model's output is not a number.
         """
         if bool(logits.isnan().any()):
-            raise CheckpointError(
-                "the model's output is not a number: its weights are damaged, or too large for float16; "
-                "try --dtype float32"
-            )
+            raise no_number()
         scores = self._processors(ids, logits[None].clone())
         if self._constraint is not None:
             self._constraint.mask(scores[0])

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
 from ..planning.spelling import spelled
 from .options import TextOptions
 from .settings import check_settings
@@ -147,6 +147,14 @@ def _check_draft(draft: str, own: GenerationConfig, num_beams: int, keeps_cache:
     for setting, does in hinders.items():
         if does:
             raise RequestError(f"{spelled('draft', draft)} does not go with the checkpoint's {setting}; leave it out")
+
+
+def no_number() -> CheckpointError:
+    """What is raised where the model's output is not a number."""
+    return CheckpointError(
+        "the model's output is not a number: its weights are damaged, or too large for float16; "
+        f"try {spelled('dtype', 'float32')}"
+    )
 
 
 def sampling_of(options: SamplingOptions, own: GenerationConfig, num_beams: int = 1) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from ..decode.beams import read_once
 from ..decode.capture import CaptureFigures, cache_for, figures_of
 from ..engine.counters import Counters
-from ..errors import CheckpointError, ModelError, MoestroError, RequestError, faults_as, first_line
+from ..errors import ModelError, MoestroError, RequestError, faults_as, first_line
 from ..loading.context import model_context
 from ..machine.probe import major_faults, peak_ram_bytes
 from ..planning.clock import Clock
@@ -29,7 +29,7 @@ from ..planning.spelling import spelled
 from .answer import AnswerStream, OnText, StopText
 from .assisted import AssistedFigures, begin_behind, check_goes_back, drafting, forwards_of, goes_on
 from .channels import find_channels
-from .choices import Choices, choose
+from .choices import Choices, choose, no_number
 from .faults import PageFaults
 from .options import TextOptions
 from .reading import OnProgress, Reading, watched
@@ -330,10 +330,7 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
     except Exception as error:
         unusual = unusual_settings(model.generation_config)
         if "probability tensor" in str(error) and not unusual:
-            raise CheckpointError(
-                "the model's output is not a number: its weights are damaged, or too large for float16; "
-                f"try {spelled('dtype', 'float32')}"
-            ) from error
+            raise no_number() from error
         if unusual:
             raise ModelError(
                 f"Transformers cannot follow the checkpoint's generation settings, {', '.join(unusual)} "
