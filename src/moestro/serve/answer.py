@@ -83,7 +83,7 @@ class Answer:
         self.first_s = self.first_s or perf_counter()
         self._room[0, self.length] = token
         self.length += 1
-        text = "" if token in self._ends else self._cut(self._stream.put([token]))
+        text = self._text_of(token)
         ended = self._ended(token)
         if ended is not None:
             text += self._cut(self._stream.flush()) + self._cutter.flush()
@@ -110,6 +110,14 @@ class Answer:
         )
         self.ticket.put(finished)
         return finished
+
+    def _text_of(self, token: int) -> str:
+        """The text that is final with a token."""
+        mark = self.request.marks.get(token)
+        if mark is not None:  # the text before a mark does not change any more
+            text = self._cut(self._stream.put([token]) + self._stream.flush()) + self._cutter.flush()
+            return text if self._cutter.is_stopped else text + mark
+        return "" if token in self._ends else self._cut(self._stream.put([token]))
 
     def _ended(self, token: int) -> Ended | None:
         if token in self._ends:

@@ -95,6 +95,7 @@ class Request:
 
     prompt: token ids. max_new_tokens: None for as many as the context has room for. stop: texts that end the answer
     and are not in it; none for the checkpoint's own. stop_token_ids: tokens that end it, beside the checkpoint's.
+    marks: special tokens whose text is in the answer's, which leaves all others out: those that mark its parts.
     logprobs: of how many likeliest tokens beside the chosen one; None for none at all.
     """
 
@@ -103,6 +104,7 @@ class Request:
     max_new_tokens: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Collection[int] = ()
+    marks: Mapping[int, str] = field(default_factory=dict)
     logprobs: int | None = None
     constraint: Constraint | None = None
 
