@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # front door, which loads what it shows only when that is asked for.
 WINGS = (
     *("errors", "logs", "console", "progress", "planning", "memory", "compute", "devices", "machine", "simulate"),
-    *("engine", "decode", "loading", "text", "bench", "serve", "cli", "__init__", "__main__"),
+    *("engine", "decode", "loading", "text", "serve", "bench", "cli", "__init__", "__main__"),
 )
 NEVER = {  # though it stands below: a wing, and what it must not import besides
     "planning": ("torch", "transformers", "numpy", "rich", "typer"),

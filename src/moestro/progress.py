@@ -10,7 +10,7 @@ while another one is there.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from threading import Lock
 from time import monotonic
@@ -20,6 +20,7 @@ T = TypeVar("T")
 BYTES, SHARE = "bytes", "share"  # units that are shown in ways of their own
 _is_quiet = False
 _shown: Bar | None = None
+_listener: Callable[[str, float | None], None] | None = None
 
 
 @contextmanager
@@ -37,6 +38,20 @@ def is_quiet() -> bool:
     """Whether the user, or a program, wants to hear nothing of how far something is, terminal or not."""
     hub: Any = sys.modules.get("huggingface_hub.utils")
     return _is_quiet or (hub is not None and bool(hub.are_progress_bars_disabled()))
+
+
+@contextmanager
+def heard(listener: Callable[[str, float | None], None]) -> Iterator[None]:
+    """Inside the block, tell a function what each bar is of and which share of it is done, None if that is not known.
+
+    It is called for every step of a bar, shown or not, in whatever thread that is, and must not wait.
+    """
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 @contextmanager
@@ -92,6 +107,7 @@ class Bar:
 
     def _reach(self, done: float) -> None:
         self._done = done
+        self._tell()
         self._show()
         if self._display is not None:
             self._display.update(self._task, completed=done)
@@ -103,8 +119,13 @@ class Bar:
             self._task = self._display.add_task(self._what, total=self._total, unit=self._unit)
             self._display.start()
 
+    def _tell(self) -> None:
+        if _listener is not None:
+            _listener(self._what, self._done / self._total if self._total else None)
+
     def __enter__(self) -> Bar:
         with self._lock:
+            self._tell()
             self._show()
         return self
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,12 +11,12 @@ import typer
 from ..errors import MoestroError, is_fault
 from ..loading.once import remembering
 from ..logs import keep_traceback, set_up_logging
-from ..planning.budget import format_bytes
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
 from .bench import bench
 from .cache import cache
 from .envelope import print_json
+from .load import load_all
 from .machine import machine
 from .options import (
     DecodeTokens,
@@ -34,6 +32,7 @@ from .options import (
     unset,
 )
 from .preflight import check_model, check_named, check_readable, check_routing
+from .serve import serve
 from .terminal import AnswerPrinter, ReadingBar, print_figures, read_prompt, say, use_any_bytes
 
 app = typer.Typer(
@@ -49,6 +48,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 app.command("machine", epilog="Example: moestro machine -o this.json")(machine)
+app.command("serve", epilog="Example: moestro serve demo --port 8080")(serve)
 
 
 @app.callback(invoke_without_command=True)
@@ -116,7 +116,7 @@ def run(
         with timing() as times:
             imports_s = process_s()
             written = partial(prompt_for, text=text, raw=raw)
-            loaded, tokenizer, draft, given = _load(model, source, engine, written, text=options)
+            loaded, tokenizer, draft, given = load_all(model, source, engine, written, text=options)
     if given.in_template:
         say("chat    the prompt is a message in the model's chat template; --raw continues it as it is")
     printer, streams = AnswerPrinter(), not as_json
@@ -161,7 +161,7 @@ def chat(
 
         check_template(tokenizer, system)
 
-    loaded, tokenizer, draft, _ = _load(model, source, engine, checked, text=options)
+    loaded, tokenizer, draft, _ = load_all(model, source, engine, checked, text=options)
     from ..text.chat import ChatSession
 
     session = ChatSession(loaded, tokenizer, options, system, draft)
@@ -189,7 +189,7 @@ def trace_command(
     from ..text.files import read_text, writable
 
     words, target = read_text(text), None if output is None else writable(output)
-    loaded, tokenizer, *_ = _load(model, source, engine)
+    loaded, tokenizer, *_ = load_all(model, source, engine)
     from ..simulate.trace_summary import summarize
     from ..text.tracing import trace_text
     from .notes import settled_by
@@ -334,50 +334,6 @@ def doctor(
     width = max(map(len, findings))
     for name, value in findings.items():
         print(f"{name:<{width}}  {value}")
-
-
-def _load(
-    model: str | None,
-    source: ModelOptions,
-    options: Options,
-    check: Callable[[Any], Any] = lambda tokenizer: None,
-    *,
-    text: TextOptions | None = None,
-) -> tuple[Any, Any, Any, Any]:
-    """The model, its tokenizer, the draft that `text` names, or None, and what `check` returns.
-
-    check: called with the tokenizer before the model loads.
-    """
-    trusted = source.trust_remote_code
-    with remembering():
-        check_named(model, source)
-        check_readable(options.profile, "trace")
-        check_model(model, source, draft=None if text is None else text.draft)
-
-        from ..compute.cpu import core_cpus
-        from ..loading.load import load, load_tokenizer
-        from ..text.assisted import check_guesses, draft_bytes, load_draft
-        from .notes import say_kernels, say_without_effect
-
-        if options.threads is None:
-            options = replace(options, threads=len(core_cpus()))
-        tokenizer = load_tokenizer(
-            model, shape=source.shape, revision=source.revision, tokenizer=source.tokenizer, trust_remote_code=trusted
-        )
-        checked, draft = check(tokenizer), None
-        if text is not None:
-            check_guesses(text, model, source, tokenizer)
-            if text.draft is not None:  # first, so that what is left of the RAM is the model's
-                draft, options = load_draft(text.draft, source, options)
-                say(f"draft   {text.draft}: {format_bytes(draft_bytes(draft))} of RAM")
-        drawn = {} if text is None or source.shape is not None else {"seed": 0}  # then it is the text's alone
-        loaded = load(model, **source.to_dict() | drawn, **options.to_dict())
-    if (plan := loaded.moestro.gpu_plan) is not None:
-        say(plan.in_words())
-    if text is not None:
-        say_without_effect(text, loaded)
-    say_kernels()
-    return loaded, tokenizer, draft, checked
 
 
 def main() -> None:

@@ -68,7 +68,8 @@ class Progress:
 class Engine:
     """Serves requests until it is closed.
 
-    batching: "batched", or "one at a time: " and why. kv_bytes: of all rows, allocated at once.
+    batching: "batched", or "one at a time: " and why. queue: how many requests may wait. kv_bytes: of all rows,
+    allocated at once.
 
     Args:
         max_requests: that run at a time, 1 to 64. context: tokens of prompt and answer of each; None for the model's.
@@ -89,7 +90,7 @@ class Engine:
         queue: int = 64,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        self._model, self._tokenizer, self._queue = model, tokenizer, queue
+        self._model, self._tokenizer, self.queue = model, tokenizer, queue
         self._vocabulary, self._own = embedding_rows(model), model.generation_config
         check_settings(self._own, self._vocabulary)
         check_followed(self._own)
@@ -135,7 +136,7 @@ class Engine:
             if self._progress.state != "ready":
                 why = self._progress.error or "it is being closed"
                 raise EngineStopped(f"the engine takes no requests: {why}; start the server again")
-            if len(self._wait) >= self._queue + self._free():
+            if len(self._wait) >= self.queue + self._free():
                 raise QueueFull(len(self._wait), self._retry_s())
             self._wait.append(answer)
             self._changed.notify_all()

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import MoestroError, RequestError
+
+if TYPE_CHECKING:  # the routes are there before torch is
+    from torch import Tensor
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 

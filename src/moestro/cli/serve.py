@@ -1,0 +1,79 @@
+"""`moestro serve`: what the command line does around a server. Imports neither torch nor FastAPI before it must."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..loading.once import remembering
+from ..planning.options import ModelOptions, Options
+from ..serve.options import DEFAULT_CONTEXT, ServeOptions
+from .load import load_all
+from .options import Model, takes_options
+from .preflight import check_model, check_named, check_readable
+from .terminal import say
+
+if TYPE_CHECKING:
+    from ..serve.service import Loaded
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+@takes_options()
+def serve(source: ModelOptions, engine: Options, options: ServeOptions, model: Model = None) -> None:
+    """Serve a model by the protocols of OpenAI and Anthropic. Ctrl-C finishes what is being answered, twice cuts it."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise RequestError(f"a server needs {', '.join(missing)}; pip install 'moestro[serve]'")
+    with remembering():
+        check_named(model, source)
+        check_readable(engine.profile, "trace")
+        check_model(model, source)
+    from ..serve.listen import bound, leave_process, listen
+    from ..serve.service import Service
+
+    at = bound(options.host, options.port)
+    port = at.getsockname()[1]
+    name = options.served_name or model or source.shape or ""
+    service = Service(
+        name,
+        lambda: _loaded(model, source, engine, options),
+        is_strict=options.strict_model,
+        has_key=options.key is not None,
+    )
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    say(f"serve   http://{shown}:{port} listens; {name} is being loaded, /health says when it answers")
+    listen(
+        *(service, at),
+        host=options.host,
+        names=options.allow_host,
+        key=options.key,
+        body_bytes=int(options.max_body),
+    )
+    if service.error is not None:
+        say(f"error: {service.error}")
+        sys.stderr.flush()
+    leave_process(0 if service.error is None else 1 if service.is_fault else 2)
+
+
+def _loaded(model: str | None, source: ModelOptions, engine: Options, options: ServeOptions) -> Loaded:
+    """The model with its engine; for the loading thread."""
+    from ..loading.context import model_context
+    from ..serve.engine import Engine
+    from ..serve.service import Loaded
+
+    loaded, tokenizer, *_ = load_all(model, source, engine)
+    most = model_context(loaded.config)
+    context = engine.context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+    made: Any = Engine(
+        loaded,
+        tokenizer,
+        max_requests=options.max_requests,
+        context=context,
+        queue=options.queue,
+        prefix_bytes=int(options.prefix_memory),
+    )
+    say(f"serve   {made.max_requests} requests of {made.context} tokens at a time, {made.batching}")
+    return Loaded(loaded, tokenizer, made)
