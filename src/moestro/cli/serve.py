@@ -31,7 +31,7 @@ def serve(source: ModelOptions, engine: Options, options: ServeOptions, model: M
         check_named(model, source)
         check_readable(engine.profile, "trace")
         check_model(model, source)
-    from ..serve.listen import bound, leave_process, listen
+    from ..serve.listen import bound, leave_process, log_requests, server_for
     from ..serve.service import Service
 
     at = bound(options.host, options.port)
@@ -45,13 +45,15 @@ def serve(source: ModelOptions, engine: Options, options: ServeOptions, model: M
     )
     shown = f"[{options.host}]" if ":" in options.host else options.host
     say(f"serve   http://{shown}:{port} listens; {name} is being loaded, /health says when it answers")
-    listen(
-        *(service, at),
+    log_requests()
+    server = server_for(
+        service,
         host=options.host,
         names=options.allow_host,
         key=options.key,
         body_bytes=int(options.max_body),
     )
+    server.run(sockets=[at])
     if service.error is not None:
         say(f"error: {service.error}")
         sys.stderr.flush()

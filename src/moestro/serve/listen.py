@@ -46,24 +46,12 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def listen(
-    service: Service,
-    at: socket.socket,
-    *,
-    host: str,
-    names: Collection[str] = (),
-    key: str | None = None,
-    body_bytes: int = 8 << 20,
-) -> None:
-    """Serve until SIGINT or SIGTERM, or until the model could not be loaded; running answers are finished first.
-
-    A second signal cuts them. For the main thread.
-    """
-    _log_requests()
-    server: _Server | None = None
+def server_for(
+    service: Service, *, host: str, names: Collection[str] = (), key: str | None = None, body_bytes: int = 8 << 20
+) -> Server:
+    """A server that is not running yet; arguments as `Guard` has them."""
 
     def leave() -> None:
-        assert server is not None
         server.should_exit = True
 
     app = make_app(service, host=host, names=names, key=key, body_bytes=body_bytes, body_s=BODY_S, on_failed=leave)
@@ -80,12 +68,15 @@ def listen(
         h11_max_incomplete_event_size=_HEADER_BYTES,
         limit_concurrency=1024,
     )
-    server = _Server(config, service)
-    server.run(sockets=[at])
+    server = Server(config, service)
+    return server
 
 
-class _Server(uvicorn.Server):
-    """Ends the engine's work before the connections', so that these can end."""
+class Server(uvicorn.Server):
+    """Serves until SIGINT or SIGTERM, or until the model could not be loaded; running answers are finished first.
+
+    A second signal cuts them.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -112,7 +103,8 @@ def leave_process(status: int) -> Any:
     os._exit(status)
 
 
-def _log_requests() -> None:
+def log_requests() -> None:
+    """Write a line of JSON for each request to standard error."""
     if not requests_log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
