@@ -36,7 +36,8 @@ def serving(service: Service, **more: Any) -> Iterator[str]:
     try:
         end = time.monotonic() + 60
         while not server.started or service.state == "loading":
-            assert time.monotonic() < end and thread.is_alive()
+            assert time.monotonic() < end
+            assert thread.is_alive()
             time.sleep(0.01)
         yield f"http://127.0.0.1:{at.getsockname()[1]}"
     finally:
