@@ -68,6 +68,7 @@ def server_for(
         h11_max_incomplete_event_size=_HEADER_BYTES,
         limit_concurrency=1024,
     )
+    logging.getLogger("uvicorn.access").disabled = True  # it writes down paths as clients name them
     server = Server(config, service)
     return server
 
