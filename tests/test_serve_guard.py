@@ -209,9 +209,8 @@ def test_health_while_loading_and_after_a_failure(made: Loaded) -> None:
 
     service = Service("demo", fails)
     service.start()
-    while service.load_progress is None:
+    while service.load_progress != ("reading experts", 0.25):
         time.sleep(0.01)
-    assert service.load_progress == ("reading experts", 0.25)
     from fastapi.testclient import TestClient
 
     from moestro.serve.app import make_app
