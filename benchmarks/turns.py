@@ -14,7 +14,7 @@ import json
 from statistics import median
 
 from moestro.bench.models import OURS, ModelWorker
-from moestro.planning.shapes import spec_of_shape
+from moestro.planning.shapes import depth_of_shape
 
 CONTEXT = 16  # tokens in the cache before those that are timed
 
@@ -33,7 +33,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     pythons = given.pop("python_a"), given.pop("python_b")
     sizes = {"bits": given["bits"], "threads": given["threads"]}
-    sizes["layers"] = len(spec_of_shape(given["shape"], given["layers"]).layers)
+    sizes["layers"] = depth_of_shape(given["shape"], given["layers"])
     with (
         ModelWorker(OURS, given["shape"], **sizes, python=pythons[0]) as a,
         ModelWorker(OURS, given["shape"], **sizes, python=pythons[1]) as b,

@@ -16,7 +16,7 @@ from ..machine.kernel_rates import torch_threads
 from ..machine.probe import available_ram_bytes
 from ..memory.formats import expert_format_named
 from ..planning.budget import check_ram
-from ..planning.shapes import spec_of_shape
+from ..planning.shapes import depth_of_shape, least_depth, spec_of_shape
 from .decode import CONTEXT, NEW_TOKENS
 from .kernels import moe_layer
 from .models import OURS, ModelWorker
@@ -55,7 +55,7 @@ def measure_bits(
         RequestError: no kernels, or no such shape. BudgetError: too little RAM for all of them.
     """
     check_kernels()
-    depth = len(spec_of_shape(shape, layers).layers)
+    depth = depth_of_shape(shape, layers)
     _check_ram(shape, depth, cells)
     count = threads or len(core_cpus())
     speeds: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
@@ -84,6 +84,6 @@ def _check_ram(shape: str, layers: int, cells: Sequence[tuple[int, int]]) -> Non
         return (sum(experts) + len(cells) * spec.dense_bytes) * 1.05 + len(cells) * 2**29
 
     free_bytes = available_ram_bytes() * _RAM_SHARE
-    fits = max((depth for depth in range(1, layers) if need_bytes(depth) <= free_bytes), default=0)
+    fits = max((depth for depth in range(least_depth(shape), layers) if need_bytes(depth) <= free_bytes), default=0)
     remedy = f"--layers {fits} would fit" if fits else "no depth would fit"
     check_ram(f"decoding with {len(cells)} models of {shape}, {layers} layers", need_bytes(layers), free_bytes, remedy)

@@ -24,7 +24,7 @@ from ..machine.kernel_rates import torch_threads
 from ..machine.probe import available_ram_bytes, cpu_model
 from ..memory.formats import format_asked_for
 from ..planning.budget import check_ram
-from ..planning.shapes import spec_of_shape
+from ..planning.shapes import depth_of_shape, least_depth, spec_of_shape
 from .batches import CACHED, BatchFigures, BatchTurns, print_batches
 from .beams import BeamFigures, BeamTurns, print_beams
 from .models import ALONE, OURS, ModelWorker
@@ -115,7 +115,7 @@ def measure_decode(
         RequestError: no kernels, or no such shape or form. BudgetError: too little RAM.
     """
     check_kernels()
-    depth = len(spec_of_shape(shape, layers).layers)
+    depth = depth_of_shape(shape, layers)
     _check_ram(shape, depth, [bits, *(bits for _ in others), *([16] if alone else [])])
     count = threads or len(core_cpus())
     with ExitStack() as stack, torch_threads(1):
@@ -203,7 +203,7 @@ def _check_ram(shape: str, layers: int, bits_of_engines: list[int | str]) -> Non
         return (spec.dense_bytes + spec.expert_bytes) / 2 * each * 1.05 + READ_BYTES + len(bits_of_engines) * 2**29
 
     free_bytes = available_ram_bytes() * _RAM_SHARE
-    fits = max((depth for depth in range(1, layers) if need_bytes(depth) <= free_bytes), default=0)
+    fits = max((depth for depth in range(least_depth(shape), layers) if need_bytes(depth) <= free_bytes), default=0)
     remedy = f"--layers {fits} would fit" if fits else "no depth would fit"
     what = f"a comparison of {len(bits_of_engines)} engines with {layers} layers of {shape}"
     check_ram(what, need_bytes(layers), free_bytes, remedy)

@@ -28,7 +28,7 @@ from ..planning.machine_file import machine_values
 from ..planning.machines import Machine
 from ..planning.options import ModelOptions, Options
 from ..planning.policies import make_policy
-from ..planning.shapes import spec_of_shape
+from ..planning.shapes import depth_of_shape, least_depth, spec_of_shape
 from ..planning.text_shape import text_shape
 from ..simulate.forecast import StepModel
 from .decode import CONTEXT, NEW_TOKENS, PROMPTS
@@ -38,7 +38,6 @@ from .report import Report, check_kernels
 SHAPES = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b")
 BITS = (16, 8, 4)
 LAYERS = {"olmoe-1b-7b": 4, "mixtral-8x7b": 1}
-_LAYERS = 2  # of the others
 ROUNDS = 3
 DECODE_WITHIN, PREFILL_WITHIN, MOST = 0.15, 0.25, 0.35  # errors: what is aimed at, and what is never right
 _READ_BYTES = 2**30
@@ -122,7 +121,8 @@ def measure_plan(
         RequestError: no kernels, or no such shape. BudgetError: too little RAM for a cell.
     """
     check_kernels()
-    cells = [(shape, of, layers or LAYERS.get(shape, _LAYERS)) for shape, of in product(shapes, bits)]
+    depths = {shape: depth_of_shape(shape, layers or LAYERS.get(shape, least_depth(shape) + 1)) for shape in shapes}
+    cells = [(shape, of, depths[shape]) for shape, of in product(shapes, bits)]
     for cell in cells:
         _check_ram(*cell)
     count = threads or len(core_cpus())

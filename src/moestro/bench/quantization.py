@@ -29,7 +29,7 @@ from ..loading.load import load, load_tokenizer
 from ..loading.packed.manifest import is_packed
 from ..planning.option import bits_in
 from ..planning.options import BITS, ModelOptions
-from ..planning.shapes import spec_of_shape
+from ..planning.shapes import depth_of_shape
 from ..progress import Bar, without_bars_of_transformers
 from ..text.files import read_text
 from ..text.generation import check_ids, encode
@@ -137,7 +137,7 @@ def measure_quantization(
             bits_in(BITS)(bits, name)
     config, count = reading.check(), threads or len(core_cpus())
     windows = reading.windows(config.get_text_config().vocab_size)
-    depth = None if speed is None else len(spec_of_shape(speed.shape, speed.layers).layers)
+    depth = None if speed is None else depth_of_shape(speed.shape, speed.layers)
     speeds = (
         ()
         if speed is None

@@ -13,12 +13,12 @@ from ..planning.budget import parse_bytes
 from ..planning.option import needs, one_of
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
-from ..planning.shapes import REAL_SHAPES
+from ..planning.shapes import REAL_SHAPES, depth_of_shape
 from ..simulate.routing import routed_shapes
 from .bench_plan import bench_plan
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
-from .shape_checks import check_depth, check_prompts
+from .shape_checks import check_prompts
 from .terminal import show
 
 TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
@@ -155,7 +155,7 @@ def bench_decode(
         raise RequestError("--cached is about the steps of --batch; give that too, like --batch 1,4")
     if form is not None:
         check_form(form)
-    check_depth(measured.shape, layers)
+    depth_of_shape(measured.shape, layers)
     sequences, tokens = _numbers("--batch", batch, 1), _numbers("--cached", cached, 1)
     searches = _numbers("--beams", beams, 2)
     from ..bench.batches import CACHED
@@ -271,7 +271,7 @@ def bench_hybrid(
     """All policies live on the GPU, a random-weight model of real shape loaded once, beside what arithmetic allows."""
     needs(lambda s: s > 0, "above 0")(seconds, "seconds")
     needs(lambda s: s is None or s > 0, "above 0")(limit_s, "limit_s")
-    check_depth(measured.shape, layers)
+    depth_of_shape(measured.shape, layers)
     check_prompts(measured.shape, prompt or (1,), decode_tokens)
     from ..bench.hybrid import POLICIES as COMPARED
     from ..bench.hybrid import PROFILE_PROMPT, PROMPTS, measure_hybrid
@@ -370,7 +370,7 @@ def bench_quantization(
     """
     check_named(model, table.source)
     if table.shape is not None:
-        check_depth(table.shape, layers)
+        depth_of_shape(table.shape, layers)
     check_readable(text, "text")
     check_plot(plot)
     check_model(model, table.source)

@@ -9,17 +9,6 @@ from ..planning.shapes import shape_named
 from ..planning.text_shape import context_of
 
 
-def check_depth(shape: str, layers: int | None) -> None:
-    """Refuse more layers than a shape has, since a benchmark only cuts them.
-
-    Raises:
-        RequestError: a line with how many there are.
-    """
-    depth = shape_named(shape)["num_hidden_layers"]
-    if layers is not None and layers > depth:
-        raise RequestError(f"--layers {layers}: {shape} has {depth}; give fewer, or leave it out for all of them")
-
-
 def check_prompts(shape: str, prompts: Sequence[int], decode_tokens: int) -> None:
     """Refuse prompts that a shape's context does not hold together with what is decoded after them.
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import RequestError
 from .contract import LayerSpec, ModelSpec
 from .model_config import completed, experts_of
+from .spelling import spelled
 
 SHAPES: dict[str, dict[str, Any]] = {
     # mistralai/Mixtral-8x7B-v0.1
@@ -243,6 +244,28 @@ def _attention(config: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], int]
         others = sum(rows.values())
     sizes = {f"{part}_proj": (count, width) for part, count in rows.items()}
     return sizes | {"o_proj": (width, heads * head)}, others
+
+
+def depth_of_shape(name: str, layers: int | None = None) -> int:
+    """How many layers a shape has that is cut to so many, dense ones included; None for all.
+
+    Raises:
+        RequestError: there are fewer, or none of those has experts.
+    """
+    depth, least = int(shape_named(name)["num_hidden_layers"]), least_depth(name)
+    if layers is None:
+        return depth
+    given = spelled("layers", layers)
+    if not 1 <= layers <= depth:
+        raise RequestError(f"{given}: {name} has {depth}; give fewer, or leave it out for all of them")
+    if layers < least:
+        raise RequestError(f"{given}: the first {least - 1} of {name} have no experts; give at least {least}")
+    return layers
+
+
+def least_depth(name: str) -> int:
+    """To how many layers a shape can be cut so that one of them has experts."""
+    return 1 + (completed(shape_named(name)).get("first_k_dense_replace") or 0)
 
 
 def spec_of_shape(name: str, layers: int | None = None) -> ModelSpec:

@@ -30,7 +30,7 @@ Event = Said | Finished
 
 
 class Answers:
-    """The n answers to a prompt. For one event loop; close it, or the engine goes on with nobody reading.
+    """The n answers to a prompt. For one event loop. To be closed, or the engine goes on though no client reads.
 
     Args:
         requests: one for each answer, all with the same prompt.

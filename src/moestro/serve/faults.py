@@ -50,7 +50,7 @@ class Refused(MoestroError):
 
 
 class ClientLeft(Exception):
-    """The client has closed its connection: there is nobody to answer."""
+    """The client has closed its connection before it had its answer."""
 
 
 class AnswerFailed(MoestroError):

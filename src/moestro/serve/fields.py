@@ -75,7 +75,7 @@ class StreamOptions(Strict):
 
 
 class NoEffect(Strict):
-    """Fields of OpenAI's requests that do not change an answer: names for whoever pays, and for caches."""
+    """Fields of OpenAI's requests that do not change an answer: names of users, and hints for caches and bills."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -128,7 +128,7 @@ def requests_for(
     """
     most = ready.engine.max_requests
     if n > most:
-        raise RequestError(f"n is {n}; at most {most} answers run at a time here (--max-requests)")
+        raise RequestError(f"n is {n}; at most {most} answers run at a time here; ask for fewer")
     marks = {} if ready.responses is None or not keeps_marks else ready.responses.marks
     return [
         Request(

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..planning.spelling import spelled
 from .faults import Refused, error_answer
 
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
@@ -65,7 +66,7 @@ class Guard:
             raise Refused(400, "the request needs one Host header")
         host = headers["host"]
         if not self._is_known(host):
-            raise Refused(403, f"the host {host!r} is not one of this server's names; --allow-host adds one")
+            raise Refused(403, f"the host {host!r} is not one of this server's names; {spelled('allow_host')} adds one")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             raise Refused(403, f"a page of {origin!r} may not use this server; pages of its own may")
@@ -150,14 +151,17 @@ def protocol(header_s: float) -> Any:
         """Counts from the connection's begin; between two requests uvicorn's own limit holds."""
 
         def connection_made(self, transport: Any) -> None:
+            """As uvicorn's; the time begins."""
             super().connection_made(transport)
             self._late = self.loop.call_later(header_s, self._close_if_late)
 
         def connection_lost(self, exc: Exception | None) -> None:
+            """As uvicorn's; there is nothing to close any more."""
             self._late.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            """As uvicorn's; the time ends with the headers, and begins again with those of the next request."""
             was_between = self.cycle is None or self.cycle.response_complete
             super().data_received(data)
             is_between = self.cycle is None or self.cycle.response_complete

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from ..errors import RequestError
+from ..planning.spelling import spelled
 from .app import make_app
 from .guard import protocol
 from .journal import requests_log
@@ -33,7 +34,9 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
-        raise RequestError(f"--host {host}: no such address ({error.strerror}); name one of this machine") from error
+        raise RequestError(
+            f"{spelled('host', host)}: no such address ({error.strerror}); name one of this machine"
+        ) from error
     made = socket.socket(kind, socket.SOCK_STREAM)
     if os.name == "posix":
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,7 +45,9 @@ def bound(host: str, port: int) -> socket.socket:
         made.listen(128)
     except OSError as error:
         made.close()
-        raise RequestError(f"--port {port}: {host} does not give it ({error.strerror}); name another one") from error
+        raise RequestError(
+            f"{spelled('port', port)}: {host} does not give it ({error.strerror}); name another"
+        ) from error
     return made
 
 

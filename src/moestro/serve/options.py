@@ -16,7 +16,7 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(Checked):
-    """Where a server listens, for whom, and how many requests it answers at a time."""
+    """Where a server listens, which clients it answers, and how many requests at a time."""
 
     host: str = option(
         "127.0.0.1", "The address; 0.0.0.0 lets other machines in.", metavar="ADDRESS", check=named("one")

@@ -1,9 +1,8 @@
 """A model that is being loaded by a thread, serves, or could not be loaded; what the routes of a server stand on.
 
->>> service = Service("demo", lambda: Loaded(model, tokenizer, Engine(model, tokenizer)))
->>> service.start()
->>> service.ready().engine.max_requests
-4
+service = Service("demo", lambda: Loaded(model, tokenizer, Engine(model, tokenizer)))
+service.start()
+service.ready().engine.submit(request)      # NotReady while it is being loaded
 """
 
 from __future__ import annotations
