@@ -10,22 +10,21 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from time import time
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from . import chat, completions, messages, messages_reply
 from .answers import Answers
+from .body import JsonRoute
 from .faults import add_handlers
 from .fields import check_model
 from .guard import Guard
 from .info import info_routes
 from .journal import Journal
-from .service import Ready, Service
+from .service import Service
 from .stream import event, streamed, unless_left
-
-T = TypeVar("T")
 
 
 def make_app(
@@ -52,6 +51,7 @@ def make_app(
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="Moestro", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.router.route_class = JsonRoute
     journal = Journal(service)
     add_handlers(app)
     app.add_middleware(Guard, host=host, names=names, key=key, body_bytes=body_bytes, body_s=body_s)
@@ -67,7 +67,7 @@ def _add_answers(app: FastAPI, service: Service, journal: Journal) -> None:
         """Answer a conversation."""
         check_model(service, asked.model)
         ready = service.ready()
-        requests = await _prepared(service, chat.prepare, ready, asked)
+        requests = await service.prepared(request, chat.prepare, ready, asked)
         one = asked.parallel_tool_calls is False
         answers = Answers(ready, requests, tools=asked.tool_values, has_one_call=one, on_end=journal.noting(request))
         head = _head("chatcmpl", asked.model)
@@ -80,7 +80,7 @@ def _add_answers(app: FastAPI, service: Service, journal: Journal) -> None:
         """Continue a text."""
         check_model(service, asked.model)
         ready = service.ready()
-        requests = await _prepared(service, completions.prepare, ready, asked)
+        requests = await service.prepared(request, completions.prepare, ready, asked)
         answers = Answers(ready, requests, is_plain=True, on_end=journal.noting(request))
         head = _head("cmpl", asked.model)
         if asked.stream:
@@ -92,7 +92,7 @@ def _add_answers(app: FastAPI, service: Service, journal: Journal) -> None:
         """Answer a conversation, by Anthropic's protocol."""
         check_model(service, asked.model)
         ready = service.ready()
-        requests = await _prepared(service, messages.prepare, ready, asked)
+        requests = await service.prepared(request, messages.prepare, ready, asked)
         one = asked.has_one_call
         answers = Answers(ready, requests, tools=asked.tool_values, has_one_call=one, on_end=journal.noting(request))
         head = {"id": f"msg_{secrets.token_hex(12)}", "model": asked.model}
@@ -102,16 +102,11 @@ def _add_answers(app: FastAPI, service: Service, journal: Journal) -> None:
         return JSONResponse(await unless_left(request, messages_reply.whole(asked, answers, head), answers.close))
 
     @app.post("/v1/messages/count_tokens", response_model=None)
-    async def count_tokens(asked: messages.CountRequest) -> Any:
+    async def count_tokens(asked: messages.CountRequest, request: Request) -> Any:
         """Count the tokens of a conversation, by Anthropic's protocol."""
         check_model(service, asked.model)
-        prompt = await _prepared(service, messages.prompt_for, service.ready(), asked)
+        prompt = await service.prepared(request, messages.prompt_for, service.ready(), asked)
         return {"input_tokens": len(prompt)}
-
-
-async def _prepared(service: Service, prepare: Callable[[Ready, Any], T], ready: Ready, asked: Any) -> T:
-    """What a request makes of a prompt, outside of the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(service.preparing, prepare, ready, asked)
 
 
 def _head(kind: str, model: str) -> dict[str, Any]:

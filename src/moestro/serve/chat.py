@@ -11,7 +11,19 @@ from pydantic import Field
 from ..errors import RequestError
 from .answers import Answers
 from .faults import AnswerFailed, Refused
-from .fields import MOST_ANSWERS, Choosing, Count, NoEffect, Stop, StreamOptions, Strict, check_values, requests_for
+from .fields import (
+    MOST_ANSWERS,
+    Choosing,
+    Count,
+    Listed,
+    ModelName,
+    NoEffect,
+    Stop,
+    StreamOptions,
+    Strict,
+    check_values,
+    requests_for,
+)
 from .requests import Constraint, Finished
 from .requests import Request as EngineRequest
 from .service import Ready
@@ -57,14 +69,14 @@ class Message(Strict):
     """A message of the conversation so far."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Listed[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Listed[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    annotations: list[Value] | None = None
+    annotations: Listed[Value] | None = None
     audio: None = None
     function_call: None = None
 
@@ -117,8 +129,8 @@ class ResponseFormat(Strict):
 class ChatRequest(Choosing, NoEffect):
     """What /v1/chat/completions takes; any other field is refused."""
 
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    model: ModelName
+    messages: Annotated[Listed[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
@@ -127,7 +139,7 @@ class ChatRequest(Choosing, NoEffect):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Listed[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -135,7 +147,7 @@ class ChatRequest(Choosing, NoEffect):
     chat_template_kwargs: dict[str, Value] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    modalities: list[str] | None = None
+    modalities: Listed[str] | None = None
     verbosity: str | None = None
 
     @property

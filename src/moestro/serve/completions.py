@@ -15,6 +15,8 @@ from .fields import (
     MOST_ANSWERS,
     Choosing,
     Count,
+    Listed,
+    ModelName,
     NoEffect,
     Stop,
     StreamOptions,
@@ -34,12 +36,14 @@ _MOST_PROMPTS = 64
 class CompletionRequest(Choosing, NoEffect):
     """What /v1/completions takes; any other field is refused."""
 
-    model: str
+    model: ModelName
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[Listed[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[Listed[TokenId], Field(min_length=1)]
+        | Annotated[
+            Listed[Annotated[Listed[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MOST_PROMPTS)
+        ]
     )
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
@@ -64,6 +68,8 @@ def prepare(ready: Ready, asked: CompletionRequest) -> list[EngineRequest]:
         raise Refused(400, f"best_of is {asked.best_of}; only n itself ({n}) is supported", param="best_of")
     if asked.echo and asked.logprobs is not None:
         raise Refused(400, "echo with logprobs is not supported; leave one out", param="echo")
+    if asked.echo and not all(isinstance(one, str) for one in _given(asked)):
+        raise Refused(400, "echo needs prompts that are texts; leave it out", param="echo")
     if asked.stream_options is not None and not asked.stream:
         raise Refused(400, "stream_options needs stream to be true", param="stream_options")
     prompts = _prompts(ready, asked)
@@ -71,7 +77,7 @@ def prepare(ready: Ready, asked: CompletionRequest) -> list[EngineRequest]:
         raise RequestError(f"{len(prompts)} prompts with {n} answers each are more than may run and wait here")
     return [
         request
-        for ids, _ in prompts
+        for ids in prompts
         for request in requests_for(
             ready,
             ids,
@@ -85,16 +91,16 @@ def prepare(ready: Ready, asked: CompletionRequest) -> list[EngineRequest]:
     ]
 
 
-def _prompts(ready: Ready, asked: CompletionRequest) -> list[tuple[list[int], str]]:
-    """Token ids of each prompt, and its text."""
+def _prompts(ready: Ready, asked: CompletionRequest) -> list[list[int]]:
+    """Token ids of each prompt."""
     from ..text.generation import encode
 
+    return [one if isinstance(one, list) else list(map(int, encode(ready.tokenizer, one))) for one in _given(asked)]
+
+
+def _given(asked: CompletionRequest) -> list[str | list[int]]:
     given: Any = asked.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-    return [
-        (one, "") if isinstance(one, list) else (list(map(int, encode(ready.tokenizer, one))), one) for one in given
-    ]
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 class _Texts:
@@ -102,7 +108,7 @@ class _Texts:
 
     def __init__(self, ready: Ready, asked: CompletionRequest, answers: Answers) -> None:
         self._ready, self._offsets = ready, [0] * len(answers)
-        each = [text for _, text in _prompts(ready, asked)] if asked.echo else []
+        each = [one if isinstance(one, str) else "" for one in _given(asked)] if asked.echo else []
         self.echoes = [text for text in each for _ in range(asked.n or 1)] or [""] * len(answers)
 
     def choice(self, at: int, text: str, logprobs: tuple[TokenLogprobs, ...], reason: str | None) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 
 from ..errors import BudgetError, MoestroError, RequestError
 from ..logs import keep_traceback
-from .requests import EngineStopped, QueueFull, TooLong
-from .service import NotReady
+from .requests import EngineStopped, NotReady, QueueFull, TooLong
 
+_LONGEST_LINE = 1000  # characters
 ANTHROPIC = "/v1/messages"  # paths that begin so
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -145,4 +145,5 @@ def in_one_line(error: RequestValidationError) -> tuple[str | None, str]:
 
 
 def _line(error: Exception) -> str:
-    return str(error) if isinstance(error, MoestroError) else keep_traceback(error)
+    line = str(error) if isinstance(error, MoestroError) else keep_traceback(error)
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."  # it may say what the client has sent

@@ -6,7 +6,7 @@ What is not supported is refused: a field that is not named here or in an API's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,6 +17,10 @@ from .service import Ready, Service
 
 MOST_ANSWERS, MOST_STOPS = 16, 16  # of one request
 _LONGEST_STOP = 1000  # characters
+
+T = TypeVar("T")
+Listed = Annotated[list[T], Field(fail_fast=True)]  # of a million wrong elements, the errors would take gigabytes
+ModelName = Annotated[str, Field(max_length=256)]  # it is echoed in each event of a stream
 
 
 class Strict(BaseModel):
@@ -30,7 +34,7 @@ def _listed(stop: Any) -> Any:
 
 
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]] | None,
+    Listed[Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]] | None,
     BeforeValidator(_listed, json_schema_input_type=str | list[str] | None),
     Field(max_length=MOST_STOPS),
 ]
@@ -45,12 +49,12 @@ class Choosing(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[Listed[TokenId], Field(max_length=64)] | None = None
 
     def sampling(self, at: int) -> Sampling:
         """For the answer `at` of several: each has a seed of its own."""

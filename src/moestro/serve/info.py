@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from .body import JsonRoute
 from .chat import Message, Tool
 from .faults import Refused
-from .fields import Strict, check_model
+from .fields import Listed, ModelName, Strict, check_model
 from .journal import Journal
 from .service import Ready, Service
 
@@ -20,16 +20,16 @@ from .service import Ready, Service
 class TokenizeRequest(Strict):
     """What /tokenize takes: a text, or a conversation as the chat template writes it."""
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Listed[Message] | None = None
+    tools: Listed[Tool] | None = None
     add_special_tokens: bool = True
 
 
 def info_routes(service: Service, journal: Journal) -> APIRouter:
     """/health, /metrics, /v1/models and /tokenize."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.get("/health", response_model=None)
     async def health() -> Response:
@@ -57,13 +57,12 @@ def info_routes(service: Service, journal: Journal) -> APIRouter:
         return _model(service)
 
     @routes.post("/tokenize", response_model=None)
-    async def tokenize(asked: TokenizeRequest) -> Any:
+    async def tokenize(asked: TokenizeRequest, request: Request) -> Any:
         """The tokens of a text or a conversation."""
         if asked.model is not None:
             check_model(service, asked.model)
         ready = service.ready()
-        loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(service.preparing, _tokens, ready, asked)
+        tokens = await service.prepared(request, _tokens, ready, asked)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": ready.engine.context}
 
     return routes

@@ -23,6 +23,7 @@ from .requests import Finished
 from .service import Service
 
 requests_log = logging.getLogger("moestro.requests")
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEP_SECONDS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
@@ -91,7 +92,7 @@ class Journal:
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request": number,
-            "method": scope["method"],
+            "method": scope["method"] if scope["method"] in _METHODS else "other",
             "path": route or "other",
             "status": status,
             "seconds": round(seconds, 4),

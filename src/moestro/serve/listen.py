@@ -21,6 +21,7 @@ from .journal import requests_log
 from .service import Service
 
 HEADER_S, BODY_S = 15.0, 60.0  # for the headers of a request, and for its body, to be there
+UNREAD_S = 60.0  # for which a client may read nothing
 _HEADER_BYTES = 64 << 10
 _KEEP_ALIVE_S = 75
 
@@ -62,7 +63,7 @@ def server_for(
     app = make_app(service, host=host, names=names, key=key, body_bytes=body_bytes, body_s=BODY_S, on_failed=leave)
     config = uvicorn.Config(
         app,
-        http=protocol(HEADER_S),
+        http=protocol(HEADER_S, UNREAD_S),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from .chat import Function, Tool, Value
 from .faults import Refused
-from .fields import Choosing, Count, Strict, requests_for
+from .fields import Choosing, Count, Listed, ModelName, Strict, requests_for
 from .requests import Constraint
 from .requests import Request as EngineRequest
 from .service import Ready
@@ -21,7 +21,7 @@ from .service import Ready
 if TYPE_CHECKING:
     pass
 
-StopSequences = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+StopSequences = Annotated[Listed[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
 
 
 class Block(Strict):
@@ -36,7 +36,7 @@ class Block(Strict):
     name: str | None = None
     input: dict[str, Value] | None = None
     tool_use_id: str | None = None
-    content: str | list[TextBlock] | None = None
+    content: str | Listed[TextBlock] | None = None
     is_error: bool | None = None
     citations: None = None
     cache_control: dict[str, Value] | None = None
@@ -55,7 +55,7 @@ class Message(Strict):
     """A message of the conversation so far."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Listed[Block]
 
 
 class ToolDefinition(Strict):
@@ -103,10 +103,10 @@ class OutputConfig(Strict):
 class CountRequest(Strict):
     """What /v1/messages/count_tokens takes."""
 
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    tools: list[ToolDefinition] | None = None
+    model: ModelName
+    messages: Annotated[Listed[Message], Field(min_length=1)]
+    system: str | Listed[TextBlock] | None = None
+    tools: Listed[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

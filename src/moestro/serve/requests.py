@@ -38,6 +38,14 @@ class TooLong(RequestError):
         )
 
 
+class NotReady(MoestroError):
+    """The model is still being loaded, or was not; carries after how many seconds to ask again."""
+
+    def __init__(self, line: str, retry_s: float = 5.0) -> None:
+        self.retry_s = retry_s
+        super().__init__(line)
+
+
 class EngineStopped(MoestroError):
     """The engine takes no requests any more."""
 

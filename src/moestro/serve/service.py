@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock, Thread
 from time import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import MoestroError, is_fault
 from ..logs import keep_traceback
 from ..progress import heard
+from .preparing import Preparing
+from .requests import NotReady
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
     from ..text.responses import Responses
     from .engine import Engine
 
 logger = logging.getLogger("moestro")
+T = TypeVar("T")
+U = TypeVar("U")
 State = Literal["loading", "ready", "failed", "closing"]
-
-
-class NotReady(MoestroError):
-    """The model is still being loaded, or was not; carries after how many seconds to ask again."""
-
-    def __init__(self, line: str, retry_s: float = 5.0) -> None:
-        self.retry_s = retry_s
-        super().__init__(line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +54,7 @@ class Ready:
 class Service:
     """One model under one name.
 
-    created_s: when it was made, in seconds since 1970. preparing: an executor of one thread, for what takes long
-    before a request is submitted: writing and encoding prompts, compiling grammars.
+    created_s: when it was made, in seconds since 1970. preparing: for what takes long before a request is submitted.
 
     Args:
         name: of the model in answers.
@@ -72,7 +68,7 @@ class Service:
     ) -> None:
         self.name, self.is_strict, self.has_key = name, is_strict, has_key
         self.created_s = int(time())
-        self.preparing = ThreadPoolExecutor(1, "moestro-prepare")
+        self.preparing = Preparing()
         self.error: str | None = None
         self.is_fault = False  # whether `error` is one that was not expected
         self._loads, self._lock = loads, Lock()
@@ -128,13 +124,22 @@ class Service:
             raise NotReady(f"the model {self.name} is being loaded ({what}{done}); try again")
         raise NotReady(self.error or "the server is being closed; start it again")
 
+    async def prepared(self, request: Request, call: Callable[[Ready, U], T], ready: Ready, asked: U) -> T:
+        """What a call makes of a request, by a thread of its own; for the server's event loop.
+
+        Raises:
+            QueueFull: as many requests are prepared as may run and wait. NotReady, ClientLeft: as they say.
+        """
+        most = ready.engine.max_requests + ready.engine.queue
+        return await self.preparing.run(request, call, ready, asked, most=most)
+
     def close(self, *, finish: bool = True) -> bool:
         """Take no more requests; returns when running answers are finished, or were cut where they are not to be."""
         with self._lock:
             if self._state in ("loading", "ready"):
                 self._state = "closing"
             ready = self._ready
-        self.preparing.shutdown(wait=False, cancel_futures=True)
+        self.preparing.close()
         return ready is None or ready.engine.close(finish=finish)
 
     def _load(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from .faults import ClientLeft, error_value
 
@@ -60,10 +61,23 @@ def streamed(
         finally:
             if waits is not None:
                 waits.cancel()
-            close()
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+    return _Closing(body(), close, media_type="text/event-stream", headers=headers)
+
+
+class _Closing(StreamingResponse):
+    """Calls `close` at the end, also where the client leaves before the first event is asked for."""
+
+    def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None], **more: Any) -> None:
+        super().__init__(content, **more)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 async def unless_left(request: Request, answer: Awaitable[T], close: Callable[[], None]) -> T:
