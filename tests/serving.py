@@ -81,13 +81,18 @@ class _Script:
 
 
 @contextmanager
-def serving(service: Service, **more: Any) -> Iterator[str]:
-    """The address of a running server.
+def serving(
+    service: Service, *, on_bound: Callable[[str], object] = lambda address: None, **more: Any
+) -> Iterator[str]:
+    """The address of a running server, once its model is loaded or could not be.
 
     Args:
+        on_bound: called with the address before the model is loaded.
         more: arguments of `server_for`.
     """
     at = bound("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{at.getsockname()[1]}"
+    on_bound(address)
     server = server_for(service, host="127.0.0.1", **more)
     thread = threading.Thread(target=server.run, args=([at],), daemon=True)
     thread.start()
@@ -97,7 +102,7 @@ def serving(service: Service, **more: Any) -> Iterator[str]:
             assert time.monotonic() < end
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{at.getsockname()[1]}"
+        yield address
     finally:
         server.should_exit = True
         thread.join(30)

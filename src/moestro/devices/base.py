@@ -87,6 +87,9 @@ class DeviceExperts(Protocol):
             None where the device has no such operation for it; the layer then goes the way of all.
         """
 
+    def busy_share(self) -> float | None:
+        """Which share of the last moment it computed in, 0 to 1; None where nothing says so. Asked by one thread."""
+
 
 class DevicePorts(Protocol):
     """What captures graphs, and where they meet the host."""

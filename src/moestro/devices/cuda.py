@@ -283,6 +283,12 @@ class CudaDevice:
 
         return run
 
+    def busy_share(self) -> float | None:
+        try:
+            return torch.cuda.utilization(self.torch_device) / 100
+        except Exception:  # nvidia-ml-py is missing, or the driver does not say: an error of a kind of its own
+            return None
+
     def finish(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 

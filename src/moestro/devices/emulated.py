@@ -71,6 +71,8 @@ class EmulatedDevice(InRam):
         self._memory_bytes = memory_bytes
         self._pool_bytes = self._peak_bytes = 0
         self._timeline: Timeline | None = None
+        self._busy_s = 0.0
+        self._asked = (time.perf_counter(), 0.0)  # when `busy_share` was asked last, and what was busy then
         self._compute = ThreadPoolExecutor(1, "moestro-emulated-gpu")
         self.link: LinkLane = LinkLane(MemoryCarrier(), link_gbps)
 
@@ -114,6 +116,11 @@ class EmulatedDevice(InRam):
     def held_layer(self, math: ExpertMath, pool: Tensor, slots: Sequence[int], dtype: torch.dtype) -> HeldLayer | None:
         return None
 
+    def busy_share(self) -> float | None:
+        now_s, busy_s = time.perf_counter(), self._busy_s
+        (before_s, before_busy_s), self._asked = self._asked, (now_s, busy_s)
+        return min(1.0, (busy_s - before_busy_s) / max(now_s - before_s, 1e-9))
+
     def graphs(self) -> Graphs:
         return PretendedGraphs()
 
@@ -134,8 +141,10 @@ class EmulatedDevice(InRam):
             after.wait()
         start_s = time.perf_counter()
         total.add(lambda: functools.partial(run_experts, math, total.x, work))
+        end_s = time.perf_counter()
+        self._busy_s += end_s - start_s
         if self._timeline is not None:
-            self._timeline.add(Lane.GPU, label, start_s, time.perf_counter(), "expert")
+            self._timeline.add(Lane.GPU, label, start_s, end_s, "expert")
 
 
 def _ram(n_bytes: int) -> Tensor:

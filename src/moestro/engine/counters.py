@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from time import monotonic
 from typing import Protocol
 
 import torch
@@ -30,8 +33,50 @@ class Counters:
     waited_s: float = 0.0
 
 
+_SHOWN_EVERY_S = 1.0
+
+
+class RoutingCounts:
+    """How many tokens the routers gave each expert, counted for what looks at a running model.
+
+    Layers that are computed in one call (decode/cpu/stretch.py) show no choices. While these are counted, such layers
+    are computed one by one in a step a second, so that their counts are those of a part of the steps. What layers
+    choose whose experts are all held on a GPU is never seen here.
+
+    tokens: for each expert of each layer, layer by layer. They only grow, so another thread may read them.
+
+    Args:
+        experts: of each MoE layer.
+    """
+
+    def __init__(self, experts: Sequence[int]) -> None:
+        self.tokens = [0] * sum(experts)
+        self._firsts = [0, *accumulate(experts)]
+        self._next_s: dict[Hashable, float] = {}
+
+    def add(self, step: Step) -> None:
+        """Count the choices of a layer step."""
+        first, tokens = self._firsts[step.layer], self.tokens
+        for expert, count in step.tokens.items():
+            tokens[first + expert] += count
+
+    def is_due(self, key: Hashable) -> bool:
+        """Whether layers that would be computed in one call are to be shown this time.
+
+        Args:
+            key: which layers.
+        """
+        now_s = monotonic()
+        if now_s < self._next_s.get(key, 0.0):
+            return False
+        self._next_s[key] = now_s + _SHOWN_EVERY_S
+        return True
+
+
 class Accounts:
     """Where every layer step is accounted for, however it was computed.
+
+    routing: counts what the routers choose, while there is one.
 
     Layers that are held on the device choose experts that the host never sees. They are counted there, in a tensor of
     each phase and stream, so that no two streams add to one; reading the counters waits for the device.
@@ -39,6 +84,7 @@ class Accounts:
 
     def __init__(self, device: Device) -> None:
         self.counters = Counters()
+        self.routing: RoutingCounts | None = None
         self._device = device
         self._chosen: dict[tuple[Phase, int], Tensor] = {}
         self._known: dict[tuple[Phase, int], tuple[int, int]] = {}  # how much of these is in the counters
@@ -54,6 +100,15 @@ class Accounts:
             counters.hits += hits
             counters.joined += joined
             counters.misses += misses
+
+    def wants_shown(self, key: Hashable) -> bool:
+        """Whether layers that would be computed in one call are to be computed one by one, see `RoutingCounts`."""
+        return self.routing is not None and self.routing.is_due(key)
+
+    @property
+    def are_on_device(self) -> bool:
+        """Whether the device counts too, so that `total` waits for it."""
+        return bool(self._chosen)
 
     def chosen(self, info: StepInfo) -> Tensor:
         """Where held layers of such a step count what they choose: int64 [2], as `new_counts` makes it."""

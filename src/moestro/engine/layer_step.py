@@ -181,6 +181,8 @@ def run_layer_step(
     step = routed.step(layer, phase, batch.guesses)
     if parts.listener is not None:
         parts.listener.asked(step, batch.index.shape[1])
+    if (routing := parts.accounts.routing) is not None:
+        routing.add(step)
     found = classify(step, parts.slots)
     running = LayerStep(parts, step, routed, batch.x, total, host_output)
     try:

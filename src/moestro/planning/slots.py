@@ -86,6 +86,11 @@ class SlotTable:
             return True
         return False
 
+    def there(self) -> dict[Expert, bool]:
+        """Experts that have a slot, and whether their bytes have arrived. Changes nothing, so any thread may ask."""
+        found = list(self._where.items())
+        return {expert: (copy := slot.filling) is None or copy.done() for expert, slot in found}
+
     def evictable(self) -> Collection[Expert]:
         """Experts whose slot may be taken: ready and not held. Looks at the table, copies nothing."""
         return _Evictable(self)  # not kept: in a cycle a live table's memory would wait for the collector

@@ -17,12 +17,14 @@ from fastapi.responses import JSONResponse, Response
 
 from . import chat, completions, messages, messages_reply
 from .answers import Answers
+from .assets import page_routes
 from .body import JsonRoute
 from .faults import add_handlers
 from .fields import check_model
 from .guard import Guard
 from .info import info_routes
 from .journal import Journal
+from .live import Live, live_routes
 from .service import Service
 from .stream import event, streamed, unless_left
 
@@ -57,6 +59,8 @@ def make_app(
     app.add_middleware(Guard, host=host, names=names, key=key, body_bytes=body_bytes, body_s=body_s)
     app.add_middleware(journal.middleware)
     app.include_router(info_routes(service, journal))
+    app.include_router(live_routes(Live(service)))
+    app.include_router(page_routes())
     _add_answers(app, service, journal)
     return app
 

@@ -36,7 +36,7 @@ from .caches import Caches, Forward
 from .prefixes import Prefixes
 from .requests import EngineStopped, Finished, QueueFull, Request, TooLong
 from .sampling import check_followed
-from .steps import Steps
+from .steps import Steps, Work
 from .ticket import Ticket
 
 State = Literal["ready", "finishing", "closed", "failed"]
@@ -48,7 +48,8 @@ class Progress:
     """What the engine does and has done; for a page of health or figures.
 
     running: answers in the batch. read_tokens: of the prompt that is read now, and how many it has. finished: by
-    reason. kept, kept_bytes: sequences of which keys and values are kept. error: of a thread that died.
+    reason. kept, kept_bytes: sequences of which keys and values are kept. work: of all steps so far. error: of a thread
+    that died.
     """
 
     state: State
@@ -62,6 +63,7 @@ class Progress:
     finished: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     kept_bytes: int = 0
+    work: Work = field(default_factory=Work)
     error: str | None = None
 
 
@@ -249,6 +251,7 @@ class Engine:
                 read_tokens=steps.read_tokens,
                 kept=len(self._prefixes),
                 kept_bytes=self._prefixes.n_bytes,
+                work=steps.work,
             )
         return True
 

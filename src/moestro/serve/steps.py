@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -27,6 +27,16 @@ logger = logging.getLogger("moestro")
 CHUNK = 512  # tokens of a prompt between two steps of those that answer
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens of prompts that were read and of answers that were written in steps, and the seconds of these steps."""
+
+    read: int = 0
+    read_s: float = 0.0
+    written: int = 0
+    written_s: float = 0.0
+
+
 @dataclass(slots=True)
 class _Reading:
     """An answer whose prompt is read, with its cache and how many tokens that holds."""
@@ -40,6 +50,7 @@ class Steps:
     """The requests that run. For one thread.
 
     rows: answers in the batch; where requests run alone, the one that answers. reading: the one whose prompt is read.
+    work: what was done so far.
 
     Args:
         on_end: called for each answer that is over.
@@ -58,6 +69,7 @@ class Steps:
         self._prefixes, self._on_end = prefixes, on_end
         self.rows: list[Answer] = []
         self.reading: _Reading | None = None
+        self.work = Work()
         self._alone: Any = None  # the cache of the only row, where there is no batch
 
     @property
@@ -81,10 +93,11 @@ class Steps:
         """Read a chunk of the prompt; with the last one comes the answer's first token."""
         assert self.reading is not None
         reading, answer = self.reading, self.reading.answer
-        end = self._chunk_end(reading)
+        end, begun_s = self._chunk_end(reading), perf_counter()
         try:
             ids = answer.ids[:, reading.done : end]
             logits, reading.cache = self._forward(ids, reading.cache, torch.arange(reading.done, end)[None])
+            self._note_read(end - reading.done, perf_counter() - begun_s)
             reading.done = end
             if end < answer.prompt_tokens:
                 if self._caches.is_whole and end == answer.prompt_tokens - 1:
@@ -109,6 +122,7 @@ class Steps:
 
     def decode(self) -> None:
         """The next token of each row."""
+        begun_s = perf_counter()
         try:
             tokens = [answer.last for answer in self.rows]
             if self._batch is not None:
@@ -123,6 +137,9 @@ class Steps:
             for answer in failed:
                 self._fail(answer, error)
             return
+        work = self.work
+        written_s = work.written_s + perf_counter() - begun_s
+        self.work = replace(work, written=work.written + len(tokens), written_s=written_s)
         for row in reversed(range(len(self.rows))):  # a row that leaves is replaced by the last one, which is done
             answer = self.rows[row]
             try:
@@ -134,6 +151,10 @@ class Steps:
             if ended is not None:
                 self._leave(row)
                 self._finish(answer, ended)
+
+    def _note_read(self, tokens: int, seconds: float) -> None:
+        work = self.work
+        self.work = replace(work, read=work.read + tokens, read_s=work.read_s + seconds)
 
     def drop(self, is_dropped: Callable[[Answer], bool]) -> None:
         """End those that were cancelled."""

@@ -108,7 +108,7 @@ class Stretch:
             return None
         if self._hooks.found_in(self._modules):
             return None
-        if self._conductor.must_see_layers:
+        if self._conductor.must_see_layers or self._conductor.accounts.wants_shown(self._attentions[0].layer):
             return None
         cache, (sequences, new) = given["past_key_values"], x.shape[:2]
         if not all(can_grow(cache, one.layer, one.cache_kind, sequences) for one in self._attentions):
