@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from moestro.bench import decode
 from moestro.bench.decode import PROMPTS, measure_decode
 from moestro.bench.models import ALONE, OURS, Engine, ModelWorker, _transformers_alone
-from moestro.cli.bench import _numbers
 from moestro.cli.main import main as cli
+from moestro.cli.numbers import numbers
 from moestro.compute.cpu import best_level, levels
 from moestro.decode.dense import PackedLinear
 from moestro.errors import BudgetError, RequestError
@@ -152,10 +152,10 @@ def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_batches_that_are_none(given: str) -> None:
     for flag, least in (("--batch", 1), ("--beams", 2)):
         with pytest.raises(RequestError, match=f"{flag} .*is no number from {least} on; give some like"):
-            _numbers(flag, given, least)
-    assert _numbers("--beams", None, 2) == ()
+            numbers(flag, given, least)
+    assert numbers("--beams", None, 2) == ()
     with pytest.raises(RequestError, match="'1' is no number from 2 on"):
-        _numbers("--beams", "4,1", 2)
+        numbers("--beams", "4,1", 2)
 
 
 @needs_kernels

@@ -67,6 +67,7 @@ COMMANDS: dict[str, tuple[list[str], str | None, dict[str, Any]]] = {
     "bench load": (["--size", "1GiB"], "moestro.bench.loading.measure_load", {"size": "1GiB"}),
     "bench kernels": (["-t", "1"], "moestro.bench.kernels.measure_kernels", {"threads": 1, "full": False}),
     "bench plan": (["--rounds", "2"], "moestro.bench.plan.measure_plan", {"rounds": 2, "anew": False}),
+    "bench serve": (["demo", "--rounds", "2"], "moestro.bench.serve.measure_serve", {"rounds": 2, "clients": "1,4,16"}),
     "bench attention": (["--rounds", "2"], "moestro.bench.attention.measure_attention", {"rounds": 2}),
     "bench decode": (["--shape", "tiny"], "moestro.bench.decode.measure_decode", {"shape": "tiny", "rounds": 5}),
     "bench policies": (["demo", "--text", "TEXT"], "moestro.bench.policies.compare_by_replay", {"tokens": 512}),

@@ -16,6 +16,8 @@ from ..planning.policies import POLICIES
 from ..planning.shapes import REAL_SHAPES, depth_of_shape
 from ..simulate.routing import routed_shapes
 from .bench_plan import bench_plan
+from .bench_serve import bench_serve
+from .numbers import numbers
 from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
 from .shape_checks import check_prompts
@@ -28,6 +30,7 @@ bench = typer.Typer(
     cls=WholeHelp, help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None
 )
 bench.command("plan", epilog="Example: moestro bench plan --shape olmoe-1b-7b --bits 4")(bench_plan)
+bench.command("serve", epilog="Example: moestro bench serve --shape olmoe-1b-7b --bits 4 --turns")(bench_serve)
 
 
 @bench.command("load", epilog="Example: moestro bench load --size 2GiB")
@@ -156,8 +159,8 @@ def bench_decode(
     if form is not None:
         check_form(form)
     depth_of_shape(measured.shape, layers)
-    sequences, tokens = _numbers("--batch", batch, 1), _numbers("--cached", cached, 1)
-    searches = _numbers("--beams", beams, 2)
+    sequences, tokens = numbers("--batch", batch, 1), numbers("--cached", cached, 1)
+    searches = numbers("--beams", beams, 2)
     from ..bench.batches import CACHED
     from ..bench.decode import measure_decode
 
@@ -173,18 +176,6 @@ def bench_decode(
         beams=searches,
     )
     show(report, as_json)
-
-
-def _numbers(flag: str, given: str | None, least: int) -> tuple[int, ...]:
-    """The numbers of sequences or beams that an option names.
-
-    Raises:
-        RequestError: one is no number from `least` on.
-    """
-    parts = [] if given is None else given.split(",")
-    if wrong := [part for part in parts if not part.strip().isdecimal() or int(part) < least]:
-        raise RequestError(f"{flag} {given}: {wrong[0]!r} is no number from {least} on; give some like 4,8,16")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @bench.command("policies", epilog="Example: moestro bench policies demo --text story.txt --as-shape mixtral-8x7b")
