@@ -227,7 +227,7 @@ def _template_values(ready: Ready, asked: CountRequest) -> dict[str, Any]:
     is_wanted = asked.thinking.type != "disabled"
     if template_reads(ready.tokenizer, "enable_thinking"):
         return values | {"enable_thinking": is_wanted}
-    if asked.thinking.type == "enabled" and ready.responses is None:
+    if asked.thinking.type == "enabled" and (ready.responses is None or ready.responses.channels is None):
         raise Refused(400, "this model does not think aloud; thinking must be disabled or left out", param="thinking")
     return values
 

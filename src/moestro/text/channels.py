@@ -6,6 +6,7 @@ and </think> that the vocabulary or the chat template has. Transformers' `Respon
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -70,6 +71,7 @@ class Channels:
     tokenizer: PreTrainedTokenizerBase
     marks: tuple[tuple[str, str], ...] = ()
     is_harmony: bool = False
+    own: Any = None  # the tokenizer's own template, unchanged
 
     def opening(self, prompt: Sequence[int]) -> str:
         """The end of a prompt that belongs to the answer already, such as a <think> from the chat template.
@@ -95,15 +97,17 @@ def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
     own = getattr(tokenizer, "response_template", None)
     if own is not None:
         try:
-            template = _as_text(load_response_template(own))
+            read = load_response_template(own)
+            template = _as_text(read)
         except Exception as error:  # it may hold anything
             raise CheckpointError(
                 f"the tokenizer's response_template is not usable ({first_line(error)}); "
                 "mend it or remove it in tokenizer_config.json"
             ) from error
-        return Channels(template, _special_tokens(tokenizer, json.dumps(own, ensure_ascii=False)), tokenizer)
+        tokens = special_tokens(tokenizer, json.dumps(own, ensure_ascii=False))
+        return Channels(template, tokens, tokenizer, own=read)
     if all(_has_token(tokenizer, mark) for mark in ("<|channel|>", "<|message|>")):
-        tokens = _special_tokens(tokenizer, json.dumps(_HARMONY))
+        tokens = special_tokens(tokenizer, json.dumps(_HARMONY))
         return Channels(load_response_template(_HARMONY), tokens, tokenizer, is_harmony=True)
     marks = _think_marks(tokenizer)
     if not marks:
@@ -113,7 +117,7 @@ def find_channels(tokenizer: PreTrainedTokenizerBase) -> Channels | None:
         "content": {},
     }
     template = load_response_template({"start_anchor_pattern": _NEVER, "fields": fields})
-    return Channels(template, _special_tokens(tokenizer, "".join(map("".join, marks))), tokenizer, marks)
+    return Channels(template, special_tokens(tokenizer, "".join(map("".join, marks))), tokenizer, marks)
 
 
 def _as_text(template: Any) -> Any:
@@ -121,6 +125,12 @@ def _as_text(template: Any) -> Any:
     plain = {"content": "text", "content_args": {}, "repeats": True, "join": None, "optional": True, "transform": None}
     fields = {name: replace(field, transform_each=False, **plain) for name, field in template.fields.items()}
     return replace(template, fields=fields, defaults={})
+
+
+def without_field(channels: Channels, name: str) -> Channels:
+    """The channels without a field of their template, whose text then belongs to what is around it."""
+    fields = {key: field for key, field in channels.template.fields.items() if key != name}
+    return replace(channels, template=replace(channels.template, fields=fields))
 
 
 class Splitter:
@@ -144,6 +154,7 @@ class Splitter:
         self._unclaimed = ""  # text before any region, since a template may have none for the beginning of an answer
         self._is_claimed = False
         self.has_reasoned = False
+        self._is_inside = False  # whether the text is between two marks
         self._parser = ResponseParser(channels.template, prefix=opening)
         is_open = self._enter_by(self._parser.initial_events)
         self.has_reasoned = is_open and self._channel is Channel.REASONING
@@ -163,6 +174,14 @@ class Splitter:
             pieces.append((self._channel, self._space))
         return pieces
 
+    def would_hold(self, text: str) -> bool:
+        """Whether a text that comes next stands between two marks, such as in what is thought."""
+        if not self._is_inside:
+            return False
+        tried = copy.deepcopy(self)  # a mark may be there whose end is certain only with the next letter
+        tried.feed(text)
+        return tried._is_inside
+
     def _without_marks(self, text: str) -> str:
         """The text without special tokens that stand where they mark nothing."""
         for token in self._tokens:
@@ -172,18 +191,22 @@ class Splitter:
     def _enter_by(self, events: Sequence[dict[str, Any]]) -> bool:
         """Enter the region that a prompt leaves open; returns whether there is one."""
         for event in events:
-            if event["type"] == "region_open":
-                self._enter(event["field"])
+            self._move(event)
         return bool(events) and events[-1]["type"] != "region_close"
 
     def _split(self, events: Iterable[dict[str, Any]]) -> Iterator[tuple[Channel, str]]:
         for event in events:
-            if event["type"] == "region_open":
-                self._enter(event["field"])
-            elif event["type"] == "region_chunk" and event["field"] != "role":
+            self._move(event)
+            if event["type"] == "region_chunk" and event["field"] != "role":
                 piece = self._spaced(self._without_marks(event["text"]))
                 if piece:
                     yield self._channel, piece
+
+    def _move(self, event: dict[str, Any]) -> None:
+        if event["type"] == "region_open":
+            self._enter(event["field"])
+        if event["type"] != "region_chunk":
+            self._is_inside = event["type"] == "region_open" and event["field"] != self._implicit
 
     def _enter(self, field: str) -> None:
         self._channel = Channel.REASONING if field in REASONING_FIELDS else Channel.ANSWER
@@ -213,8 +236,8 @@ def _has_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     return isinstance(index, int) and tokenizer.convert_ids_to_tokens(index) == token
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, patterns: str) -> dict[int, str]:
-    """The special tokens that a template's patterns name: id -> token."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase, patterns: str) -> dict[int, str]:
+    """The special tokens that patterns name: id -> token."""
     plain = patterns.replace("\\", "")
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     special |= {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}

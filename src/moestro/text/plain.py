@@ -46,7 +46,7 @@ class Guard:
         self._break = self._breaks[0]
 
     def protect(self, given: Any) -> Any:
-        """The same texts, lists and mappings, with all marks in their texts broken."""
+        """The texts, lists and mappings with all marks in their texts broken."""
         if not self._break:
             return given
         if isinstance(given, str):
