@@ -146,9 +146,10 @@ def test_a_written_call_is_read_back(family: str, calls: list[Any], places: list
     assert parts == read(family, [text], prompt=prompt)
 
 
-@pytest.mark.parametrize(
-    "family", [name for name, text in CALL_TEMPLATES.items() if "<think>" in text or name == "gpt-oss"]
-)
+THINKING = [name for name, text in CALL_TEMPLATES.items() if "<think>" in text or name == "gpt-oss"]
+
+
+@pytest.mark.parametrize("family", THINKING)
 def test_reasoning_comes_before_calls(family: str) -> None:
     prompt, text = written(family, [("look_up", {"text": "sea"})], reasoning="I need <tool_call> and {this}.")
     for pieces in ([text], atoms(family, text)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..text.conversation import forced_call
+from ..text.forced import forced_call
 from ..text.generation import encode
 from ..text.stream import decode
 from .faults import Refused
@@ -38,7 +38,7 @@ def call_constraints(
         raise Refused(400, "tool_choice wants a call, but there are no tools", param="tool_choice")
     if name is not None and name not in names:
         raise Refused(400, f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
-    grammar = forced_call(ready.responses, tools, name)
+    grammar = forced_call(ready.responses, tools, name, prompt)
     if grammar is None:
         line = "this model's tool calls cannot be forced; tool_choice must be 'auto' or 'none'"
         raise Refused(400, line, param="tool_choice")

@@ -159,9 +159,12 @@ def find_format(tokenizer: PreTrainedTokenizerBase, own: Any, is_harmony: bool) 
         return None
     field = None if own is None else own.fields.get("tool_calls")
     if field is not None and field.open_re is not None:
-        return _Own(field.open_re.pattern, pattern=field.open_re.pattern, field=field)
-    if is_harmony:
-        return _HARMONY
+        known = _HARMONY if is_harmony else _known(tokenizer, text)
+        return _Own(field.open_re.pattern, pattern=field.open_re.pattern, field=field, known=known)
+    return _HARMONY if is_harmony else _known(tokenizer, text)
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, text: str) -> Format | None:
     for seen in (text, "\n".join(tokenizer.get_added_vocab())):
         for mark, make in _KNOWN:
             if mark in seen:
@@ -174,6 +177,7 @@ class _Own(Format):
     """As the field for tool calls in a tokenizer's own response template says."""
 
     field: ResponseTemplateField | None = None
+    known: Format | None = None  # the form that the chat template shows, which can be written
 
     def read(self, opened: Any, body: str, tools: Tools, is_end: bool) -> tuple[list[Call], int] | None:
         """As `Format` says."""
@@ -216,4 +220,4 @@ class _Own(Format):
 
     def grammar(self, write: Grammar, tools: Tools) -> str | None:
         """As `Format` says."""
-        return None
+        return None if self.known is None else self.known.grammar(write, tools)

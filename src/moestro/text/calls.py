@@ -38,9 +38,6 @@ class Grammar(Protocol):
     def until(self, close: str) -> str:
         """Any text that ends with the mark, and the mark."""
 
-    def pattern(self, pattern: str) -> str:
-        """A text that a regular expression matches."""
-
 
 @dataclass(frozen=True)
 class Format(ABC):
@@ -121,6 +118,12 @@ def rest_of_close(body: str, at: int, close: str, is_end: bool) -> int | None:
     if close.startswith(rest):
         return len(body) if is_end else None
     raise MalformedError
+
+
+def with_references(schema: Any, whole: Mapping[str, Any]) -> Any:
+    """A part of a schema, with what it may refer to in the whole."""
+    kept = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
+    return {**kept, **schema} if isinstance(schema, dict) else schema
 
 
 def schemas(tools: Any) -> dict[str, Mapping[str, Any]]:

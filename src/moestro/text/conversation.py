@@ -266,8 +266,3 @@ def _apply(
 def _reason(error: Exception) -> str:
     kind = type(error).__name__
     return first_line(error) if kind in ("TemplateError", "ValueError") else f"{kind}: {first_line(error)}"
-
-
-def forced_call(responses: Any, tools: Sequence[Any], name: str | None) -> str | None:
-    """A grammar."""
-    return None

@@ -76,15 +76,14 @@ class WholeJson(Format):
     def grammar(self, write: Grammar, tools: Mapping[str, Mapping[str, Any]]) -> str:
         """As `Format` says."""
         name, arguments = self.keys
-        one_of = []
+        found = []
         for tool, schema in tools.items():
-            properties = {name: {"const": tool}, arguments: schema}
-            required = {"type": "object", "properties": properties, "required": [name, arguments]}
-            one_of.append(required | {"additionalProperties": False})
-        item: dict[str, Any] = one_of[0] if len(one_of) == 1 else {"anyOf": one_of}
-        value = {"type": "array", "items": item, "minItems": 1, "maxItems": 1} if self.is_list else item
-        begin = [] if self.is_bare else [write.text(self.open + self.joint)]
-        return " ".join([*begin, write.json(value), *([write.text(self.joint + self.close)] if self.close else [])])
+            # Written out, since references in a schema are those from its root.
+            begin = f'{"[" * self.is_list}{{"{name}": {json.dumps(tool)}, "{arguments}": '
+            end = "}" + "]" * self.is_list + (self.joint + self.close if self.close else "")
+            before = "" if self.is_bare else self.open + self.joint
+            found.append(f"{write.text(before + begin)} {write.json(schema)} {write.text(end)}")
+        return f"({' | '.join(found)})"
 
 
 @dataclass(frozen=True)

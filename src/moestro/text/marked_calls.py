@@ -11,7 +11,7 @@ from typing import Any
 
 import regex
 
-from .calls import Call, Format, Grammar, MalformedError, Tools, call_of
+from .calls import Call, Format, Grammar, MalformedError, Tools, call_of, with_references
 from .typed import typed_value
 
 _QUOTE = '<|"|>'  # of Gemma's texts
@@ -83,7 +83,7 @@ class Marked(Format):
             mark = self.key_text.replace("{key}", key).replace("{is_text}", "true" if is_text else "false")
             ends = ("\n" if self.breaks else "") + self.ends
             if not is_text:
-                value = f"{write.json(one)} {write.text(ends)}"
+                value = f"{write.json(with_references(one, schema))} {write.text(ends)}"
             elif all(isinstance(choice, str) for choice in one.get("enum", [None])):
                 value = f"({' | '.join(write.text(choice) for choice in one['enum'])}) {write.text(ends)}"
             else:
@@ -123,14 +123,16 @@ class Gemma(Format):
         return f"({' | '.join(found)})"
 
 
-def _joined(write: Grammar, pieces: list[tuple[bool, str]]) -> str:
+def _joined(write: Grammar, pieces: list[tuple[bool, str]], joint: str = ",") -> str:
     """The pieces with commas between them, of which those that are not required may be missing."""
-    comma = write.text(",")
+    comma = write.text(joint)
     if not pieces:
         return ""
     (needed, first), rest = pieces[0], pieces[1:]
     after = "".join(f" {comma} {one}" if must else f" ({comma} {one})?" for must, one in rest)
-    return f"{first}{after}" if needed else f"({first}{after} | {_joined(write, rest) or write.text('')})"
+    if needed:
+        return f"{first}{after}"
+    return f"({first}{after} | {_joined(write, rest, joint)})" if rest else f"({first})?"
 
 
 def _as_gemma(write: Grammar, schema: Any) -> str:
@@ -204,7 +206,16 @@ class Python(Format):
 
     def grammar(self, write: Grammar, tools: Tools) -> str | None:
         """As `Format` says."""
-        return None
+        found = []
+        for name, schema in tools.items():
+            required = schema.get("required", ())
+            pieces = [
+                (key in required, f"{write.text(key + '=')} {write.json(with_references(one, schema))}")
+                for key, one in (schema.get("properties") or {}).items()
+            ]
+            begin, end = write.text(f"{self.open}[{name}("), write.text(f")]{self.close}")
+            found.append(f"{begin} {_joined(write, pieces, ', ')} {end}")
+        return f"({' | '.join(found)})"
 
 
 def _of_python(text: str) -> list[Call] | None:
