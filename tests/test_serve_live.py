@@ -121,6 +121,11 @@ def test_the_stream_needs_the_key(address: str, headers: dict[str, str]) -> None
     assert httpx2.get(f"{address}/live", headers=headers).status_code == 401
 
 
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}])
+def test_other_sites_cannot_read_the_stream(address: str, headers: dict[str, str]) -> None:
+    assert httpx2.get(f"{address}/live", headers=KEY | headers).status_code == 403
+
+
 def test_there_are_so_many_streams_and_none_is_left(address: str, made: Loaded) -> None:
     accounts = made.model.moestro.accounts
     until(lambda: accounts.routing is None)

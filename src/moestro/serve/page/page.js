@@ -35,7 +35,7 @@ function showState({ state, what, share, error, model: name }) {
   $("state").textContent = SAID[state] ?? state;
   if (name) {
     $("model").textContent = name;
-    document.title = `${name} – Moestro`;
+    document.title = `${name} · Moestro`;
   }
   $("loading").hidden = state === "ready";
   $("loading-share").hidden = state !== "loading";
