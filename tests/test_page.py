@@ -303,8 +303,10 @@ def test_a_key_is_asked_for(browser: Browser, made: Loaded) -> None:
 
 
 def test_the_servers_end_is_told(browser: Browser) -> None:
-    tab = Tab(browser)
-    with serving(Service("demo", lambda: loaded(max_requests=1))) as address:
+    tab, made = Tab(browser), loaded(max_requests=1)
+    assert isinstance(made.engine, ScriptedEngine)
+    made.engine.script = "Good day."
+    with serving(Service("demo", lambda: made)) as address:
         page = tab.open(address)
         ask(page, "Hi")
         expect(page.locator(".message.assistant .about")).to_contain_text("tokens")
