@@ -40,6 +40,7 @@ EFFECTS: dict[str, tuple[Any, tuple[Setting, ...]]] = {
     "gpu_memory": ("1GiB", ALWAYS),
     "ram": ("1GiB", ALWAYS),
     "context": (64, (CPU, SHAPE, STORED)),
+    "sequences": (2, ALWAYS),
     "policy": ("lru", (CPU, SHAPE, STORED)),
     "device": ("cpu", ALWAYS),
     "link": ("12GB/s", ALWAYS),

@@ -281,7 +281,7 @@ def test_a_request_beyond_the_plan_is_refused_before_it_starts(
     )
     assert not _run(capsys, monkeypatch, "-n", "60", "--context", "64")[0]
     status, err = _run(capsys, monkeypatch, "-n", "20", "--context", "64", "--num-beams", "3")
-    assert "error: 3 beams of 4 tokens of prompt and 20 new ones are 72, but" in err
+    assert "error: 3 sequences of 4 tokens of prompt and 20 new ones are 72, but" in err
 
 
 def _plan_for(tokens: int) -> GpuPlan:

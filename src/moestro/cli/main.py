@@ -235,7 +235,19 @@ def replay_command(
 @app.command("plan", epilog="Example: moestro plan mistralai/Mixtral-8x7B-v0.1 --gpu-memory 12GiB --bits 4")
 @takes_options(
     only=(
-        *("shape", "revision", "config", "dtype", "gpu_memory", "ram", "context", "policy", "device", "machine"),
+        *(
+            "shape",
+            "revision",
+            "config",
+            "dtype",
+            "gpu_memory",
+            "ram",
+            "context",
+            "sequences",
+            "policy",
+            "device",
+            "machine",
+        ),
         *("threads", "bits", "expert_bits", "dense_bits", "head_bits", "transcode", "cache", "pack_dense"),
     )
 )

@@ -82,11 +82,12 @@ def print_outlook(found: Outlook) -> None:
     say(f"machine  {machine_in_words(found.place)}")
     counts = _experts(asked)
     where = f"{counts['gpu']} of {counts['total']} experts on the GPU at once" if asked.plan.gpu else "experts in RAM"
+    tokens = f"{several} x {asked.plan.context}" if (several := asked.options.sequences) else f"{asked.plan.context}"
     sizes = (("GPU", asked.gpu_bytes), ("RAM", asked.ram_bytes), ("disk", asked.disk_bytes))
     say(f"bytes    {', '.join(f'{tier} {format_bytes(size)}' for tier, size in sizes)}; {where}")
     say(
         f"parts    experts {format_bytes(asked.plan.spec.expert_bytes)}, dense {format_bytes(asked.dense_bytes)}, "
-        f"KV cache {format_bytes(asked.kv_bytes)} for {asked.plan.context} tokens, activations "
+        f"KV cache {format_bytes(asked.kv_bytes)} for {tokens} tokens, activations "
         f"{format_bytes(asked.activation_bytes)} (estimated)"
     )
     if found.survey.fetched_bytes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..loading.once import remembering
+from ..planning.budget import format_bytes
 from ..planning.options import ModelOptions, Options
 from ..serve.options import DEFAULT_CONTEXT, ServeOptions
 from .load import load_all
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
-@takes_options()
+@takes_options(leave_out=("sequences",))
 def serve(source: ModelOptions, engine: Options, options: ServeOptions, model: Model = None) -> None:
     """Serve a model by the protocols of OpenAI and Anthropic. Ctrl-C finishes what is being answered, twice cuts it."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
@@ -66,7 +68,7 @@ def _loaded(model: str | None, source: ModelOptions, engine: Options, options: S
     from ..serve.engine import Engine
     from ..serve.service import Loaded
 
-    loaded, tokenizer, *_ = load_all(model, source, engine)
+    loaded, tokenizer, *_ = load_all(model, source, replace(engine, sequences=options.max_requests))
     most = model_context(loaded.config)
     context = engine.context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
     made: Any = Engine(
@@ -77,5 +79,8 @@ def _loaded(model: str | None, source: ModelOptions, engine: Options, options: S
         queue=options.queue,
         prefix_bytes=int(options.prefix_memory),
     )
-    say(f"serve   {made.max_requests} requests of {made.context} tokens at a time, {made.batching}")
+    say(
+        f"serve   {made.max_requests} requests of {made.context} tokens at a time, {made.batching}; keys and values "
+        f"{format_bytes(made.kv_bytes)}, and up to {format_bytes(int(options.prefix_memory))} for prefixes"
+    )
     return Loaded(loaded, tokenizer, made)

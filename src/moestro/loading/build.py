@@ -152,9 +152,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
         dense_on_gpu=device.dense_on_gpu,
         machine=this_machine(device, config.threads) if virtual and machine is None else machine,
     )
-    logger.debug(
-        "planning from %s; the dense part has %d bytes, the experts %d", facts, spec.dense_bytes, spec.expert_bytes
-    )
+    logger.debug("planning from %s; dense part %d bytes, experts %d", facts, spec.dense_bytes, spec.expert_bytes)
     decide = partial(
         make_plan,
         spec,
@@ -163,6 +161,7 @@ def plan_for(model: Any, config: MoestroConfig, device: Device, stored: StoredFo
         policy=config.policy,
         budget=config.budget,
         context=config.context,
+        sequences=config.sequences,
         longest=longest,
         heat=None if config.profile is None else Trace.load(Path(config.profile)).heat_for(spec),
         virtual=virtual,

@@ -203,6 +203,7 @@ def choose(found: Survey, options: Options, place: Place, *, at_least: bool = Fa
         policy=copy.deepcopy(options.policy),  # which places experts here that are never loaded
         budget=options.budget,
         context=options.context,
+        sequences=options.sequences,
         longest=shape.context,
     )
     return _choice(found, options, place, sizes, plan, footprint(plan.context), facts.dense_on_gpu)
@@ -214,8 +215,9 @@ def _choice(
     gpu = plan.gpu
     activation_bytes = need.activation_bytes if gpu is None else gpu.activation_bytes
     dense_bytes = sizes.spec.dense_bytes
-    ram_bytes = plan.ram_bytes + (0 if dense_on_gpu else dense_bytes) + (need.kv_bytes if gpu is None else 0)
-    gpu_bytes = 0 if gpu is None else gpu.expert_bytes + need.kv_bytes + activation_bytes + dense_bytes * dense_on_gpu
+    kv_bytes = (plan.kv_bytes or need.kv_bytes) if gpu is None else gpu.kv_bytes
+    ram_bytes = plan.ram_bytes + (0 if dense_on_gpu else dense_bytes) + (kv_bytes if gpu is None else 0)
+    gpu_bytes = 0 if gpu is None else gpu.expert_bytes + kv_bytes + activation_bytes + dense_bytes * dense_on_gpu
     kept = _is_quantized_here(found, options) and options.cache
     speeds = None
     if plan.why_not is None:
@@ -228,7 +230,7 @@ def _choice(
         gpu_bytes=gpu_bytes,
         ram_bytes=ram_bytes,
         disk_bytes=found.weights_bytes + (sizes.spec.expert_bytes + dense_bytes if kept else 0),
-        kv_bytes=need.kv_bytes,
+        kv_bytes=kv_bytes,
         activation_bytes=activation_bytes,
         dense_bytes=dense_bytes,
         speeds=speeds,

@@ -19,6 +19,7 @@ from .spelling import spelled
 LEAST_PLAIN_BYTES = 1 << 20  # a smaller number without a unit, as text, is one whose unit was forgotten
 _LEAST_INT = 1 << 10  # an int may be bytes that were parsed already
 LEAST_CONTEXT = 2  # a token of a prompt and one of an answer
+_SLACK = 1 / 8  # of the context, that rows can move before they are copied to the left
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -58,6 +59,11 @@ def parse_gbps(text: str | float, name: str = "rate") -> float:
     if match is None or not float(match[1]):
         raise RequestError(f"{spelled(name, text, quoted=True)} is no rate; write it like 12GB/s")
     return float(match[1])
+
+
+def columns_for(context: int) -> int:
+    """Columns that a batch's cache has for rows of so many tokens."""
+    return context + max(64, int(context * _SLACK))
 
 
 def format_bytes(n_bytes: float) -> str:

@@ -49,10 +49,11 @@ def _of_device(options: Options, setting: Setting) -> dict[str, str]:
     if setting.has_gpu:
         return {} if options.pack_dense else {"pack_dense": "dense layers are on the GPU, which has them unpacked"}
     found = {
-        "context": "it plans GPU memory, and there is no GPU; the model's own context holds",
         "machine": "without a GPU nothing is planned by speeds",
         "profile": "without a GPU all experts are in RAM",
     }
+    if options.sequences is None:
+        found["context"] = "it plans GPU memory, and there is no GPU; the model's own context holds"
     if policy_name(options.policy) != "cpu-only":  # which is what happens
         found["policy"] = "without a GPU the CPU runs all experts"
     return found

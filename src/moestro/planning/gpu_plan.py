@@ -1,4 +1,4 @@
-"""How the memory of a GPU is shared out between dense weights, one sequence's cache and activations, and experts.
+"""How the memory of a GPU is shared out between dense weights, caches and activations, and experts.
 
 share_out(2**33, Margin(0.02, 2**26), 4096, plan_for, named=True).left_bytes
 """
@@ -17,11 +17,11 @@ _WORTH_OFFERING = 16  # tokens: no shorter context is proposed
 
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
-    """How the GPU's budget is shared out: weights outside the experts, one sequence of `context` tokens, experts.
+    """How the GPU's budget is shared out: weights outside the experts, sequences of `context` tokens, experts.
 
-    kv_bytes: the full cache. activation_bytes: the most at once beside it. margin_bytes: kept back. experts,
-    expert_bytes: the slots. measured: False where cache and activations are estimated. chunk: of how many tokens a
-    prompt is read at a time; None for all.
+    kv_bytes: the full caches of all of them. activation_bytes: the most at once beside it. margin_bytes: kept back.
+    experts, expert_bytes: the slots. measured: False where cache and activations are estimated. chunk: of how many
+    tokens a prompt is read at a time; None for all.
     """
 
     budget_bytes: int
@@ -34,6 +34,7 @@ class GpuPlan:
     expert_bytes: int = 0
     measured: bool = True
     chunk: int | None = None
+    sequences: int = 1
 
     @property
     def needed_bytes(self) -> int:
@@ -59,13 +60,16 @@ class GpuPlan:
             RequestError: with the option that plans for more.
         """
         needed = (prompt_tokens + new_tokens) * sequences
-        if needed > self.context:
-            beams = f"{sequences} beams of " if sequences > 1 else ""
+        if needed > self.context * self.sequences:
+            several = f"{sequences} sequences of " if sequences > 1 else ""
+            remedy = spelled("sequences", sequences) if sequences > self.sequences else spelled("context", needed)
             raise RequestError(
-                f"{beams}{prompt_tokens} tokens of prompt and {new_tokens} new ones are {needed}, but GPU memory was "
-                f"planned for {self.context}; ask for fewer ({spelled('max_new_tokens')}) or start with "
-                f"{spelled('context', needed)}"
+                f"{several}{prompt_tokens} tokens of prompt and {new_tokens} new ones are {needed}, but GPU memory was "
+                f"planned for {self._tokens()}; ask for fewer ({spelled('max_new_tokens')}) or start with {remedy}"
             )
+
+    def _tokens(self) -> str:
+        return f"{self.sequences} x {self.context}" if self.sequences > 1 else f"{self.context}"
 
     def _needs(self) -> str:
         estimated = "" if self.measured else " (estimated)"
@@ -73,7 +77,7 @@ class GpuPlan:
         margin = f", margin {format_bytes(self.margin_bytes)}" if self.margin_bytes else ""
         return (
             f"dense weights {format_bytes(self.dense_bytes)}, KV cache {format_bytes(self.kv_bytes)} for "
-            f"{self.context} tokens, activations {format_bytes(self.activation_bytes)}{chunks}{estimated}{margin}"
+            f"{self._tokens()} tokens, activations {format_bytes(self.activation_bytes)}{chunks}{estimated}{margin}"
         )
 
 

@@ -27,6 +27,7 @@ from .spelling import spelled
 METHOD = "moestro"  # the name under which Transformers knows our quantizer and our experts function
 DEVICE_NAMES = ("auto", "cpu", "cuda", "emulated")
 BITS = (16, 8, 4, 3, 2)
+MOST_SEQUENCES = 64  # in a step
 FITTED_BITS = (4, 3, 2)  # whose scales and zeros may be fitted
 FITS = ("hqq", "none")
 DTYPES = {name: name for name in ("auto", "float32", "float16", "bfloat16")} | {
@@ -76,6 +77,13 @@ class Options(Checked):
         metavar="N",
         unset="the model's, at most 4096",
         check=needs(lambda n: n >= LEAST_CONTEXT, f"at least {LEAST_CONTEXT}, a token of prompt and of answer"),
+    )
+    sequences: int | None = option(
+        None,
+        "Sequences at a time, such as beams, for each of which memory for so long a context is planned.",
+        metavar="N",
+        unset="one, and on a GPU alone",
+        check=needs(lambda n: 1 <= n <= MOST_SEQUENCES, f"1 to {MOST_SEQUENCES}"),
     )
     policy: str | Policy = option(  # noqa: RUF009  # no call that makes something to share
         DEFAULT_POLICY,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from ..errors import BudgetError, RequestError
-from .budget import Budget, Margin, format_bytes, round_up
+from .budget import Budget, Margin, columns_for, format_bytes, round_up
 from .chunks import GPU_SHARE, largest_chunk
 from .contract import Costs, Expert, LayerSpec, ModelSpec, Placement, Policy
 from .gpu_plan import GpuPlan, share_out
@@ -62,15 +62,17 @@ class Formats:
 class Plan:
     """All that was decided about a run.
 
-    room_bytes: of the GPU, for experts. heat: how often each expert is used, as far as a profile says. costs: the
-    rates that the policy reckons with. why_not: why it does not fit; None where it does. decider: the policy as it
-    placed the experts, which a plan read from JSON places anew.
+    kv_bytes: of the RAM, for the keys and values of as many sequences as were named; 0 where none were, or where they
+    are on the GPU. room_bytes: of the GPU, for experts. heat: how often each expert is used, as far as a profile says.
+    costs: the rates that the policy reckons with. why_not: why it does not fit; None where it does. decider: the policy
+    as it placed the experts, which a plan read from JSON places anew.
     """
 
     spec: ModelSpec
     formats: Formats
     context: int
     gpu: GpuPlan | None
+    kv_bytes: int
     room_bytes: int
     policy: str
     heat: tuple[tuple[Expert, float], ...]
@@ -150,6 +152,7 @@ def make_plan(
     policy: str | Policy,
     budget: Budget = _NO_BUDGET,
     context: int | None = None,
+    sequences: int | None = None,
     longest: int | None = None,
     heat: Mapping[Expert, float] | None = None,
     virtual: bool = False,
@@ -163,6 +166,7 @@ def make_plan(
         footprint: what so many tokens need beside weights.
         chunked: the same where a prompt is read so many tokens at a time; None where it cannot be.
         context: tokens to plan for; None for the model's own, at most `DEFAULT_CONTEXT`, and fewer if only these fit.
+        sequences: of so many tokens each, at a time; None for one, whose cache is planned on a GPU alone.
         longest: the model's own context; None where it is not known.
         virtual: whether time is modelled, as that of `facts.machine`.
 
@@ -171,11 +175,13 @@ def make_plan(
             none that a virtual machine has.
     """
     tokens, gpu, why_not = planned_context(longest, context), None, None
+    kv_bytes = 0
     if virtual:
         assert facts.machine is not None
         room_bytes = experts_room(spec, facts.machine, budget.gpu_bytes)  # the dense part is on the machine's GPU
     elif facts.free_gpu_bytes is not None:
-        gpu, why_not = _gpu_plan(spec, footprint, chunked, facts, budget, tokens, context is not None)
+        need = (footprint, chunked, sequences or 1)
+        gpu, why_not = _gpu_plan(spec, *need, facts, budget, tokens, context is not None)
         tokens, room_bytes = gpu.context, max(0, gpu.left_bytes)
     elif budget.gpu_bytes is not None:
         emulated = spelled("device", "emulated")
@@ -184,6 +190,7 @@ def make_plan(
         )
     else:
         room_bytes = 0
+        kv_bytes = 0 if sequences is None else _kv_bytes(footprint(tokens), tokens, sequences)
     decider = make_policy(policy) if isinstance(policy, str) else policy
     heat = heat or {}
     placement = decider.place(spec, room_bytes, heat)
@@ -196,6 +203,7 @@ def make_plan(
                 ram_bytes=facts.free_ram_bytes if budget.ram_bytes is None else budget.ram_bytes,
                 dense_on_gpu=facts.dense_on_gpu,
                 ram_named=budget.ram_bytes is not None,
+                kv_bytes=kv_bytes,
             )
         except BudgetError as error:
             why_not = str(error)
@@ -207,6 +215,7 @@ def make_plan(
         formats=formats,
         context=tokens,
         gpu=gpu,
+        kv_bytes=kv_bytes,
         room_bytes=room_bytes,
         policy=decider.name,
         heat=tuple(heat.items()),
@@ -222,6 +231,7 @@ def _gpu_plan(
     spec: ModelSpec,
     footprint: Callable[[int], Footprint],
     chunked: Callable[[int, int], Footprint] | None,
+    sequences: int,
     facts: Facts,
     budget: Budget,
     context: int,
@@ -244,8 +254,13 @@ def _gpu_plan(
         chunk = tokens if chunked is None else largest_chunk(tokens, fits)
         fits(chunk)
         need = found[chunk]
-        sizes = (spec.dense_bytes, tokens, need.kv_bytes, need.activation_bytes, margin_bytes)
-        return GpuPlan(gpu_bytes, *sizes, measured=need.measured, chunk=None if chunk == tokens else chunk)
+        kv_bytes = _kv_bytes(need, tokens, sequences)
+        return GpuPlan(
+            *(gpu_bytes, spec.dense_bytes, tokens, kv_bytes, need.activation_bytes, margin_bytes),
+            measured=need.measured,
+            chunk=None if chunk == tokens else chunk,
+            sequences=sequences,
+        )
 
     if gpu_bytes > free_bytes:
         return plan_for(context), (
@@ -256,6 +271,11 @@ def _gpu_plan(
         return share_out(gpu_bytes, facts.margin, context, plan_for, named=named, context_named=context_named), None
     except BudgetError as error:
         return plan_for(context), str(error)
+
+
+def _kv_bytes(need: Footprint, context: int, sequences: int) -> int:
+    """Keys and values of sequences of so many tokens; several are rows of one cache, with room to move in."""
+    return need.kv_bytes if sequences == 1 else -(-need.kv_bytes * columns_for(context) // context) * sequences
 
 
 def planned_context(longest: int | None, asked: int | None) -> int:
@@ -297,13 +317,22 @@ def experts_room(spec: ModelSpec, machine: Machine, gpu_bytes: int | None) -> in
 
 
 def check_fits(
-    spec: ModelSpec, placement: Placement, *, gpu_bytes: int, ram_bytes: int, dense_on_gpu: bool, ram_named: bool
+    spec: ModelSpec,
+    placement: Placement,
+    *,
+    gpu_bytes: int,
+    ram_bytes: int,
+    dense_on_gpu: bool,
+    ram_named: bool,
+    kv_bytes: int = 0,
 ) -> None:
     """Refuse a model that does not fit, with the numbers and what would fit.
 
     Args:
         gpu_bytes, ram_bytes: the budget, or what is free where the user named none.
-        ram_named: whether the user named the RAM (the message says where the limit comes from).
+        ram_named: whether the user named the RAM, which is then for weights alone (the message says where the limit
+            comes from).
+        kv_bytes: of the RAM, for keys and values.
 
     Raises:
         BudgetError: one line with what is needed, what there is and what to ask for.
@@ -317,12 +346,15 @@ def check_fits(
             f"{spelled('gpu_memory')} allows {format_bytes(gpu_bytes)}; give it at least {round_up(gpu_needed)}"
         )
     experts_in_ram = spec.expert_bytes - held_bytes
-    ram_needed = experts_in_ram + (0 if dense_on_gpu else spec.dense_bytes)
+    kv_bytes = 0 if ram_named else kv_bytes
+    ram_needed = experts_in_ram + (0 if dense_on_gpu else spec.dense_bytes) + kv_bytes
     if ram_needed > ram_bytes:
         limit = f"{spelled('ram')} allows" if ram_named else "this machine has free"
         enough = f"give {spelled('ram')} at least {round_up(ram_needed)}"
-        remedy = enough if ram_named else "free memory or choose a smaller model"
+        smaller = "choose a smaller model" if not kv_bytes else "take a smaller model, or fewer or shorter sequences"
+        remedy = enough if ram_named else f"free memory or {smaller}"
+        kv = f", keys and values {format_bytes(kv_bytes)}" if kv_bytes else ""
         raise BudgetError(
-            f"the model needs {format_bytes(ram_needed)} of RAM (experts {format_bytes(experts_in_ram)}), but "
+            f"the model needs {format_bytes(ram_needed)} of RAM (experts {format_bytes(experts_in_ram)}{kv}), but "
             f"{limit} {format_bytes(ram_bytes)}; {remedy}"
         )

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..planning.budget import columns_for
 from .caches import Caches, Forward
-
-_SLACK = 1 / 8  # of the context, that rows can move before they are copied to the left
-
-
-def columns_for(context: int) -> int:
-    """Columns for rows of so many tokens."""
-    return context + max(64, int(context * _SLACK))
 
 
 class Batch:

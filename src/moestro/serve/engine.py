@@ -27,11 +27,11 @@ from ..decode.cpu.masks import MOST_TOKENS
 from ..engine.chunks import free_ram
 from ..errors import BudgetError, RequestError, first_line
 from ..loading.context import model_context
-from ..planning.budget import format_bytes
+from ..planning.budget import columns_for, format_bytes
 from ..text.generation import check_ids, embedding_rows
 from ..text.settings import check_settings
 from .answer import Answer, Ended
-from .batch import Batch, columns_for
+from .batch import Batch
 from .caches import Caches, Forward
 from .prefixes import Prefixes
 from .requests import EngineStopped, Finished, QueueFull, Request, TooLong
@@ -278,7 +278,8 @@ def _checked_bytes(model: PreTrainedModel, caches: Caches, rows: int, context: i
         BudgetError: there is not as much.
     """
     if (plan := model.moestro.gpu_plan) is not None:
-        plan.check_tokens(columns_for(context) if rows > 1 else context, 0, rows)
+        has_room = rows == 1 or plan.sequences > 1  # to move rows in
+        plan.check_tokens(context if has_room else columns_for(context), 0, rows)
     n_bytes = rows * columns_for(context) * caches.token_bytes
     free_bytes = free_ram(model.moestro)
     if plan is None and n_bytes > free_bytes:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from ..planning.budget import parse_bytes
 from ..planning.option import Checked, named, needs, option
+from ..planning.options import MOST_SEQUENCES
 
 KEY_VARIABLE = "MOESTRO_API_KEY"
-MOST_REQUESTS = 64
 DEFAULT_CONTEXT = 4096
 
 
@@ -39,7 +39,7 @@ class ServeOptions(Checked):
         4,
         "Requests that are answered at a time; memory for all of them is taken at the start.",
         metavar="N",
-        check=needs(lambda n: 1 <= n <= MOST_REQUESTS, f"1 to {MOST_REQUESTS}"),
+        check=needs(lambda n: 1 <= n <= MOST_SEQUENCES, f"1 to {MOST_SEQUENCES}"),
     )
     queue: int = option(64, "Requests that may wait besides.", metavar="N", check=needs(lambda n: n >= 0, "0 or more"))
     prefix_memory: str | int = option(
