@@ -115,21 +115,23 @@ class Scene:
             lines = [f"All {n} experts lie in RAM, and the CPU computes every layer."]
         else:
             held, slots = len(conductor.slots.held), len(conductor.slots)
+            there = f"{held} of {n} experts stay on the GPU for good; " if held else ""
+            others = "the others" if held else f"all {n} experts"
+            shared = f"{slots - held} slots there are" if held else f"{slots} slots on the GPU are"
             lines = [
-                f"{held} of {n} experts stay on the GPU for good; {slots - held} slots there are shared by the others, "
-                "which lie in RAM.",
+                f"{there}{shared} shared by {others}, which lie in RAM.",
                 f"At each layer the policy {conductor.policy.name} decides which experts come over the link and which "
                 "the CPU computes where they lie.",
             ]
         if conductor.gpu_plan is not None:
             lines.append(conductor.gpu_plan.in_words() + ".")
         engine = self._engine
-        together = "answered together, in one step" if engine.max_requests > 1 else f"answered {engine.batching}"
-        return [
-            *lines,
-            f"Up to {engine.max_requests} requests of {engine.context} tokens each are {together}; "
-            f"{engine.queue} more may wait.",
-        ]
+        batching = "" if engine.batching == "batched" else f" ({engine.batching.partition(': ')[2]})"
+        many = (
+            f"Up to {engine.max_requests} requests of {engine.context} tokens each are answered together, in one step"
+        )
+        one = f"One request of {engine.context} tokens is answered at a time{batching}"
+        return [*lines, f"{many if engine.max_requests > 1 else one}; {engine.queue} more may wait."]
 
     def _memory(self) -> list[dict[str, Any]]:
         """Each tier with its limit and what of it is given out for good."""

@@ -6,6 +6,7 @@ import { ask, events } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 const EVERY_S = 0.5, STRIP = 120, CHART = 240; // updates
+const COLOURS = { gpu: "gpu", link: "arriving", cpu: "ram" };
 const NAMES = { gpu: "GPU", link: "Link", cpu: "CPU", ram: "RAM" };
 const WHERE = { disk: "on the disk", ram: "in RAM", gpu: "on the GPU", arriving: "on its way to the GPU" };
 const history = { gpu: [], link: [], cpu: [], prompt: [], answer: [], hits: [] };
@@ -25,6 +26,8 @@ function bytes(value) {
 }
 
 const percent = (share) => `${(share * 100).toFixed(share < 0.0995 ? 1 : 0)} %`;
+
+const rateOf = (gbps) => (gbps >= 0.1 ? `${gbps.toFixed(1)} GB/s` : `${(gbps * 1000).toFixed(0)} MB/s`);
 
 // The state of the server and of the connection to it.
 
@@ -121,7 +124,8 @@ function showLanes({ lanes }) {
       if (!isThere) {
         return element("div", { className: "lane" }, head, element("p", { className: "absent", textContent: what }));
       }
-      head.append(element("p", { className: "muted", id: `said-${name}` }));
+      const said = { gpu: "experts on it", link: "", cpu: lanes.link.is_there ? "experts in RAM" : "all of a step" }[name];
+      head.append(element("p", { className: "muted", id: `said-${name}`, textContent: said }));
       const strip = element("canvas", { id: `lane-${name}`, role: "img", ariaLabel: `${NAMES[name]}: ${what}`, title: what });
       return element("div", { className: "lane" }, head, strip, element("p", { className: "share", id: `share-${name}` }));
     }),
@@ -151,9 +155,7 @@ function showNow(now) {
     const share = $(`share-${name}`);
     if (share && now.lanes[name] !== null) share.textContent = `${Math.round(now.lanes[name] * 100)} %`;
   }
-  if ($("said-link")) $("said-link").textContent = `${now.link_gbps.toFixed(2)} GB/s`;
-  if ($("said-cpu")) $("said-cpu").textContent = model.lanes.gpu.is_there ? "experts" : "all of a step";
-  if ($("said-gpu")) $("said-gpu").textContent = "its memory's experts";
+  if ($("said-link")) $("said-link").textContent = rateOf(now.link_gbps);
   showPlaces(now.places);
   draw();
 }
@@ -189,7 +191,7 @@ function draw() {
     const begun = performance.now();
     if (map) drawMap();
     for (const name of ["gpu", "link", "cpu"]) {
-      if ($(`lane-${name}`)) drawStrip($(`lane-${name}`), history[name], STRIP, name === "gpu" ? "gpu" : name === "link" ? "arriving" : "ram");
+      if ($(`lane-${name}`)) drawStrip($(`lane-${name}`), history[name], STRIP, COLOURS[name]);
     }
     const series = [{ name: "ram", values: history.prompt }, { name: "gpu", values: history.answer }];
     drawLines($("speed"), series, { room: CHART, everyS: EVERY_S, unit: "tok/s" });
@@ -221,7 +223,7 @@ function lines([layer, expert]) {
     ? "its layer's choices are not counted"
     : share === 0
       ? "not chosen lately"
-      : `about ${percent(share)} of its layer's choices, ${even.toFixed(even < 10 ? 1 : 0)} × an even share`;
+      : `about ${percent(share)} of its layer's choices, ${even.toFixed(even < 1 ? 2 : even < 10 ? 1 : 0)} × an even share`;
   return [`Layer ${layer}, expert ${expert}`, `${WHERE[PLACES[cell >> 6]]}; ${heat}`];
 }
 
