@@ -204,9 +204,9 @@ def _missing(
 ) -> str | None:
     """What a template leaves out or cannot write of a conversation of this form; None where it writes all of it."""
     probes = list(_probe(messages))
-    wanted = {text: what for _, asked in probes for text, what in asked.items()}
     declared = [_named(tool, f"tool{at}probe") for at, tool in enumerate(tools or ())]
-    wanted |= {f"tool{at}probe": "the tools" for at in range(len(declared))}
+    wanted = {f"tool{at}probe": "the tools" for at in range(len(declared))}
+    wanted |= {text: what for _, asked in probes for text, what in asked.items()}
     try:
         text = _apply(tokenizer, _shaped([message for message, _ in probes], way), declared or None, values)
     except Exception as error:  # a template is a program that may raise anything
