@@ -214,12 +214,15 @@ def _constraints(
         return []
     assert wanted is not None
     schema: dict[str, Any] | None = None
+    if wanted.type == "json_object" and wanted.json_schema is not None:
+        raise Refused(400, "response_format has a json_schema; its type must be 'json_schema'", param="response_format")
     if wanted.type == "json_schema":
         if wanted.json_schema is None or wanted.json_schema.schema_ is None:
             raise Refused(400, "response_format needs a schema in json_schema.schema", param="response_format")
         schema = wanted.json_schema.schema_
     try:
-        return following(ready, n, prompt, schema=schema)
+        tokens = 0 if asked.reasoning_effort == "none" else None
+        return following(ready, n, prompt, schema=schema, thinking_tokens=tokens)
     except RequestError as error:
         raise Refused(400, str(error), param="response_format") from error
 

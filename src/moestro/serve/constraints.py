@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..text.channels import Splitter
 from ..text.forced import forced_call
 from ..text.generation import encode
 from ..text.stream import decode
 from .faults import Refused
+from .grammar import GrammarConstraint, GrammarRefused
 from .requests import Constraint
+from .schemas import check_schema
 from .service import Ready
+from .thinking import Thinking
 
 _SEEN = 24  # tokens at the end of an answer in which a mark is found
 
@@ -46,10 +50,68 @@ def call_constraints(
 
 
 def following(
-    ready: Ready, n: int, prompt: Sequence[int], *, schema: dict[str, Any] | None = None, lark: str | None = None
+    ready: Ready,
+    n: int,
+    prompt: Sequence[int],
+    *,
+    schema: dict[str, Any] | None = None,
+    lark: str | None = None,
+    thinking_tokens: int | None = None,
 ) -> list[Constraint | None]:
-    """What makes each of n answers follow a schema or a grammar, or be any JSON object where neither is given."""
-    raise RequestError("response_format is not supported yet")
+    """What makes each of n answers follow a schema or a grammar, or be any JSON object where neither is given.
+
+    Before that, a model whose family thinks aloud may think.
+
+    Args:
+        lark: in llguidance's dialect. Where the family has channels, it begins with the one that it belongs to.
+        thinking_tokens: after so many tokens thinking is ended; None for no limit.
+
+    Raises:
+        RequestError: llguidance is missing, or it cannot follow this; one line that says what is not supported.
+    """
+    if schema is not None:
+        check_schema(schema)
+    thinking = _thinking(ready, prompt, thinking_tokens != 0)
+    start = thinking.before(has_channel=lark is not None)
+    answer = lark if lark is not None else {"type": "object"} if schema is None else schema
+    found: list[Constraint | None] = []
+    for _ in range(n):
+        try:
+            grammar = GrammarConstraint(ready.grammars.matcher(start, {"answer": answer}))
+        except GrammarRefused as error:
+            raise RequestError(f"the {'schema' if lark is None else 'grammar'} cannot be followed: {error}") from error
+        budget = [] if thinking_tokens is None else reasoning_budget(ready, thinking_tokens, prompt)
+        if thinking_tokens and not budget:
+            raise RequestError("this model's thinking cannot be cut; leave its budget out")
+        found.append(_Both(budget[0], grammar) if budget and budget[0] is not None else grammar)
+    return found
+
+
+def _thinking(ready: Ready, prompt: Sequence[int], is_wanted: bool) -> Thinking:
+    """How this model thinks aloud after a prompt.
+
+    Raises:
+        RequestError: the prompt has begun something else than the model's marks know.
+    """
+    channels = None if ready.responses is None else ready.responses.channels
+    if channels is None:
+        return Thinking()
+    opened = channels.opening(prompt)
+    tokens = ready.grammars.special_tokens()
+    if channels.is_harmony:
+        if opened.strip() != "<|start|>assistant":
+            raise RequestError("the chat template begins the answer in a channel, in which no grammar can be followed")
+        return Thinking(tokens=tokens, is_harmony=True)
+    marks = channels.marks
+    if not marks:  # the tokenizer brings a template of its own
+        if Splitter(channels, opened).has_reasoned:
+            raise RequestError(
+                "the chat template begins with thinking whose end is not known; no grammar can follow it"
+            )
+        return Thinking()
+    before = decode(ready.tokenizer, prompt[-_SEEN:], skip_special_tokens=False).rstrip()
+    has_thought = any(before.endswith(end.strip()) for _, end in marks)
+    return Thinking(marks, tokens, opened, is_wanted and not has_thought)
 
 
 def reasoning_budget(ready: Ready, tokens: int, prompt: Sequence[int]) -> list[Constraint | None]:
@@ -87,11 +149,12 @@ class _ReasoningBudget:
     def accept(self, token: int) -> None:
         """As `Constraint` says."""
         self._seen = [*self._seen, token][-_SEEN:]
-        if self._forced:
+        if self._forced and token == self._forced[0]:
             self._forced.pop(0)
             if not self._forced:
                 self._end, self._seen = None, []
             return
+        self._forced = []  # a grammar had it finish a character first
         text = decode(self._tokenizer, self._seen, skip_special_tokens=False)
         if self._end is not None:
             self._left -= 1
@@ -102,3 +165,24 @@ class _ReasoningBudget:
             if begin.strip() in text:
                 self._end, self._seen = end, []
                 return
+
+
+class _Both:
+    """A budget for thinking, as far as the grammar lets it end, and the grammar."""
+
+    def __init__(self, budget: Constraint, grammar: Constraint) -> None:
+        self._budget, self._grammar = budget, grammar
+
+    def mask(self, logits: Tensor) -> None:
+        """As `Constraint` says."""
+        self._grammar.mask(logits)
+        wanted = logits.clone()
+        self._budget.mask(wanted)
+        wanted[logits.isneginf()] = -torch.inf
+        if not bool(wanted.isneginf().all()):
+            logits.copy_(wanted)
+
+    def accept(self, token: int) -> None:
+        """As `Constraint` says."""
+        self._budget.accept(token)
+        self._grammar.accept(token)

@@ -185,7 +185,8 @@ def prepare(ready: Ready, asked: MessagesRequest) -> list[EngineRequest]:
             raise Refused(400, "tool_choice of type 'tool' needs a name", param="tool_choice")
         constraints = call_constraints(ready, tools, choice.name if choice.type == "tool" else None, 1, prompt)
     elif asked.output_config is not None and asked.output_config.format is not None:
-        constraints = following(ready, 1, prompt, schema=asked.output_config.format.schema_)
+        tokens = _thinking_tokens(asked.thinking)
+        constraints = following(ready, 1, prompt, schema=asked.output_config.format.schema_, thinking_tokens=tokens)
     elif asked.thinking is not None:
         constraints = _budget(ready, asked.thinking, prompt)
     return requests_for(
@@ -202,14 +203,20 @@ def _budget(ready: Ready, thinking: Thinking, prompt: Sequence[int]) -> list[Con
     """What ends the model's thinking after so many tokens, or at once where it is not to think."""
     from .constraints import reasoning_budget
 
-    if thinking.type == "disabled":
-        return reasoning_budget(ready, 0, prompt)
-    if thinking.budget_tokens is None:
+    tokens = _thinking_tokens(thinking)
+    if tokens is None:
         return []
-    found = reasoning_budget(ready, thinking.budget_tokens, prompt)
-    if not found:
+    found = reasoning_budget(ready, tokens, prompt)
+    if not found and tokens:
         raise Refused(400, "this model's thinking cannot be cut; leave budget_tokens out", param="thinking")
     return found
+
+
+def _thinking_tokens(thinking: Thinking | None) -> int | None:
+    """How many tokens may be thought; None for any number."""
+    if thinking is None:
+        return None
+    return 0 if thinking.type == "disabled" else thinking.budget_tokens
 
 
 def _template_values(ready: Ready, asked: CountRequest) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from ..text.choices import no_number, sampling_of
 from ..text.settings import unusual_settings
 from .requests import Constraint, Request, TokenLogprobs
 
+_HIGHEST_SCORE = 1e30  # finite also where a temperature divides it
 _LOWEST_TEMPERATURE = 1e-4  # below it, all but the likeliest token have no probability in float32
 
 # The checkpoint's settings that change scores -> what follows them, of value, prompt's tokens and ids that end a text.
@@ -148,9 +149,9 @@ class Chooser:
         """
         if bool(logits.isnan().any()):
             raise no_number()
-        scores = self._processors(ids, logits[None].clone())
+        scores = self._processors(ids, logits[None].clone()).clamp(max=_HIGHEST_SCORE)
         if self._constraint is not None:
-            self._constraint.mask(scores[0])
+            scores = _constrained(self._constraint, scores, logits)
         if self._samples:
             scores = self._warpers(ids, scores)
             token = int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._random))
@@ -159,6 +160,21 @@ class Chooser:
         if self._constraint is not None:
             self._constraint.accept(token)
         return token, None if self._logprobs is None else _logprobs_of(logits, token, self._logprobs)
+
+
+def _constrained(constraint: Constraint, scores: Tensor, logits: Tensor) -> Tensor:
+    """Scores without the tokens that may not come next: [1, V].
+
+    Where a checkpoint's settings forbid all that may come, these are weighed as the model did.
+    """
+    allowed = torch.zeros_like(logits)
+    constraint.mask(allowed)
+    forbidden = allowed.isneginf()
+    for weighed in (scores[0], logits, allowed):
+        found = weighed.masked_fill(forbidden, -torch.inf)
+        if not bool(found.isneginf().all()):
+            break
+    return found[None]
 
 
 def _processors(request: Request, own: GenerationConfig, prompt: int) -> LogitsProcessorList:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..text.responses import Responses
     from .engine import Engine
+    from .grammar import Grammars
 
 logger = logging.getLogger("moestro")
 T = TypeVar("T")
@@ -43,12 +44,16 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What answers are made of. responses: how the tokenizer's family marks the parts of an answer; None for none."""
+    """What answers are made of. responses: how the tokenizer's family marks the parts of an answer; None for none.
+
+    grammars: what compiles those that an answer is to follow.
+    """
 
     model: Any
     tokenizer: Any
     engine: Engine
     responses: Responses | None
+    grammars: Grammars
 
 
 class Service:
@@ -149,6 +154,7 @@ class Service:
                 from ..text.responses import find_responses
 
                 responses = find_responses(loaded.tokenizer)
+                grammars = _grammars(loaded)
         except BaseException as error:  # whatever it is, the server must say so and end
             self.is_fault = not isinstance(error, MoestroError) and is_fault(error)
             self.error = keep_traceback(error) if self.is_fault else str(error)
@@ -156,7 +162,7 @@ class Service:
             self._on_failed()
             return
         with self._lock:
-            self._ready = Ready(loaded.model, loaded.tokenizer, loaded.engine, responses)
+            self._ready = Ready(loaded.model, loaded.tokenizer, loaded.engine, responses, grammars)
             is_closing = self._state == "closing"
             if not is_closing:
                 self._state = "ready"
@@ -167,3 +173,11 @@ class Service:
 
     def _note(self, what: str, share: float | None) -> None:
         self._progress = (what, share)
+
+
+def _grammars(loaded: Loaded) -> Grammars:
+    from ..text.generation import embedding_rows
+    from .grammar import Grammars
+    from .sampling import ends_of
+
+    return Grammars(loaded.tokenizer, embedding_rows(loaded.model), ends_of(loaded.model.generation_config))
