@@ -60,10 +60,10 @@ def following(
 ) -> list[Constraint | None]:
     """What makes each of n answers follow a schema or a grammar, or be any JSON object where neither is given.
 
-    Before that, a model whose family thinks aloud may think.
+    Before a schema's value, a model whose family thinks aloud may think.
 
     Args:
-        lark: in llguidance's dialect. Where the family has channels, it begins with the one that it belongs to.
+        lark: in llguidance's dialect, of the whole answer, with what is thought before.
         thinking_tokens: after so many tokens thinking is ended; None for no limit.
 
     Raises:
@@ -71,13 +71,12 @@ def following(
     """
     if schema is not None:
         check_schema(schema)
-    thinking = _thinking(ready, prompt, thinking_tokens != 0)
-    start = thinking.before(has_channel=lark is not None)
-    answer = lark if lark is not None else {"type": "object"} if schema is None else schema
+    start = _thinking(ready, prompt, thinking_tokens != 0).before() if lark is None else lark
+    others = {"answer": {"type": "object"} if schema is None else schema} if lark is None else {}
     found: list[Constraint | None] = []
     for _ in range(n):
         try:
-            grammar = GrammarConstraint(ready.grammars.matcher(start, {"answer": answer}))
+            grammar = GrammarConstraint(ready.grammars.matcher(start, others))
         except GrammarRefused as error:
             raise RequestError(f"the {'schema' if lark is None else 'grammar'} cannot be followed: {error}") from error
         budget = [] if thinking_tokens is None else reasoning_budget(ready, thinking_tokens, prompt)
