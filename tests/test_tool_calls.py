@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from call_templates import CALL_TEMPLATES, CALL_TOKENS
 from moestro import load_tokenizer
+from moestro.text.forced import forced_call
 from moestro.text.responses import Part, ResponseReader, find_responses
 
 SCHEMA = {
@@ -193,3 +195,62 @@ def test_pieces_make_no_difference_and_nothing_is_lost(family: str, data: st.Dat
 def test_without_tools_nothing_is_a_call(family: str) -> None:
     _, text = written(family, [("look_up", {"text": "a"})])
     assert not calls_in(read(family, [text], tools=()))
+
+
+OWN = {
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+            "close_pattern": r"</function>\s*</tool_call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>]+)>\n(?P<value>.*?)\n</parameter>"},
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close_pattern": r"\s*<\|end\|>"},
+    },
+}
+JSON_FIELD = {
+    "open": "<tool_call>",
+    "close": "</tool_call>",
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3-coder", "hermes"])
+def test_a_tokenizer_with_a_response_template_of_its_own(family: str) -> None:
+    tokenizer = load_tokenizer("demo")
+    tokenizer.chat_template = CALL_TEMPLATES[family]
+    fields = OWN["fields"] if family == "qwen3-coder" else OWN["fields"] | {"tool_calls": JSON_FIELD}
+    tokenizer.response_template = OWN | {"fields": fields}
+    responses = find_responses(tokenizer)
+    assert responses is not None
+    wanted = {"text": "12 </tool_call>" if family == "hermes" else "12", "count": 12, "items": ["a"]}
+    _, text = written(family, [("look_up", wanted), ("look_up", {"is_on": True})], "Well.", "Hm.")
+    prompt = tokenizer("<|assistant|>", add_special_tokens=False).input_ids
+    found = []
+    for pieces in ([text], list(text)):
+        reader = ResponseReader(responses, prompt, TOOLS)
+        parts = [part for piece in pieces for part in reader.feed(piece)] + reader.end()
+        assert calls_in(parts) == [("look_up", wanted), ("look_up", {"is_on": True})]
+        found.append(
+            {kind: "".join(one.text for one in parts if one.kind == kind) for kind in ("reasoning", "content")}
+        )
+    assert found == [{"reasoning": "Hm.", "content": "Well."}] * 2
+    assert forced_call(responses, TOOLS, None, prompt) is not None
+    reader = ResponseReader(responses, prompt, TOOLS)
+    broken = "Well.\n<tool_call>\n<function=look_up>\n<nothing>"
+    assert "".join(part.text for part in reader.feed(broken) + reader.end()) == broken
+
+
+@pytest.mark.parametrize("family", CALL_TEMPLATES)
+def test_a_long_call_is_read_in_time(family: str) -> None:
+    wanted = {"text": "some line of a file, and another word\n" * 1500}
+    _, text = written(family, [("look_up", wanted)])
+    begin = time.monotonic()
+    assert calls_in(read(family, [text[at : at + 4] for at in range(0, len(text), 4)])) == [("look_up", wanted)]
+    assert time.monotonic() - begin < 10  # 15,000 pieces of 60,000 characters

@@ -193,12 +193,17 @@ class _Own(Format):
                 at = max(found.end(), at + 1)  # an argument may hold the mark
         if not is_end:
             return None
+        if field.close_re is not None and field.content != "json":
+            raise MalformedError  # only JSON shows whether it is whole
         return self._calls(body, opened, tools), len(body)
 
     def _calls(self, body: str, opened: Any, tools: Tools) -> list[Call]:
         captures = {key: value for key, value in opened.groupdict().items() if value is not None}
         try:
             value = process_field(body, self.field, captures)
+            pattern = self.field.content_args.get("tag_pattern") if self.field is not None else None
+            if pattern is not None and regex.sub(pattern, "", body, flags=regex.DOTALL).strip():
+                raise MalformedError  # it would be lost
         except Exception as error:  # the template's own parsers raise what they like
             raise MalformedError from error
         found = []

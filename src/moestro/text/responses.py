@@ -19,6 +19,8 @@ from .call_formats import find_format
 from .calls import Format, MalformedError, schemas
 from .channels import Channel, Channels, Splitter, find_channels, special_tokens, without_field
 
+_LONG = 1000  # characters of a call from which on it is read only where a piece may end it
+_CLOSING = frozenset("}]>)|")
 Kind = Literal["reasoning", "content", "tool_call"]
 
 
@@ -103,6 +105,8 @@ class ResponseReader:
         if self._calls is None:
             return self._text(text)
         self._pending += text
+        if self._opened is not None and len(self._pending) > _LONG and not _CLOSING.intersection(text):
+            return []  # reading a long call again with each piece would take the square of its length
         return _joined(self._scan(is_end=False))
 
     def end(self) -> list[Part]:
