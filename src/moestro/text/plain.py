@@ -18,7 +18,9 @@ from .stream import decode
 
 # Characters that break a mark; the first one that a text does not have, and that the tokenizer keeps apart, is used.
 _BREAKS = ("\ue000", "\uf8f0", "\U000f0000", "\u2063", "\x1a")
-_MARK = re.compile(r"[<\[\]◁{|].*[>\[\]▷}|]", re.DOTALL)  # an added token that looks like markup, not like a word
+_MARK = re.compile(
+    r"[<\[\]\u25c1{|].*[>\[\]\u25b7}|]", re.DOTALL
+)  # an added token that looks like markup, not like a word
 
 
 class Guard:
