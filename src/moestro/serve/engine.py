@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import ceil
 from time import perf_counter
 from typing import Literal
@@ -47,7 +48,7 @@ PREFIX_BYTES = 1 << 30
 class Progress:
     """What the engine does and has done; for a page of health or figures.
 
-    running: answers in the batch. read_tokens: of the prompt that is read now, and how many it has. finished: by
+    running: answers in the batch. read_tokens: of the prompts that are read now, and how many they have. finished: by
     reason. kept, kept_bytes: sequences of which keys and values are kept. work: of all steps so far. error: of a thread
     that died.
     """
@@ -109,7 +110,7 @@ class Engine:
         self._changed = threading.Condition()  # guards what follows, and `_wait`
         self._progress = Progress("ready")
         self._stops = False  # running answers, too
-        self._next: Answer | None = None  # neither waits nor is read yet
+        self._next: list[Answer] = []  # neither wait nor are read yet
         self._mean_s = 1.0  # of a request, from its begin to its end
         self._thread = threading.Thread(target=self._run, name="moestro-engine", daemon=True)
         self._thread.start()
@@ -187,9 +188,8 @@ class Engine:
         return max(0, self.max_requests - len(self._running()))
 
     def _running(self) -> list[Answer]:
-        reading = self._steps.reading
-        found = [*self._steps.rows, None if reading is None else reading.answer, self._next]
-        return list({id(answer): answer for answer in found if answer is not None}.values())
+        found = [*self._next, *(one.answer for one in self._steps.reading), *self._steps.rows]
+        return list({id(answer): answer for answer in found}.values())
 
     def _retry_s(self) -> float:
         return float(max(1, ceil(self._mean_s * (len(self._wait) + 1) / self.max_requests)))
@@ -232,13 +232,14 @@ class Engine:
             self._changed.wait_for(lambda: self._wait or self._running() or self._progress.state != "ready")
             if self._progress.state != "ready" and not self._running():
                 return False
-            has_place = steps.reading is None and len(steps.rows) < self.max_requests
-            self._next = self._wait.popleft() if has_place and self._wait else None
-        if self._next is not None:
+            places = 0 if steps.reading else self.max_requests - len(steps.rows)
+            chosen = steps.chosen([*islice(self._wait, places)])
+            self._next = [self._wait.popleft() for _ in range(chosen)]
+        if self._next:
             steps.begin(self._next)
-            self._next = None
+            self._next = []
         steps.drop(self._is_dropped)
-        if steps.reading is not None:
+        if steps.reading:
             steps.read()
             steps.drop(self._is_dropped)
         if steps.rows:

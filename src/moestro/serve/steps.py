@@ -1,13 +1,14 @@
 """What the engine's thread does with the model: a chunk of a prompt, a step of all rows; rows join and leave.
 
-One prompt is read at a time, in chunks that begin at whole multiples, so that it is computed the same whatever runs
-beside it. It joins the batch when its first token is there. A step that fails ends the answers that were in it.
+A prompt is read in chunks that begin at whole multiples, so that it is computed the same whatever runs beside it. Short
+prompts that wait together are read in one forward, which reads each expert once for all of them (`together.py`). A
+prompt joins the batch when its first token is there. A step that fails ends the answers that were in it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,7 @@ from .batch import Batch
 from .caches import Caches, Forward
 from .prefixes import Prefixes, shared_tokens
 from .requests import Finished
+from .together import read_together, readable_together
 
 logger = logging.getLogger("moestro")
 CHUNK = 512  # tokens of a prompt between two steps of those that answer
@@ -49,7 +51,8 @@ class _Reading:
 class Steps:
     """The requests that run. For one thread.
 
-    rows: answers in the batch; where requests run alone, the one that answers. reading: the one whose prompt is read.
+    rows: answers in the batch; where requests run alone, the one that answers. reading: those whose prompts are read:
+    one, or several short ones.
     work: what was done so far.
 
     Args:
@@ -68,18 +71,29 @@ class Steps:
         self._model, self._forward, self._caches, self._batch = model, forward, caches, batch
         self._prefixes, self._on_end = prefixes, on_end
         self.rows: list[Answer] = []
-        self.reading: _Reading | None = None
+        self.reading: list[_Reading] = []
         self.work = Work()
         self._alone: Any = None  # the cache of the only row, where there is no batch
 
     @property
     def read_tokens(self) -> tuple[int, int]:
-        """Of the prompt that is read: how many tokens of how many."""
-        return (0, 0) if self.reading is None else (self.reading.done, self.reading.answer.prompt_tokens)
+        """Of the prompts that are read: how many tokens of how many."""
+        return sum(one.done for one in self.reading), sum(one.answer.prompt_tokens for one in self.reading)
 
-    def begin(self, answer: Answer) -> None:
-        """Begin to read an answer's prompt, behind what is kept of it."""
-        answer.begun_s = perf_counter()
+    def chosen(self, waiting: Sequence[Answer]) -> int:
+        """How many of those that wait, from the first one on, are to be read next, in one forward."""
+        if self._batch is None or len(waiting) < 2:
+            return min(1, len(waiting))
+        return readable_together([one.ids[0] for one in waiting], CHUNK, lambda ids: self._prefixes.find(ids)[1])
+
+    def begin(self, answers: Sequence[Answer]) -> None:
+        """Begin to read prompts; that of a single answer behind what is kept of it."""
+        for answer in answers:
+            answer.begun_s = perf_counter()
+        if len(answers) > 1:
+            self.reading = [_Reading(answer, None, 0) for answer in answers]
+            return
+        (answer,) = answers
         prompt = answer.ids[0]
         try:
             shared, cache = self._known(prompt)
@@ -87,12 +101,17 @@ class Steps:
             self._fail(answer, error)
             return
         answer.cached_tokens = shared
-        self.reading = _Reading(answer, cache, shared)
+        self.reading = [_Reading(answer, cache, shared)]
 
     def read(self) -> None:
-        """Read a chunk of the prompt; with the last one comes the answer's first token."""
-        assert self.reading is not None
-        reading, answer = self.reading, self.reading.answer
+        """Read a chunk of the prompt, or all of several; with the last one comes an answer's first token."""
+        if len(self.reading) > 1:
+            self._read_together()
+            return
+        (reading,) = self.reading
+        answer = reading.answer
+        if reading.cache is None:  # the only one that is left of several
+            reading.cache = self._caches.new(answer.prompt_tokens)
         end, begun_s = self._chunk_end(reading), perf_counter()
         try:
             ids = answer.ids[:, reading.done : end]
@@ -103,22 +122,49 @@ class Steps:
                 if self._caches.is_whole and end == answer.prompt_tokens - 1:
                     self._keep(answer.ids[0, :end], lambda: self._caches.copied(reading.cache, end, end))
                 return
-            ended = answer.go_on(logits[0])
+        except Exception as error:
+            self._drop_read(reading)
+            self._fail(answer, error)
+            return
+        self._answer_read(reading, logits[0])
+
+    def _read_together(self) -> None:
+        """Read several prompts that share nothing, whole, in one forward."""
+        together = list(self.reading)
+        try:
+            logits, caches = read_together(self._forward, self._caches, [one.answer.ids[0] for one in together])
+        except Exception as error:
+            self.reading = []
+            for one in together:
+                self._fail(one.answer, error)
+            return
+        for one, row, cache in zip(together, logits, caches, strict=True):
+            one.cache, one.done = cache, one.answer.prompt_tokens
+            self._answer_read(one, row)
+
+    def _answer_read(self, reading: _Reading, logits: Tensor) -> None:
+        """The first token of an answer whose prompt is read: it joins the rows, unless it ends with it."""
+        answer = reading.answer
+        try:
+            ended = answer.go_on(logits)
             if ended is None and self._batch is not None:
                 self._batch.join(reading.cache)
         except Exception as error:
-            self.reading = None
+            self._drop_read(reading)
             self._fail(answer, error)
             return
         if ended is not None:
-            self.reading = None
-            self._keep(answer.ids[0, :end], lambda: reading.cache)
+            self._drop_read(reading)
+            self._keep(answer.ids[0, : reading.done], lambda: reading.cache)
             self._finish(answer, ended)
             return
         self.rows.append(answer)  # before it is no longer read: other threads count both
-        self.reading = None
+        self._drop_read(reading)
         if self._batch is None:
             self._alone = reading.cache
+
+    def _drop_read(self, reading: _Reading) -> None:
+        self.reading = [one for one in self.reading if one is not reading]
 
     def decode(self) -> None:
         """The next token of each row."""
@@ -158,9 +204,9 @@ class Steps:
 
     def drop(self, is_dropped: Callable[[Answer], bool]) -> None:
         """End those that were cancelled."""
-        if self.reading is not None and is_dropped(self.reading.answer):
-            answer, self.reading = self.reading.answer, None
-            self._finish(answer, Ended("cancelled"))
+        for one in [one for one in self.reading if is_dropped(one.answer)]:
+            self._drop_read(one)
+            self._finish(one.answer, Ended("cancelled"))
         for row in reversed(range(len(self.rows))):
             if is_dropped(answer := self.rows[row]):
                 self._leave(row)
