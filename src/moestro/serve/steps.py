@@ -110,10 +110,10 @@ class Steps:
             return
         (reading,) = self.reading
         answer = reading.answer
-        if reading.cache is None:  # the only one that is left of several
-            reading.cache = self._caches.new(answer.prompt_tokens)
         end, begun_s = self._chunk_end(reading), perf_counter()
         try:
+            if reading.cache is None:  # also the only one that is left of several
+                reading.cache = self._caches.new(answer.prompt_tokens)
             ids = answer.ids[:, reading.done : end]
             logits, reading.cache = self._forward(ids, reading.cache, torch.arange(reading.done, end)[None])
             self._note_read(end - reading.done, perf_counter() - begun_s)
@@ -130,7 +130,7 @@ class Steps:
 
     def _read_together(self) -> None:
         """Read several prompts that share nothing, whole, in one forward."""
-        together = list(self.reading)
+        together, begun_s = list(self.reading), perf_counter()
         try:
             logits, caches = read_together(self._forward, self._caches, [one.answer.ids[0] for one in together])
         except Exception as error:
@@ -138,6 +138,7 @@ class Steps:
             for one in together:
                 self._fail(one.answer, error)
             return
+        self._note_read(sum(one.answer.prompt_tokens for one in together), perf_counter() - begun_s)
         for one, row, cache in zip(together, logits, caches, strict=True):
             one.cache, one.done = cache, one.answer.prompt_tokens
             self._answer_read(one, row)
