@@ -39,7 +39,7 @@ class Server:
 
     def ask(self, path: str, body: Any = None) -> Any:
         """The JSON of an answer."""
-        one = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        one = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         one.request("GET" if body is None else "POST", path, _json(body), _TYPE)
         found = json.loads(one.getresponse().read())
         one.close()
@@ -144,7 +144,7 @@ class Clients:
 
     def post(self, name: str, path: str, body: Any, expected: set[int]) -> bytes | None:
         """The whole answer; None where it is a refusal."""
-        one = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        one = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=120)
         try:
             one.request("POST", path, _json(body), _TYPE)
             answer = one.getresponse()
@@ -222,7 +222,7 @@ def looks(to: Clients, rng: random.Random) -> None:
     path = rng.choice(
         ["/health", "/metrics", "/v1/models", "/v1/models/demo", "/openapi.json", "/nothing", "/v1/models/x"]
     )
-    one = http.client.HTTPConnection("127.0.0.1", to.server.port, timeout=60)
+    one = http.client.HTTPConnection("127.0.0.1", to.server.port, timeout=120)
     try:
         for _ in range(rng.randint(1, 4)):  # on one connection
             one.request(rng.choice(["GET", "GET", "GET", "DELETE"]), path)
@@ -247,7 +247,7 @@ def hostile_body(to: Clients, rng: random.Random) -> None:
     name = rng.choice([*BODIES])
     path = rng.choice([CHAT, CHAT, COMPLETIONS, ANTHROPIC, f"{ANTHROPIC}/count_tokens", "/tokenize"])
     body, status = BODIES[name]
-    answer = exchange(to.server.port, request(body, path), timeout_s=60)
+    answer = exchange(to.server.port, request(body, path), timeout_s=120)
     to.note(f"hostile {name}", statuses(answer)[0], {status} if path == CHAT else {200, 400}, answer)
 
 
@@ -255,7 +255,7 @@ def hostile_request(to: Clients, rng: random.Random) -> None:
     """A request of the table."""
     name = rng.choice([*REQUESTS])
     sent, expected = REQUESTS[name]
-    answer = exchange(to.server.port, sent, timeout_s=60)
+    answer = exchange(to.server.port, sent, timeout_s=120)
     found = statuses(answer)
     if 429 not in found and found != expected:
         to.wrong.append(f"{name}: {found}, not {expected}")
@@ -267,7 +267,7 @@ def noise(to: Clients, rng: random.Random) -> None:
     sent = bytearray(request(chat(max_tokens=4)))
     for _ in range(rng.randint(1, 6)):
         sent[rng.randrange(len(sent))] = rng.randrange(256)
-    with socket.create_connection(("127.0.0.1", to.server.port), timeout=60) as one:
+    with socket.create_connection(("127.0.0.1", to.server.port), timeout=120) as one:
         one.sendall(sent[: rng.choice([len(sent), rng.randrange(len(sent))])])
         one.shutdown(socket.SHUT_WR)  # what is cut would be waited for
         try:
@@ -282,7 +282,7 @@ def leaves(to: Clients, rng: random.Random) -> None:
     """A client that leaves: in its headers, its body, before its answer or in its midst."""
     body = chat(messages=[{"role": "user", "content": rng.choice(TEXTS)}], max_tokens=300, stream=rng.random() < 0.7)
     sent = request(body)
-    with socket.create_connection(("127.0.0.1", to.server.port), timeout=60) as one:
+    with socket.create_connection(("127.0.0.1", to.server.port), timeout=120) as one:
         if rng.random() < 0.3:
             one.sendall(sent[: rng.randrange(1, len(sent))])
             time.sleep(rng.random() / 5)
@@ -297,7 +297,7 @@ def leaves(to: Clients, rng: random.Random) -> None:
 def slow(to: Clients, rng: random.Random) -> None:
     """Headers and body that come in pieces."""
     sent = request(chat(max_tokens=2))
-    with socket.create_connection(("127.0.0.1", to.server.port), timeout=60) as one:
+    with socket.create_connection(("127.0.0.1", to.server.port), timeout=120) as one:
         for at in range(0, len(sent), 40):
             one.sendall(sent[at : at + 40])
             time.sleep(0.02)
@@ -318,7 +318,7 @@ def large(to: Clients, rng: random.Random) -> None:
         sent = head.encode() + body + b"\r\n0\r\n\r\n"
     else:
         sent = request(body)
-    answer = exchange(to.server.port, sent, timeout_s=60)
+    answer = exchange(to.server.port, sent, timeout_s=120)
     for status in statuses(answer):  # none where the connection was reset before it could be read
         to.note(f"9 MiB, {kind}", status, {413}, answer)
 

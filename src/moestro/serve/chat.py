@@ -21,6 +21,7 @@ from .fields import (
     Stop,
     StreamOptions,
     Strict,
+    check_length,
     check_values,
     requests_for,
 )
@@ -177,9 +178,11 @@ def prepare(ready: Ready, asked: ChatRequest) -> list[EngineRequest]:
 
     tools = asked.tool_values
     check_tools(ready, tools)
+    messages = [one.model_dump(exclude_none=True) for one in asked.messages]
+    check_length(ready, messages, tools, asked.chat_template_kwargs)
     prompt = prompt_of(
         ready.tokenizer,
-        [one.model_dump(exclude_none=True) for one in asked.messages],
+        messages,
         tools=tools or None,
         template_values=_template_values(ready, asked),
     )

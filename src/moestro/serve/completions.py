@@ -21,6 +21,7 @@ from .fields import (
     Stop,
     StreamOptions,
     TokenId,
+    check_length,
     check_values,
     requests_for,
 )
@@ -95,6 +96,8 @@ def _prompts(ready: Ready, asked: CompletionRequest) -> list[list[int]]:
     """Token ids of each prompt."""
     from ..text.generation import encode
 
+    for one in _given(asked):
+        check_length(ready, one)
     return [one if isinstance(one, list) else list(map(int, encode(ready.tokenizer, one))) for one in _given(asked)]
 
 

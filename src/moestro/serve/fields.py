@@ -103,6 +103,30 @@ def check_values(given: BaseModel, possible: dict[str, tuple[Any, ...]]) -> None
             raise Refused(400, f"{name} is {value!r}; it must be {can_be}, nothing else is supported", param=name)
 
 
+def check_length(ready: Ready, *given: Any) -> None:
+    """Refuse texts of which the characters alone tell that they are too long: encoding them could take minutes.
+
+    Args:
+        given: texts, or values of JSON with texts in them.
+    """
+    characters = _characters(given)
+    if characters > ready.longest_token * ready.engine.context:
+        tokens = characters // ready.longest_token
+        raise Refused(
+            400,
+            f"the prompt has {characters} characters, at least {tokens} tokens, but the context is "
+            f"{ready.engine.context}; shorten the prompt",
+            code="context_length_exceeded",
+        )
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_characters, parts))
+
+
 def check_model(service: Service, model: str) -> None:
     """Refuse another model's name where the server is strict about it."""
     if service.is_strict and model != service.name:

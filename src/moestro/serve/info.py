@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from .body import JsonRoute
 from .chat import Message, Tool
 from .faults import Refused
-from .fields import Listed, ModelName, Strict, check_model
+from .fields import Listed, ModelName, Strict, check_length, check_model
 from .journal import Journal
 from .service import Ready, Service
 
@@ -74,11 +74,13 @@ def _tokens(ready: Ready, asked: TokenizeRequest) -> list[int]:
 
     if (asked.prompt is None) == (asked.messages is None):
         raise Refused(400, "one of prompt and messages is needed", param="prompt")
+    check_length(ready, asked.prompt)
     if asked.messages is None:
         ids = encode(ready.tokenizer, asked.prompt or "", asked.add_special_tokens)
         return list(map(int, ids))
     messages = [one.model_dump(exclude_none=True) for one in asked.messages]
     tools = [one.model_dump(exclude_none=True) for one in asked.tools or ()]
+    check_length(ready, messages, tools)
     return prompt_of(ready.tokenizer, messages, tools=tools or None)
 
 

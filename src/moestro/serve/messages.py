@@ -13,7 +13,7 @@ from pydantic import Field
 
 from .chat import Function, Tool, Value
 from .faults import Refused
-from .fields import Choosing, Count, Listed, ModelName, Strict, requests_for
+from .fields import Choosing, Count, Listed, ModelName, Strict, check_length, requests_for
 from .requests import Constraint
 from .requests import Request as EngineRequest
 from .service import Ready
@@ -166,6 +166,7 @@ def prompt_for(ready: Ready, asked: CountRequest) -> list[int]:
         found.append({"role": "system", "content": system})
     for message in asked.messages:
         found += _as_chat(message)
+    check_length(ready, found, tools)
     return prompt_of(ready.tokenizer, found, tools=tools or None, template_values=_template_values(ready, asked))
 
 

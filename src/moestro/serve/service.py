@@ -44,9 +44,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What answers are made of. responses: how the tokenizer's family marks the parts of an answer; None for none.
+    """What answers are made of.
 
-    grammars: what compiles those that an answer is to follow.
+    responses: how the tokenizer's family marks the parts of an answer; None for none. grammars: what compiles those
+    that an answer is to follow. longest_token: characters.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class Ready:
     engine: Engine
     responses: Responses | None
     grammars: Grammars
+    longest_token: int
 
 
 class Service:
@@ -155,6 +157,7 @@ class Service:
 
                 responses = find_responses(loaded.tokenizer)
                 grammars = _grammars(loaded)
+                longest = max(map(len, loaded.tokenizer.get_vocab()))
         except BaseException as error:  # whatever it is, the server must say so and end
             self.is_fault = not isinstance(error, MoestroError) and is_fault(error)
             self.error = keep_traceback(error) if self.is_fault else str(error)
@@ -162,7 +165,7 @@ class Service:
             self._on_failed()
             return
         with self._lock:
-            self._ready = Ready(loaded.model, loaded.tokenizer, loaded.engine, responses, grammars)
+            self._ready = Ready(loaded.model, loaded.tokenizer, loaded.engine, responses, grammars, longest)
             is_closing = self._state == "closing"
             if not is_closing:
                 self._state = "ready"

@@ -79,11 +79,12 @@ class Guard:
 
     def _broken(self, text: str) -> str:
         """A mark may overlap another one, or appear where two pieces meet, so it is looked for until there is none."""
-        begin = 0
+        pieces, begin = list[str](), 0
         while found := self._pattern.search(text, begin):
             at = found.start() + 1
-            text, begin = text[:at] + self._break + text[at:], at + 1
-        return text
+            pieces.append(text[begin:at])
+            begin = at
+        return self._break.join([*pieces, text[begin:]])
 
     def _without(self, text: str, broken_by: str) -> list[int] | None:
         """Token ids without those of the breaking character; None where a token holds it and other text."""
