@@ -49,6 +49,36 @@ def _deep(depth: int, name: str = "prompt_cache_options") -> bytes:
     return _with(f'"{name}":{{"a":{"[" * depth}{"]" * depth}}}')
 
 
+_OPTIONAL = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop_token_ids",
+    "n",
+    "stop",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "user",
+    "reasoning_effort",
+    "chat_template_kwargs",
+    "store",
+    "service_tier",
+    "modalities",
+    "verbosity",
+    "metadata",
+]
 _TOOL = '"tools":[{"type":"function","function":{"name":"a","parameters":{"a":%s}}}]'
 _EMOJI = "\\ud83d\\ude00"
 
@@ -102,6 +132,7 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "all biases": (chat(temperature=1, logit_bias={str(at): -100 for at in range(4096)}), 200),
     "a bias of no token": (chat(logit_bias={"99999": 1}), 400),
     "a bias of a word": (chat(logit_bias={"\u0661": 1}), 400),
+    "nothing for each field that may be left out": (chat(**dict.fromkeys(_OPTIONAL)), 200),
     "17 stops": (chat(stop=["a"] * 17), 400),
     "a long stop": (chat(stop="a" * 1001), 400),
     "no schema": (chat(response_format={"type": "json_schema"}), 400),

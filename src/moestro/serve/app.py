@@ -19,6 +19,7 @@ from . import chat, completions, messages, messages_reply
 from .answers import Answers
 from .assets import page_routes
 from .body import JsonRoute
+from .description import describe
 from .faults import add_handlers
 from .fields import check_model
 from .guard import Guard
@@ -62,6 +63,7 @@ def make_app(
     app.include_router(live_routes(Live(service)))
     app.include_router(page_routes())
     _add_answers(app, service, journal)
+    describe(app)
     return app
 
 

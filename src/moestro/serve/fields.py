@@ -33,11 +33,8 @@ def _listed(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-Stop = Annotated[
-    Listed[Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]] | None,
-    BeforeValidator(_listed, json_schema_input_type=str | list[str] | None),
-    Field(max_length=MOST_STOPS),
-]
+_Stops = Annotated[Listed[Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]], Field(max_length=MOST_STOPS)]
+Stop = Annotated[_Stops | None, BeforeValidator(_listed, json_schema_input_type=str | _Stops | None)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
 
