@@ -20,12 +20,12 @@ FROM python:3.11-slim-bookworm
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-index --find-links /wheels 'moestro[serve,json]' \
     && python -c "from moestro.compute import _kernels; print(_kernels.levels())" \
-    && useradd --create-home --uid 10001 moestro \
+    && useradd --no-create-home --home-dir /cache --uid 10001 moestro \
     && install --directory --owner moestro --group moestro /cache
 ENV HF_HOME=/cache/huggingface MOESTRO_CACHE=/cache/moestro PYTHONUNBUFFERED=1
 VOLUME /cache
 USER 10001
-WORKDIR /home/moestro
+WORKDIR /cache
 EXPOSE 8080
 # 503 while the model is fetched and loaded, which may take long.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=2h --retries=3 \
