@@ -183,3 +183,16 @@ def test_arguments_of_earlier_calls_must_be_an_object(client: openai.OpenAI, arg
     turns = [*SAYS, {"role": "assistant", "content": None, "tool_calls": made}]
     with pytest.raises(openai.BadRequestError, match=says):
         client.chat.completions.create(**ASKED | {"messages": turns})
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_is_made_where_it_is_wanted(client: openai.OpenAI, engine: ScriptedEngine, choice: Any) -> None:
+    """By the model itself, which would tell a fairy tale."""
+    schema = SCHEMA | {"properties": {"place": {"enum": ["Oslo", "Bergen"]}}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    values = {"chat_template_kwargs": {"enable_thinking": False}}
+    asked = ASKED | {"tools": tools, "tool_choice": choice, "max_tokens": 120, "extra_body": values}
+    answer = client.chat.completions.create(**asked).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert [one.function.name for one in answer.message.tool_calls] == ["weather"]
+    assert json.loads(answer.message.tool_calls[0].function.arguments)["place"] in ("Oslo", "Bergen")

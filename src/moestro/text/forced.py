@@ -13,7 +13,10 @@ from typing import Any
 from .calls import schemas
 from .marked_calls import Marked
 from .responses import Responses
+from .stream import decode
 
+_SEEN = 24  # tokens at the end of a prompt in which a mark is found
+_SPACE = {"whitespace_pattern": r"[ \n]{0,4}"}  # between the parts of JSON, or a small model writes nothing else
 _ANY = r"/(?s:.*)/"
 
 
@@ -57,6 +60,9 @@ def _thought(responses: Responses, write: _Writer, prompt: Sequence[int]) -> str
     ended = dict(channels.marks).get(opened)
     if ended is not None:
         return f"{write.until(ended)} {space}"
+    said = decode(responses.tokenizer, list(prompt)[-_SEEN:], skip_special_tokens=False).rstrip()
+    if any(said.endswith(end.strip()) for _, end in channels.marks):
+        return ""  # the prompt has ended it
     choices = [f"{write.text(begin)} {write.until(end)} {space}" for begin, end in channels.marks]
     return f"({' | '.join(choices)})?"
 
@@ -78,7 +84,8 @@ class _Writer:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """As `Grammar` says."""
-        return self._rule("", f"%json {json.dumps(schema)}")
+        read = schema if isinstance(schema, dict) else {}  # true allows anything
+        return self._rule("", f"%json {json.dumps({**read, 'x-guidance': _SPACE})}")
 
     def until(self, close: str) -> str:
         """As `Grammar` says."""
