@@ -298,3 +298,15 @@ def test_kt_kernel_refuses_sizes_that_its_backend_cannot_cut() -> None:
         KtKernel(256, 160, experts=8, top_k=2, bits=4, threads=1)
     with pytest.raises(RequestError, match="16 or 4 bits"):
         KtKernel(256, 256, experts=8, top_k=2, bits=8, threads=1)
+
+
+@needs_llama
+def test_llama_cpp_decodes_several_sequences(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf", "tiny", 4, layers=1)
+    with LlamaCpp(tmp_path / "tiny.gguf", threads=1, context=4 * 256, sequences=4) as worker:
+        prompt_s, decode_s = worker.together(4, 200, 4)
+        assert prompt_s > 0
+        assert decode_s > 0
+        with pytest.raises(RequestError, match="returned"):
+            worker.together(4, 300, 4)

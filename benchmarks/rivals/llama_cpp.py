@@ -186,16 +186,21 @@ def _contents(tensors: list[tuple[str, tuple[int, ...]]], bits: int, seed: int) 
 class LlamaCpp(EngineWorker):
     """llama.cpp with a model loaded, in its own process."""
 
-    def __init__(self, path: Path, threads: int, *, context: int = CONTEXT) -> None:
+    def __init__(self, path: Path, threads: int, *, context: int = CONTEXT, sequences: int = 1) -> None:
         if available() is None:
             raise RequestError("llama.cpp is not installed; pip install llama-cpp-python")
-        super().__init__("benchmarks.rivals.llama_cpp", [str(path), str(threads), str(context)])
+        super().__init__("benchmarks.rivals.llama_cpp", [str(path), *map(str, (threads, context, sequences))])
+
+    def together(self, sequences: int, prompt: int, answer: int) -> tuple[float, float]:
+        """Seconds to read a prompt of each sequence, in batches of all, and of steps of a token of each."""
+        prompt_s, decode_s = self.ask("together", sequences=sequences, prompt=prompt, answer=answer)
+        return float(prompt_s), float(decode_s)
 
 
 class Engine:
     """The model that the worker times, through the library's own calls."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, sequences: int = 1) -> None:
         self._api: Any = import_module("llama_cpp")
         self._complaint = "it did not say why"
         self._listener = self._api.llama_log_callback(self._listen)  # kept: C may call it until the process ends
@@ -208,7 +213,7 @@ class Engine:
         if not self._model:
             raise RequestError(f"could not load {Path(path).name}: {self._complaint}")
         options = self._api.llama_context_default_params()
-        _set(options, n_ctx=context, n_seq_max=1, n_batch=BATCH, n_ubatch=BATCH)
+        _set(options, n_ctx=context, n_seq_max=sequences, n_batch=BATCH, n_ubatch=BATCH)
         _set(options, n_threads=threads, n_threads_batch=threads, offload_kqv=False, op_offload=False)
         self._context = self._api.llama_init_from_model(self._model, options)
         if not self._context:
@@ -231,6 +236,38 @@ class Engine:
             self.prefill_s(context)
         self._cached_tokens = context
         return self._decode([1] * tokens) / tokens
+
+    def together(self, sequences: int, prompt: int, answer: int) -> tuple[float, float]:
+        """As `LlamaCpp.together`; each sequence has as much of the context as all others."""
+        self._api.llama_memory_clear(self._memory, False)
+        self._cached_tokens = 0
+        begin_s = perf_counter()
+        places = [(sequence, at) for sequence in range(sequences) for at in range(prompt)]
+        for first in range(0, len(places), BATCH):
+            part = places[first : first + BATCH]
+            self._decode_places([(sequence, at, at == prompt - 1) for sequence, at in part])
+        prompt_s = perf_counter() - begin_s
+        for at in range(prompt, prompt + answer - 1):
+            self._decode_places([(sequence, at, True) for sequence in range(sequences)])
+        decode_s = perf_counter() - begin_s - prompt_s
+        self._api.llama_memory_clear(self._memory, False)
+        return prompt_s, decode_s
+
+    def _decode_places(self, places: Sequence[tuple[int, int, bool]]) -> None:
+        """A batch of random tokens: of each the sequence, the position, and whether its logits are wanted."""
+        batch = self._api.llama_batch_init(len(places), 0, 1)
+        try:
+            batch.n_tokens = len(places)
+            for index, (sequence, at, has_logits) in enumerate(places):
+                batch.token[index], batch.pos[index] = self._random.randrange(self._vocabulary), at
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+                batch.logits[index] = has_logits
+            status = self._api.llama_decode(self._context, batch)
+            if status:
+                raise RequestError(f"llama_decode of {len(places)} tokens returned {status}: {self._complaint}")
+            self._api.llama_synchronize(self._context)
+        finally:
+            self._api.llama_batch_free(batch)
 
     def card(self) -> dict[str, Any]:
         """The library's version and what it uses of this CPU."""
@@ -282,12 +319,13 @@ def random_model(shape: str, bits: int, layers: int, threads: int) -> Iterator[L
 
 
 def main() -> None:
-    """`python -m benchmarks.rivals.llama_cpp GGUF THREADS CONTEXT`: the worker's end of the pipe."""
+    """`python -m benchmarks.rivals.llama_cpp GGUF THREADS CONTEXT SEQUENCES`: the worker's end of the pipe."""
 
     def start() -> tuple[dict[str, Any], Handlers]:
-        path, threads, context = sys.argv[1:]
-        engine = Engine(path, int(threads), int(context))
-        return engine.card(), {"prefill_s": engine.prefill_s, "decode_s": engine.decode_s}
+        path, *numbers = sys.argv[1:]
+        engine = Engine(path, *map(int, numbers))
+        handlers: Handlers = {"prefill_s": engine.prefill_s, "decode_s": engine.decode_s}
+        return engine.card(), {**handlers, "together": engine.together}
 
     serve(start)
 
