@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from time import monotonic
 from typing import Protocol
 
 import torch
@@ -33,14 +32,14 @@ class Counters:
     waited_s: float = 0.0
 
 
-_SHOWN_EVERY_S = 1.0
+_SHOWN_EVERY = 40  # steps: one that is shown takes a quarter longer, which is to stay below 1 % in all
 
 
 class RoutingCounts:
     """How many tokens the routers gave each expert, counted for what looks at a running model.
 
     Layers that are computed in one call (decode/cpu/stretch.py) show no choices. While these are counted, such layers
-    are computed one by one in a step a second, so that their counts are those of a part of the steps. What layers
+    are computed one by one in one of 40 steps, so that their counts are those of a part of the steps. What layers
     choose whose experts are all held on a GPU is never seen here.
 
     tokens: for each expert of each layer, layer by layer. They only grow, so another thread may read them.
@@ -52,7 +51,7 @@ class RoutingCounts:
     def __init__(self, experts: Sequence[int]) -> None:
         self.tokens = [0] * sum(experts)
         self._firsts = [0, *accumulate(experts)]
-        self._next_s: dict[Hashable, float] = {}
+        self._calls: dict[Hashable, int] = {}
 
     def add(self, step: Step) -> None:
         """Count the choices of a layer step."""
@@ -66,11 +65,9 @@ class RoutingCounts:
         Args:
             key: which layers.
         """
-        now_s = monotonic()
-        if now_s < self._next_s.get(key, 0.0):
-            return False
-        self._next_s[key] = now_s + _SHOWN_EVERY_S
-        return True
+        calls = self._calls.get(key, 0)
+        self._calls[key] = calls + 1
+        return calls % _SHOWN_EVERY == 0
 
 
 class Accounts:
