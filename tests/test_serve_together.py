@@ -103,6 +103,26 @@ def test_a_forward_that_fails_ends_those_that_were_in_it(monkeypatch: pytest.Mon
     assert engine.close(timeout_s=30)
 
 
+def test_a_turn_is_one_forward_also_across_a_multiple_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "CHUNK", 32)
+    model, tokenizer = load("demo", dtype="float32", threads=1, device="cpu"), load_tokenizer("demo")
+    engine = Engine(model, tokenizer, max_requests=2, context=120)
+    sizes: list[int] = []
+    forward = engine._steps._forward
+
+    def count(ids: Any, *given: Any) -> Any:
+        sizes.append(ids.shape[1])
+        return forward(ids, *given)
+
+    monkeypatch.setattr(engine._steps, "_forward", count)
+    (first,) = prompts_of(70)
+    ((said, _),) = answers(engine, [first])
+    assert sizes == [32, 32, 6]
+    ((_, end),) = answers(engine, [first + said + first[:24]])
+    assert (end.cached_tokens, sizes[3:]) == (75, [25])
+    assert engine.close(timeout_s=30)
+
+
 @pytest.mark.parametrize(
     ("lengths", "known", "count"),
     [

@@ -231,7 +231,9 @@ class Steps:
             return total
         # A state that cannot be cut is kept before the last token, so that this prompt itself can be read again.
         last = total - 1 if self._caches.is_whole and reading.done < total - 1 else total
-        return min(last, (reading.done // CHUNK + 1) * CHUNK)
+        if last - reading.done <= CHUNK:  # also across a multiple: a turn's new tokens are one forward
+            return last
+        return (reading.done // CHUNK + 1) * CHUNK
 
     def _leave(self, row: int, *, clears: bool = False) -> None:
         answer = self.rows[row]
