@@ -48,7 +48,6 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 app.command("machine", epilog="Example: moestro machine -o this.json")(machine)
-app.command("serve", epilog="Example: moestro serve demo --port 8080")(serve)
 
 
 @app.callback(invoke_without_command=True)
@@ -170,6 +169,9 @@ def chat(
     if is_typed := sys.stdin.isatty():
         say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
     Conversation(session, Editor() if is_typed else read_piped, is_typed=is_typed, figures=figures).go_on()
+
+
+app.command("serve", epilog="Example: moestro serve demo --port 8080")(serve)
 
 
 @app.command("trace", epilog="Example: moestro trace demo --text story.txt -o demo.trace")
