@@ -359,6 +359,8 @@ WRONG_OF_COMMANDS: dict[str, tuple[str, str]] = {  # options that are a command'
     **dict.fromkeys(("--trace", "--timeline", "--text", "--output"), NOWHERE),
     "--plot": NOWHERE if find_spec("matplotlib") else (NOWHERE[0], "--plot needs matplotlib"),
     **dict.fromkeys(("--tokens", "--prompt-tokens", "--decode-tokens", "--rounds", "--layers"), AT_LEAST),
+    **dict.fromkeys(("--answer-tokens", "--requests"), AT_LEAST),
+    "--clients": ("1,x", "--clients 1,x: 'x' is no number from 1 on"),
     **dict.fromkeys(("--cached", "--queries", "--window", "--prompt"), AT_LEAST),
     "--size": ("5", "--size 5 has no unit, and would be 5 bytes; did you mean 5GiB?"),
     "--format": ("wishful", "no format 'wishful'; they are named like"),

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..loading.once import remembering
 from ..planning.budget import format_bytes
 from ..planning.options import ModelOptions, Options
-from ..serve.options import DEFAULT_CONTEXT, ServeOptions
+from ..serve.options import DEFAULT_CONTEXT, KEY_VARIABLE, ServeOptions
 from .load import load_all
 from .options import Model, takes_options
 from .preflight import check_model, check_named, check_readable
@@ -33,6 +33,7 @@ def serve(source: ModelOptions, engine: Options, options: ServeOptions, model: M
         check_named(model, source)
         check_readable(engine.profile, "trace")
         check_model(model, source)
+    from ..serve.guard import is_loopback
     from ..serve.listen import bound, leave_process, log_requests, server_for
     from ..serve.service import Service
 
@@ -47,6 +48,8 @@ def serve(source: ModelOptions, engine: Options, options: ServeOptions, model: M
     )
     shown = f"[{options.host}]" if ":" in options.host else options.host
     say(f"serve   http://{shown}:{port} listens; {name} is being loaded, /health says when it answers")
+    if options.key is None and not is_loopback(options.host):
+        say(f"warning: every machine that reaches {shown} may ask, since there is no key; set {KEY_VARIABLE}")
     log_requests()
     server = server_for(
         service,

@@ -73,7 +73,7 @@ class Options(Checked):
     )
     context: int | None = option(
         None,
-        "Tokens of prompt and answer, in one sequence, that GPU memory is planned for.",
+        "Tokens of prompt and answer of a sequence, for which GPU memory is planned; a server takes no longer ones.",
         metavar="N",
         unset="the model's, at most 4096",
         check=needs(lambda n: n >= LEAST_CONTEXT, f"at least {LEAST_CONTEXT}, a token of prompt and of answer"),
