@@ -69,6 +69,8 @@ class ScriptedEngine(Engine):
 
 
 class _Script:
+    thinking = None
+
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
 

@@ -179,6 +179,8 @@ def test_penalties_and_biases(engine: Engine, tokenizer: Any) -> None:
 class Only:
     """Allows one token, then fails."""
 
+    thinking = None
+
     def __init__(self, token: int) -> None:
         self.token, self.count = token, 0
 

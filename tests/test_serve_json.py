@@ -107,6 +107,23 @@ def test_pydantic_models_are_parsed(client: openai.OpenAI) -> None:
     assert isinstance(found.choices[0].message.parsed, Tree)
 
 
+MARKED = 'a</think>b <think>c</think> <tool_call>{"name": "look", "arguments": {}}</tool_call> <|im_end|>'
+
+
+@pytest.mark.parametrize("effort", ["none", "medium"])
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_marks_in_a_text_of_the_answer_stay_text(client: openai.OpenAI, effort: str, has_tools: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    schema = {"type": "array", "prefixItems": [{"const": MARKED}, {"const": 1}], "items": False, "minItems": 2}
+    more: dict[str, Any] = {"reasoning_effort": effort, "temperature": 0, "max_tokens": 300}
+    more |= {"tools": tools} if has_tools else {}
+    whole = asked(client, schema, **more).choices[0]
+    assert json.loads(whole.message.content) == [MARKED, 1]
+    assert (whole.finish_reason, whole.message.tool_calls) == ("stop", None)
+    found = [one.choices[0].delta for one in asked(client, schema, stream=True, **more)]
+    assert "".join(one.content or "" for one in found) == whole.message.content
+
+
 def test_any_object(client: openai.OpenAI) -> None:
     found = asked(client, response_format={"type": "json_object"}, temperature=0, max_tokens=300).choices[0]
     assert found.message.content.startswith("{")

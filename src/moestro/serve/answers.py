@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .requests import Finished, Piece, Request, TokenLogprobs
 from .service import Ready
 
 if TYPE_CHECKING:
-    from ..text.responses import Part
+    from ..text.responses import Part, Responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,24 @@ class Said:
 
 
 Event = Said | Finished
+
+
+class _Reader(Protocol):
+    is_reasoning: bool
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[Part]: ...
+
+    def end(self) -> list[Part]: ...
+
+
+def _reader(formats: Responses | None, request: Request, tools: Sequence[Any]) -> _Reader:
+    if request.constraint is not None and request.constraint.thinking is not None:
+        from .behind import BehindThinking
+
+        return BehindThinking(request.constraint.thinking)
+    from ..text.responses import ResponseReader
+
+    return ResponseReader(formats, request.prompt, tools)
 
 
 class Answers:
@@ -58,9 +76,8 @@ class Answers:
         def wake() -> None:
             loop.call_soon_threadsafe(self._changed.set)
 
-        from ..text.responses import ResponseReader
-
-        self._readers = [ResponseReader(None if is_plain else ready.responses, one.prompt, tools) for one in requests]
+        formats = None if is_plain else ready.responses
+        self._readers = [_reader(formats, one, tools) for one in requests]
         self._tickets: list[Any] = []
         self.reasoning_tokens = [0] * len(requests)
         self._has_one_call, self._called = has_one_call, set[int]()
@@ -102,7 +119,7 @@ class Answers:
 
     def _said(self, at: int, piece: Piece) -> Said:
         reader = self._readers[at]
-        parts = self._cut(at, reader.feed(piece.text)) if piece.text else ()
+        parts = self._cut(at, reader.feed(piece.text, piece.token_ids)) if piece.text else ()
         if reader.is_reasoning:
             self.reasoning_tokens[at] += len(piece.token_ids)
         return Said(parts, piece.token_ids, piece.logprobs or ())

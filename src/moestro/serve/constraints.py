@@ -71,12 +71,13 @@ def following(
     """
     if schema is not None:
         check_schema(schema)
-    start = _thinking(ready, prompt, thinking_tokens != 0).before() if lark is None else lark
+    thinking = None if lark is not None else _thinking(ready, prompt, thinking_tokens != 0)
+    start = thinking.before() if thinking is not None else lark or ""
     others = {"answer": {"type": "object"} if schema is None else schema} if lark is None else {}
     found: list[Constraint | None] = []
     for _ in range(n):
         try:
-            grammar = GrammarConstraint(ready.grammars.matcher(start, others))
+            grammar = GrammarConstraint(ready.grammars.matcher(start, others), thinking)
         except GrammarRefused as error:
             raise RequestError(f"the {'schema' if lark is None else 'grammar'} cannot be followed: {error}") from error
         budget = [] if thinking_tokens is None else reasoning_budget(ready, thinking_tokens, prompt)
@@ -129,6 +130,8 @@ class _ReasoningBudget:
         marks: pairs of texts that begin and end it. opened: the one with which the prompt has begun it, or "".
     """
 
+    thinking = None
+
     def __init__(self, tokenizer: Any, marks: Sequence[tuple[str, str]], opened: str, tokens: int) -> None:
         self._tokenizer, self._left = tokenizer, tokens
         self._ends = dict(marks)
@@ -170,7 +173,7 @@ class _Both:
     """A budget for thinking, as far as the grammar lets it end, and the grammar."""
 
     def __init__(self, budget: Constraint, grammar: Constraint) -> None:
-        self._budget, self._grammar = budget, grammar
+        self._budget, self._grammar, self.thinking = budget, grammar, grammar.thinking
 
     def mask(self, logits: Tensor) -> None:
         """As `Constraint` says."""

@@ -23,6 +23,8 @@ from ..errors import RequestError, first_line
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+    from .thinking import Thinking
+
 _KEPT = 16  # compiled grammars
 _SPACE = r"[ \t]{1,8}|\r?\n[ \t]{0,64}"  # between the parts of a JSON value: not without end, which small models like
 _LIMITS: dict[str, Any] = {"max_lexer_states": 20_000, "max_items_in_row": 20_000, "verbose_errors": False}
@@ -162,10 +164,11 @@ class GrammarConstraint:
 
     Args:
         matcher: for this answer alone.
+        thinking: as `Constraint` says.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, thinking: Thinking | None = None) -> None:
+        self._matcher, self.thinking = matcher, thinking
 
     def mask(self, logits: Tensor) -> None:
         """As `Constraint` says.

@@ -16,6 +16,8 @@ from ..errors import MoestroError, RequestError
 if TYPE_CHECKING:  # the routes are there before torch is
     from torch import Tensor
 
+    from .thinking import Thinking
+
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -51,7 +53,14 @@ class EngineStopped(MoestroError):
 
 
 class Constraint(Protocol):
-    """Says which token may come next: a grammar, say. It belongs to one request and is asked by one thread."""
+    """Says which token may come next: a grammar, say. It belongs to one request and is asked by one thread.
+
+    thinking: how an answer of a grammar thinks aloud before what is content, whatever that holds; None where the marks
+    of the model's family tell the parts of an answer apart.
+    """
+
+    @property
+    def thinking(self) -> Thinking | None: ...
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits of tokens that may not come next to -inf, in place: float32 [vocabulary], on the CPU."""

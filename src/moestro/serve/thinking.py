@@ -65,14 +65,16 @@ class Thinking:
         rules.append(f"thought_{at}[suffix={first}]: {_ANY}")
         return " ".join([f"thought_{at}", *rest])
 
-    def _mark(self, text: str) -> list[str]:
-        """A mark in a grammar: special tokens by their numbers, and texts."""
-        named = [token for token in self.tokens if token in text]
-        pieces = re.split(f"({'|'.join(map(re.escape, named))})", text) if named else [text]
+    def pieces(self, mark: str) -> list[int | str]:
+        """A mark as it is written: special tokens by their numbers, and texts."""
+        named = [token for token in self.tokens if token in mark]
+        pieces = re.split(f"({'|'.join(map(re.escape, named))})", mark) if named else [mark]
+        return [self.tokens.get(piece, piece) for piece in pieces if piece]
+
+    def _mark(self, mark: str) -> list[str]:
+        """A mark in a grammar."""
         return [
-            f"<[{self.tokens[piece]}]>" if piece in self.tokens else json.dumps(piece, ensure_ascii=False)
-            for piece in pieces
-            if piece
+            f"<[{one}]>" if isinstance(one, int) else json.dumps(one, ensure_ascii=False) for one in self.pieces(mark)
         ]
 
     def _in_channels(self, has_channel: bool) -> str:

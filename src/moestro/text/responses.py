@@ -100,8 +100,8 @@ class ResponseReader:
         self._space = ""  # white space that is passed on if text follows
         self._has_said = self._has_called = False  # since the beginning or the last call; whether there was one
 
-    def feed(self, text: str) -> list[Part]:
-        """Take a piece of text; return the parts that became final with it."""
+    def feed(self, text: str, token_ids: Sequence[int] = ()) -> list[Part]:
+        """Take a piece of text; return the parts that became final with it. The tokens are not needed for it."""
         if self._calls is None:
             return self._text(text)
         self._pending += text
