@@ -32,9 +32,11 @@ Event = Said | Finished
 class _Reader(Protocol):
     is_reasoning: bool
 
-    def feed(self, text: str, token_ids: Sequence[int]) -> list[Part]: ...
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[Part]:
+        """Take a piece of text; return the parts that became final with it."""
 
-    def end(self) -> list[Part]: ...
+    def end(self) -> list[Part]:
+        """The rest, at the end of the answer."""
 
 
 def _reader(formats: Responses | None, request: Request, tools: Sequence[Any]) -> _Reader:

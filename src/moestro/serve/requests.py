@@ -53,14 +53,14 @@ class EngineStopped(MoestroError):
 
 
 class Constraint(Protocol):
-    """Says which token may come next: a grammar, say. It belongs to one request and is asked by one thread.
-
-    thinking: how an answer of a grammar thinks aloud before what is content, whatever that holds; None where the marks
-    of the model's family tell the parts of an answer apart.
-    """
+    """Says which token may come next: a grammar, say. It belongs to one request and is asked by one thread."""
 
     @property
-    def thinking(self) -> Thinking | None: ...
+    def thinking(self) -> Thinking | None:
+        """How an answer thinks aloud before what is content, whatever that holds.
+
+        None: the marks of the model's family tell the answer's parts apart.
+        """
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits of tokens that may not come next to -inf, in place: float32 [vocabulary], on the CPU."""
