@@ -217,3 +217,14 @@ def test_formats_that_contradict_themselves_are_refused(client: openai.OpenAI) -
     for wanted in ({"type": "json_schema"}, {"type": "json_object", "json_schema": {"schema": PLACE}}):
         with pytest.raises(openai.BadRequestError, match="json_schema"):
             asked(client, response_format=wanted)
+
+
+def test_a_grammar_that_outgrows_its_limits_ends_its_answer_alone(client: openai.OpenAI) -> None:
+    inner = {"type": "array", "items": {"type": "integer"}}
+    alike = [{"type": "array", "items": {"anyOf": [{"type": "integer"}, inner | {"maxItems": n}]}} for n in range(430)]
+    schema = {"type": "object", "properties": {"a": {"anyOf": alike}}, "required": ["a"]}
+    with pytest.raises(openai.InternalServerError, match="became too large in the middle of the answer"):
+        asked(client, schema)
+    with pytest.raises(openai.APIError, match="became too large in the middle of the answer"):
+        list(asked(client, schema, stream=True))
+    assert json.loads(asked(client).choices[0].message.content)
