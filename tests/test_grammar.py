@@ -48,6 +48,7 @@ SPECIAL = {"<think>": 7, "</think>": 8}
         (Thinking([PAIR]), "", ""),
         (Thinking([PAIR]), "<think>\n so \n</think>", "so"),
         (Thinking([PAIR]), "<think></think>", ""),
+        (Thinking([PAIR]), "<think>so</think>\n\n", "so"),
         (Thinking([PAIR], is_wanted=False), "", ""),
         (Thinking([PAIR], opened="<think>"), "one < two </thin\n</think>", "one < two </thin"),
         (Thinking([PAIR], SPECIAL), "\0<think>\0a </think> b\0</think>\0", "a </think> b"),
@@ -163,3 +164,27 @@ def test_several_thoughts_share_a_budget(how: str) -> None:
     assert budgeted(how, "", 5, ["<think>", "ab</think>", "x<think>", "cdef"]) == (
         "<think>ab</think>x<think>cd</think>ef"
     )
+
+
+@pytest.mark.parametrize("how", ["special", "added", "spelled"])
+@pytest.mark.parametrize("gap", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("opened", ["", "<think>"])
+def test_a_grammar_begins_behind_the_thinking(how: str, gap: str, opened: str) -> None:
+    tokenizer = chatting(PAIR, how)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    tokens = {mark: number for mark, number in grammars.special_tokens().items() if mark in PAIR}
+    thinking = Thinking([PAIR], tokens, opened=opened)
+    begun = "" if opened else "<think>"
+    for text, is_right in (
+        (f'{begun}so it is</think>{gap}{{"a": 1}}', True),
+        (f'{begun}so</think>{gap}{{"a": "1"}}', False),
+        (f"{begun}so</think>{gap}well", False),
+        (f"{begun}so</think>\n\n\nwell", False),
+        ('{"a": 1}', not opened),
+    ):
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        matcher = grammars.matcher(thinking.before(), {"answer": schema})
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        is_whole = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        assert is_whole is is_right, text

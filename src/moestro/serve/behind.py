@@ -20,7 +20,8 @@ _ANY_SPECIAL = re.compile("\ud800[^\udfff]*\udfff")
 class BehindThinking:
     """Reads an answer whose grammar was made by the same `Thinking`, token by token.
 
-    White space around what is thought is dropped. The answer is content as it is, whatever marks its texts hold.
+    White space around what is thought is dropped, and so are empty lines behind it. The answer is content as it is,
+    whatever marks its texts hold.
     """
 
     def __init__(self, thinking: Thinking) -> None:
@@ -31,7 +32,7 @@ class BehindThinking:
         self._ends = {_marked(thinking, begin): end for begin, end in ends.items()} if thinking.is_wanted else {}
         self._pending = ""
         self._space = self._joint = ""  # white space that may end a thought; what separates two thoughts
-        self._has_said = self._is_answer = False
+        self._has_said = self._is_answer = self._is_begun = False
         self.is_reasoning = bool(self._end)
 
     def feed(self, text: str, token_ids: Sequence[int]) -> list[Part]:
@@ -57,8 +58,11 @@ class BehindThinking:
     def _parts(self) -> Iterator[Part]:
         while self._pending:
             if self._is_answer:
-                yield Part("content", _ANY_SPECIAL.sub("", self._pending))
-                self._pending = ""
+                text = _ANY_SPECIAL.sub("", self._pending)
+                text = text if self._is_begun else text.lstrip("\n")
+                self._pending, self._is_begun = "", self._is_begun or bool(text)
+                if text:
+                    yield Part("content", text)
             elif self._end:
                 at = self._pending.find(self._end)
                 until = at if at >= 0 else len(self._pending) - _overlap(self._pending, self._end)

@@ -1,7 +1,7 @@
 """The part of a grammar in which a model thinks aloud, before the part that its answer follows.
 
 >>> print(Thinking([("<think>", "</think>")]).before())
-start: ("<think>" thought_0)? @answer
+start: ("<think>" thought_0 ("\\n" | "\\n\\n")?)? @answer
 thought_0[suffix="</think>"]: /(?s:.*)/
 text: /(?s:.*)/
 <BLANKLINE>
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from ..errors import CheckpointError
 
 _ANY = "/(?s:.*)/"
+_GAP = r'("\n" | "\n\n")?'  # that models are used to write behind a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,9 @@ class Thinking:
         """What is thought, with the mark that ends it."""
         first, *rest = self._mark(self.marks[at][1].strip())
         if first.startswith("<"):
-            return " ".join(["text", first, *rest])
+            return " ".join(["text", first, *rest, _GAP])
         rules.append(f"thought_{at}[suffix={first}]: {_ANY}")
-        return " ".join([f"thought_{at}", *rest])
+        return " ".join([f"thought_{at}", *rest, _GAP])
 
     def pieces(self, mark: str) -> list[int | str]:
         """A mark as it is written: special tokens by their numbers, and texts."""
