@@ -210,7 +210,9 @@ def _constraints(
         if is_json:
             line = "response_format cannot be followed by a call that tool_choice wants; leave one out"
             raise Refused(400, line, param="tool_choice")
-        return call_constraints(ready, tools, None if isinstance(choice, str) else choice.function.name, n, prompt)
+        name = None if isinstance(choice, str) else choice.function.name
+        tokens = 0 if asked.reasoning_effort == "none" else None
+        return call_constraints(ready, tools, name, n, prompt, thinking_tokens=tokens)
     if asked.reasoning_effort == "none" and not is_json:
         return [one for _ in range(n) for one in reasoning_budget(ready, 0, prompt)]
     if not is_json:

@@ -16,10 +16,11 @@ from ..text.stream import decode
 from .faults import Refused
 from .grammar import GrammarConstraint, GrammarRefused
 from .requests import Constraint
-from .schemas import check_schema
+from .schemas import MOST_CHARACTERS, check_schema
 from .service import Ready
 from .thinking import Thinking
 
+_MOST_CHARACTERS = 4 * MOST_CHARACTERS  # of the grammar of a forced call
 _SEEN = 24  # tokens at the end of an answer in which a mark is found
 
 
@@ -30,23 +31,41 @@ def check_tools(ready: Ready, tools: Sequence[Any]) -> None:
 
 
 def call_constraints(
-    ready: Ready, tools: Sequence[Any], name: str | None, n: int, prompt: Sequence[int]
+    ready: Ready,
+    tools: Sequence[Any],
+    name: str | None,
+    n: int,
+    prompt: Sequence[int],
+    *,
+    thinking_tokens: int | None = None,
 ) -> list[Constraint | None]:
     """What makes each of n answers a call of a tool, of the one with that name where one is given.
 
+    Args:
+        thinking_tokens: as in `following`.
+
     Raises:
-        Refused: there is no such tool, or this model's calls cannot be written as a grammar.
+        Refused: there is no such tool, or this model's calls, or its tools' schemas, cannot be written as a grammar.
     """
     names = [tool["function"]["name"] for tool in tools]
     if not names:
         raise Refused(400, "tool_choice wants a call, but there are no tools", param="tool_choice")
     if name is not None and name not in names:
         raise Refused(400, f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
-    grammar = forced_call(ready.responses, tools, name, prompt)
+    try:
+        grammar = forced_call(ready.responses, tools, name, prompt)
+    except (TypeError, AttributeError, ValueError, KeyError, RecursionError) as error:
+        line = "the parameters of a tool are no JSON schema that a call can follow; mend them, or leave tool_choice out"
+        raise Refused(400, line, param="tools") from error
     if grammar is None:
         line = "this model's tool calls cannot be forced; tool_choice must be 'auto' or 'none'"
         raise Refused(400, line, param="tool_choice")
-    return following(ready, n, prompt, lark=grammar)
+    if len(grammar) > _MOST_CHARACTERS:
+        line = (
+            f"the tools' schemas make a grammar of {len(grammar)} characters; at most {_MOST_CHARACTERS} are followed"
+        )
+        raise Refused(400, f"{line}; offer fewer tools, or leave tool_choice out", param="tools")
+    return following(ready, n, prompt, lark=grammar, thinking_tokens=thinking_tokens)
 
 
 def following(

@@ -16,7 +16,7 @@ from .requests import Constraint, Request, Sampling
 from .service import Ready, Service
 
 MOST_ANSWERS, MOST_STOPS = 16, 16  # of one request
-_LONGEST_STOP = 1000  # characters
+_LONGEST_STOP = 200  # characters
 
 T = TypeVar("T")
 Listed = Annotated[list[T], Field(fail_fast=True)]  # of a million wrong elements, the errors would take gigabytes

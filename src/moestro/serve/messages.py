@@ -162,7 +162,7 @@ def prompt_for(ready: Ready, asked: CountRequest) -> list[int]:
     tools = asked.tool_values
     check_tools(ready, tools)
     found: list[dict[str, Any]] = []
-    if system := _text(asked.system):
+    if system := _system(asked.system):
         found.append({"role": "system", "content": system})
     for message in asked.messages:
         found += _as_chat(message)
@@ -181,10 +181,14 @@ def prepare(ready: Ready, asked: MessagesRequest) -> list[EngineRequest]:
     tools, choice = asked.tool_values, asked.tool_choice
     prompt = prompt_for(ready, asked)
     constraints: list[Constraint | None] = []
+    if asked.messages[-1].role == "assistant":
+        line = "an answer that is begun cannot be continued here; end with a message of the user"
+        raise Refused(400, line, param="messages")
     if choice is not None and choice.type in ("any", "tool"):
         if choice.type == "tool" and choice.name is None:
             raise Refused(400, "tool_choice of type 'tool' needs a name", param="tool_choice")
-        constraints = call_constraints(ready, tools, choice.name if choice.type == "tool" else None, 1, prompt)
+        name, tokens = choice.name if choice.type == "tool" else None, _thinking_tokens(asked.thinking)
+        constraints = call_constraints(ready, tools, name, 1, prompt, thinking_tokens=tokens)
     elif asked.output_config is not None and asked.output_config.format is not None:
         tokens = _thinking_tokens(asked.thinking)
         constraints = following(ready, 1, prompt, schema=asked.output_config.format.schema_, thinking_tokens=tokens)
@@ -238,6 +242,13 @@ def _template_values(ready: Ready, asked: CountRequest) -> dict[str, Any]:
     if asked.thinking.type == "enabled" and (ready.responses is None or ready.responses.channels is None):
         raise Refused(400, "this model does not think aloud; thinking must be disabled or left out", param="thinking")
     return values
+
+
+def _system(given: str | Sequence[TextBlock] | None) -> str:
+    """The instructions, without a block of Claude Code's that changes with each request and is for bills."""
+    if given is None or isinstance(given, str):
+        return given or ""
+    return "\n".join(block.text for block in given if not block.text.startswith("x-anthropic-billing-header:"))
 
 
 def _text(content: str | Sequence[TextBlock] | None) -> str:

@@ -152,7 +152,7 @@ class StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not t
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_tokens: int) -> None:
         self._tokenizer, self._words = tokenizer, [word for word in stop if word]
-        self._seen = prompt_tokens
+        self._seen = self._begin = prompt_tokens
         # A character takes 4 tokens at most; a few more tokens may add no text.
         self._reach = 4 * max(map(len, self._words), default=0) + 16
 
@@ -162,12 +162,15 @@ class StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not t
         if not self._words or new <= 0:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         rows = input_ids[:, -self._reach - new :].tolist()
-        return torch.tensor([self._ends(row, new) for row in rows], dtype=torch.bool, device=input_ids.device)
+        asked = max(0, self._begin - max(0, input_ids.shape[1] - self._reach - new))  # tokens of the prompt among them
+        return torch.tensor([self._ends(row, new, asked) for row in rows], dtype=torch.bool, device=input_ids.device)
 
-    def _ends(self, ids: Sequence[int], new: int) -> bool:
+    def _ends(self, ids: Sequence[int], new: int, asked: int) -> bool:
         for skips in (True, False):  # a stop string may be a special token, or continue after one
             text, before = (decode(self._tokenizer, part, skip_special_tokens=skips) for part in (ids, ids[:-new]))
             begin = shared_length(text, before)
-            if any(text.find(word, max(0, begin - len(word) + 1)) >= 0 for word in self._words):
+            prompt = decode(self._tokenizer, ids[:asked], skip_special_tokens=skips) if asked else ""
+            least = shared_length(text, prompt)  # a stop string is one of the answer alone
+            if any(text.find(word, max(least, begin - len(word) + 1)) >= 0 for word in self._words):
                 return True
         return False

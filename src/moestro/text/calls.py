@@ -88,16 +88,23 @@ def call_of(name: Any, arguments: Any) -> Call:
     arguments = {} if arguments is None else arguments
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         raise MalformedError
-    return Call(name.strip(), as_json(arguments))
+    try:
+        return Call(name.strip(), as_json(arguments))
+    except (ValueError, RecursionError) as error:  # a number that JSON has not, such as 1e999
+        raise MalformedError from error
 
 
 def as_json(value: Any) -> str:
-    """JSON with letters as they are, as far as UTF-8 has them."""
-    text = json.dumps(value, ensure_ascii=False)
+    """JSON with letters as they are, as far as UTF-8 has them.
+
+    Raises:
+        ValueError: a number that is infinite, or none.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
     except UnicodeEncodeError:  # half a pair of surrogates, which JSON can escape
-        return json.dumps(value)
+        return json.dumps(value, allow_nan=False)
     return text
 
 

@@ -213,7 +213,8 @@ def _missing(
         return _reason(error)
     if way.in_parts and _LISTED.search(text):
         return "it reads no parts"
-    left = next((what for probe, what in wanted.items() if probe not in text), None)
+    seen = set(re.findall(r"(?:text|key|value|name|tool)\d+probe", text))
+    left = next((what for probe, what in wanted.items() if probe not in seen), None)
     if left is not None:
         return f"it leaves out {left}"
     # Arguments that are escaped twice, or printed as Python, are not what the model has learned.

@@ -14,6 +14,8 @@ import regex
 from .calls import Call, Format, Grammar, MalformedError, Tools, call_of, with_references
 from .typed import typed_value
 
+_ENDS = 64  # brackets at the end of a piece that may end a call in Python
+
 _QUOTE = '<|"|>'  # of Gemma's texts
 
 
@@ -187,7 +189,8 @@ class Python(Format):
             raise MalformedError
         if head.partial:
             return None
-        ends = (found.end() for found in re.finditer(r"\]", body))
+        ends = [found.end() for found in re.finditer(r"\]", body)]
+        ends = ends if is_end else ends[-_ENDS:]  # those before were tried with earlier pieces
         if self.close:
             at = body.find(self.close)
             if at < 0 and not is_end:

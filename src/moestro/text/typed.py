@@ -25,7 +25,10 @@ def typed_value(text: str, schema: Mapping[str, Any], key: str) -> Any:
     """
     properties = schema.get("properties")
     one = properties.get(key) if isinstance(properties, dict) else None
-    types = _types(one, schema, 0)
+    try:
+        types = _types(one, schema, 0)
+    except (TypeError, AttributeError):  # it is no schema
+        types = set()
     if types == {"string"}:
         return text
     value = _parsed(text)
