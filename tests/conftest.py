@@ -28,6 +28,8 @@ if find_spec("triton") and not torch.cuda.is_available():
     mend_interpreter()
 import transformers  # noqa: E402
 
+pytest_plugins = ["served"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write the documents that tests generate")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -12,7 +11,7 @@ import pytest
 
 from moestro.serve.messages import CountRequest, MessagesRequest
 from moestro.serve.service import Service
-from serving import TEMPLATE, ScriptedEngine, loaded, serving
+from serving import ScriptedEngine
 
 SAYS = [{"role": "user", "content": "Once upon a time"}]
 GREEDY = {"temperature": 0}
@@ -23,40 +22,20 @@ TOOL = {
 }
 
 
-@pytest.fixture(scope="module")
-def service() -> Any:
-    made = loaded(template=TEMPLATE)
-    return Service("demo", lambda: made)
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[anthropic.Anthropic]:
-    with serving(service) as address, anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def engine(service: Service) -> Iterator[ScriptedEngine]:
-    engine = service.engine
-    assert isinstance(engine, ScriptedEngine)
-    yield engine
-    engine.script = ""
-
-
-def asked(client: anthropic.Anthropic, **more: Any) -> Any:
+def asked(claude: anthropic.Anthropic, **more: Any) -> Any:
     given: dict[str, Any] = {"model": "demo", "max_tokens": 32, "messages": SAYS, "extra_body": GREEDY}
-    return client.messages.create(**given | more)
+    return claude.messages.create(**given | more)
 
 
-def streamed(client: anthropic.Anthropic, **more: Any) -> tuple[list[Any], Any]:
+def streamed(claude: anthropic.Anthropic, **more: Any) -> tuple[list[Any], Any]:
     given: dict[str, Any] = {"model": "demo", "max_tokens": 32, "messages": SAYS, "extra_body": GREEDY}
-    with client.messages.stream(**given | more) as stream:
+    with claude.messages.stream(**given | more) as stream:
         return list(stream), stream.get_final_message()
 
 
-def test_a_stream_equals_the_whole(client: anthropic.Anthropic) -> None:
-    whole = asked(client)
-    events, final = streamed(client)
+def test_a_stream_equals_the_whole(claude: anthropic.Anthropic) -> None:
+    whole = asked(claude)
+    events, final = streamed(claude)
     assert [block.type for block in whole.content] == ["text"]
     assert final.content[0].text == whole.content[0].text
     assert whole.stop_reason == final.stop_reason == "max_tokens"
@@ -67,41 +46,41 @@ def test_a_stream_equals_the_whole(client: anthropic.Anthropic) -> None:
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 1
 
 
-def test_raw_events_have_names_and_a_ping(client: anthropic.Anthropic) -> None:
+def test_raw_events_have_names_and_a_ping(claude: anthropic.Anthropic) -> None:
     body = {"model": "demo", "max_tokens": 2, "messages": SAYS, "stream": True}
     headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "some-beta", "x-api-key": "none"}
     lines = httpx2.post(
-        f"{str(client.base_url).rstrip('/')}/v1/messages?beta=true", json=body, headers=headers
+        f"{str(claude.base_url).rstrip('/')}/v1/messages?beta=true", json=body, headers=headers
     ).text.splitlines()
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert names[:2] == ["message_start", "ping"]
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
-def test_a_turn_is_told_what_was_not_read_again(client: anthropic.Anthropic) -> None:
+def test_a_turn_is_told_what_was_not_read_again(claude: anthropic.Anthropic) -> None:
     long = [{"role": "user", "content": "There was once a king who had three sons"}]
-    first, again = asked(client, messages=long), asked(client, messages=long)
+    first, again = asked(claude, messages=long), asked(claude, messages=long)
     assert again.usage.cache_read_input_tokens > 0
     assert again.usage.input_tokens == 1
     assert first.usage.input_tokens + first.usage.cache_read_input_tokens == again.usage.cache_read_input_tokens + 1
 
 
-def test_thinking_is_a_block_with_a_signature(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+def test_thinking_is_a_block_with_a_signature(claude: anthropic.Anthropic, engine: ScriptedEngine) -> None:
     engine.script = "<think>\nLet me see.\n</think>\n\nIt is blue."
-    whole = asked(client)
+    whole = asked(claude)
     assert [(block.type, getattr(block, block.type)) for block in whole.content] == [
         ("thinking", "Let me see."),
         ("text", "It is blue."),
     ]
     assert whole.content[0].signature == ""
     assert whole.stop_reason == "end_turn"
-    _, final = streamed(client)
+    _, final = streamed(claude)
     assert [block.type for block in final.content] == ["thinking", "text"]
-    omitted = asked(client, thinking={"type": "adaptive", "display": "omitted"})
+    omitted = asked(claude, thinking={"type": "adaptive", "display": "omitted"})
     assert [block.type for block in omitted.content] == ["text"]
 
 
-def test_thinking_goes_back_to_a_template_that_reads_it(client: anthropic.Anthropic) -> None:
+def test_thinking_goes_back_to_a_template_that_reads_it(claude: anthropic.Anthropic) -> None:
     before = [
         *SAYS,
         {
@@ -110,25 +89,25 @@ def test_thinking_goes_back_to_a_template_that_reads_it(client: anthropic.Anthro
         },
         {"role": "user", "content": [{"type": "text", "text": "Why?", "cache_control": {"type": "ephemeral"}}]},
     ]
-    with_it = client.messages.count_tokens(model="demo", messages=before)
-    without = client.messages.count_tokens(
+    with_it = claude.messages.count_tokens(model="demo", messages=before)
+    without = claude.messages.count_tokens(
         model="demo", messages=[before[0], {"role": "assistant", "content": "Yes."}, before[2]]
     )
     assert with_it.input_tokens > without.input_tokens
 
 
-def test_a_stop_sequence_is_named(client: anthropic.Anthropic) -> None:
-    word = asked(client).content[0].text.split()[2]
-    cut = asked(client, stop_sequences=[word])
+def test_a_stop_sequence_is_named(claude: anthropic.Anthropic) -> None:
+    word = asked(claude).content[0].text.split()[2]
+    cut = asked(claude, stop_sequences=[word])
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", word)
 
 
-def test_system_may_be_blocks(client: anthropic.Anthropic) -> None:
+def test_system_may_be_blocks(claude: anthropic.Anthropic) -> None:
     text = "You tell fairy tales."
     blocks = [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]
-    counts = [client.messages.count_tokens(model="demo", messages=SAYS, system=one) for one in (text, blocks)]
+    counts = [claude.messages.count_tokens(model="demo", messages=SAYS, system=one) for one in (text, blocks)]
     assert counts[0].input_tokens == counts[1].input_tokens
-    assert counts[0].input_tokens > client.messages.count_tokens(model="demo", messages=SAYS).input_tokens
+    assert counts[0].input_tokens > claude.messages.count_tokens(model="demo", messages=SAYS).input_tokens
 
 
 @pytest.mark.parametrize(
@@ -146,30 +125,30 @@ def test_system_may_be_blocks(client: anthropic.Anthropic) -> None:
         ({"stop_sequences": [""]}, "at least 1 character"),
     ],
 )
-def test_what_is_not_done_is_refused(client: anthropic.Anthropic, changes: dict[str, Any], says: str) -> None:
+def test_what_is_not_done_is_refused(claude: anthropic.Anthropic, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(anthropic.BadRequestError, match=says) as caught:
-        asked(client, extra_body=changes)
+        asked(claude, extra_body=changes)
     body: Any = caught.value.body
     assert body["type"] == "error"
     assert body["error"]["type"] == "invalid_request_error"
     assert "\n" not in body["error"]["message"]
 
 
-def test_every_field_of_anthropic_is_either_followed_or_refused(client: anthropic.Anthropic) -> None:
-    theirs = set(inspect.signature(client.messages.create).parameters)
+def test_every_field_of_anthropic_is_either_followed_or_refused(claude: anthropic.Anthropic) -> None:
+    theirs = set(inspect.signature(claude.messages.create).parameters)
     theirs -= {"extra_headers", "extra_query", "extra_body", "timeout"}
     refused = {"container", "diagnostics", "inference_geo", "user_profile_id", "workspace_id"}
     assert theirs - set(MessagesRequest.model_fields) == refused
-    counts = set(inspect.signature(client.messages.count_tokens).parameters)
+    counts = set(inspect.signature(claude.messages.count_tokens).parameters)
     counts -= {"extra_headers", "extra_query", "extra_body", "timeout"}
     assert counts - set(CountRequest.model_fields) <= refused | {"speed", "output_format"}
 
 
-def test_a_wrong_name_is_not_found_where_that_is_wanted(client: anthropic.Anthropic, service: Service) -> None:
-    assert asked(client, model="claude-x", max_tokens=1).model == "claude-x"
+def test_a_wrong_name_is_not_found_where_that_is_wanted(claude: anthropic.Anthropic, service: Service) -> None:
+    assert asked(claude, model="claude-x", max_tokens=1).model == "claude-x"
     service.is_strict = True
     try:
         with pytest.raises(anthropic.NotFoundError, match="no model 'claude-x'"):
-            asked(client, model="claude-x", max_tokens=1)
+            asked(claude, model="claude-x", max_tokens=1)
     finally:
         service.is_strict = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import anthropic
@@ -13,9 +12,6 @@ import jsonschema_rs
 import openai
 import pytest
 from pydantic import BaseModel
-
-from moestro.serve.service import Service
-from serving import TEMPLATE, loaded, serving
 
 SAYS = [{"role": "user", "content": "Once upon a time"}]
 PLACE: dict[str, Any] = {
@@ -49,24 +45,6 @@ class Tree(BaseModel):
 
     parts: list[Leaf | Branch]
     age: int | None
-
-
-@pytest.fixture(scope="module")
-def service() -> Any:
-    made = loaded(template=TEMPLATE)
-    return Service("demo", lambda: made)
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with serving(service) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def asked(client: openai.OpenAI, schema: Any = PLACE, **more: Any) -> Any:

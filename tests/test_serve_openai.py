@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from moestro.serve.service import Service
-from serving import TEMPLATE, ScriptedEngine, loaded, serving
+from serving import ScriptedEngine
 
 ASKED = {"model": "demo", "messages": [{"role": "user", "content": "Once upon a time"}], "temperature": 0}
 TOOL = {
@@ -23,32 +23,6 @@ TOOL = {
     },
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def service() -> Any:
-    made = loaded(template=TEMPLATE)
-    return Service("demo", lambda: made)
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with serving(service) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def engine(service: Service) -> Iterator[ScriptedEngine]:
-    engine = service.engine
-    assert isinstance(engine, ScriptedEngine)
-    yield engine
-    engine.script = ""
 
 
 def chunks(client: openai.OpenAI, **asked: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moestro import load_tokenizer
+from moestro.engine.chunks import can_be_chunked, follows_length
 from moestro.errors import RequestError
-from moestro.serve.caches import follows_length
 from moestro.serve.messages import CountRequest, prompt_for
 from moestro.serve.service import Service
 from moestro.text.calls import MalformedError, call_of
 from moestro.text.marked_calls import Python
 from moestro.text.typed import typed_value
-from serving import TEMPLATE, ScriptedEngine, loaded, serving
+from serving import TEMPLATE, ScriptedEngine
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -59,43 +58,24 @@ def test_positions_that_follow_the_length_are_found_by_what_they_do(kind: str) -
     x = torch.zeros(1, 1)
     alone = model.model.rotary_emb(x, short)[0]
     beside = model.model.rotary_emb(x, long)[0][:, :8]
-    assert follows_length(model) is not bool(torch.equal(alone, beside))
+    assert follows_length(model.config) is not bool(torch.equal(alone, beside))
+    assert can_be_chunked(model) is not follows_length(model.config)
 
 
-@pytest.fixture(scope="module")
-def service() -> Any:
-    made = loaded(template=TEMPLATE)
-    return Service("demo", lambda: made)
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with serving(service) as address:
-        yield address
-
-
-def test_a_stop_that_begins_in_the_prompt_is_none_of_the_answer(service: Service, address: str) -> None:
-    engine = service.engine
-    assert isinstance(engine, ScriptedEngine)
+def test_a_stop_that_begins_in_the_prompt_is_none_of_the_answer(engine: ScriptedEngine, address: str) -> None:
     engine.script = "\nhi"
-    try:
-        asked = {"model": "demo", "prompt": "Once upon\n", "stop": "\n\n", "max_tokens": 8}
-        choice = httpx2.post(f"{address}/v1/completions", json=asked).json()["choices"][0]
-        assert choice["text"] == "\nhi"
-        engine.script = "\n\nhi"
-        choice = httpx2.post(f"{address}/v1/completions", json=asked).json()["choices"][0]
-        assert (choice["text"], choice["finish_reason"]) == ("", "stop")
-    finally:
-        engine.script = ""
+    asked = {"model": "demo", "prompt": "Once upon\n", "stop": "\n\n", "max_tokens": 8}
+    choice = httpx2.post(f"{address}/v1/completions", json=asked).json()["choices"][0]
+    assert choice["text"] == "\nhi"
+    engine.script = "\n\nhi"
+    choice = httpx2.post(f"{address}/v1/completions", json=asked).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
 
 
-def test_an_answer_that_is_begun_is_refused(address: str) -> None:
+def test_an_answer_that_is_begun_is_refused(claude: anthropic.Anthropic) -> None:
     messages: Any = [{"role": "user", "content": "JSON, please"}, {"role": "assistant", "content": "{"}]
-    with (
-        anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client,
-        pytest.raises(anthropic.BadRequestError, match="cannot be continued here"),
-    ):
-        client.messages.create(model="demo", max_tokens=4, messages=messages)
+    with pytest.raises(anthropic.BadRequestError, match="cannot be continued here"):
+        claude.messages.create(model="demo", max_tokens=4, messages=messages)
 
 
 def test_a_block_that_changes_with_each_request_is_no_part_of_the_prompt(service: Service, address: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -12,7 +11,7 @@ import pytest
 
 from chat_templates import TEMPLATES
 from moestro.serve.service import Service
-from serving import TEMPLATE, ScriptedEngine, loaded, serving
+from serving import ScriptedEngine
 
 SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": SCHEMA}}
@@ -28,38 +27,6 @@ def call(place: str) -> str:
 
 TWO = f"Let me look.\n{call('Oslo')}\n{call('Bergen')}"
 BROKEN = '<tool_call>\n{"name": weather}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def service() -> Any:
-    made = loaded(template=TEMPLATE)
-    return Service("demo", lambda: made)
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with serving(service) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def claude(address: str) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def engine(service: Service) -> Iterator[ScriptedEngine]:
-    engine = service.engine
-    assert isinstance(engine, ScriptedEngine)
-    yield engine
-    engine.script = ""
 
 
 def streamed(client: openai.OpenAI, **asked: Any) -> tuple[str, list[Any], str]:

@@ -18,7 +18,7 @@ from ..simulate.routing import routed_shapes
 from .bench_plan import bench_plan
 from .bench_serve import bench_serve
 from .numbers import numbers
-from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, WholeHelp, takes_options, unset
+from .options import DecodeTokens, Json, Layers, Model, PromptTokens, TraceTokens, takes_options, unset
 from .preflight import check_model, check_named, check_plot, check_readable
 from .shape_checks import check_prompts
 from .terminal import show
@@ -26,9 +26,7 @@ from .terminal import show
 TextSource = Annotated[str | None, unset("FILE", "The text to read.", "random tokens", "--text")]
 Plot = Annotated[str | None, unset("FILE", "Draw it as an SVG.", "no")]
 
-bench = typer.Typer(
-    cls=WholeHelp, help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None
-)
+bench = typer.Typer(rich_markup_mode=None)  # as main.py names it
 bench.command("plan", epilog="Example: moestro bench plan --shape olmoe-1b-7b --bits 4")(bench_plan)
 bench.command("serve", epilog="Example: moestro bench serve --shape olmoe-1b-7b --bits 4 --turns")(bench_serve)
 

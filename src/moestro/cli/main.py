@@ -13,9 +13,9 @@ from ..loading.once import remembering
 from ..logs import keep_traceback, set_up_logging
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..text.options import TextOptions
-from .bench import bench
 from .cache import cache
 from .envelope import print_json
+from .late import LateBench
 from .load import load_all
 from .machine import machine
 from .options import (
@@ -45,7 +45,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would take the square brackets of a default for markup
 )
-app.add_typer(bench, name="bench")
+app.add_typer(
+    typer.Typer(
+        cls=LateBench, help="Measure this machine and Moestro on it.", no_args_is_help=True, rich_markup_mode=None
+    ),
+    name="bench",
+)
 app.add_typer(cache, name="cache")
 app.command("machine", epilog="Example: moestro machine -o this.json")(machine)
 

@@ -33,9 +33,20 @@ def can_be_chunked(model: Any) -> bool:
     return (
         model.config.model_type not in REREAD
         and not model.config.is_encoder_decoder
+        and not follows_length(model.config)
         and hasattr(model, "_supports_default_dynamic_cache")
         and model._supports_default_dynamic_cache()
     )
+
+
+def follows_length(config: Any) -> bool:
+    """Whether positions are written otherwise once a text is long, by the longest row of a call.
+
+    Rows of other lengths, and keys that were read in a shorter text, would then not be what they are alone.
+    """
+    given = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [one.get("rope_type") for one in (given, *given.values()) if isinstance(one, dict)]  # of layers, too
+    return any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
 
 
 def chunk_for(model: Any, input_ids: torch.Tensor, given: Mapping[str, Any]) -> int | None:

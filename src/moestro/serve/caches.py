@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from ..decode.cpu.cache import RoomLayer
-from ..engine.chunks import can_be_chunked
+from ..engine.chunks import can_be_chunked, follows_length
 
 _KINDS = (DynamicLayer, RoomLayer)
 
@@ -58,8 +58,7 @@ class Caches:
     def __init__(self, model: Any, forward: Forward) -> None:
         self._model = model
         self._is_default = model._supports_default_dynamic_cache()
-        self._follows_length = follows_length(model)
-        self.is_reused = can_be_chunked(model) and not self._follows_length
+        self.is_reused = can_be_chunked(model)
         _, cache = forward(torch.zeros(1, 1, dtype=torch.int64), self.fresh(), torch.zeros(1, 1, dtype=torch.int64))
         layers = getattr(cache, "layers", None)
         self.why_alone = self._find_why(cache)
@@ -77,7 +76,7 @@ class Caches:
         return DynamicCache(config=self._model.config.get_text_config(decoder=True)) if self._is_default else None
 
     def _find_why(self, cache: Any) -> str | None:
-        if self._follows_length:
+        if follows_length(self._model.config):
             return "its rotary embedding changes with the length of the text"
         if not self._is_default or type(cache) is not DynamicCache:
             return f"its cache is a {type(cache).__name__}"
@@ -115,18 +114,6 @@ class Caches:
                 pair[0][:, :, :tokens], pair[1][:, :, :tokens] = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
         self.place(made, rooms, tokens)
         return made
-
-
-def follows_length(model: Any) -> bool:
-    """Whether positions are written otherwise once a text is long, by the longest row of a step.
-
-    Rows of other lengths, and keys that were read in a shorter text, would then not be what they are alone.
-    """
-    found: list[Any] = []
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        found += kind.values() if isinstance(kind, dict) else [kind]
-    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in found)
 
 
 def bytes_of(cache: Any) -> int:

@@ -20,7 +20,7 @@ from .schemas import MOST_CHARACTERS, check_schema
 from .service import Ready
 from .thinking import Thinking
 
-_MOST_CHARACTERS = 4 * MOST_CHARACTERS  # of the grammar of a forced call
+_LONGEST_GRAMMAR = 4 * MOST_CHARACTERS  # characters, of the grammar of a forced call
 _SEEN = 24  # tokens at the end of an answer in which a mark is found
 
 
@@ -60,9 +60,9 @@ def call_constraints(
     if grammar is None:
         line = "this model's tool calls cannot be forced; tool_choice must be 'auto' or 'none'"
         raise Refused(400, line, param="tool_choice")
-    if len(grammar) > _MOST_CHARACTERS:
+    if len(grammar) > _LONGEST_GRAMMAR:
         line = (
-            f"the tools' schemas make a grammar of {len(grammar)} characters; at most {_MOST_CHARACTERS} are followed"
+            f"the tools' schemas make a grammar of {len(grammar)} characters; at most {_LONGEST_GRAMMAR} are followed"
         )
         raise Refused(400, f"{line}; offer fewer tools, or leave tool_choice out", param="tools")
     return following(ready, n, prompt, lark=grammar, thinking_tokens=thinking_tokens)

@@ -125,14 +125,14 @@ class Engine:
         Raises:
             TooLong, QueueFull, EngineStopped: as they say. RequestError: tokens that the model does not have.
         """
-        check_ids(self._tokenizer, torch.tensor(list(request.prompt)), self._vocabulary)
-        strange = [token for token in request.sampling.logit_bias if not 0 <= token < self._vocabulary]
-        if strange:
-            raise RequestError(f"logit_bias names token {strange[0]}; the model has 0 to {self._vocabulary - 1}")
         prompt_tokens = len(request.prompt)
         new_tokens = request.max_new_tokens or max(1, self.context - prompt_tokens)
         if prompt_tokens + new_tokens > self.context:
             raise TooLong(prompt_tokens, new_tokens, self.context)
+        check_ids(self._tokenizer, torch.tensor(list(request.prompt)), self._vocabulary)
+        strange = [token for token in request.sampling.logit_bias if not 0 <= token < self._vocabulary]
+        if strange:
+            raise RequestError(f"logit_bias names token {strange[0]}; the model has 0 to {self._vocabulary - 1}")
         ticket = Ticket(wake, self._cancel)
         answer = Answer(request, ticket, self._tokenizer, self._own, new_tokens)
         with self._changed:
