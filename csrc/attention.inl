@@ -4,13 +4,21 @@ namespace {
 
 // Rotates the first `turned` elements of a head in place, the first half of them against the second. Rounds where
 // the families' own code does: after each product and after the sum.
-void rotate(float* head, const float* cosine, const float* sine, int64_t turned, Type type) {
+template <Type kType>
+void rotate_of(float* head, const float* __restrict cosine, const float* __restrict sine, int64_t turned) {
   const int64_t half = turned / 2;
+  float *__restrict low = head, *__restrict high = head + half;
   for (int64_t i = 0; i < half; ++i) {
-    const float a = head[i], b = head[half + i];
-    head[i] = rounded(rounded(a * cosine[i], type) + rounded(-b * sine[i], type), type);
-    head[half + i] = rounded(rounded(b * cosine[half + i], type) + rounded(a * sine[half + i], type), type);
+    const float a = low[i], b = high[i];
+    low[i] = rounded(rounded(a * cosine[i], kType) + rounded(-b * sine[i], kType), kType);
+    high[i] = rounded(rounded(b * cosine[half + i], kType) + rounded(a * sine[half + i], kType), kType);
   }
+}
+
+void rotate(float* head, const float* cosine, const float* sine, int64_t turned, Type type) {
+  if (type == Type::kFp32) rotate_of<Type::kFp32>(head, cosine, sine, turned);
+  else if (type == Type::kBf16) rotate_of<Type::kBf16>(head, cosine, sine, turned);
+  else rotate_of<Type::kFp16>(head, cosine, sine, turned);
 }
 
 void read_first(const Input& x, float* to) { read_row(x, 0, nullptr, to); }

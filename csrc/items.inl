@@ -210,8 +210,17 @@ inline void write_number(float value, Type type, void* out, int64_t at) {
   else static_cast<uint16_t*>(out)[at] = type == Type::kBf16 ? bf16_of(value) : fp16_of(value);
 }
 
+template <Type kType>
+void write_row_of(const float* __restrict from, const float* __restrict bias, int64_t count, void* out, int64_t at) {
+  if (bias) for (int64_t i = 0; i < count; ++i) write_number(from[i] + bias[i], kType, out, at + i);
+  else for (int64_t i = 0; i < count; ++i) write_number(from[i], kType, out, at + i);
+}
+
+// A loop for each type: compilers then use vectors.
 inline void write_row(const float* from, const float* bias, int64_t count, Type type, void* out, int64_t at) {
-  for (int64_t i = 0; i < count; ++i) write_number(from[i] + (bias ? bias[i] : 0.0f), type, out, at + i);
+  if (type == Type::kFp32) write_row_of<Type::kFp32>(from, bias, count, out, at);
+  else if (type == Type::kBf16) write_row_of<Type::kBf16>(from, bias, count, out, at);
+  else write_row_of<Type::kFp16>(from, bias, count, out, at);
 }
 
 // Outputs of a dense layer from the place `first` on, one token's, which begin at `at` of its out.

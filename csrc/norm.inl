@@ -8,6 +8,12 @@ inline float rounded(float value, Type type) {
   return type == Type::kFp16 ? scalar_from_fp16(fp16_of(value)) : value;
 }
 
+// Each number of a row times `inverse`, rounded, times its weight. A loop for each type: compilers then use vectors.
+template <Type kType>
+void scale(float* __restrict row, const float* __restrict weight, int64_t n, float inverse) {
+  for (int64_t i = 0; i < n; ++i) row[i] = rounded(row[i] * inverse, kType) * weight[i];
+}
+
 // out = norm(x) * weight, where norm(x) is first rounded to the type of x; or, `offset` not 0, norm(x) * (offset +
 // weight) in float32. `row` has room for x.width floats rounded up to a group; weight is float32 [width].
 void rms_norm(const Input& x, int64_t at, const float* weight, float offset, float epsilon, void* out, float* row) {
@@ -19,10 +25,10 @@ void rms_norm(const Input& x, int64_t at, const float* weight, float offset, flo
     for (int v = 0; v < VP; ++v) squares[v] = fma(V::load(row + i + v * W), V::load(row + i + v * W), squares[v]);
   for (int v = 1; v < VP; ++v) squares[0] = squares[0] + squares[v];
   const float inverse = 1.0f / sqrtf(sum(squares[0]) / static_cast<float>(n) + epsilon);
-  for (int64_t i = 0; i < n; ++i) {
-    const float normal = row[i] * inverse;
-    row[i] = offset != 0 ? normal * (offset + weight[i]) : rounded(normal, x.type) * weight[i];
-  }
+  if (offset != 0) for (int64_t i = 0; i < n; ++i) row[i] = row[i] * inverse * (offset + weight[i]);
+  else if (x.type == Type::kFp32) scale<Type::kFp32>(row, weight, n, inverse);
+  else if (x.type == Type::kBf16) scale<Type::kBf16>(row, weight, n, inverse);
+  else scale<Type::kFp16>(row, weight, n, inverse);
   write_row(row, nullptr, n, x.type, out, at * n);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -24,15 +25,14 @@ def request(body: bytes, path: str = CHAT, method: str = "POST", head: str = HEA
 
 
 def exchange(port: int, sent: bytes, timeout_s: float = 30.0) -> bytes:
-    """All that the server sends until it closes the connection."""
+    """All that the server sends until it closes the connection, also where it closes before it has read all."""
     found = b""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as one:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             one.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):  # what came before the reset is read first
             while piece := one.recv(65536):
                 found += piece
-        except (BrokenPipeError, ConnectionResetError):  # it has closed before it had read all
-            pass
     return found
 
 

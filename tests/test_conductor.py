@@ -585,8 +585,15 @@ def test_a_part_of_an_expert_is_not_kept_for_the_whole() -> None:
 def test_threads_have_a_phase_each() -> None:
     conductor, _ = small_conductor(Fixed(Decision(cpu={1: FULL})), 0, EmulatedDevice(link_gbps=None))
     conductor.begin(StepInfo.alike(Phase.DECODE, 1))
-    other = threading.Thread(target=conductor.begin, args=(40, Phase.PREFILL))
+    seen = []
+
+    def begin_another() -> None:
+        conductor.begin(StepInfo.alike(Phase.PREFILL, 40))
+        seen.append(conductor.phase)
+
+    other = threading.Thread(target=begin_another)
     other.start()
     other.join()
+    assert seen == [Phase.PREFILL]
     assert conductor.phase is Phase.DECODE
     conductor.close()

@@ -8,14 +8,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
+from commands import EVERY
 from moestro.cli import main as cli
 from moestro.cli.envelope import SCHEMA
 from moestro.simulate.trace import Trace
@@ -78,16 +77,9 @@ COMMANDS: dict[str, tuple[list[str], str | None, dict[str, Any]]] = {
 }
 
 
-def _with_json(group: Any, *names: str) -> Iterator[str]:
-    for name, command in group.commands.items():
-        if any("--json" in one.opts for one in command.params):
-            yield " ".join((*names, name))
-        if hasattr(command, "commands"):
-            yield from _with_json(command, *names, name)
-
-
 def test_each_command_with_json_is_here() -> None:
-    assert {*_with_json(typer.main.get_command(cli.app))} == {*COMMANDS}
+    with_json = {" ".join(names) for names, one in EVERY.items() if any("--json" in each.opts for each in one.params)}
+    assert with_json == {*COMMANDS}
 
 
 def _call(monkeypatch: pytest.MonkeyPatch, *typed: str) -> None:
@@ -126,6 +118,29 @@ def test_the_last_line_says_by_what_it_was_made(
         assert line["measured"] == 7
     assert "%" not in printed.err
     assert "it/s" not in printed.err
+
+
+@pytest.mark.parametrize("command", [name for name, (_, measures, _) in COMMANDS.items() if measures])
+def test_help_shows_the_defaults_that_are_measured(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed, measures, _ = COMMANDS[command]
+    received: dict[str, Any] = {}
+    monkeypatch.setattr(measures, lambda *_, **given: received.update(given) or Measured())
+    monkeypatch.setattr("moestro.bench.policies.Reading.record", lambda *_: None)
+    _call(monkeypatch, *command.split(), *({"TEXT": __file__}.get(one, one) for one in typed), "--json")
+    compared = set()
+    for one in EVERY[*command.split()].params:
+        given, says = received.get(one.name), re.search(r"\[default: ([\w., -]+)\]", one.help or "")
+        if given in (None, (), []) or {*one.opts} & {*typed} or not (says or one.show_default):
+            continue
+        values = given if isinstance(given, list | tuple) else [given]
+        shown = says[1].split(", ") if says else one.default if isinstance(one.default, list | tuple) else [one.default]
+        if one.name not in ("layers", "threads", "gpu_memory"):  # counted or looked up, and one that has a unit
+            words = (",".join(map(str, of)).replace("inf", "none") for of in (values, shown))
+            assert len({*words}) == 1, one.name
+            compared.add(one.name)
+    assert "shapes" in compared or "shapes" not in received
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 import moestro
+from commands import COMMANDS
 from families import FAMILIES, Family, build_config, random_ids, save_model
 from moestro import MoestroError, load, load_tokenizer
 from moestro.cli import main as cli
@@ -320,8 +321,7 @@ def test_code_that_is_trusted_is_run(coded: Coded) -> None:
 
 
 def test_every_command_that_loads_a_model_can_be_told_to_trust_it() -> None:
-    commands = [*cli.app.registered_commands, *cli.app.registered_groups[0].typer_instance.registered_commands]
-    takers = [command.callback for command in commands if "model" in (command.callback.__annotations__ or {})]
-    loading = [function for function in takers if function.__name__ != "plan_command"]  # which reads headers alone
-    assert {function.__name__ for function in loading} >= {"run", "chat", "trace_command", "bench_policies"}
-    assert all("trust_remote_code" in function.__annotations__ for function in loading)
+    options = {names: {each.name for each in one.params} for names, one in COMMANDS.items()}
+    loading = {names for names, found in options.items() if "model" in found} - {("plan",)}  # which reads headers alone
+    assert loading >= {("run",), ("chat",), ("trace",), ("serve",), ("bench", "policies")}
+    assert all("trust_remote_code" in options[names] for names in loading)

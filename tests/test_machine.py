@@ -37,7 +37,7 @@ from moestro.simulate.forecast import NARROW, WIDE
 
 needs_kernels = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 RATES = assumed_rates(33.0, 250.0)
-KERNELS = KernelRates(33.0, 250.0, RATES.experts, RATES.dense, 9.0, 90.0, 2.0, 20.0)
+KERNELS = KernelRates(33.0, 250.0, RATES.experts, RATES.wide_experts, RATES.dense, 9.0, 90.0, 2.0, 20.0)
 GPU = probe.Gpu("NVIDIA GeForce RTX 4090", "555.42", 24 * 2**30, 20 * 2**30)
 
 
@@ -289,7 +289,13 @@ def test_the_command_prints_and_writes_what_was_kept(tmp_path: Path, monkeypatch
     monkeypatch.setattr(measuring, "measure_machine", lambda *_: made())
     done = CliRunner().invoke(app, ["machine"])
     assert done.exit_code == 0, done.output
-    for words in ("read at 33.0 GB/s", "2.50 GB/s", "experts: GB/s of packed weights", "hqq4", "500 us a step"):
+    for words in (
+        "read at 33.0 GB/s",
+        "2.50 GB/s",
+        "experts of 4096 neurons",
+        "hqq4",
+        "500 us a step",
+    ):
         assert words in done.output
     monkeypatch.setattr(measuring, "measure_machine", lambda *_: pytest.fail("it was measured again"))
     target = tmp_path / "this.json"
@@ -307,17 +313,37 @@ def test_a_report_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cell's figures beside what was predicted from the card; a run that is as predicted is within."""
     wrong = {"mixtral-8x7b": 1.3}
 
-    def run(shape: str, bits: int, layers: int, threads: int, rounds: int) -> dict[str, float]:
-        said = bench_plan.predict(shape, bits, layers, made())
-        return {what: tok_s / wrong.get(shape, 1.1) for what, tok_s in said.items()}
+    class Worker:
+        """Runs three turns, of which the last has a machine of a tenth of the speed."""
 
-    monkeypatch.setattr(bench_plan, "_run", run)
+        def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
+            said = bench_plan.predict(shape, bits, layers, made())
+            self._tok_s = {what: tok_s / wrong.get(shape, 1.1) for what, tok_s in said.items()}
+            self._turns = 0
+
+        def __enter__(self) -> Worker:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            assert self._turns == 3
+
+        def prefill_s(self, tokens: int) -> float:
+            return tokens / self._now(f"prefill {tokens}")
+
+        def decode_s(self, context: int, tokens: int) -> float:
+            self._turns += 1
+            return 1 / self._now("decode")
+
+        def _now(self, what: str) -> float:
+            return self._tok_s[what] / (10 if self._turns == 2 else 1)
+
+    monkeypatch.setattr(bench_plan, "ModelWorker", Worker)
     monkeypatch.setattr(bench_plan, "check_kernels", lambda: None)
-    monkeypatch.setattr(bench_plan, "_READ_BYTES", 2**20)
-    monkeypatch.setattr(bench_plan, "last_level_cache_bytes", lambda: 2**16)
-    monkeypatch.setattr(bench_plan, "read_limit_gbps", lambda *_: 20.0)
-    report = bench_plan.measure_plan(bits=(8, 4), threads=1, card=lambda *_, **__: made())
+    monkeypatch.setattr(bench_plan, "this_card", lambda *_, **__: made())
+    monkeypatch.setattr(bench_plan, "_RATES_BYTES", 2**20)
+    report = bench_plan.measure_plan(bits=(8, 4), threads=1)
     assert len(report.rows) == 4 * 2 * 3
+    assert len(report.read_gbps) == 4 * 2 * 3
     assert report.within == {"decode": [6, 8], "prefill": [12, 16], "cells": [6, 8]}
     assert report.worst == pytest.approx(0.3)
     assert all(row.error == pytest.approx(0.1) for row in report.rows if row.shape == "olmoe-1b-7b")

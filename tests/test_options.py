@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from commands import COMMANDS
 from moestro import MoestroConfig, MoestroError, load
 from moestro.bench.options import CellOptions, ComparedOptions, ShapeOptions, TableOptions
 from moestro.cli import main as cli
@@ -180,15 +181,6 @@ def test_a_wrong_value_of_an_argument_that_only_load_has(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def _commands(group: Any, *names: str) -> Iterator[tuple[list[str], Any]]:
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from _commands(command, *names, name)
-        else:
-            yield [*names, name], command
-
-
-COMMANDS = list(_commands(typer.main.get_command(cli.app)))
 KINDS = (Options, ModelOptions, ReplayOptions, TextOptions, ShapeOptions, CellOptions, ComparedOptions, TableOptions)
 
 
@@ -198,7 +190,7 @@ def _shared_options() -> Iterator[Any]:
     for kind in KINDS:
         for one in fields(kind):
             of_name.setdefault(flag(name_of(one)), []).append(one)
-    for names, command in COMMANDS:
+    for names, command in COMMANDS.items():
         for parameter in command.params:
             for name in {*parameter.opts} & of_name.keys():
                 yield pytest.param(names, command, parameter, of_name[name], id=" ".join([*names, name]))
@@ -378,7 +370,7 @@ def _wrong_ways() -> Iterator[tuple[list[str], str]]:
     """Each option of each command that has a wrong value, given so, and what is said of it."""
     of_fields = {flag(name): (str(value), says) for name, (value, says) in (WRONG | WRONG_SOURCE | WRONG_TEXT).items()}
     of_fields["--as-shape"] = of_fields["--shape"]
-    for names, command in (one for one in COMMANDS if one[0][0] in ("run", "chat", "trace", "replay", "bench")):
+    for names, command in (one for one in COMMANDS.items() if one[0][0] in ("run", "chat", "trace", "replay", "bench")):
         text = ["--text", __file__] if any(one.required and "--text" in one.opts for one in command.params) else []
         arguments = [one.name for one in command.params if one.param_type_name == "argument"]
         given = [{"model": "demo", "prompt": "x", "trace": __file__}[name] for name in arguments]

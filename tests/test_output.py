@@ -8,15 +8,14 @@ import io
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import moestro
+from commands import EVERY
 from moestro import progress
 from moestro.cli import main as cli
 from moestro.console import print_lines, print_table
@@ -27,19 +26,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 WORDS = ("a policy of its own", "tok/s", "mixtral-8x7b-instruct-v0.1", "1234567.8")
 
 
-def _commands(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    yield names, command
-    for name, one in getattr(command, "commands", {}).items():
-        yield from _commands(one, *names, name)
-
-
-COMMANDS = dict(_commands(typer.main.get_command(cli.app)))
-
-
 # ---- help
 
 
-@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("names", EVERY, ids=" ".join)
 def test_help_has_whole_sentences_at_80_columns(names: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(cli.app, [*names, "-h"], env={"COLUMNS": "80"})
     assert not shown.exit_code
@@ -48,7 +38,7 @@ def test_help_has_whole_sentences_at_80_columns(names: tuple[str, ...]) -> None:
     text = "".join(shown.output.split())  # a word may be divided at its hyphen
     assert shown.output.isascii()
     assert "..." not in re.sub(r"(ARGS\]|NAME|N,N,)\.\.\.", "", shown.output)
-    command = COMMANDS[names]
+    command = EVERY[names]
     for one in getattr(command, "commands", {}).values():
         assert "".join((one.help or "").split("\n\n")[0].split()) in text
     for parameter in command.params:
@@ -68,7 +58,7 @@ def test_completion_is_offered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert completed("moestro pl", 1) == ["plan"]
     assert {"--gpu-memory"} == {*completed("moestro run demo --gpu", 3)}
     assert {"kernels"} == {*completed("moestro bench ker", 2)}
-    options = {each for one in COMMANDS[()].params for each in one.opts}
+    options = {each for one in EVERY[()].params for each in one.opts}
     assert {"--install-completion", "--show-completion"} <= options
 
 

@@ -23,8 +23,8 @@ from moestro.planning.machine_file import machine_of, machine_values, parse_mach
 from moestro.planning.machines import Machine, costs_of, machine_named, named_machines
 from moestro.planning.options import ModelOptions, Options
 from moestro.planning.policies import POLICIES, make_policy
-from moestro.planning.rates import COUNTS, MEASURED, Curve, assumed_rates
-from moestro.planning.shapes import REAL_SHAPES
+from moestro.planning.rates import COUNTS, MEASURED, NEURONS, WIDE_NEURONS, Curve, assumed_rates, measured_for
+from moestro.planning.shapes import FORECAST_SHAPES
 from moestro.planning.text_shape import text_shape
 from moestro.simulate.forecast import StepModel
 
@@ -61,7 +61,51 @@ def test_a_curve_goes_through_its_points_and_never_falls_beyond_them(points: lis
     assert all(more >= less * (1 - 1e-9) for less, more in pairwise(seconds))
 
 
-@pytest.mark.parametrize("name", [*format_names(), "int4g128", "q4_k+q4_k+q6_k", "int4g128@order", "hqq2r16s128"])
+NAMES = [*format_names(), "int4g128", "q4_k+q4_k+q6_k", "int4g128@order", "hqq2r16s128"]
+
+
+def _of(curves: tuple[Curve, ...], times: float = 1.0) -> tuple[Curve, ...]:
+    """The curves, faster with many tokens."""
+    return tuple(Curve(one.format, tuple((n, g * times if n >= 64 else g) for n, g in one.points)) for one in curves)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_curves_are_taken_from_those_that_measured_for_names(name: str) -> None:
+    names = measured_for([name])
+    few = {kind: tuple(one for one in getattr(RATES, kind) if one.format in names) for kind in ("experts", "dense")}
+    only = replace(RATES, **few, wide_experts=few["experts"])
+    assert only.expert_curve(name) == RATES.expert_curve(name)
+    assert only.dense_curve(name) == RATES.dense_curve(name)
+    assert 1 <= len(names) <= 3
+    assert measured_for([None]) == ("bf16",)
+
+
+@given(st.sampled_from(NAMES), st.floats(0.6, 3.0), st.lists(st.integers(16, 10**6), min_size=2, max_size=6))
+def test_rates_of_an_expert_lie_between_those_of_narrow_and_wide_ones_or_beyond(
+    name: str, times: float, widths: list[int]
+) -> None:
+    rates = replace(RATES, wide_experts=_of(RATES.experts, times))
+    assert rates.expert_curve(name) == RATES.expert_curve(name)
+    wide = rates.expert_curve(name, WIDE_NEURONS)
+    for tokens in COUNTS:
+        expected_s = RATES.expert_curve(name).seconds(1e9, tokens) / (times if tokens >= 64 else 1)
+        assert wide.seconds(1e9, tokens) == pytest.approx(expected_s)
+        seconds = [rates.expert_curve(name, width).seconds(1e9, tokens) for width in sorted(widths)]
+        assert all((b - a) * (1 - times) + 1e-6 > 0 for a, b in pairwise(seconds))  # wider is as much faster, or slower
+        assert min(seconds) > 0.49 * min(expected_s, RATES.expert_curve(name).seconds(1e9, tokens))
+    assert NEURONS < WIDE_NEURONS
+
+
+def test_a_file_without_wide_experts_takes_them_for_the_others() -> None:
+    values = machine_values(replace(measured_machine(), rates=replace(RATES, wide_experts=_of(RATES.experts, 2.0))))
+    found = parse_machine(json.dumps(values)).cpu_rates
+    assert found.wide_experts[0].points[-1][1] == pytest.approx(2 * found.experts[0].points[-1][1], rel=1e-3)
+    values.pop("wide_experts_gbps")
+    without = parse_machine(json.dumps(values)).cpu_rates
+    assert without.wide_experts == without.experts == found.experts
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_format_that_was_not_measured_is_like_the_nearest(name: str) -> None:
     curve = RATES.expert_curve(name)
     seconds = [curve.seconds(1e9, tokens) for tokens in COUNTS]
@@ -90,7 +134,7 @@ def test_experts_cost_what_was_measured_of_their_format() -> None:
 # ---- forecasts
 
 
-@pytest.mark.parametrize("shape", [*REAL_SHAPES, "gpt-oss-20b"])
+@pytest.mark.parametrize("shape", FORECAST_SHAPES)
 def test_forecasts_follow_bits_tokens_and_depth(shape: str) -> None:
     machine = measured_machine()
     by_bits = [steps_of(shape, bits, machine) for bits in (16, 8, 4)]

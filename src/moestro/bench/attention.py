@@ -28,10 +28,10 @@ from ..machine.kernel_rates import CACHES, attention_of, plausible_weights, torc
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS
 from ..planning.budget import check_ram
-from ..planning.shapes import shape_named
+from ..planning.shapes import ATTENTION_SHAPES, shape_named
 from .report import Report, check_kernels
 
-SHAPES, DTYPES = ("qwen3-30b-a3b", "olmoe-1b-7b"), ("bf16", "fp32")
+DTYPES = ("bf16", "fp32")
 CACHED, QUERIES = (4096, 16384), (1, 4, 16, 512)
 ROUNDS, MEMORY_BYTES = 3, 2**30
 CALL_S = 0.1  # for which a case is timed at least
@@ -110,7 +110,7 @@ def heads_of(shape: str) -> Heads:
 
 def measure_attention(
     *,
-    shapes: Sequence[str] = SHAPES,
+    shapes: Sequence[str] = ATTENTION_SHAPES,
     dtypes: Sequence[str] = DTYPES,
     cached: Sequence[int] = CACHED,
     queries: Sequence[int] = QUERIES,

@@ -14,7 +14,7 @@ from ..errors import RequestError
 from ..planning.option import Checked, about, bits_in, option_like
 from ..planning.options import BITS, ModelOptions, Options
 from ..planning.policies import POLICIES
-from ..planning.shapes import REAL_SHAPES, SHAPES
+from ..planning.shapes import SHAPES
 
 TABLE_BITS = (16, 4, 3, 2)  # of Eliseev and Mazur's Table 1 (arXiv 2312.17238)
 
@@ -33,7 +33,7 @@ def check_form(name: str) -> None:
         raise RequestError(f"no format {name!r}; they are named like bf16, int4, hqq4, q4_k, mxfp4 or int4g128")
 
 
-def option_list(kind: type[Checked], name: str, help: str, unset: str) -> Any:
+def option_list(kind: type[Checked], name: str, help: str, unset: str | None) -> Any:
     """A field that takes an option of another dataclass any number of times; each value has that option's check."""
     check = about(next(one for one in fields(kind) if one.name == name)).check or (lambda value, name: value)
 
@@ -50,9 +50,7 @@ class ShapeOptions(Checked):
     shape: str = option_like(
         ModelOptions, "shape", default="olmoe-1b-7b", help=f"A model's shape: {', '.join(SHAPES)}.", unset=None
     )
-    shapes: Sequence[str] = option_list(
-        ModelOptions, "shape", "Only this shape; may be given several times.", ", ".join(REAL_SHAPES)
-    )
+    shapes: Sequence[str] = option_list(ModelOptions, "shape", "Only this shape; may be given several times.", None)
 
 
 @dataclass(frozen=True, kw_only=True)

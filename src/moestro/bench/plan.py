@@ -1,52 +1,57 @@
 """Compare what `moestro plan` predicts with what runs reach: decode and prefill on the CPU, of real shapes, by bits.
 
-A cell is a shape at so many bits: random weights, few layers, in a process of its own. It is predicted, from this
-machine's card and the model's sizes alone, before it runs; between cells the read limit shows whether the machine is
-still what its card says.
+A cell is a shape at so many bits: random weights, few layers, in a process of its own. In each of some turns it is
+predicted, from this machine's rates and the model's sizes alone, and then runs. Where a machine's speed changes from
+minute to minute, as with neighbours on it, rates that are measured in each turn show what the arithmetic is worth.
 
     moestro bench plan --shape olmoe-1b-7b --bits 4
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
 from typing import Any
 
-from ..compute.cpu import best_level, core_cpus, read_limit_gbps
+from ..compute.cpu import best_level, core_cpus
 from ..console import print_table
-from ..loading.measure_machine import Progress, this_card
+from ..loading.measure_machine import Progress, measure_cpu, this_card
 from ..loading.outlook import work_of
-from ..loading.survey.sizes import sized
+from ..loading.survey.found import Survey
+from ..loading.survey.sizes import Sized, sized
 from ..loading.survey.survey import survey_shape
-from ..machine.kernel_rates import plausible_weights, torch_threads
-from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
+from ..machine.kernel_rates import torch_threads
+from ..machine.probe import available_ram_bytes, cpu_model
 from ..planning.budget import check_ram
 from ..planning.machine_file import machine_values
 from ..planning.machines import Machine
 from ..planning.options import ModelOptions, Options
 from ..planning.policies import make_policy
-from ..planning.shapes import depth_of_shape, least_depth, spec_of_shape
+from ..planning.rates import measured_for
+from ..planning.shapes import FORECAST_SHAPES, depth_of_shape, least_depth, spec_of_shape
 from ..planning.text_shape import text_shape
 from ..simulate.forecast import StepModel
 from .decode import CONTEXT, NEW_TOKENS, PROMPTS
 from .models import OURS, ModelWorker
 from .report import Report, check_kernels
+from .worker import EngineWorker
 
-SHAPES = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b")
 BITS = (16, 8, 4)
 LAYERS = {"olmoe-1b-7b": 4, "mixtral-8x7b": 1}
 ROUNDS = 3
 DECODE_WITHIN, PREFILL_WITHIN, MOST = 0.15, 0.25, 0.35  # errors: what is aimed at, and what is never right
-_READ_BYTES = 2**30
+_RATES_BYTES = 2 * 2**30  # that measuring rates takes at most
 _RAM_SHARE, _MORE_BYTES = 0.9, 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One figure of a cell. what: decode, or prefill with its tokens. error: of the predicted one, of the measured."""
+    """One figure of a cell, medians of its turns.
+
+    what: decode, or prefill with its tokens. error: of the predicted figure, as a share of its turn's measured one.
+    """
 
     shape: str
     bits: int
@@ -64,7 +69,7 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport(Report):
-    """One run. read_gbps: the read limit before each cell, in their order; the last card's is in `machine`."""
+    """One run. machine: by whose rates was predicted, in the last turn. read_gbps: its read limit in each turn."""
 
     level: str
     threads: int
@@ -78,7 +83,7 @@ class PlanReport(Report):
         """A row for each figure."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads")
         limits = ", ".join(f"{gbps:.1f}" for gbps in self.read_gbps)
-        print(f"read limit {self.machine['cpu_gbps']:.1f} GB/s on the card, {limits} before the cells")
+        print(f"read limit, by turns: {limits} GB/s")
         rows = [
             (
                 f"{row.shape}, {row.layers} layers",
@@ -100,22 +105,20 @@ class PlanReport(Report):
 
 def measure_plan(
     *,
-    shapes: Sequence[str] = SHAPES,
+    shapes: Sequence[str] = FORECAST_SHAPES,
     bits: Sequence[int] = BITS,
     layers: int | None = None,
     rounds: int = ROUNDS,
     threads: int | None = None,
     anew: bool = False,
     on_progress: Progress = lambda what, share: None,
-    card: Callable[..., Machine] = this_card,
 ) -> PlanReport:
     """Predict and run each cell.
 
     Args:
         layers: the depth to cut models to; None for a few.
-        rounds: of a cell's run, to take medians of.
-        anew: measure this machine's card before each shape, whatever was kept.
-        card: what has it.
+        rounds: turns of each cell, to take medians of.
+        anew: measure the rates that a cell needs in each turn, whatever was kept.
 
     Raises:
         RequestError: no kernels, or no such shape. BudgetError: too little RAM for a cell.
@@ -126,28 +129,32 @@ def measure_plan(
     for cell in cells:
         _check_ram(*cell)
     count = threads or len(core_cpus())
-    memory = plausible_weights(max(_READ_BYTES, 8 * last_level_cache_bytes()))
-    reads: list[float] = []
+    kept = None if anew else this_card(count, on_progress=on_progress)
+    machines: list[Machine] = []
     rows: list[PlanRow] = []
-    machine: Machine | None = None
-    for shape, of, depth in cells:
-        if machine is None or (anew and of == bits[0]):  # before each shape
-            machine = card(count, anew=anew, on_progress=on_progress)
-        with torch_threads(1):
-            predicted = predict(shape, of, depth, machine)
-            reads.append(read_limit_gbps(memory, count))
-            measured = _run(shape, of, depth, count, rounds)
-            for what, tok_s in predicted.items():
-                rows.append(PlanRow(shape, of, depth, what, tok_s, measured[what], tok_s / measured[what] - 1))
-    assert machine is not None
-    worst = max(abs(row.error) for row in rows)
-    return PlanReport(best_level(), count, machine_values(machine), tuple(reads), tuple(rows), _within(rows), worst)
+    for number, (shape, of, depth) in enumerate(cells):
+        turns: list[tuple[dict[str, float], dict[str, float]]] = []
+        with torch_threads(1), ModelWorker(OURS, shape, bits=of, layers=depth, threads=count) as worker:
+            for turn in range(rounds):
+                on_progress(f"{shape}, {of} bits", (number + turn / rounds) / len(cells))
+                machines.append(kept or measure_cpu(count, formats_of(shape, of, depth)))
+                turns.append((predict(shape, of, depth, machines[-1]), _run(worker)))
+        rows += [_row(shape, of, depth, what, [(said[what], ran[what]) for said, ran in turns]) for what in turns[0][0]]
+    worst, reads = max(abs(row.error) for row in rows), tuple(machine.costs.cpu_gbps or 0.0 for machine in machines)
+    values = machine_values(machines[-1])
+    return PlanReport(best_level(), count, values, reads, tuple(rows), _within(rows), worst)
+
+
+def formats_of(shape: str, bits: int, layers: int) -> tuple[str, ...]:
+    """Formats whose rates a shape's prediction is made from."""
+    sizes = _sized(survey_shape(shape, ModelOptions(shape=shape), layers), bits)
+    return measured_for([*sizes.formats.experts, *(part.format for part in sizes.dense)])
 
 
 def predict(shape: str, bits: int, layers: int, machine: Machine) -> dict[str, float]:
     """Tokens a second of decode behind `CONTEXT` tokens, and of prompts, from a machine's rates and sizes alone."""
     found = survey_shape(shape, ModelOptions(shape=shape), layers)
-    sizes = sized(found, Options(bits=bits, device="cpu"), on_gpu=False)
+    sizes = _sized(found, bits)
     policy = make_policy("cpu-only")
     policy.place(sizes.spec, 0, {})
     steps = StepModel(sizes.spec, policy, machine, work_of(found, sizes), slots=0)
@@ -156,15 +163,20 @@ def predict(shape: str, bits: int, layers: int, machine: Machine) -> dict[str, f
     return {"decode": 1 / steps.decode_s(kv_bytes), **prefills}
 
 
-def _run(shape: str, bits: int, layers: int, threads: int, rounds: int) -> dict[str, float]:
-    """What a run reaches: medians of rounds."""
-    found: dict[str, list[float]] = {"decode": [], **{f"prefill {tokens}": [] for tokens in PROMPTS}}
-    with ModelWorker(OURS, shape, bits=bits, layers=layers, threads=threads) as worker:
-        for _ in range(rounds):
-            for tokens in PROMPTS:
-                found[f"prefill {tokens}"].append(tokens / worker.prefill_s(tokens))
-            found["decode"].append(1 / worker.decode_s(CONTEXT, NEW_TOKENS))
-    return {what: median(values) for what, values in found.items()}
+def _sized(found: Survey, bits: int) -> Sized:
+    return sized(found, Options(bits=bits, device="cpu"), on_gpu=False)
+
+
+def _run(worker: EngineWorker) -> dict[str, float]:
+    """What a turn reaches."""
+    prefills = {f"prefill {tokens}": tokens / worker.prefill_s(tokens) for tokens in PROMPTS}
+    return {"decode": 1 / worker.decode_s(CONTEXT, NEW_TOKENS), **prefills}
+
+
+def _row(shape: str, bits: int, layers: int, what: str, turns: Sequence[tuple[float, float]]) -> PlanRow:
+    """A figure's row: predicted and measured tokens a second, by turns."""
+    predicted, measured = (median(values) for values in zip(*turns, strict=True))
+    return PlanRow(shape, bits, layers, what, predicted, measured, median(said / ran - 1 for said, ran in turns))
 
 
 def _within(rows: Sequence[PlanRow]) -> dict[str, list[int]]:
@@ -179,6 +191,6 @@ def _within(rows: Sequence[PlanRow]) -> dict[str, list[int]]:
 
 def _check_ram(shape: str, bits: int, layers: int) -> None:
     spec = spec_of_shape(shape, layers)
-    need_bytes = (spec.dense_bytes + spec.expert_bytes) / 16 * (bits + 1) + _READ_BYTES + _MORE_BYTES
+    need_bytes = (spec.dense_bytes + spec.expert_bytes) / 16 * (bits + 1) + _RATES_BYTES + _MORE_BYTES
     free_bytes = available_ram_bytes() * _RAM_SHARE
     check_ram(f"{layers} layers of {shape} at {bits} bits", need_bytes, free_bytes, "take fewer --layers or --bits")

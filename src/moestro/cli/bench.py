@@ -13,7 +13,7 @@ from ..planning.budget import parse_bytes
 from ..planning.option import needs, one_of
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
-from ..planning.shapes import REAL_SHAPES, depth_of_shape
+from ..planning.shapes import ATTENTION_SHAPES, KERNEL_SHAPES, depth_of_shape
 from ..simulate.routing import routed_shapes
 from .bench_plan import bench_plan
 from .bench_serve import bench_serve
@@ -48,7 +48,7 @@ def bench_load(
 
 
 @bench.command("kernels", epilog="Example: moestro bench kernels --shape olmoe-1b-7b --tokens 1 --rounds 3")
-@takes_options(only=("shapes", "threads"))
+@takes_options(only=("shapes", "threads"), shapes=KERNEL_SHAPES)
 def bench_kernels(
     measured: ShapeOptions,
     options: Options,
@@ -76,9 +76,8 @@ def bench_kernels(
 
     counts = tokens or (FULL_TOKENS if full else TOKENS)
     times = rounds or (FULL_ROUNDS if full else ROUNDS)
-    shapes = measured.shapes or REAL_SHAPES
     report = measure_kernels(
-        shapes=shapes, formats=formats or MEASURED, tokens=counts, rounds=times, threads=options.threads
+        shapes=measured.shapes, formats=formats or MEASURED, tokens=counts, rounds=times, threads=options.threads
     )
     show(report, as_json)
     if (left_out := sorted(set(FULL_TOKENS) - set(counts))) and not as_json:
@@ -86,7 +85,7 @@ def bench_kernels(
 
 
 @bench.command("attention", epilog="Example: moestro bench attention --shape qwen3-30b-a3b --queries 512 --rounds 1")
-@takes_options(only=("shapes", "threads"))
+@takes_options(only=("shapes", "threads"), shapes=ATTENTION_SHAPES)
 def bench_attention(
     measured: ShapeOptions,
     options: Options,
@@ -108,10 +107,10 @@ def bench_attention(
     """Time attention over long caches, beside this machine's read and FMA limits, and a prompt's beside torch's."""
     for name in dtypes or ():
         one_of("dtype", CACHE_DTYPES)(name, "kv_dtype")
-    from ..bench.attention import CACHED, DTYPES, QUERIES, SHAPES, measure_attention
+    from ..bench.attention import CACHED, DTYPES, QUERIES, measure_attention
 
     report = measure_attention(
-        shapes=measured.shapes or SHAPES,
+        shapes=measured.shapes,
         dtypes=dtypes or DTYPES,
         cached=cached or CACHED,
         queries=queries or QUERIES,

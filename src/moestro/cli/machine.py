@@ -15,6 +15,7 @@ from ..planning.budget import format_bytes
 from ..planning.machine_file import machine_values
 from ..planning.machines import Machine, machine_named, named_machines
 from ..planning.options import Options
+from ..planning.rates import NEURONS, WIDE_NEURONS
 from ..progress import Bar, quiet
 from .envelope import print_json
 from .options import Json, takes_options, unset
@@ -102,7 +103,12 @@ def print_machine(found: Machine) -> None:
         f"{rates.plain_layer_us:.0f} us a layer with plain attention, "
         f"{rates.prompt_ns:.1f} ns a token, layer and column of a prompt"
     )
-    for name, curves in (("experts", rates.experts), ("dense", rates.dense)):
+    tables = {
+        f"experts of {NEURONS} neurons": rates.experts,
+        f"experts of {WIDE_NEURONS} neurons": rates.wide_experts,
+        "dense": rates.dense,
+    }
+    for name, curves in tables.items():
         print(f"{name}: GB/s of packed weights, by tokens that each meets")
         counts = [str(tokens) for tokens, _ in curves[0].points]
         print_table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from ..devices import make_device
@@ -55,8 +55,7 @@ def measure_machine(threads: int, on_progress: Progress = lambda what, share: No
     on_progress("kernels", 0.0)
     kernels = measure_kernel_rates(threads, on_progress=part("kernels"))
     done += _PARTS["kernels"]
-    flushed = plausible_weights(max(_FLUSHED_BYTES, 2 * last_level_cache_bytes()))
-    steps = measure_step_times(threads, flushed, part("steps"))
+    steps = _step_times(threads, part("steps"))
     done += _PARTS["steps"]
     on_progress("disk", done)
     disk_gbps = measure_disk(cache_folder())
@@ -71,9 +70,27 @@ def measure_machine(threads: int, on_progress: Progress = lambda what, share: No
     finally:
         device.close()
     on_progress("link", 1.0)
-    name = "no GPU" if link is None else device.card_name
-    text = f"{cpu_model()}, {threads} threads; {name}; measured {time.strftime('%Y-%m-%d')}"
+    text = _text(threads, "no GPU" if link is None else device.card_name)
     return machine_of_rates(text, kernels, steps, disk_gbps, link, of_gpu, gpu_bytes)
+
+
+def measure_cpu(threads: int, formats: Sequence[str]) -> Machine:
+    """This machine's CPU alone, with these formats, in a few seconds; nothing is kept.
+
+    Raises:
+        RequestError: there are no kernels to measure.
+    """
+    kernels, steps = measure_kernel_rates(threads, formats=formats), _step_times(threads)
+    return machine_of_rates(_text(threads, "no GPU"), kernels, steps, None, None, None, 0)
+
+
+def _step_times(threads: int, on_progress: Callable[[float], None] = lambda share: None) -> StepTimes:
+    flushed = plausible_weights(max(_FLUSHED_BYTES, 2 * last_level_cache_bytes()))
+    return measure_step_times(threads, flushed, on_progress)
+
+
+def _text(threads: int, gpu: str) -> str:
+    return f"{cpu_model()}, {threads} threads; {gpu}; measured {time.strftime('%Y-%m-%d')}"
 
 
 def machine_of_rates(
@@ -102,6 +119,7 @@ def machine_of_rates(
     )
     rates = Rates(
         kernels.experts,
+        kernels.wide_experts,
         kernels.dense,
         kernels.attention_gbps,
         kernels.attention_gflops,

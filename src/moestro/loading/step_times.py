@@ -26,7 +26,7 @@ from .config import MoestroConfig
 from .random_model import build_random
 
 FEW, MANY = 1, 9  # layers
-_STEPS, _WARM = 24, 4
+_STEPS, _WARM = 16, 4
 _PROMPT_TOKENS, _PROMPTS, _MANY_WIDE = 256, 5, 5  # prompts read, and layers of the larger model that reads them
 _SMALL: dict[str, Any] = {
     "vocab_size": 512,

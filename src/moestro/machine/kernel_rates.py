@@ -27,15 +27,17 @@ from ..errors import RequestError
 from ..memory.formats import MATRIX_FORMATS, ExpertShape, format_asked_for, format_named
 from ..memory.random_bytes import random_experts, random_panels
 from ..planning.budget import check_ram
-from ..planning.rates import COUNTS, MEASURED, Curve
+from ..planning.rates import COUNTS, MEASURED, NEURONS, WIDE_NEURONS, Curve
 from .probe import available_ram_bytes, last_level_cache_bytes
 
 PASSES, TURNS = 2, 2  # over all formats, and each time over the cases of a format
-CACHES = 8  # last-level caches that weights rotate over
+CACHES = 8  # last-level caches that weights rotate over, where that is not more than
+_ENOUGH_BYTES = 512 * 2**20  # which no case reads in a turn
 _LEAST_BYTES, _RAM_SHARE = 384 * 2**20, 0.25
-_CASE_S = 0.025  # for which a case is timed at least, in each turn
-_HIDDEN, _NEURONS = 2048, 1024  # OLMoE's
-_EXPERTS = ((1, 8), (16, 4), (64, 2))  # tokens of each, from which on a call has so many experts
+_CASE_S = 0.015  # for which a case is timed at least, in each turn
+_HIDDEN = 2048  # OLMoE's
+_EXPERTS = ((1, 8), (64, 2))  # tokens of each, from which on a call has so many experts
+_WIDE_LEAST = 64  # tokens, from which on an expert's width makes a difference, and memory does not
 _SPREAD = 8  # tokens of a step for each token of an expert, as with 64 experts of which 8 are chosen
 _COLUMNS = 2048
 _DENSE_ROWS = {1: 16384, 256: 4096}  # by tokens: with one, calls are as long as that of a head
@@ -61,6 +63,7 @@ class KernelRates:
     cpu_gbps: float
     cpu_gflops: float
     experts: tuple[Curve, ...]
+    wide_experts: tuple[Curve, ...]
     dense: tuple[Curve, ...]
     attention_gbps: float
     attention_gflops: float
@@ -94,7 +97,13 @@ def measure_kernel_rates(
     found: dict[Case, list[float]] = {}
     groups: list[Callable[[], dict[Case, Call]]] = [partial(_limits, memory, threads)]
     for name in formats:
-        groups += [partial(make, memory, name, counts, threads) for make in (_experts, _dense)]
+        expert, panels = _expert(name), random_panels(format_named(name), _FEW_ROWS, _COLUMNS, _BOUND)
+        many = [tokens for tokens in counts if tokens >= _WIDE_LEAST]
+        groups += [
+            partial(_experts, memory, name, expert, counts, threads),
+            partial(_experts, memory, name, expert, many, threads, WIDE_NEURONS),
+            partial(_dense, memory, name, panels, counts, threads),
+        ]
     with torch_threads(1):
         for number, group in enumerate(groups * PASSES):
             calls = group()
@@ -104,20 +113,25 @@ def measure_kernel_rates(
             on_progress((number + 1) / len(groups) / PASSES)
     rates = {case: sorted(values)[-2:][0] for case, values in found.items()}
 
-    def curves(kind: str) -> tuple[Curve, ...]:
-        return tuple(
-            Curve(name, tuple((of.tokens, rates[of]) for of in rates if (of.kind, of.format) == (kind, name)))
-            for name in formats
-        )
+    def curve(kind: str, name: str) -> Curve:
+        return Curve(name, tuple((of.tokens, rates[of]) for of in rates if (of.kind, of.format) == (kind, name)))
 
+    narrow, wide, dense = ([curve(kind, name) for name in formats] for kind in ("experts", "wide", "dense"))
     names = ("attention_gbps", "attention_gflops", "plain_attention_gbps", "plain_attention_gflops")
     return KernelRates(
         max(rates[case] for case in rates if case.kind == "read"),
         rates[Case("fma")],
-        curves("experts"),
-        curves("dense"),
+        tuple(narrow),
+        tuple(_filled_up(few, with_many) for few, with_many in zip(narrow, wide, strict=True)),
+        tuple(dense),
         **{name: rates[Case(name)] for name in names},
     )
+
+
+def _filled_up(narrow: Curve, wide: Curve) -> Curve:
+    """The curve of wide experts, with the points of others where those were not measured."""
+    own = dict(wide.points)
+    return Curve(narrow.format, tuple((tokens, own.get(tokens, gbps)) for tokens, gbps in narrow.points))
 
 
 @contextmanager
@@ -170,7 +184,9 @@ def attention_of(queries: int, keys: int, width: int, dtype: torch.dtype, thread
 def _size_bytes() -> int:
     free_bytes = available_ram_bytes() * _RAM_SHARE
     check_ram("memory to measure this machine with", 4 * _LEAST_BYTES, 4 * free_bytes, "free some")
-    return int(min(max(_LEAST_BYTES, CACHES * last_level_cache_bytes()), free_bytes)) // 64 * 64
+    cache_bytes = last_level_cache_bytes()
+    wanted_bytes = max(_LEAST_BYTES, 2 * cache_bytes, min(CACHES * cache_bytes, _ENOUGH_BYTES))
+    return int(min(wanted_bytes, free_bytes)) // 64 * 64
 
 
 def _per_second(call: Call, least_s: float) -> float:
@@ -204,22 +220,22 @@ def _multiply(threads: int) -> float:
     return gflops * 1e9 * (perf_counter() - start_s)
 
 
-def _experts(memory: Tensor, name: str, counts: Sequence[int], threads: int) -> dict[Case, Call]:
-    """Experts in a format, by tokens; all of the memory holds them."""
-    shape = ExpertShape(_HIDDEN, _NEURONS)
+def _experts(
+    memory: Tensor, name: str, expert: Tensor, counts: Sequence[int], threads: int, neurons: int = NEURONS
+) -> dict[Case, Call]:
+    """Copies of an expert of `NEURONS` in a format, by tokens; wide ones repeat its blocks. All memory holds them."""
+    shape = ExpertShape(_HIDDEN, neurons)
     math, experts = ExpertMath(shape, format_asked_for(name), _swiglu), CpuExperts(threads)
-    if any(matrix.is_float for matrix in math.format.matrices.values()):
-        one = plausible_weights(math.format.expert_bytes(shape)).view(torch.uint8)
-    else:
-        one = random_experts(math.format, shape, _BOUND)()
-    pieces = _filled(memory, one)
+    one = expert.repeat(neurons // NEURONS)
+    assert len(one) == math.format.expert_bytes(shape)
+    pieces = _filled(memory if neurons == NEURONS else memory[: len(memory) // 4], one)
 
     def call_of(tokens: int) -> Call:
         total = tokens if tokens == 1 else _SPREAD * tokens  # of the step: an expert's tokens lie apart in it
-        x, share = torch.randn(total, _HIDDEN).bfloat16(), torch.rand(tokens)
+        x, share = torch.randn(1, _HIDDEN).bfloat16().repeat(total, 1), torch.rand(tokens)
         count = next(n for least, n in reversed(_EXPERTS) if least <= tokens)
         work = [
-            ExpertWork(piece, range(_NEURONS), torch.randperm(total)[:tokens].sort().values, share) for piece in pieces
+            ExpertWork(piece, range(neurons), torch.randperm(total)[:tokens].sort().values, share) for piece in pieces
         ]
         calls = cycle([work[at : at + count] for at in range(0, max(1, len(work) - count + 1), count)])
         out = torch.zeros(total, _HIDDEN)
@@ -231,14 +247,22 @@ def _experts(memory: Tensor, name: str, counts: Sequence[int], threads: int) -> 
 
         return call
 
-    return {Case("experts", name, tokens): call_of(tokens) for tokens in counts}
+    kind = "experts" if neurons == NEURONS else "wide"
+    return {Case(kind, name, tokens): call_of(tokens) for tokens in counts}
 
 
-def _dense(memory: Tensor, name: str, counts: Sequence[int], threads: int) -> dict[Case, Call]:
-    """Other products in a format, by tokens; all of the memory holds matrices."""
+def _expert(name: str) -> Tensor:
+    """One of `NEURONS` in a format, its bytes."""
+    fmt, shape = format_asked_for(name), ExpertShape(_HIDDEN, NEURONS)
+    if any(matrix.is_float for matrix in fmt.matrices.values()):
+        return plausible_weights(fmt.expert_bytes(shape)).view(torch.uint8)
+    return random_experts(fmt, shape, _BOUND)()
+
+
+def _dense(memory: Tensor, name: str, panels: Tensor, counts: Sequence[int], threads: int) -> dict[Case, Call]:
+    """Other products in a format, by tokens; all of the memory holds matrices of the panels of `_FEW_ROWS`."""
     fmt = format_named(name)
-    few = random_panels(fmt, _FEW_ROWS, _COLUMNS, _BOUND)
-    pieces = _filled(memory, few.repeat(max(_DENSE_ROWS.values()) // _FEW_ROWS))
+    pieces = _filled(memory, panels.repeat(max(_DENSE_ROWS.values()) // _FEW_ROWS))
 
     def call_of(tokens: int) -> Call:
         rows, x = _DENSE_ROWS.get(tokens, _FEW_ROWS), torch.randn(tokens, _COLUMNS).bfloat16()

@@ -23,7 +23,8 @@ SCHEMA = 1
 _NEEDED = ("ram_bytes", "cpu_gbps", "cpu_gflops")
 _OF_GPU = ("gpu_gbps", "gpu_gflops", "link_gbps")
 _COSTS = ("cpu_gbps", "cpu_gflops", "cpu_beside_link_gbps", "link_gbps", "gpu_gbps", "gpu_gflops", "disk_gbps")
-_TABLES = {"experts_gbps": "experts", "dense_gbps": "dense"}
+_TABLES = {"experts_gbps": "experts", "wide_experts_gbps": "wide_experts", "dense_gbps": "dense"}
+_WIDE, _NARROW = "wide_experts_gbps", "experts_gbps"  # where a file lacks the former, it is as the latter
 _RATES = tuple(one.name for one in fields(Rates) if one.name not in _TABLES.values())
 _NUMBERS = (*_COSTS, "ram_bytes", "gpu_bytes", *_RATES)
 _TEXTS = ("name", "text")
@@ -111,7 +112,8 @@ def parse_machine(text: str) -> Machine:
 
 def _rates(values: Mapping[str, Any], numbers: Mapping[str, float]) -> Rates | None:
     """What the file says of the CPU's kernels, filled up; None where it lacks their tables."""
-    if any(name not in values for name in _TABLES):
+    values = {_WIDE: values.get(_NARROW), **values}
+    if any(values.get(name) is None for name in _TABLES):
         return None
     tables = {}
     for name, field in _TABLES.items():

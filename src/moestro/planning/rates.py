@@ -10,7 +10,7 @@ With one token weights pass as fast as they are read; with many, as fast as they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,7 +21,9 @@ from .expert_sizes import names_of_parts
 from .formats import descriptor_named
 
 MEASURED = ("bf16", "int8", "hqq4", "hqq3", "hqq2", "q4_k", "mxfp4")  # formats; others are taken from the nearest
-COUNTS = (1, 4, 16, 64, 256)  # tokens that each weight meets
+COUNTS = (1, 4, 8, 64, 256)  # tokens that each weight meets
+NEURONS, WIDE_NEURONS = 1024, 4096  # of experts that are measured: those of OLMoE, and larger ones
+_LEAST_NEURONS = 512  # smaller experts are taken for such ones
 _PLAIN = "bf16"  # what stays in torch is taken for this
 
 
@@ -49,8 +51,9 @@ class Curve:
 class Rates:
     """What a CPU was measured to do, beside the few rates of `Costs`.
 
-    experts, dense: of experts, and of other products, in each of some formats. attention_gbps: of the cache that a
-        decoded token reads. attention_gflops: of a prompt's scores and weighted values.
+    experts, wide_experts, dense: of experts of `NEURONS` and of `WIDE_NEURONS`, and of other products, in each of some
+        formats. With many tokens, what is done for each token of an expert weighs less in a wide one.
+    attention_gbps: of the cache that a decoded token reads. attention_gflops: of a prompt's scores and weighted values.
     plain_attention_gbps, plain_attention_gflops: where attention is Transformers' own, in torch.
     step_us, layer_us, plain_layer_us: of a step, and of each layer of it, outside all of these: what Python, torch and
         small operations take; of a plain layer, where attention is Transformers' own.
@@ -59,6 +62,7 @@ class Rates:
     """
 
     experts: tuple[Curve, ...]
+    wide_experts: tuple[Curve, ...]
     dense: tuple[Curve, ...]
     attention_gbps: float
     attention_gflops: float
@@ -75,13 +79,14 @@ class Rates:
         """From the values of all fields, as `dataclasses.asdict` makes them and JSON keeps them."""
         tables = {
             name: tuple(Curve(one["format"], tuple((n, gbps) for n, gbps in one["points"])) for one in values[name])
-            for name in ("experts", "dense")
+            for name in ("experts", "wide_experts", "dense")
         }
         return cls(**{**values, **tables})
 
-    def expert_curve(self, name: str) -> Curve:
-        """Of experts in the format of that name, which may have a part for each matrix."""
-        return _curve(self.experts, name)
+    def expert_curve(self, name: str, neurons: int = NEURONS) -> Curve:
+        """Of experts of so many neurons, in the format of that name, which may have a part for each matrix."""
+        narrow, wide = _curve(self.experts, name), _curve(self.wide_experts, name)
+        return narrow if neurons == NEURONS else _between(narrow, wide, max(neurons, _LEAST_NEURONS))
 
     def dense_curve(self, name: str | None) -> Curve:
         """Of products in the format of that name; None: in torch."""
@@ -98,13 +103,35 @@ def _curve(curves: tuple[Curve, ...], name: str) -> Curve:
     down = max(parts, key=lambda part: part.bits_per_weight)
     if len({part.name for part in parts}) > 1:
         return _mean([_curve(curves, part.name) for part in parts], name)
-    near = min(curves, key=lambda curve: _distance(descriptor_named(curve.format), down))
+    nearest = _nearest((curve.format for curve in curves), down)
+    near = next(curve for curve in curves if curve.format == nearest)
     return near if near.format == down.name else near.of(down)
+
+
+def measured_for(names: Iterable[str | None]) -> tuple[str, ...]:
+    """Those of `MEASURED` that curves of formats of these names are taken from; None is what stays in torch."""
+    parts = {part for name in names for part in names_of_parts(name or _PLAIN)[:3]}
+    near = {part if part in MEASURED else _nearest(MEASURED, descriptor_named(part)) for part in parts}
+    return tuple(name for name in MEASURED if name in near)
+
+
+def _nearest(names: Iterable[str], to: Descriptor) -> str:
+    return min(names, key=lambda name: _distance(descriptor_named(name), to))
 
 
 def _distance(one: Descriptor, other: Descriptor) -> tuple[bool, float]:
     unlike = one.meets_integers != other.meets_integers
     return unlike, abs(one.bits_per_weight - other.bits_per_weight)
+
+
+def _between(narrow: Curve, wide: Curve, neurons: int) -> Curve:
+    """Of experts of so many neurons: a byte's time is that of its products, and a part that falls as neurons grow."""
+    part = (1 / NEURONS - 1 / neurons) / (1 / NEURONS - 1 / WIDE_NEURONS)
+    points = []
+    for tokens in sorted({tokens for curve in (narrow, wide) for tokens, _ in curve.points}):
+        one, other = (seconds_per_gb(curve.points, tokens) for curve in (narrow, wide))
+        points.append((tokens, 1 / max(one + part * (other - one), min(one, other) / 2)))
+    return Curve(narrow.format, tuple(points))
 
 
 def _mean(curves: list[Curve], name: str) -> Curve:
@@ -155,6 +182,7 @@ def assumed_rates(cpu_gbps: float, cpu_gflops: float) -> Rates:
     both = tuple(curves)
     return Rates(
         experts=both,
+        wide_experts=both,
         dense=both,
         attention_gbps=_ATTENTION_SHARES[0] * cpu_gbps,
         attention_gflops=_ATTENTION_SHARES[1] * cpu_gflops,

@@ -155,7 +155,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-REAL_SHAPES = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")  # that benches measure where none is named
+# What `moestro bench kernels`, `attention` and `plan` measure where no shape is named.
+KERNEL_SHAPES = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
+ATTENTION_SHAPES = ("qwen3-30b-a3b", "olmoe-1b-7b")
+FORECAST_SHAPES = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b")
 
 
 def shape_named(name: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class StepModel:
         self._rates, self._has_gpu = machine.cpu_rates, bool(machine.costs.gpu_gbps)
         experts = sum(layer.experts for layer in spec.layers)
         self._share = slots / experts if experts else 0.0
-        self._costs: dict[str, Costs] = {}
+        self._costs: dict[tuple[str, int], Costs] = {}
 
     @property
     def hit_rate(self) -> float:
@@ -159,7 +159,8 @@ class StepModel:
 
     def _layer_s(self, number: int, name: str, dense_s: float, tokens: int, hits: float) -> tuple[float, float]:
         """Seconds of a layer's steps and of the link, between those of the next lower and higher whole hits."""
-        layer, costs = self.spec.layers[number], self._costs_of(name)
+        layer = self.spec.layers[number]
+        costs = self._costs_of(name, layer.neurons)
         chosen = min(self.work.top_k, layer.experts)
         active = layer.experts * (1 - (1 - chosen / layer.experts) ** tokens)  # distinct, as if chosen at random
         count = max(chosen, min(layer.experts, round(active)))
@@ -179,15 +180,17 @@ class StepModel:
         part = wanted - floor(wanted)
         return low[0] + part * (high[0] - low[0]), low[1] + part * (high[1] - low[1])
 
-    def _costs_of(self, name: str) -> Costs:
-        """The machine's rates with those that the CPU's kernels reach in a format."""
-        if name not in self._costs:
-            costs, points = self.machine.costs, self._rates.expert_curve(name).points
+    def _costs_of(self, name: str, neurons: int) -> Costs:
+        """The machine's rates with those that the CPU's kernels reach in a format, with experts of so many neurons."""
+        if (name, neurons) not in self._costs:
+            costs, points = self.machine.costs, self._rates.expert_curve(name, neurons).points
             beside = costs.cpu_beside_link_gbps
             if beside and costs.cpu_gbps:
                 beside *= points[0][1] / costs.cpu_gbps
-            self._costs[name] = replace(costs, cpu_gbps=points[0][1], cpu_beside_link_gbps=beside, cpu_points=points)
-        return self._costs[name]
+            self._costs[name, neurons] = replace(
+                costs, cpu_gbps=points[0][1], cpu_beside_link_gbps=beside, cpu_points=points
+            )
+        return self._costs[name, neurons]
 
 
 def forecast(steps: StepModel, kv_bytes: float) -> Forecast:
