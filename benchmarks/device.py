@@ -24,7 +24,7 @@ from rich.console import Console
 
 from moestro.bench.machine_card import GIB, card_lines, git_commit, machine_card, slug
 from moestro.bench.process import GRACE_S, Finished, finish, scrub
-from moestro.planning.shapes import KERNEL_SHAPES, spec_of_shape
+from moestro.planning.shapes import REAL_SHAPES, spec_of_shape
 
 from .device_table import report_table
 from .rates import FULL_BYTES
@@ -160,7 +160,7 @@ def run_rates(toy: bool, ram_bytes: int, limit_s: float) -> dict[str, Any]:
 
 def choose_shape(ram_bytes: int) -> str:
     """The largest shape whose weights fit in 0.85 of the RAM."""
-    specs = {name: spec_of_shape(name) for name in (*KERNEL_SHAPES, "tiny")}
+    specs = {name: spec_of_shape(name) for name in (*REAL_SHAPES, "tiny")}
     sizes_bytes = {name: spec.dense_bytes + spec.expert_bytes for name, spec in specs.items()}
     return max((name for name in specs if sizes_bytes[name] <= RAM_SHARE * ram_bytes), key=sizes_bytes.__getitem__)
 

@@ -10,7 +10,7 @@ inline float rounded(float value, Type type) {
 
 // Each number of a row times `inverse`, rounded, times its weight. A loop for each type: compilers then use vectors.
 template <Type kType>
-void scale(float* __restrict row, const float* __restrict weight, int64_t n, float inverse) {
+void weigh_row(float* __restrict row, const float* __restrict weight, int64_t n, float inverse) {
   for (int64_t i = 0; i < n; ++i) row[i] = rounded(row[i] * inverse, kType) * weight[i];
 }
 
@@ -26,9 +26,9 @@ void rms_norm(const Input& x, int64_t at, const float* weight, float offset, flo
   for (int v = 1; v < VP; ++v) squares[0] = squares[0] + squares[v];
   const float inverse = 1.0f / sqrtf(sum(squares[0]) / static_cast<float>(n) + epsilon);
   if (offset != 0) for (int64_t i = 0; i < n; ++i) row[i] = row[i] * inverse * (offset + weight[i]);
-  else if (x.type == Type::kFp32) scale<Type::kFp32>(row, weight, n, inverse);
-  else if (x.type == Type::kBf16) scale<Type::kBf16>(row, weight, n, inverse);
-  else scale<Type::kFp16>(row, weight, n, inverse);
+  else if (x.type == Type::kFp32) weigh_row<Type::kFp32>(row, weight, n, inverse);
+  else if (x.type == Type::kBf16) weigh_row<Type::kBf16>(row, weight, n, inverse);
+  else weigh_row<Type::kFp16>(row, weight, n, inverse);
   write_row(row, nullptr, n, x.type, out, at * n);
 }
 

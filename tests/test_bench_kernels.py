@@ -17,7 +17,7 @@ from moestro.compute.cpu import CpuExperts, best_level, levels
 from moestro.errors import BudgetError, RequestError
 from moestro.machine.kernel_rates import plausible_weights
 from moestro.machine.probe import last_level_cache_bytes
-from moestro.planning.shapes import KERNEL_SHAPES
+from moestro.planning.shapes import REAL_SHAPES
 
 TOY_BYTES = 256 * 2**20
 AMX_FLOPS = 16  # of a core's bf16 tiles, for each that its two AVX-512 units do: 1,024 and 64 a cycle
@@ -74,7 +74,7 @@ def test_full_measures_all(
     with pytest.raises(SystemExit):
         cli()
     asked_for = {
-        "shapes": KERNEL_SHAPES,
+        "shapes": REAL_SHAPES,
         "formats": kernels.MEASURED,
         "tokens": tokens,
         "rounds": rounds,

@@ -20,7 +20,7 @@ from moestro.bench.kernels import moe_layer
 from moestro.compute.cpu import levels
 from moestro.compute.experts import ExpertWork, run_experts
 from moestro.errors import BudgetError, RequestError
-from moestro.planning.shapes import KERNEL_SHAPES, SHAPES
+from moestro.planning.shapes import REAL_SHAPES, SHAPES
 
 pytestmark = pytest.mark.skipif(not levels(), reason="built without the kernels: no compiler was there")
 TOY = SHAPES["tiny"] | {"hidden_size": 256, "intermediate_size": 512}  # 8 experts, top-2
@@ -35,7 +35,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shapes_are_those_that_models_are_built_of() -> None:
-    for name in (*KERNEL_SHAPES, "tiny"):
+    for name in (*REAL_SHAPES, "tiny"):
         config = SHAPES[name]
         expert, experts, top_k = moe_layer(name)
         assert expert.hidden == config["hidden_size"]

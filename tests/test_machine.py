@@ -223,18 +223,22 @@ def test_loads_take_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_measured_by_format_and_tokens() -> None:
     shares: list[float] = []
     before = torch.get_num_threads()
+    counts = (1, 64)
     found = measure_kernel_rates(
-        1, formats=("bf16", "q4_k"), counts=(1, 16), turns=1, case_s=0.0, size_bytes=2**26, on_progress=shares.append
+        1, formats=("bf16", "q4_k"), counts=counts, turns=1, case_s=0.0, size_bytes=2**26, on_progress=shares.append
     )
     assert torch.get_num_threads() == before
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    for curves, counts in ((found.experts, [1, 16]), (found.dense, [1])):
+    for curves, measured in ((found.experts, [1, 64]), (found.wide_experts, [1, 64]), (found.dense, [1])):
         assert [(curve.format, [tokens for tokens, _ in curve.points]) for curve in curves] == [
-            ("bf16", counts),
-            ("q4_k", counts),
+            ("bf16", measured),
+            ("q4_k", measured),
         ]
         assert all(0.01 < gbps < 1000 for curve in curves for _, gbps in curve.points)
+    for narrow, wide in zip(found.experts, found.wide_experts, strict=True):
+        assert wide.points[0] == narrow.points[0]
+        assert wide.points[1] != narrow.points[1]
     rest = (found.cpu_gbps, found.cpu_gflops, found.attention_gbps, found.attention_gflops)
     assert all(1e-3 < rate < 1e5 for rate in (*rest, found.plain_attention_gbps, found.plain_attention_gflops))
 
@@ -314,7 +318,7 @@ def test_a_report_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"mixtral-8x7b": 1.3}
 
     class Worker:
-        """Runs three turns, of which the last has a machine of a tenth of the speed."""
+        """Runs three turns; in the second it is ten times as slow."""
 
         def __init__(self, engine: str, shape: str, *, bits: int, layers: int, threads: int) -> None:
             said = bench_plan.predict(shape, bits, layers, made())
@@ -328,10 +332,10 @@ def test_a_report_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
             assert self._turns == 3
 
         def prefill_s(self, tokens: int) -> float:
+            self._turns += tokens == bench_plan.PROMPTS[0]  # with which a turn begins
             return tokens / self._now(f"prefill {tokens}")
 
         def decode_s(self, context: int, tokens: int) -> float:
-            self._turns += 1
             return 1 / self._now("decode")
 
         def _now(self, what: str) -> float:
@@ -340,13 +344,21 @@ def test_a_report_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_plan, "ModelWorker", Worker)
     monkeypatch.setattr(bench_plan, "check_kernels", lambda: None)
     monkeypatch.setattr(bench_plan, "this_card", lambda *_, **__: made())
-    monkeypatch.setattr(bench_plan, "_RATES_BYTES", 2**20)
     report = bench_plan.measure_plan(bits=(8, 4), threads=1)
     assert len(report.rows) == 4 * 2 * 3
-    assert len(report.read_gbps) == 4 * 2 * 3
+    assert len(report.read_gbps) == len(report.machines) == 1
     assert report.within == {"decode": [6, 8], "prefill": [12, 16], "cells": [6, 8]}
     assert report.worst == pytest.approx(0.3)
     assert all(row.error == pytest.approx(0.1) for row in report.rows if row.shape == "olmoe-1b-7b")
+    assert all(row.errors[1] == pytest.approx(10 * (1 + row.errors[0]) - 1) for row in report.rows)
+    assert all(row.predicted_tok_s / row.measured_tok_s - 1 == row.error for row in report.rows)
     report.print()
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(bench_plan, "measure_cpu", lambda threads, formats: asked.append(formats) or made())
+    monkeypatch.setattr(bench_plan, "this_card", lambda *_, **__: pytest.fail("rates were kept"))
+    again = bench_plan.measure_plan(shapes=("olmoe-1b-7b",), bits=(8, 4), threads=1, anew=True)
+    assert asked == [("bf16", "int8")] * 3 + [("bf16", "hqq4")] * 3
+    assert len(again.machines) == 2
+    assert len(again.read_gbps) == 6
     with pytest.raises(RequestError, match="--bits 5: there are"):
         CliRunner().invoke(app, ["bench", "plan", "--bits", "5"], catch_exceptions=False)

@@ -22,7 +22,7 @@ from moestro.loading.survey import survey, survey_shape
 from moestro.loading.survey.sizes import sized
 from moestro.planning.machines import assumed_machine, machine_named, machine_names
 from moestro.planning.options import BITS, ModelOptions, Options
-from moestro.planning.shapes import KERNEL_SHAPES, spec_of_shape
+from moestro.planning.shapes import REAL_SHAPES, spec_of_shape
 from moestro.simulate.forecast import WIDE
 
 GIB = 2**30
@@ -94,7 +94,7 @@ def _folder(path: Path, config: dict[str, Any], heavy: int = 1) -> Path:
 # ---- bytes
 
 
-@pytest.mark.parametrize("name", KERNEL_SHAPES)
+@pytest.mark.parametrize("name", REAL_SHAPES)
 def test_a_shape_has_the_sizes_of_its_model(name: str) -> None:
     found, wanted = survey_shape(name, ModelOptions(shape=name)), spec_of_shape(name)
     spec = sized(found, Options(), on_gpu=True).spec
@@ -157,7 +157,7 @@ def test_what_does_not_fit_names_what_would() -> None:
 
 
 @pytest.mark.parametrize("machine", [name for name in machine_names() if name != "this"])
-@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+@pytest.mark.parametrize("shape", REAL_SHAPES)
 def test_ranges_are_narrow_and_more_memory_is_no_slower(shape: str, machine: str) -> None:
     before = 0.0
     card = machine_named(machine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moestro.planning.machine_file import machine_of, machine_values, parse_mach
 from moestro.planning.machines import Machine, costs_of, machine_named, named_machines
 from moestro.planning.options import ModelOptions, Options
 from moestro.planning.policies import POLICIES, make_policy
-from moestro.planning.rates import COUNTS, MEASURED, NEURONS, WIDE_NEURONS, Curve, assumed_rates, measured_for
+from moestro.planning.rates import COUNTS, MEASURED, NEURONS, WIDE_NEURONS, Curve, Rates, assumed_rates, measured_for
 from moestro.planning.shapes import FORECAST_SHAPES
 from moestro.planning.text_shape import text_shape
 from moestro.simulate.forecast import StepModel
@@ -100,9 +100,21 @@ def test_a_file_without_wide_experts_takes_them_for_the_others() -> None:
     values = machine_values(replace(measured_machine(), rates=replace(RATES, wide_experts=_of(RATES.experts, 2.0))))
     found = parse_machine(json.dumps(values)).cpu_rates
     assert found.wide_experts[0].points[-1][1] == pytest.approx(2 * found.experts[0].points[-1][1], rel=1e-3)
-    values.pop("wide_experts_gbps")
-    without = parse_machine(json.dumps(values)).cpu_rates
-    assert without.wide_experts == without.experts == found.experts
+    table = values["wide_experts_gbps"]
+    part = {"int8": {"256": table["int8"]["256"]}}
+    some = parse_machine(json.dumps(values | {"wide_experts_gbps": part})).cpu_rates
+    for own, narrow, wide in zip(some.wide_experts, found.experts, found.wide_experts, strict=True):
+        assert own.points[:-1] == narrow.points[:-1]
+        assert own.points[-1] == (wide if own.format == "int8" else narrow).points[-1]
+    for empty in ({"wide_experts_gbps": None}, {}):
+        values.pop("wide_experts_gbps", None)
+        without = parse_machine(json.dumps(values | empty)).cpu_rates
+        assert without.wide_experts == without.experts == found.experts
+    with pytest.raises(RequestError, match="wide_experts_gbps needs formats"):
+        parse_machine(json.dumps(values | {"wide_experts_gbps": {"int9": {"1": 3}}}))
+    older = asdict(RATES)
+    older.pop("wide_experts")
+    assert Rates.from_values(json.loads(json.dumps(older))) == RATES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,10 +6,10 @@ import pytest
 
 from moestro.errors import RequestError
 from moestro.loading.random_model import shape_config
-from moestro.planning.shapes import KERNEL_SHAPES, depth_of_shape, least_depth, spec_of_shape
+from moestro.planning.shapes import REAL_SHAPES, depth_of_shape, least_depth, spec_of_shape
 
 
-@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+@pytest.mark.parametrize("shape", REAL_SHAPES)
 def test_a_depth_counts_all_layers_those_without_experts_too(shape: str) -> None:
     depth, least = depth_of_shape(shape), least_depth(shape)
     for layers in (least, least + 1, depth):

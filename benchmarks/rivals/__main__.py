@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from moestro.bench.decode import measure_decode
 from moestro.errors import MoestroError
-from moestro.planning.shapes import KERNEL_SHAPES
+from moestro.planning.shapes import REAL_SHAPES
 
 from . import installed, llama_cpp
 from .layers import measure_rivals, print_rivals
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     kernels = commands.add_parser("kernels", help="layers beside kt-kernel (if installed) and torch's linears")
-    kernels.add_argument("--shape", action="append", help=f"default: {', '.join(KERNEL_SHAPES)}")
+    kernels.add_argument("--shape", action="append", help=f"default: {', '.join(REAL_SHAPES)}")
     kernels.add_argument("--tokens", action="append", type=int, help="default: 1, 4, 128; torch's 16, 64, 256")
     decode = commands.add_parser("decode", help="a whole model beside llama.cpp (if installed) and Transformers")
     decode.add_argument("--shape", default="olmoe-1b-7b", help="default: olmoe-1b-7b")
@@ -35,7 +35,7 @@ def main() -> None:
     command, as_json = given.pop("command"), given.pop("json")
     try:
         if command == "kernels":
-            rows = measure_rivals(shapes=given.pop("shape") or KERNEL_SHAPES, **given)
+            rows = measure_rivals(shapes=given.pop("shape") or REAL_SHAPES, **given)
             print(json.dumps([asdict(row) for row in rows])) if as_json else print_rivals(rows)
             return
         is_there = llama_cpp.available() is not None and installed("gguf", "gguf") is not None

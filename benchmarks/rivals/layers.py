@@ -22,7 +22,7 @@ from moestro.machine.kernel_rates import CACHES
 from moestro.machine.probe import available_ram_bytes, last_level_cache_bytes
 from moestro.memory.formats import FORMATS
 from moestro.planning.budget import check_ram
-from moestro.planning.shapes import KERNEL_SHAPES
+from moestro.planning.shapes import REAL_SHAPES
 
 from . import kt_kernel
 from .layer_workers import OURS, TORCH, LayerWorker
@@ -59,7 +59,7 @@ class RivalRow:
 
 def measure_rivals(
     *,
-    shapes: Sequence[str] = KERNEL_SHAPES,
+    shapes: Sequence[str] = REAL_SHAPES,
     tokens: Sequence[int] | None = None,
     rounds: int = 5,
     threads: int | None = None,

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moestro.bench.worker import EngineWorker, Handlers, serve
 from moestro.errors import RequestError
-from moestro.planning.shapes import KERNEL_SHAPES, SHAPES, spec_of_shape
+from moestro.planning.shapes import REAL_SHAPES, SHAPES, spec_of_shape
 
 from . import installed
 from .blocks import PACKINGS, POOL_BLOCKS, STD, random_blocks
@@ -42,7 +42,7 @@ CONTEXT = 4096
 WARMUP = 32  # tokens: enough for each of its kernels
 EMBEDDING_STD = 1.0  # so that a token's own content, not its context, decides its route in every layer
 ERROR_LEVEL = 4  # of llama.cpp's log
-_WRITTEN = (*KERNEL_SHAPES, "tiny")
+_WRITTEN = (*REAL_SHAPES, "tiny")
 
 
 def available() -> str | None:

@@ -28,7 +28,7 @@ from ..machine.kernel_rates import CACHES, plausible_weights, torch_threads
 from ..machine.probe import available_ram_bytes, cpu_model, last_level_cache_bytes
 from ..memory.formats import FLOAT_FORMATS, ExpertShape, format_asked_for
 from ..planning.budget import check_ram
-from ..planning.shapes import KERNEL_SHAPES, spec_of_shape, top_k_of_shape
+from ..planning.shapes import REAL_SHAPES, spec_of_shape, top_k_of_shape
 from .report import Report, check_kernels
 
 READ_BYTES = 4 * 2**30
@@ -96,7 +96,7 @@ class KernelReport(Report):
 
 def measure_kernels(
     *,
-    shapes: Sequence[str] = KERNEL_SHAPES,
+    shapes: Sequence[str] = REAL_SHAPES,
     formats: Sequence[str] = MEASURED,
     tokens: Sequence[int] | None = None,
     rounds: int = ROUNDS,

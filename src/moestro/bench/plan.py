@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 from ..compute.cpu import best_level, core_cpus
@@ -22,7 +22,7 @@ from ..loading.outlook import work_of
 from ..loading.survey.found import Survey
 from ..loading.survey.sizes import Sized, sized
 from ..loading.survey.survey import survey_shape
-from ..machine.kernel_rates import torch_threads
+from ..machine.kernel_rates import memory_bytes, torch_threads
 from ..machine.probe import available_ram_bytes, cpu_model
 from ..planning.budget import check_ram
 from ..planning.machine_file import machine_values
@@ -42,15 +42,15 @@ BITS = (16, 8, 4)
 LAYERS = {"olmoe-1b-7b": 4, "mixtral-8x7b": 1}
 ROUNDS = 3
 DECODE_WITHIN, PREFILL_WITHIN, MOST = 0.15, 0.25, 0.35  # errors: what is aimed at, and what is never right
-_RATES_BYTES = 2 * 2**30  # that measuring rates takes at most
 _RAM_SHARE, _MORE_BYTES = 0.9, 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One figure of a cell, medians of its turns.
+    """One figure of a cell: that of the turn whose error is the median.
 
-    what: decode, or prefill with its tokens. error: of the predicted figure, as a share of its turn's measured one.
+    what: decode, or prefill with its tokens. error: of what was predicted, as a share of what was measured. errors: of
+    all turns.
     """
 
     shape: str
@@ -60,6 +60,7 @@ class PlanRow:
     predicted_tok_s: float
     measured_tok_s: float
     error: float
+    errors: tuple[float, ...]
 
     @property
     def within(self) -> bool:
@@ -69,11 +70,14 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport(Report):
-    """One run. machine: by whose rates was predicted, in the last turn. read_gbps: its read limit in each turn."""
+    """One run. machines: by whose rates the cells were predicted, each in its last turn; one, where they were kept.
+
+    read_gbps: the read limits of all rates that were used.
+    """
 
     level: str
     threads: int
-    machine: dict[str, Any]
+    machines: tuple[dict[str, Any], ...]
     read_gbps: tuple[float, ...]
     rows: tuple[PlanRow, ...]
     within: dict[str, list[int]]  # decode, prefill, cells: how many are within, and of how many
@@ -82,8 +86,7 @@ class PlanReport(Report):
     def print(self) -> None:
         """A row for each figure."""
         print(f"{cpu_model()}, {self.level}, {self.threads} threads")
-        limits = ", ".join(f"{gbps:.1f}" for gbps in self.read_gbps)
-        print(f"read limit, by turns: {limits} GB/s")
+        print(f"read limit: {min(self.read_gbps):.1f} to {max(self.read_gbps):.1f} GB/s")
         rows = [
             (
                 f"{row.shape}, {row.layers} layers",
@@ -92,10 +95,11 @@ class PlanReport(Report):
                 f"{row.predicted_tok_s:.1f}",
                 f"{row.measured_tok_s:.1f}",
                 f"{row.error:+.0%}{'' if row.within else ' !'}",
+                f"{min(row.errors):+.0%} to {max(row.errors):+.0%}",
             )
             for row in self.rows
         ]
-        print_table(("shape", "bits", "what", "predicted tok/s", "measured tok/s", "error"), rows)
+        print_table(("shape", "bits", "what", "predicted tok/s", "measured tok/s", "error", "of all turns"), rows)
         counts = ", ".join(f"{name} {good} of {count}" for name, (good, count) in self.within.items())
         print(
             f"within {DECODE_WITHIN:.0%} (decode) and {PREFILL_WITHIN:.0%} (prefill): {counts}; the worst is off by "
@@ -117,7 +121,7 @@ def measure_plan(
 
     Args:
         layers: the depth to cut models to; None for a few.
-        rounds: turns of each cell, to take medians of.
+        rounds: turns of each cell, of which the one with the median error is told.
         anew: measure the rates that a cell needs in each turn, whatever was kept.
 
     Raises:
@@ -127,22 +131,27 @@ def measure_plan(
     depths = {shape: depth_of_shape(shape, layers or LAYERS.get(shape, least_depth(shape) + 1)) for shape in shapes}
     cells = [(shape, of, depths[shape]) for shape, of in product(shapes, bits)]
     for cell in cells:
-        _check_ram(*cell)
+        _check_ram(*cell, measuring=anew)
     count = threads or len(core_cpus())
-    kept = None if anew else this_card(count, on_progress=on_progress)
+    kept = None if anew else this_card(count, on_progress=lambda what, _: on_progress(what, 0.0))
     machines: list[Machine] = []
+    read_gbps: list[float] = []
     rows: list[PlanRow] = []
     for number, (shape, of, depth) in enumerate(cells):
         turns: list[tuple[dict[str, float], dict[str, float]]] = []
         with torch_threads(1), ModelWorker(OURS, shape, bits=of, layers=depth, threads=count) as worker:
             for turn in range(rounds):
                 on_progress(f"{shape}, {of} bits", (number + turn / rounds) / len(cells))
-                machines.append(kept or measure_cpu(count, formats_of(shape, of, depth)))
-                turns.append((predict(shape, of, depth, machines[-1]), _run(worker)))
+                machine = kept or measure_cpu(count, formats_of(shape, of, depth))
+                read_gbps.append(machine.costs.cpu_gbps or 0.0)
+                turns.append((predict(shape, of, depth, machine), _run(worker)))
+        machines.append(machine)
         rows += [_row(shape, of, depth, what, [(said[what], ran[what]) for said, ran in turns]) for what in turns[0][0]]
-    worst, reads = max(abs(row.error) for row in rows), tuple(machine.costs.cpu_gbps or 0.0 for machine in machines)
-    values = machine_values(machines[-1])
-    return PlanReport(best_level(), count, values, reads, tuple(rows), _within(rows), worst)
+    on_progress("", 1.0)
+    if kept is not None:
+        machines, read_gbps = machines[:1], read_gbps[:1]
+    values, worst = tuple(map(machine_values, machines)), max(abs(row.error) for row in rows)
+    return PlanReport(best_level(), count, values, tuple(read_gbps), tuple(rows), _within(rows), worst)
 
 
 def formats_of(shape: str, bits: int, layers: int) -> tuple[str, ...]:
@@ -175,8 +184,9 @@ def _run(worker: EngineWorker) -> dict[str, float]:
 
 def _row(shape: str, bits: int, layers: int, what: str, turns: Sequence[tuple[float, float]]) -> PlanRow:
     """A figure's row: predicted and measured tokens a second, by turns."""
-    predicted, measured = (median(values) for values in zip(*turns, strict=True))
-    return PlanRow(shape, bits, layers, what, predicted, measured, median(said / ran - 1 for said, ran in turns))
+    errors = tuple(said / ran - 1 for said, ran in turns)
+    error = median_low(errors)
+    return PlanRow(shape, bits, layers, what, *turns[errors.index(error)], error, errors)
 
 
 def _within(rows: Sequence[PlanRow]) -> dict[str, list[int]]:
@@ -189,8 +199,9 @@ def _within(rows: Sequence[PlanRow]) -> dict[str, list[int]]:
     return {name: [sum(of), len(of)] for name, of in (("decode", decode), ("prefill", prefill), ("cells", whole))}
 
 
-def _check_ram(shape: str, bits: int, layers: int) -> None:
+def _check_ram(shape: str, bits: int, layers: int, *, measuring: bool) -> None:
     spec = spec_of_shape(shape, layers)
-    need_bytes = (spec.dense_bytes + spec.expert_bytes) / 16 * (bits + 1) + _RATES_BYTES + _MORE_BYTES
+    need_bytes = (spec.dense_bytes + spec.expert_bytes) / 16 * (bits + 1) + _MORE_BYTES
+    need_bytes += memory_bytes() if measuring else 0
     free_bytes = available_ram_bytes() * _RAM_SHARE
     check_ram(f"{layers} layers of {shape} at {bits} bits", need_bytes, free_bytes, "take fewer --layers or --bits")

@@ -13,7 +13,7 @@ from ..planning.budget import parse_bytes
 from ..planning.option import needs, one_of
 from ..planning.options import ModelOptions, Options, ReplayOptions
 from ..planning.policies import POLICIES
-from ..planning.shapes import ATTENTION_SHAPES, KERNEL_SHAPES, depth_of_shape
+from ..planning.shapes import ATTENTION_SHAPES, REAL_SHAPES, depth_of_shape
 from ..simulate.routing import routed_shapes
 from .bench_plan import bench_plan
 from .bench_serve import bench_serve
@@ -48,7 +48,7 @@ def bench_load(
 
 
 @bench.command("kernels", epilog="Example: moestro bench kernels --shape olmoe-1b-7b --tokens 1 --rounds 3")
-@takes_options(only=("shapes", "threads"), shapes=KERNEL_SHAPES)
+@takes_options(only=("shapes", "threads"), shapes=REAL_SHAPES)
 def bench_kernels(
     measured: ShapeOptions,
     options: Options,

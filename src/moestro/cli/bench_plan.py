@@ -19,7 +19,9 @@ def bench_plan(
     measured: ShapeOptions,
     cells: CellOptions,
     layers: Annotated[int | None, unset("N", "Cut the depth to so many layers.", "a few", min=1)] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns of each cell, to take medians of.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Turns of each cell; that of the median error is told.")
+    ] = 3,
     anew: Annotated[
         bool, typer.Option("--anew", help="Measure this machine's rates in each turn, whatever was kept.")
     ] = False,
@@ -29,7 +31,7 @@ def bench_plan(
     from ..bench.plan import BITS as COMPARED
     from ..bench.plan import measure_plan
 
-    with quiet(as_json), measuring_bar() as on_progress:
+    with quiet(as_json), measuring_bar("predicting and running") as on_progress:
         report = measure_plan(
             shapes=measured.shapes,
             bits=[*map(int, cells.bits)] or COMPARED,

@@ -15,7 +15,7 @@ from ..planning.budget import format_bytes
 from ..planning.machine_file import machine_values
 from ..planning.machines import Machine, machine_named, named_machines
 from ..planning.options import Options
-from ..planning.rates import NEURONS, WIDE_NEURONS
+from ..planning.rates import NEURONS, WIDE_LEAST, WIDE_NEURONS
 from ..progress import Bar, quiet
 from .envelope import print_json
 from .options import Json, takes_options, unset
@@ -70,9 +70,9 @@ def _list_machines(as_json: bool) -> None:
 
 
 @contextmanager
-def measuring_bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar of how much of this machine is measured."""
-    with Bar("measuring this machine", 1.0) as bar:
+def measuring_bar(title: str = "measuring this machine") -> Iterator[Callable[[str, float], None]]:
+    """A bar of how much of this machine, or of what the title says, is measured."""
+    with Bar(title, 1.0) as bar:
 
         def on_progress(what: str, share: float) -> None:
             bar.reach(share)
@@ -110,10 +110,10 @@ def print_machine(found: Machine) -> None:
     }
     for name, curves in tables.items():
         print(f"{name}: GB/s of packed weights, by tokens that each meets")
-        counts = [str(tokens) for tokens, _ in curves[0].points]
-        print_table(
-            ("format", *counts), [(curve.format, *(f"{gbps:.2f}" for _, gbps in curve.points)) for curve in curves]
-        )
+        least = WIDE_LEAST if curves is rates.wide_experts else 1  # with fewer tokens they are as the others
+        counts = [str(tokens) for tokens, _ in curves[0].points if tokens >= least]
+        rows = [(one.format, *(f"{gbps:.2f}" for tokens, gbps in one.points if tokens >= least)) for one in curves]
+        print_table(("format", *counts), rows)
 
 
 def _line(label: str, parts: list[tuple[Any, str]]) -> None:

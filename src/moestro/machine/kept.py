@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import RequestError, first_line
 from ..planning.machine_file import machine_values, parse_machine
 from ..planning.machines import THIS, Machine
+from ..planning.rates import COUNTS, NEURONS, WIDE_NEURONS
 from . import probe
 from .folder import cache_folder
 
@@ -32,6 +33,7 @@ def identity(threads: int, gpu: probe.Gpu | None) -> dict[str, Any]:
     return {
         "moestro": metadata.version("moestro"),
         "kernels": _kernels(),
+        "measured": [*COUNTS, NEURONS, WIDE_NEURONS],
         "level": os.environ.get(_LEVEL, ""),
         "cpu": probe.cpu_model(),
         "cpu_features": hashlib.sha256(" ".join(sorted(probe.cpu_features())).encode()).hexdigest()[:_DIGITS],

@@ -1,6 +1,6 @@
 """Measures what the CPU's kernels reach here: experts and other products by format and tokens, and attention.
 
-Weights rotate over at least 8 last-level caches, so that none are read from a cache; they are of the size of a real
+Weights rotate over two last-level caches and more, so that none are read from a cache; they are of the size of a real
 model's, since a CPU is slow with what is smaller than its normal numbers. All is measured twice, each time in turns. A
 figure is the second best of these: neighbours on a shared machine come and go, and only ever slow it down.
 
@@ -27,17 +27,16 @@ from ..errors import RequestError
 from ..memory.formats import MATRIX_FORMATS, ExpertShape, format_asked_for, format_named
 from ..memory.random_bytes import random_experts, random_panels
 from ..planning.budget import check_ram
-from ..planning.rates import COUNTS, MEASURED, NEURONS, WIDE_NEURONS, Curve
+from ..planning.rates import COUNTS, MEASURED, NEURONS, WIDE_LEAST, WIDE_NEURONS, Curve, filled_up
 from .probe import available_ram_bytes, last_level_cache_bytes
 
 PASSES, TURNS = 2, 2  # over all formats, and each time over the cases of a format
-CACHES = 8  # last-level caches that weights rotate over, where that is not more than
-_ENOUGH_BYTES = 512 * 2**20  # which no case reads in a turn
+CACHES = 8  # last-level caches that benchmarks rotate weights over
+_CACHES, _MOST_CACHES, _ENOUGH_BYTES = 2, 8, 512 * 2**20  # here: two at least, and more up to so many bytes
 _LEAST_BYTES, _RAM_SHARE = 384 * 2**20, 0.25
-_CASE_S = 0.015  # for which a case is timed at least, in each turn
+_CASE_S, _ENOUGH_S = 0.015, 0.3  # for which a case is timed at least in each turn, and in all, where its calls are long
 _HIDDEN = 2048  # OLMoE's
 _EXPERTS = ((1, 8), (64, 2))  # tokens of each, from which on a call has so many experts
-_WIDE_LEAST = 64  # tokens, from which on an expert's width makes a difference, and memory does not
 _SPREAD = 8  # tokens of a step for each token of an expert, as with 64 experts of which 8 are chosen
 _COLUMNS = 2048
 _DENSE_ROWS = {1: 16384, 256: 4096}  # by tokens: with one, calls are as long as that of a head
@@ -95,10 +94,11 @@ def measure_kernel_rates(
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
     memory = torch.empty(_size_bytes() if size_bytes is None else size_bytes, dtype=torch.uint8)
     found: dict[Case, list[float]] = {}
+    spent_s: dict[Case, float] = {}
     groups: list[Callable[[], dict[Case, Call]]] = [partial(_limits, memory, threads)]
     for name in formats:
         expert, panels = _expert(name), random_panels(format_named(name), _FEW_ROWS, _COLUMNS, _BOUND)
-        many = [tokens for tokens in counts if tokens >= _WIDE_LEAST]
+        many = [tokens for tokens in counts if tokens >= WIDE_LEAST]
         groups += [
             partial(_experts, memory, name, expert, counts, threads),
             partial(_experts, memory, name, expert, many, threads, WIDE_NEURONS),
@@ -109,7 +109,10 @@ def measure_kernel_rates(
             calls = group()
             for _ in range(turns):
                 for case, call in calls.items():
-                    found.setdefault(case, []).append(_per_second(call, case_s) / 1e9)
+                    if spent_s.get(case, 0.0) < _ENOUGH_S:
+                        start_s = perf_counter()
+                        found.setdefault(case, []).append(_per_second(call, case_s) / 1e9)
+                        spent_s[case] = spent_s.get(case, 0.0) + perf_counter() - start_s
             on_progress((number + 1) / len(groups) / PASSES)
     rates = {case: sorted(values)[-2:][0] for case, values in found.items()}
 
@@ -122,16 +125,10 @@ def measure_kernel_rates(
         max(rates[case] for case in rates if case.kind == "read"),
         rates[Case("fma")],
         tuple(narrow),
-        tuple(_filled_up(few, with_many) for few, with_many in zip(narrow, wide, strict=True)),
+        filled_up(narrow, wide),
         tuple(dense),
         **{name: rates[Case(name)] for name in names},
     )
-
-
-def _filled_up(narrow: Curve, wide: Curve) -> Curve:
-    """The curve of wide experts, with the points of others where those were not measured."""
-    own = dict(wide.points)
-    return Curve(narrow.format, tuple((tokens, own.get(tokens, gbps)) for tokens, gbps in narrow.points))
 
 
 @contextmanager
@@ -181,12 +178,16 @@ def attention_of(queries: int, keys: int, width: int, dtype: torch.dtype, thread
     return StepAttention(parts, (None, None), head=width, scaling=width**-0.5, dtype=dtype, threads=threads)
 
 
+def memory_bytes() -> int:
+    """What weights rotate over, without regard to what is free."""
+    cache_bytes = last_level_cache_bytes()
+    return max(_LEAST_BYTES, _CACHES * cache_bytes, min(_MOST_CACHES * cache_bytes, _ENOUGH_BYTES))
+
+
 def _size_bytes() -> int:
     free_bytes = available_ram_bytes() * _RAM_SHARE
     check_ram("memory to measure this machine with", 4 * _LEAST_BYTES, 4 * free_bytes, "free some")
-    cache_bytes = last_level_cache_bytes()
-    wanted_bytes = max(_LEAST_BYTES, 2 * cache_bytes, min(CACHES * cache_bytes, _ENOUGH_BYTES))
-    return int(min(wanted_bytes, free_bytes)) // 64 * 64
+    return int(min(memory_bytes(), free_bytes)) // 64 * 64
 
 
 def _per_second(call: Call, least_s: float) -> float:
@@ -223,17 +224,18 @@ def _multiply(threads: int) -> float:
 def _experts(
     memory: Tensor, name: str, expert: Tensor, counts: Sequence[int], threads: int, neurons: int = NEURONS
 ) -> dict[Case, Call]:
-    """Copies of an expert of `NEURONS` in a format, by tokens; wide ones repeat its blocks. All memory holds them."""
+    """Experts in a format, by tokens. All of the memory holds copies of one; wide ones repeat that one's blocks."""
     shape = ExpertShape(_HIDDEN, neurons)
     math, experts = ExpertMath(shape, format_asked_for(name), _swiglu), CpuExperts(threads)
     one = expert.repeat(neurons // NEURONS)
-    assert len(one) == math.format.expert_bytes(shape)
-    pieces = _filled(memory if neurons == NEURONS else memory[: len(memory) // 4], one)
+    if len(one) != math.format.expert_bytes(shape):  # whose experts have more than blocks
+        one = _expert(name, neurons)
+    pieces = _filled(memory, one)
 
     def call_of(tokens: int) -> Call:
         total = tokens if tokens == 1 else _SPREAD * tokens  # of the step: an expert's tokens lie apart in it
         x, share = torch.randn(1, _HIDDEN).bfloat16().repeat(total, 1), torch.rand(tokens)
-        count = next(n for least, n in reversed(_EXPERTS) if least <= tokens)
+        count = 1 if neurons == WIDE_NEURONS else next(n for least, n in reversed(_EXPERTS) if least <= tokens)
         work = [
             ExpertWork(piece, range(neurons), torch.randperm(total)[:tokens].sort().values, share) for piece in pieces
         ]
@@ -251,9 +253,9 @@ def _experts(
     return {Case(kind, name, tokens): call_of(tokens) for tokens in counts}
 
 
-def _expert(name: str) -> Tensor:
-    """One of `NEURONS` in a format, its bytes."""
-    fmt, shape = format_asked_for(name), ExpertShape(_HIDDEN, NEURONS)
+def _expert(name: str, neurons: int = NEURONS) -> Tensor:
+    """One of so many neurons in a format, its bytes."""
+    fmt, shape = format_asked_for(name), ExpertShape(_HIDDEN, neurons)
     if any(matrix.is_float for matrix in fmt.matrices.values()):
         return plausible_weights(fmt.expert_bytes(shape)).view(torch.uint8)
     return random_experts(fmt, shape, _BOUND)()
@@ -279,7 +281,12 @@ def _dense(memory: Tensor, name: str, panels: Tensor, counts: Sequence[int], thr
 
 
 def _filled(memory: Tensor, one: Tensor) -> list[Tensor]:
-    """Copies of some bytes, each on a cache line, in all of the memory."""
+    """Copies of some bytes, each on a cache line, in all of the memory.
+
+    Raises:
+        BudgetError: it does not hold one.
+    """
+    check_ram("memory to measure this machine with", len(one), len(memory), "free some")
     step = -(-len(one) // 64) * 64
     pieces = [memory[at : at + len(one)] for at in range(0, len(memory) - len(one) + 1, step)]
     for piece in pieces:

@@ -17,14 +17,14 @@ from typing import Any
 from ..errors import RequestError
 from .machines import Machine, costs_of, machine_named, machine_names, no_machine
 from .option import Check
-from .rates import Rates, assumed_rates, curves_of, table_of
+from .rates import Curve, Rates, assumed_rates, curves_of, filled_up, table_of
 
 SCHEMA = 1
 _NEEDED = ("ram_bytes", "cpu_gbps", "cpu_gflops")
 _OF_GPU = ("gpu_gbps", "gpu_gflops", "link_gbps")
 _COSTS = ("cpu_gbps", "cpu_gflops", "cpu_beside_link_gbps", "link_gbps", "gpu_gbps", "gpu_gflops", "disk_gbps")
 _TABLES = {"experts_gbps": "experts", "wide_experts_gbps": "wide_experts", "dense_gbps": "dense"}
-_WIDE, _NARROW = "wide_experts_gbps", "experts_gbps"  # where a file lacks the former, it is as the latter
+_WIDE = "wide_experts_gbps"  # which may be left out, in whole or in part
 _RATES = tuple(one.name for one in fields(Rates) if one.name not in _TABLES.values())
 _NUMBERS = (*_COSTS, "ram_bytes", "gpu_bytes", *_RATES)
 _TEXTS = ("name", "text")
@@ -112,11 +112,12 @@ def parse_machine(text: str) -> Machine:
 
 def _rates(values: Mapping[str, Any], numbers: Mapping[str, float]) -> Rates | None:
     """What the file says of the CPU's kernels, filled up; None where it lacks their tables."""
-    values = {_WIDE: values.get(_NARROW), **values}
-    if any(values.get(name) is None for name in _TABLES):
+    if any(name not in values for name in _TABLES if name != _WIDE):
         return None
-    tables = {}
+    tables: dict[str, tuple[Curve, ...]] = {"wide_experts": ()}
     for name, field in _TABLES.items():
+        if name == _WIDE and values.get(name) is None:
+            continue
         try:
             tables[field] = curves_of(values[name])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -125,6 +126,7 @@ def _rates(values: Mapping[str, Any], numbers: Mapping[str, float]) -> Rates | N
             ) from None
     assumed = asdict(assumed_rates(numbers["cpu_gbps"], numbers["cpu_gflops"]))
     own = {name: numbers[name] for name in _RATES if name in numbers}
+    tables["wide_experts"] = filled_up(tables["experts"], tables["wide_experts"])
     return Rates(**{**{name: assumed[name] for name in _RATES}, **own, **tables})
 
 

@@ -23,6 +23,7 @@ from .formats import descriptor_named
 MEASURED = ("bf16", "int8", "hqq4", "hqq3", "hqq2", "q4_k", "mxfp4")  # formats; others are taken from the nearest
 COUNTS = (1, 4, 8, 64, 256)  # tokens that each weight meets
 NEURONS, WIDE_NEURONS = 1024, 4096  # of experts that are measured: those of OLMoE, and larger ones
+WIDE_LEAST = 64  # tokens, from which on the width makes a difference
 _LEAST_NEURONS = 512  # smaller experts are taken for such ones
 _PLAIN = "bf16"  # what stays in torch is taken for this
 
@@ -77,6 +78,7 @@ class Rates:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Rates:
         """From the values of all fields, as `dataclasses.asdict` makes them and JSON keeps them."""
+        values = {"wide_experts": values["experts"], **values}
         tables = {
             name: tuple(Curve(one["format"], tuple((n, gbps) for n, gbps in one["points"])) for one in values[name])
             for name in ("experts", "wide_experts", "dense")
@@ -91,6 +93,14 @@ class Rates:
     def dense_curve(self, name: str | None) -> Curve:
         """Of products in the format of that name; None: in torch."""
         return _curve(self.dense, name or _PLAIN)
+
+
+def filled_up(narrow: Iterable[Curve], wide: Iterable[Curve]) -> tuple[Curve, ...]:
+    """Curves of wide experts, with all formats and points of narrow ones: theirs where wide ones have none."""
+    own = {curve.format: dict(curve.points) for curve in wide}
+    return tuple(
+        Curve(one.format, tuple(sorted((dict(one.points) | own.get(one.format, {})).items()))) for one in narrow
+    )
 
 
 @cache

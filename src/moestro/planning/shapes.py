@@ -155,8 +155,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What `moestro bench kernels`, `attention` and `plan` measure where no shape is named.
-KERNEL_SHAPES = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
+REAL_SHAPES = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")  # that kernels and rivals are measured with
+# What `moestro bench attention` and `plan` measure where no shape is named.
 ATTENTION_SHAPES = ("qwen3-30b-a3b", "olmoe-1b-7b")
 FORECAST_SHAPES = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b")
 
