@@ -36,10 +36,12 @@ _CACHES, _MOST_CACHES, _ENOUGH_BYTES = 2, 8, 512 * 2**20  # here: two at least, 
 _LEAST_BYTES, _RAM_SHARE = 384 * 2**20, 0.25
 _CASE_S, _ENOUGH_S = 0.015, 0.3  # for which a case is timed at least in each turn, and in all, where its calls are long
 _HIDDEN = 2048  # OLMoE's
-_EXPERTS = ((1, 8), (64, 2))  # tokens of each, from which on a call has so many experts
+# Tokens of each, from which on a call has so many experts. With one token calls are long, as is that of a head: what a
+# call takes beside its weights is in the time of a layer (loading/step_times.py).
+_EXPERTS = ((1, 32), (4, 8), (64, 2))
 _SPREAD = 8  # tokens of a step for each token of an expert, as with 64 experts of which 8 are chosen
 _COLUMNS = 2048
-_DENSE_ROWS = {1: 16384, 256: 4096}  # by tokens: with one, calls are as long as that of a head
+_DENSE_ROWS = {1: 65536, 256: 4096}  # by tokens
 _FEW_ROWS = 256  # whose panels are repeated
 _BOUND = 0.02  # of random weights
 _QUERY_HEADS, _KEY_HEADS, _WIDTH = 32, 8, 128
@@ -230,7 +232,7 @@ def _experts(
     one = expert.repeat(neurons // NEURONS)
     if len(one) != math.format.expert_bytes(shape):  # whose experts have more than blocks
         one = _expert(name, neurons)
-    pieces = _filled(memory, one)
+    pieces = _filled(memory, one, threads)
 
     def call_of(tokens: int) -> Call:
         total = tokens if tokens == 1 else _SPREAD * tokens  # of the step: an expert's tokens lie apart in it
@@ -264,10 +266,11 @@ def _expert(name: str, neurons: int = NEURONS) -> Tensor:
 def _dense(memory: Tensor, name: str, panels: Tensor, counts: Sequence[int], threads: int) -> dict[Case, Call]:
     """Other products in a format, by tokens; all of the memory holds matrices of the panels of `_FEW_ROWS`."""
     fmt = format_named(name)
-    pieces = _filled(memory, panels.repeat(max(_DENSE_ROWS.values()) // _FEW_ROWS))
+    most = min(max(_DENSE_ROWS.values()) // _FEW_ROWS, len(memory) // len(panels))  # repeats that it holds
+    pieces = _filled(memory, panels.repeat(most), threads)
 
     def call_of(tokens: int) -> Call:
-        rows, x = _DENSE_ROWS.get(tokens, _FEW_ROWS), torch.randn(tokens, _COLUMNS).bfloat16()
+        rows, x = min(_DENSE_ROWS[tokens], most * _FEW_ROWS), torch.randn(tokens, _COLUMNS).bfloat16()
         size = fmt.matrix_bytes(rows, _COLUMNS)
         matrices = cycle([Matrix(piece[:size], fmt, rows, _COLUMNS) for piece in pieces])
 
@@ -280,7 +283,7 @@ def _dense(memory: Tensor, name: str, panels: Tensor, counts: Sequence[int], thr
     return {Case("dense", name, tokens): call_of(tokens) for tokens in sorted(_DENSE_ROWS.keys() & {*counts})}
 
 
-def _filled(memory: Tensor, one: Tensor) -> list[Tensor]:
+def _filled(memory: Tensor, one: Tensor, threads: int) -> list[Tensor]:
     """Copies of some bytes, each on a cache line, in all of the memory.
 
     Raises:
@@ -289,8 +292,9 @@ def _filled(memory: Tensor, one: Tensor) -> list[Tensor]:
     check_ram("memory to measure this machine with", len(one), len(memory), "free some")
     step = -(-len(one) // 64) * 64
     pieces = [memory[at : at + len(one)] for at in range(0, len(memory) - len(one) + 1, step)]
-    for piece in pieces:
-        piece.copy_(one)
+    with torch_threads(threads):
+        for piece in pieces:
+            piece.copy_(one)
     return pieces
 
 
