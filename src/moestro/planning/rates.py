@@ -23,7 +23,7 @@ from .formats import descriptor_named
 MEASURED = ("bf16", "int8", "hqq4", "hqq3", "hqq2", "q4_k", "mxfp4")  # formats; others are taken from the nearest
 COUNTS = (1, 4, 8, 32, 64, 256)  # tokens that each weight meets
 NEURONS, WIDE_NEURONS = 1024, 4096  # of experts that are measured: those of OLMoE, and larger ones
-WIDE_LEAST = 64  # tokens, from which on the width makes a difference
+WIDE_LEAST = 32  # tokens, from which on the width makes a difference
 _LEAST_NEURONS = 512  # smaller experts are taken for such ones
 _PLAIN = "bf16"  # what stays in torch is taken for this
 
