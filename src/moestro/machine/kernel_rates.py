@@ -57,6 +57,13 @@ class Case(NamedTuple):
     tokens: int = 0
 
 
+class Sample(NamedTuple):
+    """What calls of a case did: bytes or operations, and in how many seconds."""
+
+    done: float
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class KernelRates:
     """What was measured of the CPU: GB/s and GFLOP/s."""
@@ -95,8 +102,7 @@ def measure_kernel_rates(
     if not levels():
         raise RequestError("this package was built without its kernels; install it where a C++ compiler is")
     memory = torch.empty(_size_bytes() if size_bytes is None else size_bytes, dtype=torch.uint8)
-    found: dict[Case, list[float]] = {}
-    spent_s: dict[Case, float] = {}
+    samples: dict[Case, list[Sample]] = {}
     groups: list[Callable[[], dict[Case, Call]]] = [partial(_limits, memory, threads)]
     for name in formats:
         expert, panels = _expert(name), random_panels(format_named(name), _FEW_ROWS, _COLUMNS, _BOUND)
@@ -110,13 +116,9 @@ def measure_kernel_rates(
         for number, group in enumerate(groups * PASSES):
             calls = group()
             for _ in range(turns):
-                for case, call in calls.items():
-                    if spent_s.get(case, 0.0) < _ENOUGH_S:
-                        start_s = perf_counter()
-                        found.setdefault(case, []).append(_per_second(call, case_s) / 1e9)
-                        spent_s[case] = spent_s.get(case, 0.0) + perf_counter() - start_s
+                _take_turn(calls, case_s, samples)
             on_progress((number + 1) / len(groups) / PASSES)
-    rates = {case: sorted(values)[-2:][0] for case, values in found.items()}
+    rates = {case: sorted(one.done / one.seconds for one in taken)[-2:][0] / 1e9 for case, taken in samples.items()}
 
     def curve(kind: str, name: str) -> Curve:
         return Curve(name, tuple((of.tokens, rates[of]) for of in rates if (of.kind, of.format) == (kind, name)))
@@ -192,12 +194,20 @@ def _size_bytes() -> int:
     return int(min(memory_bytes(), free_bytes)) // 64 * 64
 
 
-def _per_second(call: Call, least_s: float) -> float:
+def _take_turn(calls: dict[Case, Call], case_s: float, samples: dict[Case, list[Sample]]) -> None:
+    """Time each case once more, unless its calls have taken long enough in all."""
+    for case, call in calls.items():
+        taken = samples.setdefault(case, [])
+        if sum(one.seconds for one in taken) < _ENOUGH_S:
+            taken.append(_timed(call, case_s))
+
+
+def _timed(call: Call, least_s: float) -> Sample:
     start_s = perf_counter()
     done = call()
     while (passed_s := perf_counter() - start_s) < least_s:
         done += call()
-    return done / passed_s
+    return Sample(done, passed_s)
 
 
 def _limits(memory: Tensor, threads: int) -> dict[Case, Call]:
